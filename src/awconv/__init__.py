@@ -1,0 +1,22 @@
+"""awconv: convolutions whose kernels adapt to each image (arXiv 2108.08205).
+
+Importing it registers the AW models with timm.
+"""
+
+from awconv import models
+from awconv.convert import convert
+from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.version import __version__
+
+__all__ = [
+    "AWConv1d",
+    "AWConv2d",
+    "AWConv3d",
+    "__version__",
+    "aw_conv1d",
+    "aw_conv2d",
+    "aw_conv3d",
+    "convert",
+    "models",
+]

@@ -1,0 +1,437 @@
+"""The attention branch F1 and the layers built on it: "An Attention Module for Convolutional Neural Networks", 2021,
+arXiv 2108.08205."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+NormLayer = Callable[[int], nn.Module]
+
+_CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_MIN_HIDDEN = 4
+
+
+def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Adaptive average pooling as one small matrix product along each axis.
+
+    Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
+    device (pytorch issue 50198).
+
+    Args:
+        input: shape (N, C, \\*size), with as many spatial axes as ``output_size`` has numbers.
+        output_size: bins along each axis. Bin i covers the positions floor(i * size / bins) to
+            ceil((i + 1) * size / bins).
+
+    Returns:
+        Shape (N, C, \\*output_size).
+    """
+    for axis, bins in zip(range(-1, -len(output_size) - 1, -1), reversed(output_size), strict=True):
+        size = input.shape[axis]
+        index = torch.arange(bins, device=input.device)
+        start = index * size // bins
+        stop = -(-(index + 1) * size // bins)
+        position = torch.arange(size, device=input.device)[:, None]
+        covered = ((position >= start) & (position < stop)).to(input.dtype)  # size x bins, of zeros and ones: exact
+        input = ((input.movedim(axis, -1) @ covered) / (stop - start).to(input.dtype)).movedim(-1, axis)
+    return input
+
+
+class AttentionBranch(nn.Module):
+    """F1: the attention map of every sample, in the shape of the weights before Expand.
+
+    ::
+
+        A0 = average-pool I to h/r_hw x w/r_hw
+        A1 = ReLU(norm(pointwise convolution, C1 -> hidden))
+        A2 = activation(norm(pointwise convolution, hidden -> C2/r_C2 * (C1/groups)/r_C1))
+
+    with ``hidden = max(C1 // reduction, 4)``. The norm of A2 ends the branch: with its gain at zero the attention is a
+    constant.
+
+    Args:
+        in_channels: C1.
+        attention_size: the sizes (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw) of one sample's map.
+        reduction: r, of the hidden channels.
+        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
+        norm_layer: called with a number of channels. None leaves the norms out and gives the convolutions a bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        attention_size: Sequence[int],
+        reduction: int,
+        activation: str,
+        norm_layer: NormLayer | None,
+    ) -> None:
+        super().__init__()
+        self.attention_size = tuple(attention_size)
+        out_blocks, in_blocks, *kernel = attention_size
+        conv = _CONV[len(kernel)]
+        hidden = max(in_channels // reduction, _MIN_HIDDEN)
+        self.conv1 = conv(in_channels, hidden, 1, bias=norm_layer is None)
+        self.norm1 = norm_layer(hidden) if norm_layer is not None else nn.Identity()
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = conv(hidden, out_blocks * in_blocks, 1, bias=norm_layer is None)
+        self.norm2 = norm_layer(out_blocks * in_blocks) if norm_layer is not None else nn.Identity()
+        self.act2 = ACTIVATIONS[activation]()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps an input of shape (N, C1, H, W) to a compact attention map, shape (N, \\*attention_size).
+
+        Raises:
+            ValueError: batch statistics would have to be taken over a single value.
+        """
+        out_blocks, in_blocks, *kernel = self.attention_size
+        attention = average_pool(input, kernel)
+        self._check_statistics(attention)
+        attention = self.act1(self.norm1(self.conv1(attention)))
+        attention = self.act2(self.norm2(self.conv2(attention)))
+        return attention.reshape(-1, out_blocks, in_blocks, *kernel)
+
+    def _check_statistics(self, pooled: Tensor) -> None:
+        for norm in (self.norm1, self.norm2):
+            if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                continue
+            if (norm.training or norm.running_mean is None) and pooled[:, 0].numel() == 1:
+                raise ValueError(
+                    "AW-convolution: the attention branch cannot take batch statistics of one value a channel: its "
+                    f"input has batch size 1 and is pooled to {tuple(pooled.shape[2:])}. Train with at least 2 samples "
+                    "a batch, call .eval() on the norm layers, or give the layer another norm_layer, such as "
+                    "functools.partial(nn.GroupNorm, 1)"
+                )
+
+
+class _AWConvNd(nn.modules.conv._ConvNd):
+    """What AWConv1d, AWConv2d and AWConv3d share: the branch beside the weights of the convolution they derive from."""
+
+    _aw_conv: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        *,
+        reduction: int,
+        in_expansion: int | None,
+        out_expansion: int,
+        kernel_expansion: int,
+        activation: str,
+        residual: bool,
+        norm_layer: NormLayer | None,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]  # the convolution's own, which takes fewer arguments than _ConvNd's
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,  # type: ignore[arg-type]  # checked there
+            device=device,
+            dtype=dtype,
+        )
+        name = type(self).__name__
+        group_in_channels = in_channels // groups
+        if in_expansion is None:
+            in_expansion = group_in_channels
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{name}: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+        if not isinstance(reduction, int) or reduction < 1:
+            raise ValueError(f"{name}: reduction must be a positive integer, got {reduction!r}")
+        attention_size = [
+            _blocks(name, "out_expansion", out_expansion, "out_channels", out_channels),
+            _blocks(name, "in_expansion", in_expansion, "in_channels / groups", group_in_channels),
+            *(_blocks(name, "kernel_expansion", kernel_expansion, "each kernel size", k) for k in self.kernel_size),
+        ]
+        self.reduction = reduction
+        self.in_expansion = in_expansion
+        self.out_expansion = out_expansion
+        self.kernel_expansion = kernel_expansion
+        self.activation = activation
+        self.residual = residual
+        self.attention = AttentionBranch(in_channels, attention_size, reduction, activation, norm_layer)
+        self.attention.to(device=self.weight.device, dtype=self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shape (N, C1, \\*size) to (N, C2, \\*out_size); a single sample without the batch axis is taken as nn.Conv
+        takes it.
+
+        Raises:
+            ValueError: the input does not have ``in_channels`` channels or the right number of axes.
+        """
+        dims = len(self.kernel_size)
+        if input.dim() == dims + 1:
+            return self.forward(input[None])[0]
+        if input.dim() != dims + 2 or input.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}: input must have shape (N, {self.in_channels}, {', '.join('*' * dims)}), "
+                f"got {tuple(input.shape)}"
+            )
+        attention = self.attention(input)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * dims
+        return type(self)._aw_conv(
+            input,
+            self.weight,
+            attention,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            residual=self.residual,
+        )
+
+    def extra_repr(self) -> str:
+        attention = (
+            f", reduction={self.reduction}, in_expansion={self.in_expansion}, out_expansion={self.out_expansion}, "
+            f"kernel_expansion={self.kernel_expansion}, activation={self.activation!r}, residual={self.residual}"
+        )
+        return f"{super().extra_repr()}{attention}"
+
+
+def _blocks(name: str, argument: str, expansion: int, axis: str, size: int) -> int:
+    if not isinstance(expansion, int) or expansion < 1 or size % expansion:
+        raise ValueError(f"{name}: {argument} must divide {axis}, {size}, got {expansion!r}")
+    return size // expansion
+
+
+class AWConv1d(_AWConvNd, nn.Conv1d):
+    """An AW-convolution over sequences, in the place of ``nn.Conv1d``.
+
+    ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
+    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`). ``weight`` and ``bias`` are those of
+    ``nn.Conv1d``, whose state dict loads with ``strict=False``; ``layer.attention(input)`` is the map before Expand.
+
+    Args:
+        in_channels: C1.
+        out_channels: C2.
+        kernel_size: as ``nn.Conv1d``; so are ``stride``, ``padding``, ``dilation``, ``groups``, ``bias``,
+            ``padding_mode``, ``device`` and ``dtype``.
+        reduction: r; the branch has ``max(C1 // reduction, 4)`` hidden channels.
+        in_expansion: r_C1, how many input channels share a value; None for all those of a group.
+        out_expansion: r_C2, how many output channels share a value.
+        kernel_expansion: r_hw, how many neighbouring taps share a value along each kernel axis.
+        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``, the end of the branch.
+        residual: weights K + A * K if true, A * K otherwise.
+        norm_layer: the branch's norm, called with a number of channels; None for none.
+
+    Raises:
+        ValueError: an argument has an unknown value, or a rate does not divide the size that it expands.
+
+    Shape:
+        Input (N, C1, L) or (C1, L), output (N, C2, L') or (C2, L').
+    """
+
+    _aw_conv = staticmethod(aw_conv1d)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: str | int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        reduction: int = 16,
+        in_expansion: int | None = None,
+        out_expansion: int = 1,
+        kernel_expansion: int = 1,
+        activation: str = "sigmoid",
+        residual: bool = True,
+        norm_layer: NormLayer | None = nn.BatchNorm1d,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            reduction=reduction,
+            in_expansion=in_expansion,
+            out_expansion=out_expansion,
+            kernel_expansion=kernel_expansion,
+            activation=activation,
+            residual=residual,
+            norm_layer=norm_layer,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class AWConv2d(_AWConvNd, nn.Conv2d):
+    """An AW-convolution, in the place of ``nn.Conv2d``.
+
+    ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
+    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`). ``weight`` and ``bias`` are those of
+    ``nn.Conv2d``, whose state dict loads with ``strict=False``; ``layer.attention(input)`` is the map before Expand.
+
+    Args:
+        in_channels: C1.
+        out_channels: C2.
+        kernel_size: as ``nn.Conv2d``; so are ``stride``, ``padding``, ``dilation``, ``groups``, ``bias``,
+            ``padding_mode``, ``device`` and ``dtype``.
+        reduction: r; the branch has ``max(C1 // reduction, 4)`` hidden channels.
+        in_expansion: r_C1, how many input channels share a value; None for all those of a group.
+        out_expansion: r_C2, how many output channels share a value.
+        kernel_expansion: r_hw, how many neighbouring taps share a value along each kernel axis.
+        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``, the end of the branch.
+        residual: weights K + A * K if true, A * K otherwise.
+        norm_layer: the branch's norm, called with a number of channels; None for none.
+
+    Raises:
+        ValueError: an argument has an unknown value, or a rate does not divide the size that it expands.
+
+    Shape:
+        Input (N, C1, H, W) or (C1, H, W), output (N, C2, H', W') or (C2, H', W').
+    """
+
+    _aw_conv = staticmethod(aw_conv2d)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        reduction: int = 16,
+        in_expansion: int | None = None,
+        out_expansion: int = 1,
+        kernel_expansion: int = 1,
+        activation: str = "sigmoid",
+        residual: bool = True,
+        norm_layer: NormLayer | None = nn.BatchNorm2d,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            reduction=reduction,
+            in_expansion=in_expansion,
+            out_expansion=out_expansion,
+            kernel_expansion=kernel_expansion,
+            activation=activation,
+            residual=residual,
+            norm_layer=norm_layer,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class AWConv3d(_AWConvNd, nn.Conv3d):
+    """An AW-convolution over volumes, in the place of ``nn.Conv3d``.
+
+    ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
+    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`). ``weight`` and ``bias`` are those of
+    ``nn.Conv3d``, whose state dict loads with ``strict=False``; ``layer.attention(input)`` is the map before Expand.
+
+    Args:
+        in_channels: C1.
+        out_channels: C2.
+        kernel_size: as ``nn.Conv3d``; so are ``stride``, ``padding``, ``dilation``, ``groups``, ``bias``,
+            ``padding_mode``, ``device`` and ``dtype``.
+        reduction: r; the branch has ``max(C1 // reduction, 4)`` hidden channels.
+        in_expansion: r_C1, how many input channels share a value; None for all those of a group.
+        out_expansion: r_C2, how many output channels share a value.
+        kernel_expansion: r_hw, how many neighbouring taps share a value along each kernel axis.
+        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``, the end of the branch.
+        residual: weights K + A * K if true, A * K otherwise.
+        norm_layer: the branch's norm, called with a number of channels; None for none.
+
+    Raises:
+        ValueError: an argument has an unknown value, or a rate does not divide the size that it expands.
+
+    Shape:
+        Input (N, C1, D, H, W) or (C1, D, H, W), output (N, C2, D', H', W') or (C2, D', H', W').
+    """
+
+    _aw_conv = staticmethod(aw_conv3d)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: str | int | tuple[int, int, int] = 0,
+        dilation: int | tuple[int, int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        reduction: int = 16,
+        in_expansion: int | None = None,
+        out_expansion: int = 1,
+        kernel_expansion: int = 1,
+        activation: str = "sigmoid",
+        residual: bool = True,
+        norm_layer: NormLayer | None = nn.BatchNorm3d,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            reduction=reduction,
+            in_expansion=in_expansion,
+            out_expansion=out_expansion,
+            kernel_expansion=kernel_expansion,
+            activation=activation,
+            residual=residual,
+            norm_layer=norm_layer,
+            device=device,
+            dtype=dtype,
+        )

@@ -1,0 +1,5 @@
+"""The operator. ``naive.py`` defines it; every other file computes the same faster; ``choose.py`` chooses."""
+
+from awconv.ops.functional import aw_conv1d, aw_conv2d, aw_conv3d
+
+__all__ = ["aw_conv1d", "aw_conv2d", "aw_conv3d"]

@@ -1,0 +1,55 @@
+"""What an algorithm says of itself, and the plain convolution that most of them stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from awconv.ops.problem import Problem
+
+
+class Machine(NamedTuple):
+    """What the cost estimates need to know of a class of devices.
+
+    Attributes:
+        element: time to move one element through memory, in multiply-adds of a plain convolution.
+        grouped: time of a multiply-add in a convolution with one group a sample, in those of a plain convolution.
+        weight: elements moved for each element of a sample's own weights, made, used and differentiated.
+    """
+
+    element: float
+    grouped: float
+    weight: float
+
+
+class Algorithm(NamedTuple):
+    """One exact way to compute an AW-convolution.
+
+    Attributes:
+        name: what ``algorithm=`` calls it.
+        run: ``run(problem, input, weight, attention)`` returns the output, without bias.
+        obstacle: why it cannot run a problem, or None if it can.
+        cost: ``cost(problem, machine)`` estimates its time for one sample, in multiply-adds of a plain convolution.
+        constant_weights: every convolution in it has weights that do not depend on the input, as exported graphs need.
+    """
+
+    name: str
+    run: Callable[[Problem, Tensor, Tensor, Tensor], Tensor]
+    obstacle: Callable[[Problem], str | None]
+    cost: Callable[[Problem, Machine], float]
+    constant_weights: bool = False
+
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def convolve(problem: Problem, input: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """The plain convolution of a problem, with the weights and the number of groups that the caller made of it."""
+    if all(before == after for before, after in problem.padding):
+        padding = tuple(before for before, _ in problem.padding)
+    else:
+        input, padding = F.pad(input, problem.flat_padding), (0,) * problem.dims
+    return CONV[problem.dims](input, weight, None, problem.stride, padding, problem.dilation, groups)

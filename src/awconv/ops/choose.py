@@ -1,0 +1,56 @@
+"""The one place that knows that there is more than one algorithm."""
+
+from __future__ import annotations
+
+import torch
+
+from awconv.ops import gain, naive, per_sample, per_tap
+from awconv.ops.algorithm import Algorithm, Machine
+from awconv.ops.problem import Problem
+
+# From the most special to the most general.
+ALGORITHMS = {
+    algorithm.name: algorithm
+    for algorithm in (
+        gain.OUTPUT_GAIN,
+        gain.INPUT_GAIN,
+        per_tap.ALGORITHM,
+        per_sample.ALGORITHM,
+        naive.ALGORITHM,
+    )
+}
+
+# By type of device. Measured with benchmarks/choice.py on a 2-core AVX2 machine in float32; other types of device have
+# no measurement yet and take these.
+MACHINES = {"cpu": Machine(element=25, grouped=1.05, weight=4)}
+
+
+def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:
+    """The algorithm that ``algorithm=`` names or, with ``"auto"``, the one that should be the fastest.
+
+    Raises:
+        ValueError: no algorithm has that name, or it cannot run the problem.
+    """
+    if algorithm != "auto":
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"{caller}: algorithm must be 'auto' or one of {list(ALGORITHMS)}, got {algorithm!r}")
+        chosen = ALGORITHMS[algorithm]
+        obstacle = chosen.obstacle(problem)
+        if obstacle is not None:
+            raise ValueError(
+                f"{caller}: algorithm={algorithm!r} cannot run this problem: {obstacle}; the attention has "
+                f"sizes {problem.attention_blocks} without the batch. Use algorithm='auto'"
+            )
+        return chosen
+    able = [candidate for candidate in ALGORITHMS.values() if candidate.obstacle(problem) is None]
+    if torch.compiler.is_exporting():
+        # Runtimes want constant weights, and sizes may be symbolic: structure alone decides.
+        constant = [candidate for candidate in able if candidate.constant_weights]
+        return (constant or able)[0]
+    machine = MACHINES.get(problem.device, MACHINES["cpu"])
+    cheapest, least = able[0], able[0].cost(problem, machine)
+    for candidate in able[1:]:  # not min(key=...), which torch.compile cannot trace with symbolic sizes
+        cost = candidate.cost(problem, machine)
+        if cost < least:
+            cheapest, least = candidate, cost
+    return cheapest

@@ -1,0 +1,177 @@
+"""The public functions: check, choose, run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from awconv.ops.choose import choose
+from awconv.ops.problem import describe
+
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def _aw_conv(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    residual: bool,
+    algorithm: str,
+) -> Tensor:
+    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight, attention = _autocast(input, dtype), _autocast(weight, dtype), _autocast(attention, dtype)
+        bias = _autocast(bias, dtype)
+    problem = describe(dims, input, weight, attention, bias, stride, padding, dilation, groups, residual)
+    chosen = choose(problem, algorithm, f"aw_conv{dims}d")
+    with torch.autocast(problem.device, enabled=False):
+        output = chosen.run(problem, input, weight, attention)
+        if bias is not None:
+            output = output + bias.unflatten(0, (-1,) + (1,) * dims)
+    channels_last = _CHANNELS_LAST.get(dims)
+    if channels_last and input.is_contiguous(memory_format=channels_last) and not input.is_contiguous():
+        output = output.contiguous(memory_format=channels_last)
+    return output
+
+
+_Argument = TypeVar("_Argument", Tensor, Tensor | None)
+
+
+def _autocast(tensor: _Argument, dtype: torch.dtype) -> _Argument:
+    """Casts what PyTorch's own autocast would: any floating-point tensor but a float64 one."""
+    if isinstance(tensor, Tensor) and tensor.dtype.is_floating_point and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor
+
+
+def aw_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: bool = True,
+    algorithm: str = "auto",
+) -> Tensor:
+    """AW-convolution over sequences: :func:`aw_conv2d` with one spatial axis.
+
+    Args:
+        input: shape (N, C1, L).
+        weight: shape (C2, C1/groups, k).
+        attention: shape (N, a2, a1, ak), each a divisor of the weight's size along its axis.
+        bias: shape (C2,), or None.
+        stride: step of the window.
+        padding: zeros on both sides, or ``"same"`` or ``"valid"``.
+        dilation: distance between the taps of the kernel.
+        groups: number of groups of channels.
+        residual: weights K + A * K if true, A * K otherwise.
+        algorithm: as for :func:`aw_conv2d`.
+
+    Returns:
+        Shape (N, C2, L'), with the dtype of ``input``.
+
+    Raises:
+        TypeError, ValueError: as for :func:`aw_conv2d`.
+    """
+    return _aw_conv(
+        1, input, weight, attention, bias, stride, padding, dilation, groups, residual=residual, algorithm=algorithm
+    )
+
+
+def aw_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: bool = True,
+    algorithm: str = "auto",
+) -> Tensor:
+    """AW-convolution (arXiv 2108.08205): a convolution whose weights are attended anew for every sample.
+
+    ``O[n] = conv(I[n], K + A[n] * K) + bias``, with the attention map A expanded to the shape of the weights: each
+    value of ``attention`` stands for a block of equal size along each axis.
+
+    The arguments may be float16, bfloat16, float32 or float64, all of one dtype and on one device; under
+    ``torch.autocast`` they are cast as those of a convolution are. A ``channels_last`` input gives a ``channels_last``
+    output. The batch may be empty.
+
+    Args:
+        input: shape (N, C1, H, W).
+        weight: shape (C2, C1/groups, h, w).
+        attention: shape (N, a2, a1, ah, aw), each a divisor of the weight's size along its axis: 1 is the usual
+            broadcast, and C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw are the rates of the paper.
+        bias: shape (C2,), or None. Attention does not touch it.
+        stride: step of the window, one number or two.
+        padding: zeros on both sides, one number or two, or ``"same"`` or ``"valid"``.
+        dilation: distance between the taps of the kernel, one number or two.
+        groups: number of groups of channels; C1 for a depthwise convolution.
+        residual: weights K + A * K if true, A * K otherwise.
+        algorithm: ``"auto"`` chooses by the attention's shape and an estimate of the cost; the others force one:
+            ``"output_gain"``, ``"input_gain"``, ``"per_tap"``, ``"per_sample"``, ``"naive"``. All compute the same.
+
+    Returns:
+        Shape (N, C2, H', W'), with the dtype of ``input`` (autocast's where it is on).
+
+    Raises:
+        TypeError: an argument is of the wrong type, or dtypes are mixed or not floating-point.
+        ValueError: sizes or devices do not fit together, or ``algorithm`` is unknown or cannot run this problem.
+    """
+    return _aw_conv(
+        2, input, weight, attention, bias, stride, padding, dilation, groups, residual=residual, algorithm=algorithm
+    )
+
+
+def aw_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: bool = True,
+    algorithm: str = "auto",
+) -> Tensor:
+    """AW-convolution over volumes: :func:`aw_conv2d` with three spatial axes.
+
+    Args:
+        input: shape (N, C1, D, H, W).
+        weight: shape (C2, C1/groups, d, h, w).
+        attention: shape (N, a2, a1, ad, ah, aw), each a divisor of the weight's size along its axis.
+        bias: shape (C2,), or None.
+        stride: step of the window, one number or three.
+        padding: zeros on both sides, one number or three, or ``"same"`` or ``"valid"``.
+        dilation: distance between the taps of the kernel, one number or three.
+        groups: number of groups of channels.
+        residual: weights K + A * K if true, A * K otherwise.
+        algorithm: as for :func:`aw_conv2d`.
+
+    Returns:
+        Shape (N, C2, D', H', W'), with the dtype of ``input``.
+
+    Raises:
+        TypeError, ValueError: as for :func:`aw_conv2d`.
+    """
+    return _aw_conv(
+        3, input, weight, attention, bias, stride, padding, dilation, groups, residual=residual, algorithm=algorithm
+    )

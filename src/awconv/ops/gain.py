@@ -1,0 +1,55 @@
+"""Attention that factors out of the sum: a gain on the output, or on the input, of one plain convolution.
+
+Without structure along the kernel and the input channels, ``sum (1 + a[p]) K[p, c, i, j] I[c, ...]`` is ``1 + a[p]``
+times the plain output. Without structure along the kernel and the output channels of a group, it is the plain
+convolution of ``(1 + a[c]) I[c]``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from awconv.ops.algorithm import Algorithm, Machine, convolve
+from awconv.ops.problem import Problem, product
+
+
+def _output_obstacle(problem: Problem) -> str | None:
+    _, in_blocks, *kernel_blocks = problem.attention_blocks
+    if in_blocks == 1 and all(blocks == 1 for blocks in kernel_blocks):
+        return None
+    return "the attention must have size 1 along the input channels and the kernel axes"
+
+
+def _output_gain(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+    gain = problem.gain(attention).flatten(1).repeat_interleave(problem.rates[0], dim=1)
+    return convolve(problem, input, weight, problem.groups) * gain.reshape(*gain.shape, *(1,) * problem.dims)
+
+
+def _output_cost(problem: Problem, machine: Machine) -> float:
+    return problem.multiply_adds + machine.element * 2 * problem.out_elements
+
+
+def _input_obstacle(problem: Problem) -> str | None:
+    out_blocks, _, *kernel_blocks = problem.attention_blocks
+    if problem.groups % out_blocks == 0 and all(blocks == 1 for blocks in kernel_blocks):
+        return None
+    return (
+        "the attention must have size 1 along the kernel axes and, along the output channels, "
+        f"a divisor of groups = {problem.groups}"
+    )
+
+
+def _input_gain(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+    out_blocks = problem.attention_blocks[0]
+    gain = problem.gain(attention).flatten(2)
+    gain = gain.repeat_interleave(problem.groups // out_blocks, dim=1).repeat_interleave(problem.rates[1], dim=2)
+    gain = gain.reshape(-1, problem.in_channels, *(1,) * problem.dims)
+    return convolve(problem, input * gain, weight, problem.groups)
+
+
+def _input_cost(problem: Problem, machine: Machine) -> float:
+    return problem.multiply_adds + machine.element * 2 * problem.in_channels * product(problem.size)
+
+
+OUTPUT_GAIN = Algorithm("output_gain", _output_gain, _output_obstacle, _output_cost, constant_weights=True)
+INPUT_GAIN = Algorithm("input_gain", _input_gain, _input_obstacle, _input_cost, constant_weights=True)

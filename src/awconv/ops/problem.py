@@ -1,0 +1,260 @@
+"""One AW-convolution, described and checked: what every algorithm is asked to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
+
+
+class Problem(NamedTuple):
+    """The sizes and arguments of one AW-convolution, already checked.
+
+    Sizes that only the batch decides are left out on purpose: the choice of an algorithm must not depend on the batch
+    size, so that a model exported or compiled with a dynamic batch has one answer.
+
+    Attributes:
+        empty: the batch holds no sample.
+        out_channels: C2.
+        in_channels: C1.
+        groups: number of groups of the convolution.
+        kernel: kernel size along each spatial axis.
+        size: input size along each spatial axis, before padding.
+        out_size: output size along each spatial axis.
+        stride: one number for each spatial axis.
+        padding: zeros added ``(before, after)`` each spatial axis.
+        dilation: one number for each spatial axis.
+        rates: how often ``Expand`` repeats the attention along C2, C1/groups and each kernel axis (r_C2, r_C1, r_hw).
+        residual: K + A * K if true, A * K otherwise.
+        dtype: the dtype that the operator computes in.
+        device: the type of the device, such as ``"cpu"``.
+    """
+
+    empty: bool
+    out_channels: int
+    in_channels: int
+    groups: int
+    kernel: tuple[int, ...]
+    size: tuple[int, ...]
+    out_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    rates: tuple[int, ...]
+    residual: bool
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial axes."""
+        return len(self.kernel)
+
+    @property
+    def group_in_channels(self) -> int:
+        """Input channels that one output channel sees: C1/groups."""
+        return self.in_channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        """Number of positions of the kernel: h * w in two dimensions."""
+        return product(self.kernel)
+
+    @property
+    def out_elements(self) -> int:
+        """Elements of the output of one sample."""
+        return self.out_channels * product(self.out_size)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of the plain convolution of one sample."""
+        return self.out_elements * self.group_in_channels * self.taps
+
+    @property
+    def attention_blocks(self) -> tuple[int, ...]:
+        """The sizes of the attention map before Expand, without the batch."""
+        return tuple(
+            size // rate
+            for size, rate in zip((self.out_channels, self.group_in_channels, *self.kernel), self.rates, strict=True)
+        )
+
+    def gain(self, attention: Tensor) -> Tensor:
+        """What the weights are multiplied with: 1 + A, since K + A * K = (1 + A) * K, or A without the residual."""
+        return 1 + attention if self.residual else attention
+
+    @property
+    def flat_padding(self) -> list[int]:
+        """The padding in the order that ``torch.nn.functional.pad`` takes: last axis first."""
+        return [amount for pair in reversed(self.padding) for amount in pair]
+
+
+def product(sizes: Sequence[int]) -> int:
+    """The product of some sizes, symbolic ones too (``math.prod`` cannot be traced with those)."""
+    result = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def describe(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    residual: bool,
+) -> Problem:
+    """Checks the arguments of ``aw_conv{dims}d`` and returns the problem they state.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or the dtypes differ or are not floating-point.
+        ValueError: sizes, devices or numbers do not fit together. The message names the argument, what was expected
+            and what came.
+    """
+    name = f"aw_conv{dims}d"
+    spatial = ", ".join(SPATIAL_NAMES[dims])
+    kernel_names = ", ".join("k" + axis for axis in SPATIAL_NAMES[dims])
+
+    tensors = {"input": input, "weight": weight, "attention": attention}
+    if bias is not None:
+        tensors["bias"] = bias
+    for argument, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
+    for argument, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(
+                f"{name}: {argument} must be floating-point, got {tensor.dtype}; convert it with .to(torch.float32)"
+            )
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"{name}: {argument} must have the dtype of input, {input.dtype}, got {tensor.dtype}; "
+                f"convert one of them or run under torch.autocast"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name}: {argument} must be on the device of input, {input.device}, got {tensor.device}; "
+                f"move it with .to(input.device)"
+            )
+
+    if input.dim() != dims + 2:
+        raise ValueError(
+            f"{name}: input must have {dims + 2} axes (N, C1, {spatial}), got shape {tuple(input.shape)}"
+            + ("; add the batch axis with input[None]" if input.dim() == dims + 1 else "")
+        )
+    if weight.dim() != dims + 2:
+        raise ValueError(
+            f"{name}: weight must have {dims + 2} axes (C2, C1/groups, {kernel_names}), got shape {tuple(weight.shape)}"
+        )
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{name}: groups must be a positive integer, got {groups!r}")
+    out_channels, group_in_channels, *kernel = weight.shape
+    in_channels, *size = input.shape[1:]
+    if in_channels != group_in_channels * groups:
+        raise ValueError(
+            f"{name}: input must have {group_in_channels * groups} channels (weight.shape[1] = {group_in_channels} "
+            f"times groups = {groups}), got {in_channels}"
+        )
+    if out_channels % groups:
+        raise ValueError(
+            f"{name}: weight must have a number of output channels divisible by groups = {groups}, got {out_channels}"
+        )
+    if product(weight.shape) == 0:
+        raise ValueError(f"{name}: weight must not be empty, got shape {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (out_channels,):
+        raise ValueError(
+            f"{name}: bias must have shape ({out_channels},), one value for each output channel, "
+            f"got {tuple(bias.shape)}"
+        )
+
+    rates = _rates(name, kernel_names, input, weight, attention)
+    strides = _per_axis(name, "stride", stride, dims, least=1)
+    dilations = _per_axis(name, "dilation", dilation, dims, least=1)
+    paddings = _paddings(name, padding, kernel, strides, dilations)
+    out_size = []
+    for axis in range(dims):
+        padded = size[axis] + paddings[axis][0] + paddings[axis][1]
+        reach = dilations[axis] * (kernel[axis] - 1) + 1
+        if padded < reach:
+            raise ValueError(
+                f"{name}: input is too small along axis {SPATIAL_NAMES[dims][axis]}: {size[axis]} with padding "
+                f"{paddings[axis]} makes {padded}, and the dilated kernel reaches over {reach}; pad the input"
+            )
+        out_size.append((padded - reach) // strides[axis] + 1)
+    return Problem(
+        empty=bool(input.shape[0] == 0),
+        out_channels=out_channels,
+        in_channels=in_channels,
+        groups=groups,
+        kernel=tuple(kernel),
+        size=tuple(size),
+        out_size=tuple(out_size),
+        stride=strides,
+        padding=paddings,
+        dilation=dilations,
+        rates=rates,
+        residual=residual,
+        dtype=input.dtype,
+        device=input.device.type,
+    )
+
+
+def _rates(name: str, kernel_names: str, input: Tensor, weight: Tensor, attention: Tensor) -> tuple[int, ...]:
+    if attention.dim() != weight.dim() + 1:
+        raise ValueError(
+            f"{name}: attention must have {weight.dim() + 1} axes (N, C2/r_C2, (C1/groups)/r_C1, {kernel_names}), "
+            f"got shape {tuple(attention.shape)}"
+        )
+    if attention.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"{name}: attention must have the batch size of input, {input.shape[0]}, got {attention.shape[0]}; "
+            f"share one map among all samples with attention.expand({input.shape[0]}, ...)"
+        )
+    rates = []
+    axes = ["out_channels", "in_channels / groups", *kernel_names.split(", ")]
+    for axis, whole, part in zip(axes, weight.shape, attention.shape[1:], strict=True):
+        if part < 1 or whole % part:
+            raise ValueError(
+                f"{name}: attention must have a size that divides the weight's along {axis}: a divisor of {whole}, "
+                f"got {part} (attention {tuple(attention.shape)}, weight {tuple(weight.shape)})"
+            )
+        rates.append(whole // part)
+    return tuple(rates)
+
+
+def _per_axis(name: str, argument: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
+    values = (value,) * dims if isinstance(value, int) else value
+    if (
+        isinstance(value, bool | str)
+        or not isinstance(values, Sequence)
+        or not all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    ):
+        raise TypeError(f"{name}: {argument} must be an integer or {dims} of them, got {value!r}")
+    if len(values) != dims:
+        raise ValueError(f"{name}: {argument} must have {dims} numbers, one for each spatial axis, got {value!r}")
+    if any(v < least for v in values):
+        raise ValueError(f"{name}: {argument} must be at least {least}, got {value!r}")
+    return tuple(values)
+
+
+def _paddings(
+    name: str, padding: Any, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    if not isinstance(padding, str):
+        return tuple((amount, amount) for amount in _per_axis(name, "padding", padding, len(kernel), least=0))
+    if padding == "valid":
+        return ((0, 0),) * len(kernel)
+    if padding != "same":
+        raise ValueError(f"{name}: padding must be 'same', 'valid' or numbers, got {padding!r}")
+    if any(step != 1 for step in stride):
+        raise ValueError(f"{name}: padding='same' needs stride 1, got {tuple(stride)}; give the padding as numbers")
+    totals = [rate * (extent - 1) for rate, extent in zip(dilation, kernel, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
