@@ -58,11 +58,7 @@ def convert(
     Raises:
         ValueError: nothing was selected, or an argument does not fit a selected layer. The model is left as it was.
     """
-    convolutions: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, tuple(_TWINS)) and not isinstance(module, tuple(_TWINS.values()))
-    }
+    convolutions = {name: module for name, module in model.named_modules() if _is_plain_convolution(module)}
     if select is None:
         spatial = [name for name, module in convolutions.items() if _is_spatial(module)]
         chosen = set(spatial[1:] if spatial != [""] else spatial)
@@ -104,6 +100,12 @@ def convert(
             if child in twins:
                 parent._modules[name] = twins[child]
     return model
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(
+        module, AWConv1d | AWConv2d | AWConv3d
+    )
 
 
 def _is_spatial(module: nn.Module) -> bool:

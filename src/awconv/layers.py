@@ -91,7 +91,7 @@ class AttentionBranch(nn.Module):
             ValueError: batch statistics would have to be taken over a single value.
         """
         out_blocks, in_blocks, *kernel = self.attention_size
-        attention = average_pool(input, kernel)
+        attention: Tensor = average_pool(input, kernel)
         self._check_statistics(attention)
         attention = self.act1(self.norm1(self.conv1(attention)))
         attention = self.act2(self.norm2(self.conv2(attention)))

@@ -16,10 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from awconv.convert import convert
-from awconv.models.cifar_resnet import CifarResNet
-
-# Means and deviations of the channels over the 50,000 training images, as recipes for these networks use them.
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+from awconv.models.cifar_resnet import CIFAR10_MEAN, CIFAR10_STD, CifarResNet
 
 _IMAGENET = dict(
     num_classes=1000,

@@ -18,11 +18,13 @@ class Machine(NamedTuple):
         element: time to move one element through memory, in multiply-adds of a plain convolution.
         grouped: time of a multiply-add in a convolution with one group a sample, in those of a plain convolution.
         weight: elements moved for each element of a sample's own weights, made, used and differentiated.
+        call: time to launch the work of one tap, shared among the samples of a usual batch.
     """
 
     element: float
     grouped: float
     weight: float
+    call: float
 
 
 class Algorithm(NamedTuple):

@@ -1,13 +1,12 @@
-"""Attention that does not depend on the input channel: one plain convolution for each tap, scaled as it is added.
+"""Attention that does not depend on the input channel: one matrix product for each tap, scaled as it is added.
 
 With ``s = 1 + a``, ``O[p] = sum over taps of s[p, tap] * (K[p, :, tap] . I shifted by tap)``. Neither the forward nor
 the backward holds anything of the size of N sets of weights: the weights stay constant, and one tap's partial product
-is alive at a time. Taps that share their attention (a rate above 1 along the kernel) form one small convolution.
+is alive at a time. All samples share one wide matrix product, with the channels first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product as cartesian
 from typing import Any
 
@@ -15,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awconv.ops.algorithm import CONV, Algorithm, Machine
+from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.problem import Problem, product
+
+_CHUNK_ELEMENTS = 2**24  # 64 MiB in single precision
 
 
 def _obstacle(problem: Problem) -> str | None:
@@ -26,103 +27,119 @@ def _obstacle(problem: Problem) -> str | None:
 
 
 def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
-    gain = problem.gain(attention).flatten(2).repeat_interleave(problem.rates[0], dim=1)  # N, C2, blocks
-    output: Tensor = _PerTap.apply(input, weight, gain, problem)
-    return output
+    gain = problem.gain(attention).squeeze(2)
+    for axis, rate in enumerate((problem.rates[0], *problem.rates[2:]), start=1):
+        gain = gain.repeat_interleave(rate, dim=axis)
+    gain = gain.flatten(2).permute(2, 1, 0).unsqueeze(3)  # taps, C2, N, 1
+    weights = weight.flatten(2).permute(2, 0, 1)  # taps, C2, C1/groups
+    output: Tensor = _PerTap.apply(input, weights, gain, problem)
+    return output.unflatten(2, problem.out_size).transpose(0, 1).contiguous()
 
 
 class _PerTap(torch.autograd.Function):
-    """Saves its inputs only; the backward is made of differentiable operations, which gives the double backward."""
+    """Saves its inputs only; the backward is made of differentiable operations, which gives the double backward.
+
+    Input (N, C1, \\*size), weights (taps, C2, C1/groups) and gain (taps, C2, N, 1) to output (C2, N, H'W').
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, gain: Tensor, problem: Problem) -> Tensor:
-        padded = F.pad(input, problem.flat_padding)
+    def forward(input: Tensor, weights: Tensor, gain: Tensor, problem: Problem) -> Tensor:
+        windows = _windows(problem, _channels_first(problem, input))
         output = None
-        for block, kernel in enumerate(_kernel_blocks(problem)):
-            partial = _partial(problem, padded, weight, kernel).to(_sum_dtype(input))
-            scale = _per_channel(problem, gain, block).to(partial.dtype)
-            output = partial.mul_(scale) if output is None else output.addcmul_(partial, scale)
+        for taps in _chunks(problem, input):
+            partials = _partials(problem, weights[taps], _columns(problem, windows[taps])).to(_sum_dtype(input))
+            for partial, scale in zip(partials, gain[taps].to(partials.dtype), strict=True):
+                output = partial * scale if output is None else output.addcmul_(partial, scale)
         assert output is not None
         return output.to(input.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Problem], output: Tensor) -> None:
-        input, weight, gain, ctx.problem = inputs
-        ctx.save_for_backward(input, weight, gain)
+        input, weights, gain, ctx.problem = inputs
+        ctx.save_for_backward(input, weights, gain)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (grad_output,) = grads
-        input, weight, gain = ctx.saved_tensors
+        input, weights, gain = ctx.saved_tensors
         problem: Problem = ctx.problem
-        need_input, need_weight, need_gain, _ = ctx.needs_input_grad
-        padded = F.pad(input, problem.flat_padding)
-        grad_padded = torch.zeros_like(padded, dtype=_sum_dtype(input)) if need_input else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_gain = []
-        for block, kernel in enumerate(_kernel_blocks(problem)):
-            window = _window(problem, padded, kernel)
-            weight_block = _taps(weight, kernel)
-            if need_input or need_weight:
-                grad_window, grad_weight_block, _ = torch.ops.aten.convolution_backward(
-                    grad_output * _per_channel(problem, gain, block),
-                    window,
-                    weight_block,
-                    None,
-                    problem.stride,
-                    (0,) * problem.dims,
-                    problem.dilation,
-                    False,
-                    (0,) * problem.dims,
-                    problem.groups,
-                    (need_input, need_weight, False),
-                )
-                if grad_padded is not None:
-                    _window(problem, grad_padded, kernel).add_(grad_window)
-                if grad_weight is not None:
-                    _taps(grad_weight, kernel).copy_(grad_weight_block)
+        need_input, need_weights, need_gain, _ = ctx.needs_input_grad
+        padded = _channels_first(problem, input)
+        windows = _windows(problem, padded)
+        grad_padded = torch.zeros_like(padded, dtype=_sum_dtype(input))
+        grad_windows = _windows(problem, grad_padded)
+        grad_weights, grad_gain = [], []
+        for taps in _chunks(problem, input):
+            columns = _columns(problem, windows[taps])
+            grad_partials = _by_group(problem, grad_output * gain[taps])
+            if need_input:
+                grad_columns = _by_group(problem, weights[taps]).transpose(1, 2) @ grad_partials
+                shape = (len(windows[taps]), problem.in_channels, input.shape[0], *problem.out_size)
+                grad_columns = grad_columns.reshape(shape)
+                for grad_window, columns_of_tap in zip(grad_windows[taps], grad_columns, strict=True):
+                    grad_window.add_(columns_of_tap)
+            if need_weights:
+                grad_weights.append((grad_partials @ columns.transpose(1, 2)).reshape(weights[taps].shape))
             if need_gain:
-                partial = _partial(problem, padded, weight, kernel)
-                grad_gain.append((grad_output * partial).flatten(2).sum(2, dtype=_sum_dtype(input)))
-        grad_input = None
-        if grad_padded is not None:
-            grad_input = F.pad(grad_padded, [-amount for amount in problem.flat_padding]).to(input.dtype)
-        return grad_input, grad_weight, torch.stack(grad_gain, 2).to(gain.dtype) if need_gain else None, None
+                inner = grad_output * _partials(problem, weights[taps], columns)
+                grad_gain.append(inner.sum(3, keepdim=True, dtype=_sum_dtype(input)).to(gain.dtype))
+        grad_input = F.pad(grad_padded, [-amount for amount in problem.flat_padding]).transpose(0, 1)
+        return (
+            grad_input.to(input.dtype) if need_input else None,
+            torch.cat(grad_weights) if need_weights else None,
+            torch.cat(grad_gain) if need_gain else None,
+            None,
+        )
 
 
-def _kernel_blocks(problem: Problem) -> Iterator[tuple[slice, ...]]:
-    """The parts of the kernel that share their attention, in the order of the flattened attention map."""
-    rates = problem.rates[2:]
-    for index in cartesian(*(range(blocks) for blocks in problem.attention_blocks[2:])):
-        yield tuple(slice(i * rate, (i + 1) * rate) for i, rate in zip(index, rates, strict=True))
+def _chunks(problem: Problem, input: Tensor) -> list[slice]:
+    """Taps that are multiplied at once: as many as keep what they see and give within a fixed number of elements."""
+    at_once = 1
+    if not torch.compiler.is_compiling():  # where the batch size may be symbolic
+        seen = input.shape[0] * (problem.in_channels + problem.out_channels) * product(problem.out_size)
+        at_once = max(1, _CHUNK_ELEMENTS // max(1, seen))
+    return [slice(start, start + at_once) for start in range(0, problem.taps, at_once)]
 
 
-def _window(problem: Problem, padded: Tensor, kernel: tuple[slice, ...]) -> Tensor:
-    """The part of the padded input that a part of the kernel sees (a view)."""
-    for axis, taps in enumerate(kernel):
-        dilation = problem.dilation[axis]
-        length = problem.stride[axis] * (problem.out_size[axis] - 1) + dilation * (taps.stop - taps.start - 1) + 1
-        padded = padded.narrow(2 + axis, taps.start * dilation, length)
-    return padded
+def _channels_first(problem: Problem, input: Tensor) -> Tensor:
+    """The padded input with the channels before the samples, so that the samples of a channel lie side by side."""
+    return F.pad(input.transpose(0, 1), problem.flat_padding).contiguous()
 
 
-def _partial(problem: Problem, padded: Tensor, weight: Tensor, kernel: tuple[slice, ...]) -> Tensor:
-    """The partial product of a part of the kernel: N, C2, H', W'."""
-    window = _window(problem, padded, kernel)
-    return CONV[problem.dims](window, _taps(weight, kernel), None, problem.stride, 0, problem.dilation, problem.groups)
+def _windows(problem: Problem, padded: Tensor) -> list[Tensor]:
+    """What each tap sees, as views of shape (C1, N, H', W'), in the order of the flattened kernel."""
+    windows = []
+    for tap in cartesian(*(range(size) for size in problem.kernel)):
+        window = padded
+        for axis, position in enumerate(tap):
+            stride = problem.stride[axis]
+            length = stride * (problem.out_size[axis] - 1) + 1
+            window = window.narrow(2 + axis, position * problem.dilation[axis], length)
+            if stride > 1:
+                window = window[(slice(None),) * (2 + axis) + (slice(None, None, stride),)]
+        windows.append(window)
+    return windows
 
 
-def _taps(weight: Tensor, kernel: tuple[slice, ...]) -> Tensor:
-    """A part of the kernel, with all channels (a view)."""
-    for axis, taps in enumerate(kernel):
-        weight = weight.narrow(2 + axis, taps.start, taps.stop - taps.start)
-    return weight
+def _columns(problem: Problem, windows: list[Tensor]) -> Tensor:
+    """The right side of the matrix products of some taps: (taps * groups, C1/groups, N*H'W')."""
+    columns = windows[0].shape[1] * product(problem.out_size)
+    return torch.stack(windows).reshape(len(windows) * problem.groups, problem.group_in_channels, columns)
 
 
-def _per_channel(problem: Problem, gain: Tensor, block: int) -> Tensor:
-    return gain[:, :, block].reshape(-1, problem.out_channels, *(1,) * problem.dims)
+def _by_group(problem: Problem, tensor: Tensor) -> Tensor:
+    """Shape (taps, C2, \\*rest) to (taps * groups, C2/groups, product of rest)."""
+    taps, channels, *rest = tensor.shape
+    return tensor.reshape(taps * problem.groups, channels // problem.groups, product(rest))
+
+
+def _partials(problem: Problem, weights: Tensor, columns: Tensor) -> Tensor:
+    """The partial products of some taps: (taps, C2, N, H'W')."""
+    positions = product(problem.out_size)
+    products = _by_group(problem, weights) @ columns
+    return products.reshape(weights.shape[0], problem.out_channels, columns.shape[2] // positions, positions)
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -131,10 +148,9 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _cost(problem: Problem, machine: Machine) -> float:
-    blocks = product(problem.attention_blocks[2:])
-    # Each block copies the window that it sees, and writes, reads and adds its partial product.
+    # Each tap copies the window that it sees, and writes, reads and adds its partial product.
     moved = 2 * problem.in_channels * product(problem.out_size) + 4 * problem.out_elements
-    return problem.multiply_adds + machine.element * blocks * moved
+    return problem.multiply_adds + problem.taps * (machine.element * moved + machine.call)
 
 
 ALGORITHM = Algorithm("per_tap", _per_tap, _obstacle, _cost, constant_weights=True)

@@ -1,0 +1,101 @@
+"""The command line: parses, calls one function, prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from awconv.extras import require
+from awconv.version import __version__
+
+USAGE = f"""awconv {__version__}: convolutions whose kernels adapt to each image
+
+usage: awconv COMMAND [ARGUMENTS]
+
+  demo      train a small ResNet and its AW twin on scanned digits, and compare them
+  fit       train a network by a recipe (YAML) and overrides
+  validate  evaluate a checkpoint on the validation split
+  test      evaluate a checkpoint on the test split
+  compare   train the variants of a recipe over seeds, and report how they compare
+  predict   classify image files with a checkpoint
+
+awconv COMMAND --help lists a command's arguments.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        args: the command and its arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0 if all went well, 1 after an error of the user's or a broken image, 2 for arguments that
+        cannot be parsed, 130 after Ctrl-C.
+    """
+    command, *arguments = [*(sys.argv[1:] if args is None else args), ""]
+    arguments = arguments[:-1]
+    if command in ("", "-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    commands = {
+        "demo": _function,
+        "compare": _function,
+        "predict": _function,
+        "fit": _lightning,
+        "validate": _lightning,
+        "test": _lightning,
+    }
+    if command not in commands:
+        print(f"awconv: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        return commands[command](command, arguments)
+    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
+        print(f"awconv {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _function(command: str, arguments: Sequence[str]) -> int:
+    require("lightning", extra="train")
+    jsonargparse = require("jsonargparse", extra="train")
+    from awconv.compare import compare, demo
+    from awconv.predict import predict
+
+    functions: dict[str, Callable[..., int]] = {"demo": demo, "compare": compare, "predict": predict}
+    function = functions[command]
+    parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description=(function.__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", action="config", help="a YAML file of arguments")
+    skip = set()
+    if command == "compare":
+        parser.add_argument("recipe", type=Path, help="a YAML file for awconv fit")
+        skip |= {"recipe"}
+    if command == "predict":
+        parser.add_argument("images", type=Path, nargs="+", help="image files, and folders that are searched for them")
+        skip |= {"images"}
+    overrides = {}
+    if command != "predict":
+        parser.epilog = "Arguments after -- go to every run, as awconv fit takes them: -- --trainer.max_epochs=5"
+        skip |= {"overrides"}
+        if "--" in arguments:
+            split = arguments.index("--")
+            overrides["overrides"] = arguments[split + 1 :]
+            arguments = arguments[:split]
+    parser.add_function_arguments(function, skip=skip)
+    given = parser.parse_args(list(arguments)).as_dict()
+    given.pop("config")
+    return function(**given, **overrides)
+
+
+def _lightning(command: str, arguments: Sequence[str]) -> int:
+    require("lightning", extra="train")
+    from awconv.training import TrainingCLI
+
+    TrainingCLI(args=[command, *arguments])
+    return 0

@@ -1,0 +1,115 @@
+"""Trains the variants of a recipe over seeds, and reports what is finished."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from awconv.compare.report import rich_table, summarise, write_report
+from awconv.compare.runs import InterruptedRunError, Run, base_network, train, variant_network
+
+DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
+DEFAULT_VARIANTS = ("plain", "aw")
+
+
+def compare(
+    recipe: Path,
+    variants: Sequence[str] = DEFAULT_VARIANTS,
+    seeds: int = 3,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Trains the twins of a recipe over the same seeds and prints how they compare.
+
+    Each finished run is kept as a small JSON file, and Ctrl-C reports those that are finished. The twins of a seed are
+    trained one after the other, so that the ratio of their times is taken on a machine in the same state.
+
+    Args:
+        recipe: a YAML file for ``awconv fit``.
+        variants: ``plain`` is the recipe's network, and ``NAME`` the network called NAME_ and then as the recipe's.
+        seeds: number of seeds, counted from 0.
+        out: the folder of the report; ``runs/`` and the recipe's name by default.
+        overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: the recipe names no network, a variant of it does not exist, or there is nothing to run.
+    """
+    base = base_network(recipe)
+    networks = {variant: variant_network(base, variant) for variant in variants}
+    if not networks or seeds < 1:
+        raise ValueError(f"there must be at least one variant and one seed, got {list(variants)} and {seeds}")
+    folder = out if out is not None else Path("runs") / recipe.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{base}: {' against '.join(networks)} ({recipe.stem})"
+    console = Console()
+    status, runs = _train_all(recipe, networks, seeds, folder, overrides, console)
+    if runs:
+        console.print(rich_table(summarise(runs), title))
+        command = shlex.join(["awconv", *sys.argv[1:]])
+        console.print(f"Report: {write_report(runs, folder, title, command)}", soft_wrap=True)
+    return status
+
+
+def demo(seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = ()) -> int:
+    """Trains a small ResNet and its AW twin on scikit-learn's scanned digits, and prints how they compare.
+
+    Args:
+        seeds: number of seeds, counted from 0.
+        out: the folder of the report.
+        overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+    """
+    return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides)
+
+
+def _train_all(
+    recipe: Path,
+    networks: dict[str, str],
+    seeds: int,
+    folder: Path,
+    overrides: Sequence[str],
+    console: Console,
+) -> tuple[int, list[Run]]:
+    runs: list[Run] = []
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with progress:
+        bar = progress.add_task("", total=len(networks) * seeds)
+        for seed in range(seeds):
+            for variant, network in networks.items():
+                done = len(runs)
+                name = f"{variant}-seed{seed}"
+
+                def on_progress(epochs: float, of: int, done: int = done, name: str = name) -> None:
+                    progress.update(
+                        bar, description=f"{name}, epoch {min(int(epochs) + 1, of)}/{of}", completed=done + epochs / of
+                    )
+
+                try:
+                    run = train(recipe, variant, network, seed, folder / name, overrides, on_progress)
+                except InterruptedRunError:
+                    console.print(f"Interrupted in {name}; {len(runs)} finished runs are kept in {folder}")
+                    return 130, runs
+                run.save(folder / f"{name}.json")
+                runs.append(run)
+                console.print(f"{name}: test accuracy {100 * run.test_accuracy:.2f} %", highlight=False)
+    return 0, runs

@@ -1,0 +1,237 @@
+"""One training run, and the small file that keeps what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+import torch
+import yaml
+
+from awconv.training import TrainingCLI
+from awconv.version import __version__
+
+
+class InterruptedRunError(Exception):
+    """The user stopped a run before it was finished."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave.
+
+    Attributes:
+        train_loss: mean cross-entropy over the training batches.
+        val_accuracy: share of the validation images that were classified rightly; None without a validation split.
+        seconds: time of the training batches, without validation and checkpoints.
+    """
+
+    train_loss: float
+    val_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        variant: what distinguishes it from its twins, such as ``"plain"`` or ``"aw"``.
+        network: name of the network.
+        seed: of the initialisation, the order of the images and their augmentation.
+        parameters: number of trained parameters.
+        test_accuracy: share of the test images that the network of the last epoch classified rightly.
+        epochs: the learning curve.
+        recipe: all settings of the run.
+        versions: of awconv, torch, timm and Python, and the machine.
+    """
+
+    variant: str
+    network: str
+    seed: int
+    parameters: int
+    test_accuracy: float
+    epochs: list[Epoch]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Median time of an epoch; the first, which warms up, does not count where there are others."""
+        return median(epoch.seconds for epoch in self.epochs[1:] or self.epochs)
+
+    def save(self, path: Path) -> None:
+        """Writes the run as JSON, wholly or not at all."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file does not hold a run.
+        """
+        try:
+            content = json.loads(path.read_text())
+            return cls(**content | {"epochs": [Epoch(**epoch) for epoch in content["epochs"]]})
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} does not hold a run of 'awconv compare': {error}") from error
+
+
+def base_network(recipe: Path) -> str:
+    """The network that a recipe names, which is that of the variant ``plain``.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: the recipe names no network.
+    """
+    if not recipe.is_file():
+        raise FileNotFoundError(f"recipe {recipe} is not a file; expected a YAML file such as those under recipes/")
+    content = yaml.safe_load(recipe.read_text())
+    try:
+        return str(content["model"]["network"])
+    except (TypeError, KeyError):
+        raise ValueError(f"recipe {recipe} must name a network under model.network") from None
+
+
+def variant_network(base: str, variant: str) -> str:
+    """The network of a variant: ``aw`` of ``resnet20_cifar`` is ``aw_resnet20_cifar``.
+
+    Raises:
+        ValueError: timm has no such network.
+    """
+    network = base if variant == "plain" else f"{variant}_{base}"
+    if not timm.is_model(network):
+        raise ValueError(
+            f"variant {variant!r} of {base} would be the network {network!r}, which timm.create_model does not know; "
+            f"variants of it are plain{''.join(', ' + v for v in _known_variants(base))}"
+        )
+    return network
+
+
+def _known_variants(base: str) -> list[str]:
+    return [name.removesuffix("_" + base) for name in timm.list_models(f"*_{base}")]
+
+
+def train(
+    recipe: Path,
+    variant: str,
+    network: str,
+    seed: int,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    on_progress: Callable[[float, int], None] = lambda epochs, of: None,
+) -> Run:
+    """Trains a network by a recipe and tests it after the last epoch.
+
+    Args:
+        recipe: a YAML file for ``awconv fit``.
+        variant: what the run is called among its twins.
+        network: the network, in the place of the recipe's.
+        seed: in the place of the recipe's.
+        folder: where the checkpoint goes.
+        overrides: further arguments, as ``awconv fit`` takes them.
+        on_progress: called after each batch with the epochs done so far and the number of all.
+
+    Raises:
+        InterruptedRunError: the user pressed Ctrl-C.
+    """
+    _quieten_lightning()
+    cli = TrainingCLI(
+        run=False,
+        save_config_callback=None,
+        args=[
+            f"--config={recipe}",
+            *overrides,
+            f"--model.network={network}",
+            f"--seed_everything={seed}",
+            f"--trainer.default_root_dir={folder}",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        ],
+    )
+    recorder = _Recorder(on_progress)
+    cli.trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        (metrics,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns a Ctrl-C into SystemExit
+        if isinstance(error, KeyboardInterrupt) or cli.trainer.interrupted:
+            raise InterruptedRunError(f"{variant}, seed {seed}") from error
+        raise
+    return Run(
+        variant=variant,
+        network=network,
+        seed=seed,
+        parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
+        test_accuracy=metrics["test/accuracy"],
+        epochs=recorder.epochs,
+        recipe=yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True)),
+        versions={
+            "awconv": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if cli.model.device.type == "cuda" else platform.machine(),
+            "threads": str(torch.get_num_threads()),
+        },
+    )
+
+
+class _Recorder(pl.Callback):
+    """Keeps the learning curve, and times the batches of each epoch."""
+
+    def __init__(self, on_progress: Callable[[float, int], None]) -> None:
+        self.epochs: list[Epoch] = []
+        self._on_progress = on_progress
+        self._start = self._stop = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _synchronize(pl_module)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        batches = trainer.num_training_batches
+        if batch_idx + 1 == batches:
+            _synchronize(pl_module)
+        self._stop = time.perf_counter()
+        self._on_progress(trainer.current_epoch + (batch_idx + 1) / batches, trainer.max_epochs or 0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        accuracy = metrics.get("val/accuracy")
+        self.epochs.append(
+            Epoch(
+                train_loss=metrics["train/loss"].item(),
+                val_accuracy=None if accuracy is None else accuracy.item(),
+                seconds=self._stop - self._start,
+            )
+        )
+
+
+def _synchronize(module: pl.LightningModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+
+
+def _quieten_lightning() -> None:
+    """Lightning speaks to the user of one run; many runs under one progress bar need none of it."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")

@@ -1,0 +1,23 @@
+"""Real data sets as Lightning data modules (extra ``train``)."""
+
+from awconv.extras import require
+
+require("lightning", extra="train")
+
+from awconv.data.cifar import Cifar10, Cifar100
+from awconv.data.digits import Digits
+from awconv.data.folder import ImageFolder
+from awconv.data.images import BrokenImageError, to_uint8
+from awconv.data.module import ImageDataModule
+from awconv.data.parquet import Parquet
+
+__all__ = [
+    "BrokenImageError",
+    "Cifar10",
+    "Cifar100",
+    "Digits",
+    "ImageDataModule",
+    "ImageFolder",
+    "Parquet",
+    "to_uint8",
+]

@@ -1,0 +1,77 @@
+"""CIFAR-10 and CIFAR-100, as torchvision downloads them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from awconv.data.images import ArrayImages
+from awconv.data.module import ImageDataModule, Split
+from awconv.models.cifar_resnet import CIFAR10_MEAN, CIFAR10_STD
+
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+class Cifar10(ImageDataModule):
+    """CIFAR-10: 50,000 training and 10,000 test images, 32x32, 10 classes.
+
+    Args:
+        root: the folder that holds ``cifar-10-batches-py``, or that it is downloaded to.
+        download: fetch it where it is missing.
+        image_size: as for :class:`ImageDataModule`.
+        batch_size: as for :class:`ImageDataModule`.
+        crop_padding: as for :class:`ImageDataModule`.
+        horizontal_flip: as for :class:`ImageDataModule`.
+        val_fraction: as for :class:`ImageDataModule`.
+        split_seed: as for :class:`ImageDataModule`.
+    """
+
+    default_mean, default_std = CIFAR10_MEAN, CIFAR10_STD
+    _dataset: type[CIFAR10] = CIFAR10
+
+    def __init__(
+        self,
+        root: Path = Path("data"),
+        download: bool = True,
+        image_size: int = 32,
+        batch_size: int = 128,
+        crop_padding: int = 4,
+        horizontal_flip: bool = True,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(image_size, batch_size, crop_padding, horizontal_flip, val_fraction, split_seed)
+        self.root = root
+        self.download = download
+
+    @cached_property
+    def _train(self) -> CIFAR10:
+        return self._open(train=True)
+
+    def _open(self, train: bool) -> CIFAR10:
+        try:
+            return self._dataset(self.root, train=train, download=self.download)
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(
+                f"{self._dataset.__name__} is not in {self.root}: {error}. Put the folder {self._dataset.base_folder} "
+                "there, or let it be fetched with --data.download true on a machine with a network"
+            ) from error
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self._train.classes)
+
+    def open(self, split: Split) -> ArrayImages | None:
+        if split == "val":
+            return None
+        dataset = self._train if split == "train" else self._open(train=False)
+        return ArrayImages(dataset.data, dataset.targets)
+
+
+class Cifar100(Cifar10):
+    """CIFAR-100: as :class:`Cifar10`, with 100 classes, in the folder ``cifar-100-python``."""
+
+    default_mean, default_std = CIFAR100_MEAN, CIFAR100_STD
+    _dataset = CIFAR100

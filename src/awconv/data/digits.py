@@ -1,0 +1,65 @@
+"""scikit-learn's scanned digits: real images that a dependency ships, for demonstrations and tests."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from awconv.data.images import ArrayImages
+from awconv.data.module import ImageDataModule, Split
+
+_TEST_IMAGES = 360
+_SPLIT_SEED = 0
+
+
+class Digits(ImageDataModule):
+    """1,797 scanned handwritten digits, 8x8 pixels, grey (``sklearn.datasets.load_digits``).
+
+    A fifth of them, 360, drawn once and evenly over the classes, is the test split.
+
+    Args:
+        image_size: height and width, in pixels; the scans are 8x8.
+        batch_size: as for :class:`ImageDataModule`.
+        crop_padding: as for :class:`ImageDataModule`.
+        val_fraction: as for :class:`ImageDataModule`.
+        split_seed: as for :class:`ImageDataModule`.
+    """
+
+    channels = 1
+    default_mean = (0.305,)
+    default_std = (0.376,)
+
+    def __init__(
+        self,
+        image_size: int = 8,
+        batch_size: int = 64,
+        crop_padding: int = 1,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            image_size, batch_size, crop_padding=crop_padding, val_fraction=val_fraction, split_seed=split_seed
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        return [str(digit) for digit in range(10)]
+
+    def open(self, split: Split) -> ArrayImages | None:
+        return _splits().get(split)
+
+
+@cache
+def _splits() -> dict[Split, ArrayImages]:
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 shades, 0 to 16
+    train, test = train_test_split(
+        np.arange(len(images)), test_size=_TEST_IMAGES, random_state=_SPLIT_SEED, stratify=digits.target
+    )
+    return {
+        "train": ArrayImages(images[train], digits.target[train].tolist()),
+        "test": ArrayImages(images[test], digits.target[test].tolist()),
+    }

@@ -1,0 +1,197 @@
+"""What all data sets of labelled images share: splits, loaders, augmentation."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from sklearn.model_selection import train_test_split
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from awconv.data.augment import random_crop, random_horizontal_flip
+from awconv.data.images import InMemoryImages, LabelledImages, TransformedImages, to_uint8
+
+Split = Literal["train", "val", "test"]
+IN_MEMORY_BYTES = 2**31
+
+
+class ImageDataModule(pl.LightningDataModule, abc.ABC):
+    """Labelled images for a classification, as batches ``(images, targets)``.
+
+    Images are uint8, shape (N, channels, image_size, image_size): the network's task normalises them. A set of at most
+    2 GiB is decoded once, kept as one tensor, and augmented in batches on the training device, by random crops after
+    zero padding and horizontal flips. A larger one is decoded by workers, which draw the random resized crops usual at
+    that scale.
+
+    Args:
+        image_size: height and width, in pixels.
+        batch_size: samples a batch and device.
+        crop_padding: zeros on each side before the random crop, in pixels; 0 for no crop.
+        horizontal_flip: mirror half of the training images.
+        val_fraction: share of each class held out from the training split, where the data set has no validation split
+            of its own; 0 for none.
+        split_seed: seed of that split. It is not the run's seed: all runs share one split.
+        in_memory: decode once, or at each access; None decides by the size.
+        num_workers: processes that decode a set that is not in memory.
+        mean: mean of each channel, of values from 0 to 1; None for the data set's own.
+        std: deviation of each channel; None for the data set's own.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    channels = 3
+    default_mean: Sequence[float]
+    default_std: Sequence[float]
+
+    def __init__(
+        self,
+        image_size: int,
+        batch_size: int = 128,
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        in_memory: bool | None = None,
+        num_workers: int = 4,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and less than 1, got {val_fraction}")
+        for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if crop_padding < 0:
+            raise ValueError(f"crop_padding must be at least 0, got {crop_padding}")
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.crop_padding = crop_padding
+        self.horizontal_flip = horizontal_flip
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.in_memory = in_memory
+        self.num_workers = num_workers
+        self.mean = [float(value) for value in (mean or self.default_mean)]
+        self.std = [float(value) for value in (std or self.default_std)]
+        self._datasets: dict[Split, InMemoryImages | TransformedImages] = {}
+
+    @property
+    @abc.abstractmethod
+    def classes(self) -> list[str]:
+        """The names of the classes, by index."""
+
+    @abc.abstractmethod
+    def open(self, split: Split) -> LabelledImages | None:
+        """The data set's own split, or None if it has none of that name. Nothing is decoded yet.
+
+        Raises:
+            FileNotFoundError: the data is not there.
+        """
+
+    @property
+    def input_size(self) -> list[int]:
+        """Channels, height and width of an image."""
+        return [self.channels, self.image_size, self.image_size]
+
+    def dataset(self, split: Split) -> InMemoryImages | TransformedImages | None:
+        """A split as it is trained or evaluated on, opened and, if it is kept in memory, decoded on first use.
+
+        The test split of a data set without one is its validation split.
+        """
+        if split not in self._datasets:
+            source, indices = self._select(split)
+            if source is None or not indices:
+                return None
+            self._datasets[split] = self._load(source, indices, split)
+        return self._datasets[split]
+
+    def _select(self, split: Split) -> tuple[LabelledImages | None, list[int]]:
+        source = self.open(split)
+        if split == "test" and source is None:
+            return self._select("val")
+        if split == "val" and source is None:
+            return self.open("train"), self._held_out[1]
+        if split == "train" and self.open("val") is None:
+            return source, self._held_out[0]
+        return source, list(range(len(source))) if source is not None else []
+
+    @cached_property
+    def _held_out(self) -> tuple[list[int], list[int]]:
+        """Indices into the training split: those to train on, and those held out."""
+        source = self.open("train")
+        assert source is not None
+        everything = list(range(len(source)))
+        if self.val_fraction == 0:
+            return everything, []
+        train, val = train_test_split(
+            everything, test_size=self.val_fraction, random_state=self.split_seed, stratify=source.targets
+        )
+        return sorted(train), sorted(val)
+
+    def _load(self, source: LabelledImages, indices: list[int], split: Split) -> InMemoryImages | TransformedImages:
+        fits = len(indices) * self.channels * self.image_size**2 <= IN_MEMORY_BYTES
+        if fits if self.in_memory is None else self.in_memory:
+            return InMemoryImages(source, indices, self.channels, self.image_size)
+        transform = partial(to_uint8, channels=self.channels, size=self.image_size)
+        if split == "train":
+            transform = create_transform(
+                input_size=self.image_size,
+                is_training=True,
+                hflip=0.5 if self.horizontal_flip else 0.0,
+                color_jitter=0.0,
+                normalize=False,  # which leaves uint8
+            )
+        return TransformedImages(source, indices, self.channels, transform)
+
+    def _loader(self, split: Split) -> Any:
+        dataset = self.dataset(split)
+        if dataset is None:
+            return []
+        train, in_memory = split == "train", isinstance(dataset, InMemoryImages)
+        if train and len(dataset) < self.batch_size:
+            raise ValueError(f"batch_size must be at most the {len(dataset)} training images, got {self.batch_size}")
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=train,
+            drop_last=train,
+            collate_fn=_as_it_is if in_memory else None,
+            num_workers=0 if in_memory else self.num_workers,
+            persistent_workers=not in_memory and self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> Any:
+        return self._loader("train")
+
+    def val_dataloader(self) -> Any:
+        return self._loader("val")
+
+    def test_dataloader(self) -> Any:
+        return self._loader("test")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.trainer is None or not self.trainer.training or not isinstance(self.dataset("train"), InMemoryImages):
+            return batch
+        images, targets = batch
+        return self.augment(images), targets
+
+    def augment(self, images: Tensor) -> Tensor:
+        """Augments a batch of training images."""
+        if self.crop_padding:
+            images = random_crop(images, self.crop_padding)
+        if self.horizontal_flip:
+            images = random_horizontal_flip(images)
+        return images
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,158 @@
+"""Images in Parquet files, in the layout of Hugging Face's data sets."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import Dataset
+
+from awconv.data.images import read_image
+from awconv.data.module import ImageDataModule, Split
+from awconv.extras import require
+
+
+class ParquetImages(Dataset[tuple[Image.Image, int]]):
+    """The rows of some Parquet files: a column of structs {bytes, path} and one of class indices.
+
+    Args:
+        pattern: a file, or a glob pattern of several, read in alphabetical order.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+
+    Raises:
+        FileNotFoundError: no file matches.
+        ValueError: a column is missing, or there are labels outside the list of classes.
+    """
+
+    def __init__(self, pattern: str, image_column: str, label_column: str) -> None:
+        parquet = require("pyarrow.parquet", extra="parquet")
+        files = sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise FileNotFoundError(f"no file matches {pattern!r}; expected a Parquet file or a glob pattern of some")
+        present = parquet.read_schema(files[0]).names
+        for column in (image_column, label_column):
+            if column not in present:
+                raise ValueError(
+                    f"{files[0]} must have a column {column!r}, got {present}; "
+                    "name the right one with image_column or label_column"
+                )
+        table = parquet.ParquetDataset(files).read(columns=[image_column, label_column])
+        self._bytes = table.column(image_column).combine_chunks().field("bytes")
+        self._pattern = pattern
+        self.targets: list[int] = table.column(label_column).to_pylist()
+        self.classes = _class_names(table.schema, label_column) or [
+            str(index) for index in range(max(self.targets, default=-1) + 1)
+        ]
+        wrong = [index for index, target in enumerate(self.targets) if not 0 <= target < len(self.classes)]
+        if wrong:
+            raise ValueError(
+                f"{pattern}: labels must be from 0 to {len(self.classes) - 1}, got {self.targets[wrong[0]]} in row "
+                f"{wrong[0]} (and {len(wrong) - 1} more)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self._bytes[index].as_py(), f"{self._pattern}, row {index}"), self.targets[index]
+
+
+def _class_names(schema: Any, column: str) -> list[str] | None:
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    if metadata is None:
+        return None
+    names: list[str] | None = json.loads(metadata).get("info", {}).get("features", {}).get(column, {}).get("names")
+    return names
+
+
+class Parquet(ImageDataModule):
+    """Images in Parquet files, in the layout of Hugging Face's data sets: ``image`` {bytes, path} and ``label``.
+
+    The names of the classes come from the files' metadata, where they have any.
+
+    Args:
+        train: a file, or a glob pattern of several.
+        val: the same; None holds out ``val_fraction`` of the training split.
+        test: the same; None tests on the validation split.
+        image_size: height and width, in pixels: the shorter side is resized to it and the centre cropped.
+        batch_size: as for :class:`ImageDataModule`.
+        crop_padding: as for :class:`ImageDataModule`.
+        horizontal_flip: as for :class:`ImageDataModule`.
+        val_fraction: as for :class:`ImageDataModule`.
+        split_seed: as for :class:`ImageDataModule`.
+        in_memory: as for :class:`ImageDataModule`.
+        num_workers: as for :class:`ImageDataModule`.
+        mean: as for :class:`ImageDataModule`; ImageNet's by default.
+        std: as for :class:`ImageDataModule`; ImageNet's by default.
+        image_column: name of the column of images.
+        label_column: name of the column of labels.
+
+    Raises:
+        FileNotFoundError: no file matches.
+        ValueError: a column is missing, or splits have different classes.
+    """
+
+    default_mean, default_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        image_size: int = 224,
+        batch_size: int = 128,
+        crop_padding: int = 0,
+        horizontal_flip: bool = True,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        in_memory: bool | None = None,
+        num_workers: int = 4,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+    ) -> None:
+        super().__init__(
+            image_size,
+            batch_size,
+            crop_padding,
+            horizontal_flip,
+            val_fraction,
+            split_seed,
+            in_memory,
+            num_workers,
+            mean,
+            std,
+        )
+        self.files: dict[Split, str | None] = {"train": train, "val": val, "test": test}
+        self.columns = (image_column, label_column)
+
+    @cached_property
+    def _train(self) -> ParquetImages:
+        assert self.files["train"] is not None
+        return ParquetImages(self.files["train"], *self.columns)
+
+    @property
+    def classes(self) -> list[str]:
+        return self._train.classes
+
+    def open(self, split: Split) -> ParquetImages | None:
+        if split == "train":
+            return self._train
+        pattern = self.files[split]
+        if pattern is None:
+            return None
+        dataset = ParquetImages(pattern, *self.columns)
+        # Files without names count classes by the largest label, which a small split may lack.
+        if dataset.classes != self.classes[: len(dataset.classes)]:
+            raise ValueError(
+                f"{pattern} must have the {len(self.classes)} classes of {self.files['train']}, got "
+                f"{len(dataset.classes)} classes: {dataset.classes[:10]}"
+            )
+        return dataset

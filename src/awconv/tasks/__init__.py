@@ -1,0 +1,9 @@
+"""What is trained: one LightningModule for each kind of problem (extra ``train``)."""
+
+from awconv.extras import require
+
+require("lightning", extra="train")
+
+from awconv.tasks.classification import ClassificationTask
+
+__all__ = ["ClassificationTask"]

@@ -1,0 +1,121 @@
+"""Training and evaluating a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torchmetrics.classification import MulticlassAccuracy
+
+import awconv.models  # noqa: F401  # registers the AW models with timm
+
+
+class ClassificationTask(pl.LightningModule):
+    """A network that is trained with cross-entropy, a linear warm-up and a cosine decay of the learning rate.
+
+    Its checkpoints hold all that a prediction needs: the network's name and arguments, the classes and how images are
+    normalised.
+
+    Args:
+        network: a name that ``timm.create_model`` knows.
+        classes: the names of the classes, by index.
+        input_size: channels, height and width of the images.
+        mean: mean of each channel, of values from 0 to 1.
+        std: deviation of each channel.
+        network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``.
+        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms are not decayed.
+        lr: the highest learning rate.
+        momentum: of the optimizer.
+        weight_decay: of the optimizer.
+        warmup_epochs: length of the linear warm-up, in epochs.
+        label_smoothing: of the cross-entropy in training.
+
+    Raises:
+        ValueError: timm does not know the network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: str,
+        classes: Sequence[str],
+        input_size: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        network_args: dict[str, Any] | None = None,
+        optimizer: str = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        warmup_epochs: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not timm.is_model(network):
+            close = timm.list_models(f"*{network.removeprefix('aw_').split('_')[0]}*")[:8]
+            raise ValueError(
+                f"network must be a name that timm.create_model knows, got {network!r}"
+                + (f"; near it: {', '.join(close)}" if close else "")
+            )
+        self.classes = list(classes)
+        self.input_size = list(input_size)
+        self.network = timm.create_model(
+            network, num_classes=len(self.classes), in_chans=self.input_size[0], **(network_args or {})
+        )
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
+        self.val_accuracy = MulticlassAccuracy(len(self.classes), average="micro")
+        self.test_accuracy = MulticlassAccuracy(len(self.classes), average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images, uint8 of shape (N, channels, H, W), to logits, shape (N, classes)."""
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        loss = F.cross_entropy(self(images), targets, label_smoothing=self.hparams["label_smoothing"])
+        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str, accuracy: MulticlassAccuracy) -> None:
+        images, targets = batch
+        logits = self(images)
+        accuracy(logits, targets)
+        self.log(f"{split}/loss", F.cross_entropy(logits, targets), batch_size=len(targets))
+        self.log(f"{split}/accuracy", accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        hparams = self.hparams
+        optimizer = create_optimizer_v2(
+            self.network,
+            opt=hparams["optimizer"],
+            lr=hparams["lr"],
+            momentum=hparams["momentum"],
+            weight_decay=hparams["weight_decay"],
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        warmup = min(steps, round(hparams["warmup_epochs"] * steps_per_epoch))
+        scheduler: Any = CosineAnnealingLR(optimizer, max(1, steps - warmup))
+        if warmup:
+            scheduler = SequentialLR(
+                optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup), scheduler], milestones=[warmup]
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

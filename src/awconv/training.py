@@ -1,0 +1,43 @@
+"""From a recipe (YAML and overrides) to a trainer, a task and its data, by Lightning's command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from awconv.data import ImageDataModule
+from awconv.tasks import ClassificationTask
+
+_FROM_DATA = ("classes", "input_size", "mean", "std")
+
+
+class TrainingCLI(LightningCLI):
+    """Lightning's command line over our tasks and data, which tells the task what the data are."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            ClassificationTask,
+            ImageDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # Checkpoints then hold plain values, which load_from_checkpoint needs no parser for.
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"data": {"class_path": "awconv.data.Digits"}})
+        for name in _FROM_DATA:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        needless = {"model", "dataloaders", "datamodule"}
+        return {
+            "fit": needless | {"train_dataloaders", "val_dataloaders"},
+            "validate": set(needless),
+            "test": set(needless),
+        }
