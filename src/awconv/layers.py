@@ -20,7 +20,7 @@ _MIN_HIDDEN = 4
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Adaptive average pooling as one small matrix product along each axis.
+    """Adaptive average pooling as one product with a small matrix, in one pass over the input.
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
     device (pytorch issue 50198).
@@ -33,15 +33,16 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     Returns:
         Shape (N, C, \\*output_size).
     """
-    for axis, bins in zip(range(-1, -len(output_size) - 1, -1), reversed(output_size), strict=True):
-        size = input.shape[axis]
-        index = torch.arange(bins, device=input.device)
-        start = index * size // bins
-        stop = -(-(index + 1) * size // bins)
+    matrix, dtype = None, torch.promote_types(input.dtype, torch.float32)
+    for size, bins in zip(input.shape[2:], output_size, strict=True):
         position = torch.arange(size, device=input.device)[:, None]
-        covered = ((position >= start) & (position < stop)).to(input.dtype)  # size x bins, of zeros and ones: exact
-        input = ((input.movedim(axis, -1) @ covered) / (stop - start).to(input.dtype)).movedim(-1, axis)
-    return input
+        index = torch.arange(bins, device=input.device)
+        start, stop = index * size // bins, -(-(index + 1) * size // bins)
+        axis = ((position >= start) & (position < stop)).to(dtype) / (stop - start)  # size x bins
+        matrix = axis if matrix is None else torch.kron(matrix, axis)
+    assert matrix is not None
+    pooled = input.flatten(2) @ matrix.to(input.dtype)
+    return pooled.reshape(*input.shape[:2], *output_size)
 
 
 class AttentionBranch(nn.Module):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import InterruptedRunError, Run, base_network, train, variant_network
+from awconv.compare.runs import InterruptedRunError, Run, base_network, open_data, train, variant_network
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 DEFAULT_VARIANTS = ("plain", "aw")
@@ -82,6 +82,7 @@ def _train_all(
     console: Console,
 ) -> tuple[int, list[Run]]:
     runs: list[Run] = []
+    data = open_data(recipe, overrides)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -105,7 +106,7 @@ def _train_all(
                     )
 
                 try:
-                    run = train(recipe, variant, network, seed, folder / name, overrides, on_progress)
+                    run = train(recipe, variant, network, seed, folder / name, data, overrides, on_progress)
                 except InterruptedRunError:
                     console.print(f"Interrupted in {name}; {len(runs)} finished runs are kept in {folder}")
                     return 130, runs

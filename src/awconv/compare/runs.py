@@ -19,6 +19,7 @@ import timm
 import torch
 import yaml
 
+from awconv.data import ImageDataModule
 from awconv.training import TrainingCLI
 from awconv.version import __version__
 
@@ -126,12 +127,24 @@ def _known_variants(base: str) -> list[str]:
     return [name.removesuffix("_" + base) for name in timm.list_models(f"*_{base}")]
 
 
+def open_data(recipe: Path, overrides: Sequence[str]) -> ImageDataModule:
+    """The data of a recipe. Nothing is decoded yet."""
+    data: ImageDataModule = _parse(recipe, *overrides).datamodule
+    return data
+
+
+def _parse(recipe: Path, *arguments: str) -> TrainingCLI:
+    _quieten_lightning()
+    return TrainingCLI(run=False, save_config_callback=None, args=[f"--config={recipe}", *arguments])
+
+
 def train(
     recipe: Path,
     variant: str,
     network: str,
     seed: int,
     folder: Path,
+    data: ImageDataModule,
     overrides: Sequence[str] = (),
     on_progress: Callable[[float, int], None] = lambda epochs, of: None,
 ) -> Run:
@@ -143,32 +156,28 @@ def train(
         network: the network, in the place of the recipe's.
         seed: in the place of the recipe's.
         folder: where the checkpoint goes.
+        data: the recipe's data, of :func:`open_data`: runs share it, and it is decoded once.
         overrides: further arguments, as ``awconv fit`` takes them.
         on_progress: called after each batch with the epochs done so far and the number of all.
 
     Raises:
         InterruptedRunError: the user pressed Ctrl-C.
     """
-    _quieten_lightning()
-    cli = TrainingCLI(
-        run=False,
-        save_config_callback=None,
-        args=[
-            f"--config={recipe}",
-            *overrides,
-            f"--model.network={network}",
-            f"--seed_everything={seed}",
-            f"--trainer.default_root_dir={folder}",
-            "--trainer.logger=false",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
-        ],
+    cli = _parse(
+        recipe,
+        *overrides,
+        f"--model.network={network}",
+        f"--seed_everything={seed}",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
     )
     recorder = _Recorder(on_progress)
     cli.trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        (metrics,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        cli.trainer.fit(cli.model, datamodule=data)
+        (metrics,) = cli.trainer.test(cli.model, datamodule=data, verbose=False)
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns a Ctrl-C into SystemExit
         if isinstance(error, KeyboardInterrupt) or cli.trainer.interrupted:
             raise InterruptedRunError(f"{variant}, seed {seed}") from error
@@ -235,3 +244,4 @@ def _quieten_lightning() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")

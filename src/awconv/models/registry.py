@@ -42,7 +42,7 @@ _RESNETS: dict[str, dict[str, Any]] = {
     "resnet101": dict(block=Bottleneck, layers=(3, 4, 23, 3)),
     "resnet152": dict(block=Bottleneck, layers=(3, 8, 36, 3)),
 }
-_CIFAR_DEPTHS = (20, 32, 44, 56, 110)
+_CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 def in_residual_stages(name: str, module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
     gain = gain.flatten(2).permute(2, 1, 0).unsqueeze(3)  # taps, C2, N, 1
     weights = weight.flatten(2).permute(2, 0, 1)  # taps, C2, C1/groups
     output: Tensor = _PerTap.apply(input, weights, gain, problem)
-    return output.unflatten(2, problem.out_size).transpose(0, 1).contiguous()
+    return output.reshape(problem.out_channels, input.shape[0], *problem.out_size).transpose(0, 1).contiguous()
 
 
 class _PerTap(torch.autograd.Function):
@@ -47,7 +47,7 @@ class _PerTap(torch.autograd.Function):
     @staticmethod
     def forward(input: Tensor, weights: Tensor, gain: Tensor, problem: Problem) -> Tensor:
         windows = _windows(problem, _channels_first(problem, input))
-        output = None
+        output: Tensor | None = None
         for taps in _chunks(problem, input):
             partials = _partials(problem, weights[taps], _columns(problem, windows[taps])).to(_sum_dtype(input))
             for partial, scale in zip(partials, gain[taps].to(partials.dtype), strict=True):
