@@ -7,7 +7,6 @@ is alive at a time. All samples share one wide matrix product, with the channels
 
 from __future__ import annotations
 
-from itertools import product as cartesian
 from typing import Any
 
 import torch
@@ -46,10 +45,10 @@ class _PerTap(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weights: Tensor, gain: Tensor, problem: Problem) -> Tensor:
-        windows = _windows(problem, _channels_first(problem, input))
+        padded = _channels_first(problem, input)
         output: Tensor | None = None
         for taps in _chunks(problem, input):
-            partials = _partials(problem, weights[taps], _columns(problem, windows[taps])).to(_sum_dtype(input))
+            partials = _partials(problem, weights[taps], _columns(problem, padded, taps)).to(_sum_dtype(input))
             for partial, scale in zip(partials, gain[taps].to(partials.dtype), strict=True):
                 output = partial * scale if output is None else output.addcmul_(partial, scale)
         assert output is not None
@@ -67,19 +66,18 @@ class _PerTap(torch.autograd.Function):
         problem: Problem = ctx.problem
         need_input, need_weights, need_gain, _ = ctx.needs_input_grad
         padded = _channels_first(problem, input)
-        windows = _windows(problem, padded)
         grad_padded = torch.zeros_like(padded, dtype=_sum_dtype(input))
-        grad_windows = _windows(problem, grad_padded)
         grad_weights, grad_gain = [], []
         for taps in _chunks(problem, input):
-            columns = _columns(problem, windows[taps])
+            columns = _columns(problem, padded, taps)
             grad_partials = _by_group(problem, grad_output * gain[taps])
             if need_input:
                 grad_columns = _by_group(problem, weights[taps]).transpose(1, 2) @ grad_partials
-                shape = (len(windows[taps]), problem.in_channels, input.shape[0], *problem.out_size)
-                grad_columns = grad_columns.reshape(shape)
-                for grad_window, columns_of_tap in zip(grad_windows[taps], grad_columns, strict=True):
-                    grad_window.add_(columns_of_tap)
+                grad_columns = grad_columns.reshape(
+                    taps.stop - taps.start, problem.in_channels, input.shape[0], *problem.out_size
+                )
+                for tap, columns_of_tap in zip(range(taps.start, taps.stop), grad_columns, strict=True):
+                    _window(problem, grad_padded, tap).add_(columns_of_tap)
             if need_weights:
                 grad_weights.append((grad_partials @ columns.transpose(1, 2)).reshape(weights[taps].shape))
             if need_gain:
@@ -100,7 +98,8 @@ def _chunks(problem: Problem, input: Tensor) -> list[slice]:
     if not torch.compiler.is_compiling():  # where the batch size may be symbolic
         seen = input.shape[0] * (problem.in_channels + problem.out_channels) * product(problem.out_size)
         at_once = max(1, _CHUNK_ELEMENTS // max(1, seen))
-    return [slice(start, start + at_once) for start in range(0, problem.taps, at_once)]
+    starts = range(0, problem.taps, at_once)
+    return [slice(start, min(start + at_once, problem.taps)) for start in starts]
 
 
 def _channels_first(problem: Problem, input: Tensor) -> Tensor:
@@ -108,29 +107,26 @@ def _channels_first(problem: Problem, input: Tensor) -> Tensor:
     return F.pad(input.transpose(0, 1), problem.flat_padding).contiguous()
 
 
-def _windows(problem: Problem, padded: Tensor) -> list[Tensor]:
-    """What each tap sees, as views of shape (C1, N, H', W'), in the order of the flattened kernel."""
-    windows = []
-    for tap in cartesian(*(range(size) for size in problem.kernel)):
-        window = padded
-        for axis, position in enumerate(tap):
-            stride = problem.stride[axis]
-            length = stride * (problem.out_size[axis] - 1) + 1
-            window = window.narrow(2 + axis, position * problem.dilation[axis], length)
-            if stride > 1:
-                window = window[(slice(None),) * (2 + axis) + (slice(None, None, stride),)]
-        windows.append(window)
-    return windows
+def _window(problem: Problem, padded: Tensor, tap: int) -> Tensor:
+    """What a tap of the flattened kernel sees, as a view of shape (C1, N, H', W')."""
+    for axis in reversed(range(problem.dims)):
+        tap, position = divmod(tap, problem.kernel[axis])
+        stride = problem.stride[axis]
+        length = stride * (problem.out_size[axis] - 1) + 1
+        padded = padded.narrow(2 + axis, position * problem.dilation[axis], length)
+        if stride > 1:
+            padded = padded[(slice(None),) * (2 + axis) + (slice(None, None, stride),)]
+    return padded
 
 
-def _columns(problem: Problem, windows: list[Tensor]) -> Tensor:
+def _columns(problem: Problem, padded: Tensor, taps: slice) -> Tensor:
     """The right side of the matrix products of some taps: (taps * groups, C1/groups, N*H'W')."""
-    columns = windows[0].shape[1] * product(problem.out_size)
-    return torch.stack(windows).reshape(len(windows) * problem.groups, problem.group_in_channels, columns)
+    windows = torch.stack([_window(problem, padded, tap) for tap in range(taps.start, taps.stop)])
+    return _by_group(problem, windows)
 
 
 def _by_group(problem: Problem, tensor: Tensor) -> Tensor:
-    """Shape (taps, C2, \\*rest) to (taps * groups, C2/groups, product of rest)."""
+    """Shape (taps, channels, \\*rest) to (taps * groups, channels/groups, product of rest)."""
     taps, channels, *rest = tensor.shape
     return tensor.reshape(taps * problem.groups, channels // problem.groups, product(rest))
 

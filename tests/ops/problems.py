@@ -1,0 +1,133 @@
+"""Random AW-convolutions over the whole grid of arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.ops.choose import ALGORITHMS
+from awconv.ops.problem import describe
+
+FUNCTIONS = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
+
+
+@dataclass
+class Case:
+    dims: int
+    batch: int
+    size: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    attention_shape: tuple[int, ...]
+    groups: int = 1
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    residual: bool = True
+    has_bias: bool = False
+    seed: int = 0
+    tensors: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = np.random.default_rng(self.seed)
+        shapes = {
+            "input": (self.batch, self.weight_shape[1] * self.groups, *self.size),
+            "weight": self.weight_shape,
+            "attention": (self.batch, *self.attention_shape),
+        }
+        if self.has_bias:
+            shapes["bias"] = (self.weight_shape[0],)
+        self.tensors = {name: torch.from_numpy(generator.normal(size=shape)) for name, shape in shapes.items()}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups)
+
+    def run(self, algorithm: str = "auto", **tensors: torch.Tensor) -> torch.Tensor:
+        return FUNCTIONS[self.dims](
+            **(self.tensors | tensors), **self.arguments, residual=self.residual, algorithm=algorithm
+        )
+
+    def able(self) -> list[str]:
+        """The algorithms that say that they can run it."""
+        problem = describe(
+            self.dims, *(self.tensors.get(n) for n in ("input", "weight", "attention", "bias")), *self.arguments.values(),
+            self.residual,
+        )  # fmt: skip
+        return [name for name, algorithm in ALGORITHMS.items() if algorithm.obstacle(problem) is None]
+
+    def per_axis(self, value: Any) -> tuple[int, ...]:
+        return (value,) * self.dims if isinstance(value, int) else tuple(value)
+
+    def padding_pairs(self) -> list[tuple[int, int]]:
+        if self.padding == "valid":
+            return [(0, 0)] * self.dims
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(self.per_axis(self.dilation), self.weight_shape[2:], strict=True)]
+            return [(total // 2, (total + 1) // 2) for total in totals]
+        return [(amount, amount) for amount in self.per_axis(self.padding)]
+
+
+def divisors(number: int) -> st.SearchStrategy[int]:
+    return st.sampled_from([d for d in range(1, number + 1) if number % d == 0])
+
+
+@st.composite
+def cases(draw: st.DrawFn, dims: tuple[int, ...] = (1, 2, 3), least_batch: int = 0) -> Case:
+    axes = draw(st.sampled_from(dims))
+    largest_kernel = 4 if axes < 3 else 2
+    groups = draw(st.integers(1, 3))
+    group_in, group_out = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    kernel = tuple(draw(st.integers(1, largest_kernel)) for _ in range(axes))
+
+    def number(least: int, most: int) -> Any:
+        return draw(st.one_of(st.integers(least, most), st.tuples(*[st.integers(least, most)] * axes)))
+
+    padding = draw(st.sampled_from(["number", "number", "number", "same", "valid"]))
+    stride = 1 if padding == "same" else number(1, 3)
+    dilation = number(1, 2)
+    padding = number(0, 2) if padding == "number" else padding
+    reach = [d * (k - 1) + 1 for d, k in zip((dilation,) * axes if isinstance(dilation, int) else dilation, kernel, strict=True)]  # fmt: skip
+    weight_shape = (group_out * groups, group_in, *kernel)
+    return Case(
+        dims=axes,
+        batch=draw(st.integers(least_batch, 3)),
+        size=tuple(draw(st.integers(r, r + 3)) for r in reach),
+        weight_shape=weight_shape,
+        attention_shape=tuple(draw(st.one_of(st.just(1), divisors(size), st.just(size))) for size in weight_shape),
+        groups=groups,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        residual=draw(st.booleans()),
+        has_bias=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+# One problem for each algorithm, with all that can go wrong: groups, stride, dilation, uneven sizes.
+TYPICAL = {
+    name: Case(
+        dims=2,
+        batch=3,
+        size=(7, 6),
+        weight_shape=(4, 2, 3, 2),
+        attention_shape=attention_shape,
+        groups=2,
+        stride=(2, 1),
+        padding=(1, 2),
+        dilation=(1, 2),
+        has_bias=True,
+    )
+    for name, attention_shape in {
+        "output_gain": (4, 1, 1, 1),
+        "input_gain": (2, 2, 1, 1),
+        "per_tap": (4, 1, 3, 2),
+        "per_sample": (4, 2, 3, 2),
+        "naive": (4, 2, 3, 2),
+    }.items()
+}

@@ -1,0 +1,254 @@
+"""Layouts, dtypes, compilation, export, choice: what the operator promises beside its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from awconv.ops import aw_conv2d, aw_conv3d
+from awconv.ops.choose import ALGORITHMS, choose
+from awconv.ops.problem import describe
+from tests.ops.problems import TYPICAL, Case
+
+
+class Operator(nn.Module):
+    """An operator with weights of its own, as torch.compile and torch.export want it."""
+
+    def __init__(self, case: Case, algorithm: str) -> None:
+        super().__init__()
+        self.case, self.algorithm = case, algorithm
+        self.weight = nn.Parameter(case.tensors["weight"].float())
+        self.bias = nn.Parameter(case.tensors["bias"].float())
+
+    def forward(self, input: Tensor, attention: Tensor) -> Tensor:
+        return aw_conv2d(
+            input,
+            self.weight,
+            attention,
+            self.bias,
+            **self.case.arguments,
+            residual=self.case.residual,
+            algorithm=self.algorithm,
+        )
+
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor]:
+        shapes = (self.case.tensors["input"].shape[1:], self.case.attention_shape)
+        return tuple(torch.randn(batch, *shape, requires_grad=True) for shape in shapes)
+
+
+MODES = [*((name, name) for name in ALGORITHMS), ("auto", "per_tap"), ("auto", "per_sample"), ("auto", "output_gain")]
+
+
+def close(output: Tensor, expected: Tensor) -> None:
+    # The same float32 operations in another order or fused: a few roundings on values of order ten.
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("algorithm", "case"), MODES)
+def test_compiles_as_one_graph_with_its_gradients(algorithm: str, case: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    module = Operator(TYPICAL[case], algorithm)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    inputs = module.inputs(4)
+    output, expected = compiled(*inputs), module(*inputs)
+    close(output, expected)
+    wanted = (*inputs, *module.parameters())
+    for gradient, reference in zip(
+        torch.autograd.grad(output.square().sum(), wanted),
+        torch.autograd.grad(expected.square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-3)
+
+
+def test_compiles_with_the_default_backend() -> None:
+    torch._dynamo.reset()
+    module = Operator(TYPICAL["per_sample"], "auto")
+    inputs = module.inputs(4)
+    close(torch.compile(module, fullgraph=True)(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("algorithm", "case"), MODES)
+def test_exports_with_a_dynamic_batch(algorithm: str, case: str, strict: bool) -> None:
+    module = Operator(TYPICAL[case], algorithm)
+    batch = torch.export.Dim("batch")
+    example = tuple(tensor.detach() for tensor in module.inputs(4))
+    exported = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch}), strict=strict)
+    for size in (1, 3, 8):
+        inputs = module.inputs(size)
+        close(exported.module()(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("case", ["output_gain", "input_gain", "per_tap"])
+def test_an_exported_graph_has_constant_weights(case: str) -> None:
+    module = Operator(TYPICAL[case], "auto")
+    batch = torch.export.Dim("batch")
+    example = tuple(tensor.detach() for tensor in module.inputs(4))
+    exported = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch})).run_decompositions()
+    parameters = {
+        spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind.name in ("PARAMETER", "BUFFER")
+    }
+    for node in exported.graph.nodes:
+        if node.op == "call_function" and "convolution" in str(node.target):
+            assert node.args[1].name in parameters
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_channels_last_input_gives_a_channels_last_output(algorithm: str) -> None:
+    case = TYPICAL[algorithm]
+    output = case.run(algorithm, input=case.tensors["input"].contiguous(memory_format=torch.channels_last))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, case.run("naive"))
+    assert case.run(algorithm).is_contiguous()
+
+
+def test_channels_last_in_three_dimensions() -> None:
+    input = torch.randn(2, 4, 5, 4, 3).contiguous(memory_format=torch.channels_last_3d)
+    output = aw_conv3d(input, torch.randn(6, 4, 2, 2, 2), torch.rand(2, 6, 1, 2, 2, 2))
+    assert output.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tensors_need_not_be_contiguous(algorithm: str) -> None:
+    case = TYPICAL[algorithm]
+
+    def scattered(tensor: Tensor) -> Tensor:
+        wide = torch.zeros(*(2 * size for size in tensor.shape), dtype=tensor.dtype)
+        view = wide[(slice(None, None, 2),) * tensor.dim()]
+        view.copy_(tensor)
+        return view
+
+    output = case.run(algorithm, **{name: scattered(tensor) for name, tensor in case.tensors.items()})
+    torch.testing.assert_close(output, case.run("naive"))
+
+
+@pytest.mark.parametrize("name", ["output_gain", "input_gain", "per_tap", "per_sample"])
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(name: str) -> None:
+    case = TYPICAL[name]
+    weight = case.tensors["weight"].clone().requires_grad_()
+    output = case.run(input=case.tensors["input"][:0], attention=case.tensors["attention"][:0], weight=weight)
+    assert output.shape == (0, *case.run().shape[1:])
+    output.sum().backward()
+    assert torch.count_nonzero(weight.grad) == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_sample_does_not_see_the_others(algorithm: str) -> None:
+    case = TYPICAL[algorithm]
+    alone = case.run(algorithm, input=case.tensors["input"][1:2], attention=case.tensors["attention"][1:2])
+    torch.testing.assert_close(alone, case.run(algorithm)[1:2])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_autocast_computes_in_its_dtype(algorithm: str, device: str) -> None:
+    case = TYPICAL[algorithm]
+    tensors = {name: tensor.to(device, torch.float32).requires_grad_() for name, tensor in case.tensors.items()}
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = case.run(algorithm, **tensors)
+    assert output.dtype == torch.bfloat16
+    expected = case.run(algorithm, **{name: tensor.bfloat16() for name, tensor in tensors.items()})
+    assert torch.equal(output, expected)
+    output.float().sum().backward()
+    assert all(tensor.grad.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert TYPICAL["per_tap"].run().dtype == torch.float64
+
+
+def test_autocast_mends_mixed_dtypes() -> None:
+    case = TYPICAL["per_tap"]
+    mixed = {"input": case.tensors["input"].bfloat16(), "weight": case.tensors["weight"].float()}
+    mixed |= {"attention": case.tensors["attention"].half(), "bias": case.tensors["bias"].float()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert case.run(**mixed).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_functional_transforms_give_gradients_for_each_sample(algorithm: str) -> None:
+    case = TYPICAL[algorithm]
+    weight = case.tensors["weight"]
+
+    def loss(weight: Tensor, input: Tensor, attention: Tensor) -> Tensor:
+        return case.run(algorithm, weight=weight, input=input[None], attention=attention[None]).square().sum()
+
+    data = (case.tensors["input"], case.tensors["attention"])
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weight, *data)
+    each = torch.stack([torch.func.grad(loss)(weight, *sample) for sample in zip(*data, strict=True)])
+    torch.testing.assert_close(together, each)
+
+
+class _LargestTensor(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_per_tap_never_holds_weights_for_every_sample() -> None:
+    batch, channels, size = 16, 64, 4
+    input = torch.randn(batch, channels, size, size, requires_grad=True)
+    weight = torch.randn(channels, channels, 3, 3, requires_grad=True)
+    attention = torch.rand(batch, channels, 1, 3, 3, requires_grad=True)
+    largest = {}
+    for algorithm in ("per_tap", "per_sample"):
+        with _LargestTensor() as mode:
+            aw_conv2d(input, weight, attention, padding=1, algorithm=algorithm).sum().backward()
+        largest[algorithm] = mode.elements
+    assert largest["per_sample"] >= batch * weight.numel()
+    assert largest["per_tap"] < batch * weight.numel() / 2
+
+
+@pytest.mark.parametrize(
+    ("attention", "groups", "chosen"),
+    [
+        ((1, 1, 1, 1), 1, "output_gain"),
+        ((64, 1, 1, 1), 1, "output_gain"),
+        ((16, 1, 1, 1), 1, "output_gain"),
+        ((1, 64, 1, 1), 1, "input_gain"),
+        ((64, 1, 3, 3), 1, "per_tap"),
+        ((1, 1, 3, 3), 1, "per_tap"),
+        ((64, 64, 3, 3), 1, "per_sample"),
+        ((64, 64, 1, 1), 1, "per_sample"),
+        ((64, 1, 3, 3), 64, "per_sample"),  # depthwise: a sample's weights are small
+    ],
+)
+def test_the_choice_follows_the_structure_of_the_attention(
+    attention: tuple[int, ...], groups: int, chosen: str
+) -> None:
+    size = 2  # so small that constant weights pay
+    problem = describe(
+        2,
+        torch.empty(8, 64, size, size),
+        torch.empty(64, 64 // groups, 3, 3),
+        torch.empty(8, attention[0], min(attention[1], 64 // groups), *attention[2:]),
+        None,
+        1,
+        1,
+        1,
+        groups,
+        True,
+    )
+    assert choose(problem, "auto", "").name == chosen
+
+
+def test_the_choice_weighs_the_cost() -> None:
+    def chosen(channels: int, size: int) -> str:
+        shapes = ((8, channels, size, size), (channels, channels, 3, 3), (8, channels, 1, 3, 3))
+        return choose(describe(2, *map(torch.empty, shapes), None, 1, 1, 1, 1, True), "auto", "").name
+
+    assert chosen(channels=512, size=7) == "per_tap"
+    assert chosen(channels=64, size=56) == "per_sample"
