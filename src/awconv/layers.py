@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.ops.problem import SPATIAL_NAMES
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 NormLayer = Callable[[int], nn.Module]
@@ -39,7 +40,10 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
         index = torch.arange(bins, device=input.device)
         start, stop = index * size // bins, -(-(index + 1) * size // bins)
         axis = ((position >= start) & (position < stop)).to(dtype) / (stop - start)  # size x bins
-        matrix = axis if matrix is None else torch.kron(matrix, axis)
+        if matrix is None:
+            matrix = axis
+        else:  # torch.kron(matrix, axis), which torch.export cannot trace with symbolic sizes
+            matrix = (matrix[:, None, :, None] * axis[None, :, None, :]).flatten(2, 3).flatten(0, 1)
     assert matrix is not None
     pooled = input.flatten(2) @ matrix.to(input.dtype)
     return pooled.reshape(*input.shape[:2], *output_size)
@@ -185,7 +189,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             return self.forward(input[None])[0]
         if input.dim() != dims + 2 or input.shape[1] != self.in_channels:
             raise ValueError(
-                f"{type(self).__name__}: input must have shape (N, {self.in_channels}, {', '.join('*' * dims)}), "
+                f"{type(self).__name__}: input must have shape (N, {self.in_channels}, {', '.join(SPATIAL_NAMES[dims])}), "
                 f"got {tuple(input.shape)}"
             )
         attention = self.attention(input)

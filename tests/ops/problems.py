@@ -54,10 +54,8 @@ class Case:
 
     def able(self) -> list[str]:
         """The algorithms that say that they can run it."""
-        problem = describe(
-            self.dims, *(self.tensors.get(n) for n in ("input", "weight", "attention", "bias")), *self.arguments.values(),
-            self.residual,
-        )  # fmt: skip
+        tensors = (self.tensors.get(name) for name in ("input", "weight", "attention", "bias"))
+        problem = describe(self.dims, *tensors, *self.arguments.values(), self.residual)
         return [name for name, algorithm in ALGORITHMS.items() if algorithm.obstacle(problem) is None]
 
     def per_axis(self, value: Any) -> tuple[int, ...]:
@@ -91,7 +89,8 @@ def cases(draw: st.DrawFn, dims: tuple[int, ...] = (1, 2, 3), least_batch: int =
     stride = 1 if padding == "same" else number(1, 3)
     dilation = number(1, 2)
     padding = number(0, 2) if padding == "number" else padding
-    reach = [d * (k - 1) + 1 for d, k in zip((dilation,) * axes if isinstance(dilation, int) else dilation, kernel, strict=True)]  # fmt: skip
+    dilations = (dilation,) * axes if isinstance(dilation, int) else dilation
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     weight_shape = (group_out * groups, group_in, *kernel)
     return Case(
         dims=axes,

@@ -31,7 +31,9 @@ def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
         gain = gain.repeat_interleave(rate, dim=axis)
     gain = gain.flatten(2).permute(2, 1, 0).unsqueeze(3)  # taps, C2, N, 1
     weights = weight.flatten(2).permute(2, 0, 1)  # taps, C2, C1/groups
-    output: Tensor = _PerTap.apply(input, weights, gain, problem)
+    # An exported graph has no backward, and tracing a Function with symbolic sizes is beyond torch.export(strict=True).
+    compute = _PerTap.forward if torch.compiler.is_exporting() else _PerTap.apply
+    output: Tensor = compute(input, weights, gain, problem)
     return output.reshape(problem.out_channels, input.shape[0], *problem.out_size).transpose(0, 1).contiguous()
 
 
