@@ -188,10 +188,8 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         if input.dim() == dims + 1:
             return self.forward(input[None])[0]
         if input.dim() != dims + 2 or input.shape[1] != self.in_channels:
-            raise ValueError(
-                f"{type(self).__name__}: input must have shape (N, {self.in_channels}, {', '.join(SPATIAL_NAMES[dims])}), "
-                f"got {tuple(input.shape)}"
-            )
+            expected = f"(N, {self.in_channels}, {', '.join(SPATIAL_NAMES[dims])})"
+            raise ValueError(f"{type(self).__name__}: input must have shape {expected}, got {tuple(input.shape)}")
         attention = self.attention(input)
         padding = self.padding
         if self.padding_mode != "zeros":

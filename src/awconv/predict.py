@@ -11,9 +11,10 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from awconv import terminal
 from awconv.data import BrokenImageError, to_uint8
 from awconv.data.images import read_image
 from awconv.tasks import ClassificationTask
@@ -78,11 +79,11 @@ def predict(
             )
         )
     else:
-        table = Table("image", "class")
+        table = Table("image", "class", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("probability", justify="right")
         for prediction in predictions:
             table.add_row(prediction.image, prediction.label, f"{prediction.probability:.3f}")
-        Console().print(table)
+        terminal.console().print(table)
     for failure in failures:
         print(f"broken image: {failure.error}", file=sys.stderr)
     return 1 if failures else 0

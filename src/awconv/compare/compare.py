@@ -5,13 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from awconv import terminal
 from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import InterruptedRunError, Run, base_network, open_data, train, variant_network
+from awconv.compare.runs import Run, base_network, open_data, train, variant_network
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 DEFAULT_VARIANTS = ("plain", "aw")
@@ -50,12 +52,12 @@ def compare(
     folder = out if out is not None else Path("runs") / recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{base}: {' against '.join(networks)} ({recipe.stem})"
-    console = Console()
+    console = terminal.console()
     status, runs = _train_all(recipe, networks, seeds, folder, overrides, console)
     if runs:
         console.print(rich_table(summarise(runs), title))
         command = shlex.join(["awconv", *sys.argv[1:]])
-        console.print(f"Report: {write_report(runs, folder, title, command)}", soft_wrap=True)
+        console.print(f"Report: {write_report(runs, folder, title, command)}")
     return status
 
 
@@ -95,22 +97,19 @@ def _train_all(
     )
     with progress:
         bar = progress.add_task("", total=len(networks) * seeds)
-        for seed in range(seeds):
-            for variant, network in networks.items():
-                done = len(runs)
-                name = f"{variant}-seed{seed}"
+        for seed, (variant, network) in product(range(seeds), networks.items()):
+            name, done = f"{variant}-seed{seed}", len(runs)
 
-                def on_progress(epochs: float, of: int, done: int = done, name: str = name) -> None:
-                    progress.update(
-                        bar, description=f"{name}, epoch {min(int(epochs) + 1, of)}/{of}", completed=done + epochs / of
-                    )
+            def on_progress(epochs: float, of: int, name: str = name, done: int = done) -> None:
+                epoch = min(int(epochs) + 1, of)
+                progress.update(bar, description=f"{name}, epoch {epoch}/{of}", completed=done + epochs / of)
 
-                try:
-                    run = train(recipe, variant, network, seed, folder / name, data, overrides, on_progress)
-                except InterruptedRunError:
-                    console.print(f"Interrupted in {name}; {len(runs)} finished runs are kept in {folder}")
-                    return 130, runs
+            try:
+                run = train(recipe, variant, network, seed, folder / name, data, overrides, on_progress)
                 run.save(folder / f"{name}.json")
-                runs.append(run)
-                console.print(f"{name}: test accuracy {100 * run.test_accuracy:.2f} %", highlight=False)
+            except KeyboardInterrupt:
+                console.print(f"Interrupted in {name}; {len(runs)} finished runs are kept in {folder}")
+                return 130, runs
+            runs.append(run)
+            console.print(f"{name}: test accuracy {100 * run.test_accuracy:.2f} %", highlight=False)
     return 0, runs

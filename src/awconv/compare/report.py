@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from awconv.compare.runs import Run
@@ -39,7 +40,7 @@ class Row:
     ratio: float
 
 
-HEADINGS = ("variant", "network", "parameters", "test accuracy, %", "seeds", "s per epoch", "time ratio")
+HEADINGS = ("variant", "network", "parameters", "accuracy, %", "seeds", "s/epoch", "time ratio")
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
@@ -82,7 +83,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def rich_table(rows: Sequence[Row], title: str) -> Table:
     """The table for a terminal."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for position, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if position < 2 else "right")
     for row in rows:
@@ -173,12 +174,12 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
 <h1>{html.escape(title)}</h1>
 <p><code>{html.escape(command)}</code></p>
 {_html_table(HEADINGS, [cells(row) for row in rows])}
-<p class="note">Accuracy: of the network of the last epoch on the test split, mean and standard deviation over the
+<p class="note">Accuracy: of the network after the last epoch on the test split, mean and standard deviation over the
 seeds. Time: median epoch of training, without evaluation; the ratio is to the first variant, trained in turn with the
 others on the same machine.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation accuracy by epoch, for each variant">
 <h2>Each run</h2>
-{_html_table(("variant", "seed", "test accuracy, %", "s per epoch"), each_run)}
+{_html_table(("variant", "seed", "accuracy, %", "s/epoch"), each_run)}
 <p class="note">All settings and curves: <a href="results.json">results.json</a>. {html.escape(versions)}.</p>
 </body>
 </html>

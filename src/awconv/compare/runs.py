@@ -24,10 +24,6 @@ from awconv.training import TrainingCLI
 from awconv.version import __version__
 
 
-class InterruptedRunError(Exception):
-    """The user stopped a run before it was finished."""
-
-
 @dataclass(frozen=True)
 class Epoch:
     """What one epoch gave.
@@ -161,7 +157,7 @@ def train(
         on_progress: called after each batch with the epochs done so far and the number of all.
 
     Raises:
-        InterruptedRunError: the user pressed Ctrl-C.
+        KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
     """
     cli = _parse(
         recipe,
@@ -178,9 +174,9 @@ def train(
     try:
         cli.trainer.fit(cli.model, datamodule=data)
         (metrics,) = cli.trainer.test(cli.model, datamodule=data, verbose=False)
-    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns a Ctrl-C into SystemExit
-        if isinstance(error, KeyboardInterrupt) or cli.trainer.interrupted:
-            raise InterruptedRunError(f"{variant}, seed {seed}") from error
+    except SystemExit as error:
+        if cli.trainer.interrupted:
+            raise KeyboardInterrupt from error
         raise
     return Run(
         variant=variant,
@@ -244,4 +240,3 @@ def _quieten_lightning() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")

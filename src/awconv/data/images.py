@@ -43,6 +43,8 @@ def to_uint8(image: Image.Image, channels: int, size: int) -> Tensor:
     Returns:
         uint8, shape (channels, size, size).
     """
+    if image.mode.startswith("I;16"):  # which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert(_MODES[channels])
     if min(image.size) != size:
         image = resize(image, [size], antialias=True)

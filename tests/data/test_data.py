@@ -1,0 +1,289 @@
+"""Data sets: digits as they are, and written in the layouts that users have."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from awconv.data import BrokenImageError, Cifar10, Cifar100, Digits, ImageFolder, Parquet, to_uint8
+from awconv.data.augment import random_crop, random_horizontal_flip
+from awconv.data.images import InMemoryImages, TransformedImages
+
+DIGITS = load_digits()
+
+
+def digit(index: int, size: int = 8) -> Image.Image:
+    return Image.fromarray((DIGITS.images[index] * 15).astype(np.uint8)).resize((size, size))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tree(root: Path, splits: dict[str, int], size: int = 8) -> None:
+    for split, count in splits.items():
+        for index in range(count):
+            folder = root / split / f"digit{DIGITS.target[index]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            digit(index, size).save(folder / f"{index:04}.png")
+
+
+def write_parquet(path: Path, indices: range, names: bool = True, label: Callable[[int], int] = int) -> None:
+    images = [{"bytes": png(digit(index)), "path": f"{index}.png"} for index in indices]
+    table = pa.table({"image": images, "label": [label(DIGITS.target[index]) for index in indices]})
+    if names:
+        features = {"label": {"names": [f"digit{i}" for i in range(10)], "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+
+
+def as_bytes(dataset: InMemoryImages) -> set[bytes]:
+    return {image.numpy().tobytes() for image in dataset.images}
+
+
+class TestDigits:
+    def test_the_splits_are_all_the_digits_and_share_none(self) -> None:
+        data = Digits()
+        sizes = {split: len(data.dataset(split)) for split in ("train", "val", "test")}
+        assert sizes == {"train": 1293, "val": 144, "test": 360}
+        # A few of the 1,797 scans are alike, so pictures are counted, not assumed to differ.
+        every = torch.cat([data.dataset(split).images for split in sizes])
+        scans = torch.from_numpy(np.round(DIGITS.images * 255 / 16).astype(np.uint8))
+        assert torch.equal(every.flatten(1).unique(dim=0), scans.flatten(1).unique(dim=0))
+
+    def test_every_split_has_the_classes_evenly(self) -> None:
+        data = Digits()
+        for split in ("train", "val", "test"):
+            counts = torch.bincount(data.dataset(split).targets)
+            assert counts.max() - counts.min() <= 0.1 * counts.max() + 1
+
+    def test_the_split_does_not_depend_on_the_runs_seed(self) -> None:
+        first = Digits().dataset("val").targets
+        torch.manual_seed(123)
+        np.random.seed(123)
+        assert torch.equal(Digits().dataset("val").targets, first)
+        assert not torch.equal(Digits(split_seed=1).dataset("val").images, Digits().dataset("val").images)
+
+    def test_mean_and_deviation_are_those_of_the_training_images(self) -> None:
+        data = Digits(val_fraction=0)
+        values = data.dataset("train").images / 255
+        assert data.mean == pytest.approx([values.mean().item()], abs=5e-3)
+        assert data.std == pytest.approx([values.std().item()], abs=5e-3)
+
+    def test_batches_are_uint8_and_drawn_anew_each_epoch(self) -> None:
+        loader = Digits(batch_size=64).train_dataloader()
+        epochs = [[targets for _, targets in loader] for _ in range(2)]
+        images, targets = next(iter(loader))
+        assert (images.dtype, images.shape, targets.dtype) == (torch.uint8, (64, 1, 8, 8), torch.long)
+        assert len(loader) == 1293 // 64
+        assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+
+    def test_evaluation_sees_every_image_once_and_in_order(self) -> None:
+        data = Digits(batch_size=100)
+        images = torch.cat([images for images, _ in data.test_dataloader()])
+        assert torch.equal(images, data.dataset("test").images)
+
+    def test_without_a_validation_share_there_is_none(self) -> None:
+        data = Digits(val_fraction=0)
+        assert data.val_dataloader() == []
+        assert len(data.dataset("train")) == 1437
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (dict(val_fraction=1.0), "val_fraction must be at least 0 and less than 1, got 1.0"),
+            (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+            (dict(image_size=0), "image_size must be at least 1, got 0"),
+            (dict(crop_padding=-1), "crop_padding must be at least 0, got -1"),
+        ],
+    )
+    def test_numbers_out_of_range_are_refused(self, arguments: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Digits(**arguments)
+
+    def test_a_batch_larger_than_the_training_split_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="batch_size must be at most the 1293 training images, got 2000"):
+            Digits(batch_size=2000).train_dataloader()
+
+
+class TestImageFolder:
+    def test_a_tree_with_splits(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, {"train": 200, "val": 60, "test": 50})
+        data = ImageFolder(tmp_path, image_size=8)
+        assert data.classes == [f"digit{i}" for i in range(10)]
+        assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [200, 60, 50]
+        assert data.dataset("train").images.shape == (200, 3, 8, 8)
+
+    def test_without_val_a_share_of_train_is_held_out_and_tested(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, {"train": 300})
+        data = ImageFolder(tmp_path, image_size=8, val_fraction=0.2)
+        assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [240, 60, 60]
+        assert not as_bytes(data.dataset("train")) & as_bytes(data.dataset("val"))
+        assert torch.equal(data.dataset("val").images, data.dataset("test").images)
+
+    def test_a_large_set_is_decoded_by_workers_to_the_same_evaluation_images(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, {"train": 100, "val": 40}, size=12)
+        kept = ImageFolder(tmp_path, image_size=8)
+        streamed = ImageFolder(tmp_path, image_size=8, in_memory=False, num_workers=2, batch_size=16)
+        assert isinstance(streamed.dataset("train"), TransformedImages)
+        images = torch.cat([images for images, _ in streamed.val_dataloader()])
+        assert torch.equal(images, kept.dataset("val").images)
+        images, targets = next(iter(streamed.train_dataloader()))
+        assert (images.dtype, images.shape, len(targets)) == (torch.uint8, (16, 3, 8, 8), 16)
+
+    def test_the_size_decides_where_images_are_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_tree(tmp_path, {"train": 100})
+        monkeypatch.setattr("awconv.data.module.IN_MEMORY_BYTES", 1000)
+        assert isinstance(ImageFolder(tmp_path, image_size=8).dataset("train"), TransformedImages)
+
+    def test_errors_name_the_folder_the_class_and_the_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"train is not a folder; expected images in .*/train/CLASS/"):
+            ImageFolder(tmp_path).classes  # noqa: B018
+        write_tree(tmp_path, {"train": 100, "val": 40})
+        (tmp_path / "val" / "digit3").rename(tmp_path / "val" / "three")
+        with pytest.raises(ValueError, match=r"must have the classes of .*: digit3, three"):
+            ImageFolder(tmp_path, image_size=8).dataset("val")
+        (tmp_path / "val" / "three").rename(tmp_path / "val" / "digit3")
+        (tmp_path / "val" / "digit3" / "0003.png").write_bytes(b"not a picture")
+        with pytest.raises(BrokenImageError, match=r"val/digit3/0003\.png: cannot identify"):
+            ImageFolder(tmp_path, image_size=8).dataset("val")
+        (tmp_path / "train" / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match="empty"):
+            ImageFolder(tmp_path).classes  # noqa: B018
+
+
+class TestParquet:
+    def test_names_labels_and_pictures_come_out(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "train-0.parquet", range(150))
+        write_parquet(tmp_path / "train-1.parquet", range(150, 300))
+        write_parquet(tmp_path / "test.parquet", range(300, 350))
+        data = Parquet(str(tmp_path / "train-*.parquet"), test=str(tmp_path / "test.parquet"), image_size=8)
+        assert data.classes == [f"digit{i}" for i in range(10)]
+        assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [270, 30, 50]
+        assert data.dataset("test").targets.tolist() == DIGITS.target[300:350].tolist()
+        expected = np.stack([np.array(digit(index)) for index in range(300, 350)])
+        assert np.array_equal(data.dataset("test").images[:, 0].numpy(), expected)
+
+    def test_without_metadata_classes_are_numbers(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "train.parquet", range(100), names=False)
+        assert Parquet(str(tmp_path / "train.parquet")).classes == [str(i) for i in range(10)]
+
+    def test_errors_name_the_file_the_column_and_the_row(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no file matches .*nothing\.parquet"):
+            Parquet(str(tmp_path / "nothing.parquet")).classes  # noqa: B018
+        train = str(tmp_path / "train.parquet")
+        write_parquet(Path(train), range(100))
+        with pytest.raises(ValueError, match=r"must have a column 'img', got \['image', 'label'\]; .*image_column"):
+            Parquet(train, image_column="img").classes  # noqa: B018
+        write_parquet(tmp_path / "wrong.parquet", range(20), label=lambda target: 10 if target == 7 else int(target))
+        with pytest.raises(ValueError, match=r"labels must be from 0 to 9, got 10 in row 7 \(and 1 more\)"):
+            Parquet(str(tmp_path / "wrong.parquet")).classes  # noqa: B018
+        pq.write_table(
+            pa.table({"image": [{"bytes": b"broken", "path": ""}] * 4, "label": [0] * 4}), tmp_path / "b.parquet"
+        )
+        with pytest.raises(BrokenImageError, match=r"b\.parquet, row 0: cannot identify"):
+            Parquet(str(tmp_path / "b.parquet"), val_fraction=0).dataset("train")
+        write_parquet(tmp_path / "more.parquet", range(20), names=False, label=lambda target: int(target) + 5)
+        with pytest.raises(ValueError, match=r"more\.parquet must have the 10 classes of"):
+            Parquet(train, test=str(tmp_path / "more.parquet"), image_size=8).dataset("test")
+
+    def test_real_cifar10_images(self, shared_data: Path) -> None:
+        folder = shared_data / "cifar10-jpeg"
+        data = Parquet(str(folder / "test.parquet"), image_size=32)
+        assert data.classes[:3] == ["airplane", "automobile", "bird"]
+        images, targets = next(iter(data.val_dataloader()))
+        assert images.shape == (128, 3, 32, 32)
+        assert len(targets.unique()) == 10
+        assert images.float().std() > 40
+
+
+@pytest.mark.parametrize(("module", "classes"), [(Cifar10, 10), (Cifar100, 100)])
+def test_cifar_as_torchvision_downloads_it(
+    module: type[Cifar10], classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not in .*Put the folder cifar-100?-(batches-py|python) there"):
+        module(tmp_path, download=False).classes  # noqa: B018
+    # The files' layout, with digits for pictures; torchvision would check that they are the published ones.
+    dataset = module._dataset
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = tmp_path / dataset.base_folder
+    folder.mkdir()
+    key = "labels" if classes == 10 else "fine_labels"
+    for name, _ in (*dataset.train_list, *dataset.test_list):
+        pictures = np.stack([np.array(digit(index, 32).convert("RGB")) for index in range(200)])
+        content = {"data": pictures.transpose(0, 3, 1, 2).reshape(200, -1), key: (np.arange(200) % classes).tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {dataset.meta["key"]: [f"class{i}" for i in range(classes)]}
+    (folder / dataset.meta["filename"]).write_bytes(pickle.dumps(names))
+    data = module(tmp_path, download=False, val_fraction=0.5)
+    assert data.classes == [f"class{i}" for i in range(classes)]
+    total = 200 * len(dataset.train_list)
+    assert [len(data.dataset(split)) for split in ("train", "val", "test")] == [total // 2, total // 2, 200]
+    assert np.array_equal(data.dataset("test").images[5, 0].numpy(), np.array(digit(5, 32)))
+
+
+class TestAugmentation:
+    def test_a_crop_is_a_window_of_the_padded_image_and_each_sample_has_its_own(self) -> None:
+        images = torch.arange(1, 1 + 50 * 2 * 5 * 6).reshape(50, 2, 5, 6).to(torch.int32)
+        padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+        places = set()
+        for before, after in zip(padded, random_crop(images, 2), strict=True):
+            found = [(y, x) for y in range(5) for x in range(5) if torch.equal(before[:, y : y + 5, x : x + 6], after)]
+            assert len(found) == 1
+            places.add(found[0])
+        assert len(places) > 10
+
+    def test_a_flip_mirrors_about_half_of_the_samples(self) -> None:
+        images = torch.randint(0, 256, (400, 1, 4, 5), dtype=torch.uint8)
+        flipped = random_horizontal_flip(images)
+        kept = (flipped == images).flatten(1).all(1)
+        mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+        assert torch.all(kept ^ mirrored)
+        assert 140 < mirrored.sum() < 260  # six deviations of 400 fair coins around 200
+
+    def test_training_batches_alone_are_augmented(self) -> None:
+        data = Digits(crop_padding=2)
+
+        class Trainer:
+            training = True
+
+        batch = next(iter(data.train_dataloader()))
+        data.trainer = Trainer()
+        assert not torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
+        data.trainer.training = False
+        assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_any_mode_and_shape_become_uint8(mode: str, channels: int) -> None:
+    image = digit(3, 20).resize((30, 17)).convert(mode)
+    tensor = to_uint8(image, channels, 8)
+    assert (tensor.dtype, tensor.shape) == (torch.uint8, (channels, 8, 8))
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
+    assert np.array_equal(to_uint8(Image.fromarray(ramp), 1, 8)[0].numpy(), ramp // 256)
+
+
+def test_the_shorter_side_is_resized_and_the_centre_kept() -> None:
+    stripes = np.zeros((8, 24), np.uint8)
+    stripes[:, 8:16] = 200
+    assert torch.equal(to_uint8(Image.fromarray(stripes), 1, 8), torch.full((1, 8, 8), 200, dtype=torch.uint8))

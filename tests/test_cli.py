@@ -1,0 +1,170 @@
+"""The command line, from training to prediction, on scikit-learn's digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from awconv.cli import main
+from awconv.data import Digits
+from awconv.predict import classify, load_task
+
+EPOCHS = 8
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an AW network after a few epochs on the digits."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("model: {network: resnet8_cifar, lr: 0.1, warmup_epochs: 1}\ntrainer: {max_epochs: 99}\n")
+    arguments = f"--model.network=aw_resnet8_cifar --trainer.max_epochs={EPOCHS} --trainer.default_root_dir={folder}"
+    quiet = "--trainer.enable_progress_bar=false --trainer.enable_model_summary=false --trainer.logger=false"
+    assert main(["fit", f"--config={recipe}", *arguments.split(), *quiet.split()]) == 0
+    (checkpoint,) = folder.glob("checkpoints/*.ckpt")
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits of the test split as files, in folders."""
+    folder = tmp_path_factory.mktemp("pictures")
+    images, targets = next(iter(Digits(batch_size=40).test_dataloader()))
+    for index, (image, target) in enumerate(zip(images, targets, strict=True)):
+        path = folder / f"{target}" / f"{index:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(path)
+    return folder
+
+
+def test_fit_learns_and_test_evaluates(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"--trainer.default_root_dir={trained.parent}"
+    network = "--model.network=aw_resnet8_cifar"
+    for command in ("test", "validate"):
+        assert main([command, network, f"--ckpt_path={trained}", "--trainer.logger=false", root]) == 0
+        printed = capsys.readouterr().out
+        split = "test" if command == "test" else "val"
+        (line,) = [
+            line for line in printed.splitlines() if f"{split}/accuracy" in line and any(c.isdigit() for c in line)
+        ]
+        # Chance is 0.1. In 8 epochs the network gets about 0.98; 0.9 leaves room for other versions and machines.
+        assert float("".join(c for c in line if c.isdigit() or c == ".")) > 0.9
+
+
+def test_the_checkpoint_knows_all_that_a_prediction_needs(trained: Path) -> None:
+    content = torch.load(trained, weights_only=True)["hyper_parameters"]
+    assert content["network"] == "aw_resnet8_cifar"
+    assert content["classes"] == [str(digit) for digit in range(10)]
+    assert content["input_size"] == [1, 8, 8]
+    assert (content["mean"], content["std"]) == (Digits().mean, Digits().std)
+
+
+def test_predict_prints_classes_and_probabilities(
+    trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", "--ckpt", str(trained), "--format", "json", str(pictures)]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["failures"] == []
+    predictions = content["predictions"]
+    assert len(predictions) == 40
+    assert all(0.1 <= prediction["probability"] <= 1 for prediction in predictions)
+    right = [Path(prediction["image"]).parent.name == prediction["label"] for prediction in predictions]
+    assert np.mean(right) > 0.85
+
+
+def test_predictions_do_not_depend_on_the_batch(trained: Path, pictures: Path) -> None:
+    task = load_task(trained)
+    files = sorted(pictures.rglob("*.png"))
+    together, alone = (list(classify(task, files, batch_size)) for batch_size in (64, 1))
+    assert [p.image for p in together] == [p.image for p in alone] == [str(file) for file in files]
+    assert [p.label for p in together] == [p.label for p in alone]
+    probabilities = [[p.probability for p in results] for results in (together, alone)]
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
+
+
+def test_a_broken_image_is_named_and_the_rest_goes_on(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = next(pictures.rglob("*.png")).read_bytes()
+    (tmp_path / "good.png").write_bytes(whole)
+    (tmp_path / "cut.png").write_bytes(whole[:60])
+    (tmp_path / "notes.txt").write_text("not an image, and not taken for one")
+    arguments = ["predict", "--ckpt", str(trained), str(tmp_path)]
+    assert main([*arguments, "--format", "json"]) == 1
+    printed = capsys.readouterr()
+    content = json.loads(printed.out)
+    assert [Path(prediction["image"]).name for prediction in content["predictions"]] == ["good.png"]
+    assert [Path(failure["image"]).name for failure in content["failures"]] == ["cut.png"]
+    assert "broken image" in printed.err
+    assert "cut.png" in printed.err
+    assert main(arguments) == 1
+    table = capsys.readouterr().out
+    assert f"{tmp_path}/good.png" in table
+    assert "cut.png" not in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "--ckpt", "none.ckpt", "{here}/broken.ckpt"], "checkpoint none.ckpt is not a file"),
+        (
+            ["predict", "--ckpt", "{here}/broken.ckpt", "{here}/none.png"],
+            "none.png is neither an image file nor a folder",
+        ),
+        (["predict", "--ckpt", "{here}/broken.ckpt", "{here}"], "holds no image file"),
+        (["predict", "--ckpt", "{here}/broken.ckpt", "{here}/broken.ckpt"], "is not a checkpoint of a classification"),
+        (["compare", "{here}/none.yaml"], "none.yaml is not a file"),
+        (
+            ["fit", "--model.network=resnet8_cifer"],
+            "timm.create_model knows, got 'resnet8_cifer'; near it: aw_resnet8_cifar, resnet8_cifar",
+        ),
+        (
+            ["fit", "--model.network=resnet8_cifar", "--data=ImageFolder", "--data.root={here}"],
+            "train is not a folder",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.ckpt").write_bytes(b"broken")
+    assert main([argument.format(here=tmp_path) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert last.startswith(f"awconv {arguments[0]}: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    usage = capsys.readouterr().out
+    assert all(command in usage for command in ("demo", "fit", "validate", "test", "compare", "predict"))
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    for command in ("demo", "compare", "predict", "fit"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+    assert "--ckpt" in capsys.readouterr().out
+
+
+def test_compare_trains_twins_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("model: {network: resnet8_cifar}\ntrainer: {max_epochs: 99}\n")
+    out = tmp_path / "report"
+    command = ["compare", str(recipe), "--out", str(out), "--seeds", "2", "--variants", '["plain", "aw"]']
+    assert main([*command, "--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]) == 0
+    assert "aw_resnet8_cifar" in (out / "table.md").read_text()
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [(run["variant"], run["seed"]) for run in runs] == [("plain", 0), ("aw", 0), ("plain", 1), ("aw", 1)]
+    assert {run["recipe"]["trainer"]["max_epochs"] for run in runs} == {1}
+    assert runs[0]["test_accuracy"] != runs[2]["test_accuracy"]
+    checkpoint = next((out / "aw-seed1").rglob("*.ckpt"))
+    assert load_task(checkpoint).hparams["network"] == "aw_resnet8_cifar"
+    capsys.readouterr()
