@@ -44,9 +44,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_fit_learns_and_test_evaluates(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = f"--trainer.default_root_dir={trained.parent}"
-    network = "--model.network=aw_resnet8_cifar"
     for command in ("test", "validate"):
-        assert main([command, network, f"--ckpt_path={trained}", "--trainer.logger=false", root]) == 0
+        assert main([command, f"--ckpt_path={trained}", "--trainer.logger=false", root]) == 0
         printed = capsys.readouterr().out
         split = "test" if command == "test" else "val"
         (line,) = [

@@ -24,11 +24,11 @@ class ClassificationTask(pl.LightningModule):
     normalised.
 
     Args:
-        network: a name that ``timm.create_model`` knows.
         classes: the names of the classes, by index.
         input_size: channels, height and width of the images.
         mean: mean of each channel, of values from 0 to 1.
         std: deviation of each channel.
+        network: a name that ``timm.create_model`` knows.
         network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``.
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms are not decayed.
         lr: the highest learning rate.
@@ -46,11 +46,11 @@ class ClassificationTask(pl.LightningModule):
 
     def __init__(
         self,
-        network: str,
         classes: Sequence[str],
         input_size: Sequence[int],
         mean: Sequence[float],
         std: Sequence[float],
+        network: str = "aw_resnet20_cifar",
         network_args: dict[str, Any] | None = None,
         optimizer: str = "sgd",
         lr: float = 0.1,

@@ -1,0 +1,32 @@
+# make demo, make test and make lint set up what they need in .venv, once for each pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/awconv demo
+
+test: $(INSTALLED)
+	$(VENV)/bin/pytest -n auto --maxprocesses 4
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build awconv-demo
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "awconv needs Python 3.10 or later, got $$($(PYTHON) --version); name one with make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV): a few minutes and 6 GB, most of it PyTorch"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,53 @@
+"""What the README tells people to type works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from awconv.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_the_python_examples_run(index: int) -> None:
+    exec(compile(blocks("python")[index], f"README.md, example {index + 1}", "exec"), {})
+
+
+def test_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"^awconv (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE)
+    assert {"fit", "test", "compare", "predict"} <= set(commands)
+    for command in set(commands):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+    capsys.readouterr()
+
+
+def test_every_file_that_is_named_exists() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    named = re.findall(r"(?:recipes|benchmarks|docs)/[\w/]+\.\w+", README)
+    assert links
+    assert named
+    for path in (*links, *named):
+        assert (ROOT / path).exists(), path
+
+
+def test_make_has_the_commands_of_the_first_screen() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE)
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_parse(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", f"--config={recipe}", "--print_config"])
+    assert "network:" in capsys.readouterr().out
