@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from awconv.cli import main
-from awconv.data import Digits
+from awconv.data import Cifar10, Digits, ImageDataModule, ImageFolder, Parquet
 from awconv.predict import classify, load_task
+from awconv.training import TrainingCLI
 
 EPOCHS = 8
 
@@ -167,3 +168,24 @@ def test_compare_trains_twins_and_writes_the_report(tmp_path: Path, capsys: pyte
     checkpoint = next((out / "aw-seed1").rglob("*.ckpt"))
     assert load_task(checkpoint).hparams["network"] == "aw_resnet8_cifar"
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([], Digits),
+        (["--data=Cifar10"], Cifar10),
+        (["--data=ImageFolder", "--data.root=x"], ImageFolder),
+        (["--data=Parquet", "--data.train=x"], Parquet),
+    ],
+)
+def test_each_data_set_has_its_own_defaults(
+    data: list[str], expected: type[ImageDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expected, "classes", ["a", "b"])  # there are no files to read them from
+    module = TrainingCLI(data, run=False).datamodule
+    assert type(module) is expected
+    assert module.image_size == expected.default_image_size
+    assert module.crop_padding == expected.default_crop_padding
+    assert module.horizontal_flip == expected.default_horizontal_flip
+    assert module.mean == pytest.approx(expected.default_mean)

@@ -97,5 +97,5 @@ def _lightning(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
     from awconv.training import TrainingCLI
 
-    TrainingCLI(args=[command, *arguments])
+    TrainingCLI([command, *arguments])
     return 0

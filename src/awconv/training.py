@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from awconv.data import ImageDataModule
 from awconv.tasks import ClassificationTask
@@ -14,19 +14,29 @@ _FROM_DATA = ("classes", "input_size", "mean", "std")
 
 
 class TrainingCLI(LightningCLI):
-    """Lightning's command line over our tasks and data, which tells the task what the data are."""
+    """Lightning's command line over our tasks and data, which tells the task what the data are.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Without ``data`` it takes the digits.
+
+    Args:
+        args: the arguments, with the subcommand first where ``run`` is true.
+        run: run a subcommand; false only builds ``trainer``, ``model`` and ``datamodule``.
+        save_config: write the configuration beside the checkpoints.
+    """
+
+    def __init__(self, args: Sequence[str], run: bool = True, save_config: bool = True) -> None:
         super().__init__(
             ClassificationTask,
             ImageDataModule,
+            args=list(args),
+            run=run,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # Checkpoints then hold plain values, which load_from_checkpoint needs no parser for.
             load_from_checkpoint_support=False,
+            save_config_callback=SaveConfigCallback if save_config else None,
             save_config_kwargs={"overwrite": True},
-            **kwargs,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -258,7 +258,7 @@ class TestAugmentation:
         assert 140 < mirrored.sum() < 260  # six deviations of 400 fair coins around 200
 
     def test_training_batches_alone_are_augmented(self) -> None:
-        data = Digits(crop_padding=2)
+        data = Digits(batch_size=64, crop_padding=2)
 
         class Trainer:
             training = True

@@ -131,7 +131,7 @@ def open_data(recipe: Path, overrides: Sequence[str]) -> ImageDataModule:
 
 def _parse(recipe: Path, *arguments: str) -> TrainingCLI:
     _quieten_lightning()
-    return TrainingCLI(run=False, save_config_callback=None, args=[f"--config={recipe}", *arguments])
+    return TrainingCLI([f"--config={recipe}", *arguments], run=False, save_config=False)
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -20,29 +21,16 @@ class Cifar10(ImageDataModule):
     Args:
         root: the folder that holds ``cifar-10-batches-py``, or that it is downloaded to.
         download: fetch it where it is missing.
-        image_size: as for :class:`ImageDataModule`.
-        batch_size: as for :class:`ImageDataModule`.
-        crop_padding: as for :class:`ImageDataModule`.
-        horizontal_flip: as for :class:`ImageDataModule`.
-        val_fraction: as for :class:`ImageDataModule`.
-        split_seed: as for :class:`ImageDataModule`.
+        **kwargs: as for :class:`ImageDataModule`.
     """
 
+    default_image_size = 32
+    default_crop_padding = 4
     default_mean, default_std = CIFAR10_MEAN, CIFAR10_STD
     _dataset: type[CIFAR10] = CIFAR10
 
-    def __init__(
-        self,
-        root: Path = Path("data"),
-        download: bool = True,
-        image_size: int = 32,
-        batch_size: int = 128,
-        crop_padding: int = 4,
-        horizontal_flip: bool = True,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-    ) -> None:
-        super().__init__(image_size, batch_size, crop_padding, horizontal_flip, val_fraction, split_seed)
+    def __init__(self, root: Path = Path("data"), download: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.root = root
         self.download = download
 

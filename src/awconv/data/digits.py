@@ -18,31 +18,16 @@ _SPLIT_SEED = 0
 class Digits(ImageDataModule):
     """1,797 scanned handwritten digits, 8x8 pixels, grey (``sklearn.datasets.load_digits``).
 
-    A fifth of them, 360, drawn once and evenly over the classes, is the test split.
-
-    Args:
-        image_size: height and width, in pixels; the scans are 8x8.
-        batch_size: as for :class:`ImageDataModule`.
-        crop_padding: as for :class:`ImageDataModule`.
-        val_fraction: as for :class:`ImageDataModule`.
-        split_seed: as for :class:`ImageDataModule`.
+    A fifth of them, 360, drawn once and evenly over the classes, is the test split. The arguments are those of
+    :class:`ImageDataModule`.
     """
 
     channels = 1
+    default_image_size = 8
+    default_crop_padding = 1
+    default_horizontal_flip = False
     default_mean = (0.305,)
     default_std = (0.376,)
-
-    def __init__(
-        self,
-        image_size: int = 8,
-        batch_size: int = 64,
-        crop_padding: int = 1,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-    ) -> None:
-        super().__init__(
-            image_size, batch_size, crop_padding=crop_padding, val_fraction=val_fraction, split_seed=split_seed
-        )
 
     @property
     def classes(self) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder as _ImageFolder
 
 from awconv.data.images import read_image
@@ -18,50 +18,15 @@ class ImageFolder(ImageDataModule):
 
     Args:
         root: the folder that holds ``train``.
-        image_size: height and width, in pixels: the shorter side is resized to it and the centre cropped.
-        batch_size: as for :class:`ImageDataModule`.
-        crop_padding: as for :class:`ImageDataModule`.
-        horizontal_flip: as for :class:`ImageDataModule`.
-        val_fraction: as for :class:`ImageDataModule`; used only without ``val``.
-        split_seed: as for :class:`ImageDataModule`.
-        in_memory: as for :class:`ImageDataModule`.
-        num_workers: as for :class:`ImageDataModule`.
-        mean: as for :class:`ImageDataModule`; ImageNet's by default.
-        std: as for :class:`ImageDataModule`; ImageNet's by default.
+        **kwargs: as for :class:`ImageDataModule`; ``val_fraction`` is used only without ``val``.
 
     Raises:
         FileNotFoundError: a folder is missing or holds no images; the message names it.
         ValueError: splits have different classes.
     """
 
-    default_mean, default_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-    def __init__(
-        self,
-        root: Path,
-        image_size: int = 224,
-        batch_size: int = 128,
-        crop_padding: int = 0,
-        horizontal_flip: bool = True,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        in_memory: bool | None = None,
-        num_workers: int = 4,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-    ) -> None:
-        super().__init__(
-            image_size,
-            batch_size,
-            crop_padding,
-            horizontal_flip,
-            val_fraction,
-            split_seed,
-            in_memory,
-            num_workers,
-            mean,
-            std,
-        )
+    def __init__(self, root: Path, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.root = Path(root)
 
     @cached_property

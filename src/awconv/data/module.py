@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from sklearn.model_selection import train_test_split
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,8 +29,10 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
     zero padding and horizontal flips. A larger one is decoded by workers, which draw the random resized crops usual at
     that scale.
 
+    Where an argument is None, the data set has a default of its own, in the class attribute ``default_...``.
+
     Args:
-        image_size: height and width, in pixels.
+        image_size: height and width, in pixels: the shorter side is resized to it and the centre cropped.
         batch_size: samples a batch and device.
         crop_padding: zeros on each side before the random crop, in pixels; 0 for no crop.
         horizontal_flip: mirror half of the training images.
@@ -39,23 +41,26 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         split_seed: seed of that split. It is not the run's seed: all runs share one split.
         in_memory: decode once, or at each access; None decides by the size.
         num_workers: processes that decode a set that is not in memory.
-        mean: mean of each channel, of values from 0 to 1; None for the data set's own.
-        std: deviation of each channel; None for the data set's own.
+        mean: mean of each channel, of values from 0 to 1.
+        std: deviation of each channel.
 
     Raises:
         ValueError: a number is out of its range.
     """
 
     channels = 3
-    default_mean: Sequence[float]
-    default_std: Sequence[float]
+    default_image_size = 224
+    default_crop_padding = 0
+    default_horizontal_flip = True
+    default_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    default_std: Sequence[float] = IMAGENET_DEFAULT_STD
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | None = None,
         batch_size: int = 128,
-        crop_padding: int = 0,
-        horizontal_flip: bool = False,
+        crop_padding: int | None = None,
+        horizontal_flip: bool | None = None,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         in_memory: bool | None = None,
@@ -64,17 +69,15 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        self.image_size = self.default_image_size if image_size is None else image_size
+        self.batch_size = batch_size
+        self.crop_padding = self.default_crop_padding if crop_padding is None else crop_padding
+        self.horizontal_flip = self.default_horizontal_flip if horizontal_flip is None else horizontal_flip
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and less than 1, got {val_fraction}")
-        for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if crop_padding < 0:
-            raise ValueError(f"crop_padding must be at least 0, got {crop_padding}")
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.crop_padding = crop_padding
-        self.horizontal_flip = horizontal_flip
+        for name, least in (("image_size", 1), ("batch_size", 1), ("crop_padding", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.in_memory = in_memory

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 
 from awconv.data.images import read_image
@@ -80,56 +78,25 @@ class Parquet(ImageDataModule):
         train: a file, or a glob pattern of several.
         val: the same; None holds out ``val_fraction`` of the training split.
         test: the same; None tests on the validation split.
-        image_size: height and width, in pixels: the shorter side is resized to it and the centre cropped.
-        batch_size: as for :class:`ImageDataModule`.
-        crop_padding: as for :class:`ImageDataModule`.
-        horizontal_flip: as for :class:`ImageDataModule`.
-        val_fraction: as for :class:`ImageDataModule`.
-        split_seed: as for :class:`ImageDataModule`.
-        in_memory: as for :class:`ImageDataModule`.
-        num_workers: as for :class:`ImageDataModule`.
-        mean: as for :class:`ImageDataModule`; ImageNet's by default.
-        std: as for :class:`ImageDataModule`; ImageNet's by default.
         image_column: name of the column of images.
         label_column: name of the column of labels.
+        **kwargs: as for :class:`ImageDataModule`; ``val_fraction`` is used only without ``val``.
 
     Raises:
         FileNotFoundError: no file matches.
         ValueError: a column is missing, or splits have different classes.
     """
 
-    default_mean, default_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
     def __init__(
         self,
         train: str,
         val: str | None = None,
         test: str | None = None,
-        image_size: int = 224,
-        batch_size: int = 128,
-        crop_padding: int = 0,
-        horizontal_flip: bool = True,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        in_memory: bool | None = None,
-        num_workers: int = 4,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         image_column: str = "image",
         label_column: str = "label",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_size,
-            batch_size,
-            crop_padding,
-            horizontal_flip,
-            val_fraction,
-            split_seed,
-            in_memory,
-            num_workers,
-            mean,
-            std,
-        )
+        super().__init__(**kwargs)
         self.files: dict[Split, str | None] = {"train": train, "val": val, "test": test}
         self.columns = (image_column, label_column)
 
