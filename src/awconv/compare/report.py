@@ -121,6 +121,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str, command: str) ->
 
 def _plot(runs: Sequence[Run], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
@@ -138,6 +139,7 @@ def _plot(runs: Sequence[Run], path: Path) -> None:
             axes.plot(range(1, len(averages) + 1), averages, color=colour, linewidth=2, label=variant)
     for axes, label in ((losses, "training loss"), (accuracies, "validation accuracy, %")):
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(title="mean; thin: each seed")
     losses.set_yscale("log")
