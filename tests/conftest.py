@@ -12,6 +12,7 @@ SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 torch.set_num_threads(1)  # the tensors of tests are small, and several workers share the cores
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic mode needs on CUDA
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "inductor"))
 
 

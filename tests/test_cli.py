@@ -93,18 +93,25 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
     whole = next(pictures.rglob("*.png")).read_bytes()
     (tmp_path / "good.png").write_bytes(whole)
     (tmp_path / "cut.png").write_bytes(whole[:60])
+    Image.new("LAB", (8, 8)).save(tmp_path / "lab.tif")
+    (tmp_path / "a[red]b.png").write_bytes(whole)
     (tmp_path / "notes.txt").write_text("not an image, and not taken for one")
     arguments = ["predict", "--ckpt", str(trained), str(tmp_path)]
     assert main([*arguments, "--format", "json"]) == 1
     printed = capsys.readouterr()
     content = json.loads(printed.out)
-    assert [Path(prediction["image"]).name for prediction in content["predictions"]] == ["good.png"]
+    assert [Path(prediction["image"]).name for prediction in content["predictions"]] == [
+        "a[red]b.png",
+        "good.png",
+        "lab.tif",
+    ]
     assert [Path(failure["image"]).name for failure in content["failures"]] == ["cut.png"]
     assert "broken image" in printed.err
     assert "cut.png" in printed.err
     assert main(arguments) == 1
     table = capsys.readouterr().out
     assert f"{tmp_path}/good.png" in table
+    assert f"{tmp_path}/a[red]b.png" in table
     assert "cut.png" not in table
 
 
@@ -127,6 +134,8 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
             ["fit", "--model.network=resnet8_cifar", "--data=ImageFolder", "--data.root={here}"],
             "train is not a folder",
         ),
+        (["test"], "there is nothing to evaluate: give --ckpt_path"),
+        (["fit", "--trainer.max_epochs=-1", "--trainer.logger=false"], "give trainer.max_epochs or trainer.max_steps"),
     ],
 )
 def test_a_users_mistake_is_one_line(
@@ -158,7 +167,7 @@ def test_compare_trains_twins_and_writes_the_report(tmp_path: Path, capsys: pyte
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("model: {network: resnet8_cifar}\ntrainer: {max_epochs: 99}\n")
     out = tmp_path / "report"
-    command = ["compare", str(recipe), "--out", str(out), "--seeds", "2", "--variants", '["plain", "aw"]']
+    command = ["compare", str(recipe), "--out", str(out), "--seeds", "2", "--variants", "plain,aw"]
     assert main([*command, "--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]) == 0
     assert "aw_resnet8_cifar" in (out / "table.md").read_text()
     runs = json.loads((out / "results.json").read_text())["runs"]
@@ -189,3 +198,26 @@ def test_each_data_set_has_its_own_defaults(
     assert module.crop_padding == expected.default_crop_padding
     assert module.horizontal_flip == expected.default_horizontal_flip
     assert module.mean == pytest.approx(expected.default_mean)
+
+
+def test_a_number_of_steps_ends_the_training(tmp_path: Path) -> None:
+    arguments = "--trainer.max_steps=3 --trainer.logger=false --trainer.enable_progress_bar=false"
+    network = "--model.network=resnet8_cifar --model.warmup_epochs=0.1"
+    assert main(["fit", *arguments.split(), *network.split(), f"--trainer.default_root_dir={tmp_path}"]) == 0
+    (checkpoint,) = tmp_path.glob("checkpoints/*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["global_step"] == 3
+    # One step of warm-up, a tenth of the ten that an epoch has, then a cosine over the other two, which ends at zero.
+    assert content["lr_schedulers"][0]["_last_lr"] == pytest.approx([0.0, 0.0], abs=1e-9)
+
+
+def test_other_data_than_the_checkpoints_are_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    assert main(["test", f"--ckpt_path={trained}", "--data.mean=[0.5]", *quiet]) == 1
+    error = capsys.readouterr().err
+    assert "the checkpoint was trained with mean [0.305], and the data have [0.5]" in error
+
+
+def test_evaluation_writes_no_configuration_and_training_its_own(trained: Path) -> None:
+    assert {path.name for path in trained.parent.parent.glob("*.yaml")} == {"awconv_fit.yaml", "recipe.yaml"}
+    assert not list(trained.parent.glob("*.yaml"))

@@ -72,20 +72,26 @@ def test_one_and_three_dimensional_convolutions_are_converted() -> None:
 
 
 def test_a_second_conversion_finds_nothing_left() -> None:
+    model = convert(network())
     with pytest.raises(ValueError, match="no convolution of Sequential was selected"):
-        convert(convert(network()))
+        convert(model)
+    convert(model, lambda name, module: module.kernel_size == (1, 1))  # the branches have such, too
+    assert kinds(model)["2.0"] == "AWConv2d"
+    assert not any(isinstance(part, AWConv2d) for part in model[3].attention.modules())
 
 
 class Unusual(nn.Conv2d):
     pass
 
 
-@pytest.mark.parametrize("kind", ["subclass", "hook", "parametrised"])
+@pytest.mark.parametrize("kind", ["subclass", "hook", "backward hook", "parametrised"])
 def test_what_cannot_be_converted_exactly_is_left_and_logged(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     last = Unusual(4, 4, 3) if kind == "subclass" else nn.Conv2d(4, 4, 3)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), last)
     if kind == "hook":
         model[2].register_forward_hook(lambda *_: None)
+    if kind == "backward hook":
+        model[2].register_full_backward_hook(lambda *_: None)
     if kind == "parametrised":
         weight_norm(model[2])
     left = model[2]
@@ -109,6 +115,16 @@ def test_an_error_names_the_layer_and_leaves_the_model(arguments: dict[str, Any]
     with pytest.raises(ValueError, match=message):
         convert(model, **arguments)
     assert set(kinds(model).values()) == {"Conv2d"}
+
+
+def test_an_argument_that_no_layer_has_is_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'reductoin'"):
+        convert(network(), reductoin=4)
+
+
+def test_the_norm_can_be_chosen_or_left_out() -> None:
+    assert isinstance(convert(network())[3].attention.norm1, nn.BatchNorm2d)
+    assert isinstance(convert(network(), norm_layer=None)[3].attention.norm1, nn.Identity)
 
 
 def test_a_model_without_convolutions_is_refused() -> None:

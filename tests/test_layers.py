@@ -167,6 +167,7 @@ def test_dtype_and_device_reach_the_branch() -> None:
         built_under_a_context = AWConv2d(4, 8, 3)
     for layer in (AWConv2d(4, 8, 3, device="meta"), AWConv2d(4, 8, 3).to("meta"), built_under_a_context):
         assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"meta"}
+        assert layer(torch.empty(2, 4, 8, 8, device="meta")).shape == (2, 8, 6, 6)
 
 
 def test_the_repr_shows_the_attentions_arguments() -> None:

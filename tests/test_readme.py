@@ -51,3 +51,8 @@ def test_recipes_parse(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="0"):
         main(["fit", f"--config={recipe}", "--print_config"])
     assert "network:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_nothing_is_left_to_fill_in(path: Path) -> None:
+    assert "@@" not in path.read_text()

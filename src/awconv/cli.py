@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,8 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0 if all went well, 1 after an error of the user's or a broken image, 2 for arguments that
         cannot be parsed, 130 after Ctrl-C.
     """
-    command, *arguments = [*(sys.argv[1:] if args is None else args), ""]
-    arguments = arguments[:-1]
+    command, *arguments = (sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -79,23 +79,24 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     if command == "predict":
         parser.add_argument("images", type=Path, nargs="+", help="image files, and folders that are searched for them")
         skip |= {"images"}
-    overrides = {}
+    others: dict[str, object] = {}
     if command != "predict":
+        others["command"] = shlex.join(["awconv", command, *arguments])
         parser.epilog = "Arguments after -- go to every run, as awconv fit takes them: -- --trainer.max_epochs=5"
-        skip |= {"overrides"}
+        skip |= {"overrides", "command"}
         if "--" in arguments:
             split = arguments.index("--")
-            overrides["overrides"] = arguments[split + 1 :]
+            others["overrides"] = arguments[split + 1 :]
             arguments = arguments[:split]
     parser.add_function_arguments(function, skip=skip)
     given = parser.parse_args(list(arguments)).as_dict()
     given.pop("config")
-    return function(**given, **overrides)
+    return function(**given, **others)
 
 
 def _lightning(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
     from awconv.training import TrainingCLI
 
-    TrainingCLI([command, *arguments])
+    TrainingCLI([command, *arguments], save_config=command == "fit")
     return 0

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from awconv.layers import AWConv1d, AWConv2d, AWConv3d, NormLayer
+from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 
 _TWINS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv1d: AWConv1d,
     nn.Conv2d: AWConv2d,
     nn.Conv3d: AWConv3d,
 }
-_NORMS: dict[type[nn.Module], NormLayer] = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-}
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_AW = (AWConv1d, AWConv2d, AWConv3d)
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _log = logging.getLogger(__name__)
 
 
 def convert(
     model: nn.Module,
     select: Callable[[str, nn.Module], bool] | None = None,
-    *,
-    reduction: int = 16,
-    in_expansion: int | None = None,
-    out_expansion: int = 1,
-    kernel_expansion: int = 1,
-    activation: str = "sigmoid",
-    residual: bool = True,
-    norm_layer: NormLayer | None = None,
+    **arguments: Any,
 ) -> nn.Module:
     """Replaces convolutions of a model by AW-convolutions, in place.
 
@@ -44,21 +37,22 @@ def convert(
         model: any module.
         select: called with the name and the module of each convolution; true converts it. By default every spatial
             convolution (a kernel larger than 1) but the stem, which is the first of them.
-        reduction: as for :class:`awconv.AWConv2d`.
-        in_expansion: as for :class:`awconv.AWConv2d`.
-        out_expansion: as for :class:`awconv.AWConv2d`.
-        kernel_expansion: as for :class:`awconv.AWConv2d`.
-        activation: as for :class:`awconv.AWConv2d`.
-        residual: as for :class:`awconv.AWConv2d`.
-        norm_layer: the branch's norm; None for the BatchNorm of the convolution's number of axes.
+        **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation``,
+            ``residual`` and ``norm_layer``, as for :class:`awconv.AWConv2d`.
 
     Returns:
         The model; a new layer if the model is itself a convolution.
 
     Raises:
+        TypeError: an argument is none of these.
         ValueError: nothing was selected, or an argument does not fit a selected layer. The model is left as it was.
     """
-    convolutions = {name: module for name, module in model.named_modules() if _is_plain_convolution(module)}
+    branches = {part for module in model.modules() if isinstance(module, _AW) for part in module.attention.modules()}
+    convolutions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _PLAIN) and not isinstance(module, _AW) and module not in branches
+    }
     if select is None:
         spatial = [name for name, module in convolutions.items() if _is_spatial(module)]
         chosen = set(spatial[1:] if spatial != [""] else spatial)
@@ -70,20 +64,11 @@ def convert(
         if name not in chosen:
             continue
         old = convolutions[name]
-        if type(old) not in _TWINS or old._forward_hooks or old._forward_pre_hooks:
+        if type(old) not in _TWINS or any(getattr(old, hooks) for hooks in _HOOKS):
             _log.warning("convert: %s is left as it is: %s has hooks or is a subclass", name, type(old).__name__)
             continue
         try:
-            twins[old] = _twin(
-                old,
-                reduction=reduction,
-                in_expansion=in_expansion,
-                out_expansion=out_expansion,
-                kernel_expansion=kernel_expansion,
-                activation=activation,
-                residual=residual,
-                norm_layer=norm_layer or _NORMS[type(old)],
-            )
+            twins[old] = _twin(old, arguments)
         except ValueError as error:
             raise ValueError(f"convert: layer {name!r}: {error}") from error
     if not twins:
@@ -102,19 +87,11 @@ def convert(
     return model
 
 
-def _is_plain_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not isinstance(
-        module, AWConv1d | AWConv2d | AWConv3d
-    )
-
-
-def _is_spatial(module: nn.Module) -> bool:
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+def _is_spatial(module: _Convolution) -> bool:
     return max(module.kernel_size) > 1
 
 
-def _twin(old: nn.Module, **arguments: object) -> nn.Module:
-    assert isinstance(old, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+def _twin(old: _Convolution, arguments: dict[str, Any]) -> nn.Module:
     new = _TWINS[type(old)](
         old.in_channels,
         old.out_channels,
@@ -127,7 +104,7 @@ def _twin(old: nn.Module, **arguments: object) -> nn.Module:
         old.padding_mode,
         device=old.weight.device,
         dtype=old.weight.dtype,
-        **arguments,  # type: ignore[arg-type]
+        **arguments,
     )
     new.weight = old.weight
     new.bias = old.bias

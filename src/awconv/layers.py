@@ -21,32 +21,36 @@ _MIN_HIDDEN = 4
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Adaptive average pooling as one product with a small matrix, in one pass over the input.
+    r"""Adaptive average pooling as a product with a small matrix, in one pass over the input.
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
     device (pytorch issue 50198).
 
     Args:
-        input: shape (N, C, \\*size), with as many spatial axes as ``output_size`` has numbers.
+        input: shape (N, C, \*size), with as many spatial axes as ``output_size`` has numbers.
         output_size: bins along each axis. Bin i covers the positions floor(i * size / bins) to
             ceil((i + 1) * size / bins).
 
     Returns:
-        Shape (N, C, \\*output_size).
+        Shape (N, C, \*output_size).
     """
-    matrix, dtype = None, torch.promote_types(input.dtype, torch.float32)
-    for size, bins in zip(input.shape[2:], output_size, strict=True):
-        position = torch.arange(size, device=input.device)[:, None]
-        index = torch.arange(bins, device=input.device)
-        start, stop = index * size // bins, -(-(index + 1) * size // bins)
-        axis = ((position >= start) & (position < stop)).to(dtype) / (stop - start)  # size x bins
-        if matrix is None:
-            matrix = axis
-        else:  # torch.kron(matrix, axis), which torch.export cannot trace with symbolic sizes
-            matrix = (matrix[:, None, :, None] * axis[None, :, None, :]).flatten(2, 3).flatten(0, 1)
-    assert matrix is not None
-    pooled = input.flatten(2) @ matrix.to(input.dtype)
+    matrices = [_bins(size, bins, input) for size, bins in zip(input.shape[2:], output_size, strict=True)]
+    last = matrices[-1]
+    if len(matrices) > 1:  # torch.kron of the last two, which torch.export cannot trace with symbolic sizes
+        last = (matrices[-2][:, None, :, None] * last[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+    pooled = input.flatten(-2) @ last if len(matrices) > 1 else input @ last
+    if len(matrices) > 2:  # the matrix for all three at once would be larger than many inputs
+        pooled = matrices[0].T @ pooled
     return pooled.reshape(*input.shape[:2], *output_size)
+
+
+def _bins(size: int, bins: int, like: Tensor) -> Tensor:
+    """The matrix that takes means over bins along one axis: (size, bins), with the dtype and device of a tensor."""
+    position = torch.arange(size, device=like.device)[:, None]
+    index = torch.arange(bins, device=like.device)
+    start, stop = index * size // bins, -(-(index + 1) * size // bins)
+    covered = ((position >= start) & (position < stop)).to(torch.promote_types(like.dtype, torch.float32))
+    return (covered / (stop - start)).to(like.dtype)
 
 
 class AttentionBranch(nn.Module):

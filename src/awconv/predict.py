@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from PIL import Image
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from awconv import terminal
@@ -82,7 +83,7 @@ def predict(
         table = Table("image", "class", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("probability", justify="right")
         for prediction in predictions:
-            table.add_row(prediction.image, prediction.label, f"{prediction.probability:.3f}")
+            table.add_row(escape(prediction.image), escape(prediction.label), f"{prediction.probability:.3f}")
         terminal.console().print(table)
     for failure in failures:
         print(f"broken image: {failure.error}", file=sys.stderr)

@@ -8,20 +8,18 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from awconv.data import ImageDataModule
-from awconv.tasks import ClassificationTask
-
-_FROM_DATA = ("classes", "input_size", "mean", "std")
+from awconv.tasks.classification import FROM_DATA, ClassificationTask
 
 
 class TrainingCLI(LightningCLI):
     """Lightning's command line over our tasks and data, which tells the task what the data are.
 
-    Without ``data`` it takes the digits.
+    Without ``data`` it takes the digits, and without ``trainer.max_epochs`` 15 epochs.
 
     Args:
         args: the arguments, with the subcommand first where ``run`` is true.
         run: run a subcommand; false only builds ``trainer``, ``model`` and ``datamodule``.
-        save_config: write the configuration beside the checkpoints.
+        save_config: write the configuration beside the checkpoints, as ``awconv_fit.yaml``.
     """
 
     def __init__(self, args: Sequence[str], run: bool = True, save_config: bool = True) -> None:
@@ -35,8 +33,9 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             # Checkpoints then hold plain values, which load_from_checkpoint needs no parser for.
             load_from_checkpoint_support=False,
+            trainer_defaults={"max_epochs": 15},
             save_config_callback=SaveConfigCallback if save_config else None,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "config_filename": "awconv_fit.yaml"},
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -47,8 +46,15 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"data": {"class_path": "awconv.data.Digits"}})
-        for name in _FROM_DATA:
+        for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def before_validate(self) -> None:
+        """Refuses to evaluate weights that were never trained."""
+        if self._get(self.config, "ckpt_path") is None:
+            raise ValueError("there is nothing to evaluate: give --ckpt_path, a checkpoint of awconv fit")
+
+    before_test = before_validate
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

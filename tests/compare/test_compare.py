@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import timm
+from PIL import Image
 from rich.console import Console
 
 from awconv.compare import compare
 from awconv.compare.report import cells, markdown_table, rich_table, summarise, write_report
-from awconv.compare.runs import Epoch, Run, variant_network
+from awconv.compare.runs import Epoch, Run, base_network, variant_network
 
 
 def run(variant: str, seed: int, accuracy: float, seconds: tuple[float, ...]) -> Run:
@@ -27,6 +29,7 @@ def run(variant: str, seed: int, accuracy: float, seconds: tuple[float, ...]) ->
         network=f"{variant}_net",
         seed=seed,
         parameters=1234567,
+        test_split="test",
         test_accuracy=accuracy,
         epochs=[Epoch(1.0 / (i + 1), 0.5 + 0.1 * i, s) for i, s in enumerate(seconds)],
         recipe={"trainer": {"max_epochs": len(seconds)}},
@@ -80,17 +83,17 @@ def test_the_report_folder_holds_json_curves_and_a_page(tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text() == markdown_table(summarise(RUNS))
 
 
-def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_run_is_written_whole(tmp_path: Path) -> None:
     RUNS[0].save(tmp_path / "run.json")
-    assert Run.load(tmp_path / "run.json") == RUNS[0]
-    assert list(tmp_path.iterdir()) == [tmp_path / "run.json"]
-    without_validation = replace(RUNS[0], epochs=[Epoch(1.0, None, 1.0)])
-    without_validation.save(tmp_path / "run.json")
-    assert Run.load(tmp_path / "run.json") == without_validation
-    write_report([without_validation], tmp_path, "t", "c")
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"run\.json does not hold a run"):
-        Run.load(tmp_path / "run.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["epochs"][0] == {"train_loss": 1.0, "val_accuracy": 0.5, "seconds": 9.0}
+
+
+def test_runs_without_validation_or_test_data_are_reported_as_what_they_are(tmp_path: Path) -> None:
+    without = replace(RUNS[0], epochs=[Epoch(1.0, None, 1.0)], test_split="val")
+    page = write_report([without], tmp_path, "t", "c").read_text()
+    assert "the validation split, there being no test split" in page
 
 
 def test_a_variant_is_a_prefix_of_the_networks_name() -> None:
@@ -108,8 +111,29 @@ def test_wrong_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"recipe\.yaml must name a network under model\.network"):
         compare(recipe)
     recipe.write_text("model: {network: resnet8_cifar}")
-    with pytest.raises(ValueError, match=r"at least one variant and one seed, got \['plain'\] and 0"):
-        compare(recipe, ["plain"], seeds=0)
+    with pytest.raises(ValueError, match=r"seeds must be at least 1, got 0"):
+        compare(recipe, "plain", seeds=0)
+    with pytest.raises(ValueError, match=r"variant '' of resnet8_cifar would be"):
+        compare(recipe, "plain,")
+
+
+def test_an_override_of_the_network_is_heeded(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {network: resnet8_cifar}")
+    assert base_network(recipe, ["--trainer.max_epochs=1"]) == "resnet8_cifar"
+    assert base_network(recipe, ["--model.network=resnet20_cifar"]) == "resnet20_cifar"
+
+
+def test_nothing_to_test_on_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {network: resnet8_cifar}")
+    for index in range(20):
+        folder = tmp_path / "train" / str(index % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), index, np.uint8)).save(folder / f"{index}.png")
+    data = ["--data=ImageFolder", f"--data.root={tmp_path}", "--data.image_size=8", "--data.val_fraction=0"]
+    with pytest.raises(ValueError, match="the data have neither a test nor a validation split"):
+        compare(recipe, out=tmp_path / "out", overrides=data)
 
 
 @pytest.mark.parametrize("delay", [0.0, 2.0])  # between two runs, and in one

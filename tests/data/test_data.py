@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 from awconv.data import BrokenImageError, Cifar10, Cifar100, Digits, ImageFolder, Parquet, to_uint8
 from awconv.data.augment import random_crop, random_horizontal_flip
-from awconv.data.images import InMemoryImages, TransformedImages
+from awconv.data.images import InMemoryImages, TransformedImages, read_image
 
 DIGITS = load_digits()
 
@@ -117,6 +117,11 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             Digits(**arguments)
 
+    def test_a_share_that_no_class_can_give_is_refused(self, tmp_path: Path) -> None:
+        write_tree(tmp_path, {"train": 12})
+        with pytest.raises(ValueError, match=r"val_fraction = 0\.1 cannot be held out of every class of 12 training"):
+            ImageFolder(tmp_path, image_size=8).dataset("train")
+
     def test_a_batch_larger_than_the_training_split_is_refused(self) -> None:
         with pytest.raises(ValueError, match="batch_size must be at most the 1293 training images, got 2000"):
             Digits(batch_size=2000).train_dataloader()
@@ -199,6 +204,17 @@ class TestParquet:
         )
         with pytest.raises(BrokenImageError, match=r"b\.parquet, row 0: cannot identify"):
             Parquet(str(tmp_path / "b.parquet"), val_fraction=0).dataset("train")
+
+        def refused(image: object, label: object, message: str) -> None:
+            pq.write_table(pa.table({"image": image, "label": label}), tmp_path / "odd.parquet")
+            with pytest.raises(ValueError, match=message):
+                Parquet(str(tmp_path / "odd.parquet"), val_fraction=0).dataset("train")
+
+        nothing = {"bytes": None, "path": "x"}
+        refused([nothing] * 3, [0, 1, 2], r"odd\.parquet, row 0: the row has no image")
+        refused([b"abc"] * 3, [0, 1, 2], r"column 'image' must hold structs with a field 'bytes', got binary")
+        refused([nothing] * 3, ["a", "b", "c"], r"column 'label' must hold class indices.*got string with 0 nulls")
+        refused([nothing] * 3, [0, None, 2], r"column 'label' must hold class indices.*got int64 with 1 nulls")
         write_parquet(tmp_path / "more.parquet", range(20), names=False, label=lambda target: int(target) + 5)
         with pytest.raises(ValueError, match=r"more\.parquet must have the 10 classes of"):
             Parquet(train, test=str(tmp_path / "more.parquet"), image_size=8).dataset("test")
@@ -270,17 +286,37 @@ class TestAugmentation:
         assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_of_any_mode_and_shape_become_uint8(mode: str, channels: int) -> None:
+def test_files_of_any_mode_and_shape_become_uint8(mode: str, channels: int) -> None:
     image = digit(3, 20).resize((30, 17)).convert(mode)
-    tensor = to_uint8(image, channels, 8)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    tensor = to_uint8(read_image(buffer.getvalue(), "name"), channels, 8)
     assert (tensor.dtype, tensor.shape) == (torch.uint8, (channels, 8, 8))
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
-    assert np.array_equal(to_uint8(Image.fromarray(ramp), 1, 8)[0].numpy(), ramp // 256)
+    assert np.array_equal(np.asarray(read_image(png(Image.fromarray(ramp)), "name")), ramp // 256)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_damaged_file_is_decoded_or_a_broken_image_with_its_name(kind: str) -> None:
+    buffer = io.BytesIO()
+    digit(0, 20).save(buffer, kind)
+    generator = np.random.default_rng(0)
+    broken = 0
+    for _ in range(60):
+        content = bytearray(buffer.getvalue())
+        for position in generator.integers(len(content), size=8):
+            content[position] = generator.integers(256)
+        try:
+            assert read_image(bytes(content), "damaged").mode in ("L", "RGB")
+        except BrokenImageError as error:
+            assert str(error).startswith("damaged: ")  # noqa: PT017  # some are decoded all the same
+            broken += 1
+    assert broken
 
 
 def test_the_shorter_side_is_resized_and_the_centre_kept() -> None:

@@ -66,9 +66,10 @@ def test_compiles_as_one_graph_with_its_gradients(algorithm: str, case: str, dyn
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-3)
 
 
-def test_compiles_with_the_default_backend() -> None:
+@pytest.mark.parametrize("algorithm", ["per_tap", "per_sample"])
+def test_compiles_with_the_default_backend(algorithm: str) -> None:
     torch._dynamo.reset()
-    module = Operator(TYPICAL["per_sample"], "auto")
+    module = Operator(TYPICAL[algorithm], algorithm)
     inputs = module.inputs(4)
     close(torch.compile(module, fullgraph=True)(*inputs), module(*inputs))
 
@@ -185,6 +186,71 @@ def test_functional_transforms_give_gradients_for_each_sample(algorithm: str) ->
     torch.testing.assert_close(together, each)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("wanted", ["input", "weight", "attention"])
+def test_jacobians_agree_with_the_definition(algorithm: str, wanted: str) -> None:
+    case = TYPICAL[algorithm]
+    rest = {name: tensor for name, tensor in case.tensors.items() if name != wanted}
+
+    def run(value: Tensor, algorithm: str = algorithm) -> Tensor:
+        return case.run(algorithm, **rest, **{wanted: value})[0, 0, :2]
+
+    value = case.tensors[wanted]
+    expected = torch.autograd.functional.jacobian(lambda value: run(value, "naive"), value)
+    torch.testing.assert_close(torch.func.jacrev(run)(value), expected)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(run, value, vectorize=True), expected)
+    if algorithm != "per_tap":  # which has no forward-mode derivative
+        torch.testing.assert_close(torch.func.jacfwd(run)(value), expected)
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "naive"])
+def test_a_backward_inside_autocast_keeps_the_precision(algorithm: str) -> None:
+    # As a convolution does. The definition is one product of matrices, whose backward autocast reaches.
+    case = TYPICAL[algorithm]
+    tensors = {name: tensor.float().requires_grad_() for name, tensor in case.tensors.items()}
+    loss = case.run(algorithm, **tensors).square().sum()
+    expected = torch.autograd.grad(loss, tuple(tensors.values()), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(loss, tuple(tensors.values()))
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_shapes_are_inferred_on_the_meta_device(algorithm: str) -> None:
+    case = TYPICAL[algorithm]
+    output = case.run(algorithm, **{name: tensor.to("meta") for name, tensor in case.tensors.items()})
+    assert (output.device.type, output.shape) == ("meta", case.run().shape)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "per_tap"])
+def test_compiles_with_the_weight_as_an_argument_and_other_kernel_sizes(algorithm: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(aw_conv2d, fullgraph=True, dynamic=True, backend="aot_eager")
+    for kernel in (3, 5, 2):
+        tensors = (torch.randn(2, 4, 9, 8), torch.randn(6, 4, kernel, kernel), torch.rand(2, 6, 1, kernel, kernel))
+        close(compiled(*tensors, padding=1, algorithm=algorithm), aw_conv2d(*tensors, padding=1))
+
+
+def test_taps_in_several_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = TYPICAL["per_tap"]
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
+
+    def results() -> tuple[Tensor, ...]:
+        output = case.run("per_tap", **tensors)
+        return (output, *torch.autograd.grad(output.square().sum(), tuple(tensors.values())))
+
+    at_once = results()
+    for elements in (1, 4 * output_and_input_of_a_tap(case)):
+        monkeypatch.setattr("awconv.ops.per_tap._CHUNK_ELEMENTS", elements)
+        torch.testing.assert_close(results(), at_once)
+
+
+def output_and_input_of_a_tap(case: Case) -> int:
+    output = case.run()
+    return output.numel() // output.shape[1] * (output.shape[1] + case.tensors["input"].shape[1])
+
+
 class _LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -213,23 +279,30 @@ def test_per_tap_never_holds_weights_for_every_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "groups", "chosen"),
+    ("attention", "groups", "chosen", "size"),
     [
-        ((1, 1, 1, 1), 1, "output_gain"),
-        ((64, 1, 1, 1), 1, "output_gain"),
-        ((16, 1, 1, 1), 1, "output_gain"),
-        ((1, 64, 1, 1), 1, "input_gain"),
-        ((64, 1, 3, 3), 1, "per_tap"),
-        ((1, 1, 3, 3), 1, "per_tap"),
-        ((64, 64, 3, 3), 1, "per_sample"),
-        ((64, 64, 1, 1), 1, "per_sample"),
-        ((64, 1, 3, 3), 64, "per_sample"),  # depthwise: a sample's weights are small
+        *(
+            case
+            for size in (2, 28, 56)
+            for case in (
+                ((1, 1, 1, 1), 1, "output_gain", size),
+                ((64, 1, 1, 1), 1, "output_gain", size),
+                ((16, 1, 1, 1), 1, "output_gain", size),
+                ((64, 1, 1, 1), 64, "output_gain", size),
+                ((1, 64, 1, 1), 1, "input_gain", size),
+                ((64, 64, 3, 3), 1, "per_sample", size),
+                ((64, 64, 1, 1), 1, "per_sample", size),
+                ((64, 1, 3, 3), 64, "per_sample", size),  # depthwise: a sample's weights are small
+            )
+        ),
+        ((64, 1, 3, 3), 1, "per_tap", 2),
+        ((1, 1, 3, 3), 1, "per_tap", 2),
     ],
 )
 def test_the_choice_follows_the_structure_of_the_attention(
-    attention: tuple[int, ...], groups: int, chosen: str
+    attention: tuple[int, ...], groups: int, chosen: str, size: int
 ) -> None:
-    size = 2  # so small that constant weights pay
+    # per_tap where a layer is so small that constant weights pay, gains at every size.
     problem = describe(
         2,
         torch.empty(8, 64, size, size),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -16,15 +14,15 @@ from awconv.compare.report import rich_table, summarise, write_report
 from awconv.compare.runs import Run, base_network, open_data, train, variant_network
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
-DEFAULT_VARIANTS = ("plain", "aw")
 
 
 def compare(
     recipe: Path,
-    variants: Sequence[str] = DEFAULT_VARIANTS,
+    variants: str = "plain,aw",
     seeds: int = 3,
     out: Path | None = None,
     overrides: Sequence[str] = (),
+    command: str = "",
 ) -> int:
     """Trains the twins of a recipe over the same seeds and prints how they compare.
 
@@ -33,10 +31,12 @@ def compare(
 
     Args:
         recipe: a YAML file for ``awconv fit``.
-        variants: ``plain`` is the recipe's network, and ``NAME`` the network called NAME_ and then as the recipe's.
+        variants: names with commas between them: ``plain`` is the recipe's network, and ``NAME`` the network called
+            NAME_ and then as the recipe's.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/`` and the recipe's name by default.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+        command: what the user typed, for the report.
 
     Returns:
         The exit status: 0, or 130 after Ctrl-C.
@@ -45,10 +45,10 @@ def compare(
         FileNotFoundError: there is no such recipe.
         ValueError: the recipe names no network, a variant of it does not exist, or there is nothing to run.
     """
-    base = base_network(recipe)
-    networks = {variant: variant_network(base, variant) for variant in variants}
-    if not networks or seeds < 1:
-        raise ValueError(f"there must be at least one variant and one seed, got {list(variants)} and {seeds}")
+    base = base_network(recipe, overrides)
+    networks = {variant.strip(): variant_network(base, variant.strip()) for variant in variants.split(",")}
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
     folder = out if out is not None else Path("runs") / recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{base}: {' against '.join(networks)} ({recipe.stem})"
@@ -56,23 +56,25 @@ def compare(
     status, runs = _train_all(recipe, networks, seeds, folder, overrides, console)
     if runs:
         console.print(rich_table(summarise(runs), title))
-        command = shlex.join(["awconv", *sys.argv[1:]])
         console.print(f"Report: {write_report(runs, folder, title, command)}")
     return status
 
 
-def demo(seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = ()) -> int:
+def demo(
+    seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = (), command: str = "awconv demo"
+) -> int:
     """Trains a small ResNet and its AW twin on scikit-learn's scanned digits, and prints how they compare.
 
     Args:
         seeds: number of seeds, counted from 0.
         out: the folder of the report.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+        command: what the user typed, for the report.
 
     Returns:
         The exit status: 0, or 130 after Ctrl-C.
     """
-    return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides)
+    return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
 
 
 def _train_all(

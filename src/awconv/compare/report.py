@@ -168,6 +168,8 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
     each_run = [
         (run.variant, str(run.seed), f"{100 * run.test_accuracy:.2f}", f"{run.seconds_per_epoch:.2f}") for run in runs
     ]
+    splits = {"test": "the test split", "val": "the validation split, there being no test split"}
+    tested_on = splits[runs[0].test_split]
     versions = ", ".join(f"{name} {version}" for name, version in runs[0].versions.items())
     return f"""<!doctype html>
 <html lang="en">
@@ -176,7 +178,7 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
 <h1>{html.escape(title)}</h1>
 <p><code>{html.escape(command)}</code></p>
 {_html_table(HEADINGS, [cells(row) for row in rows])}
-<p class="note">Accuracy: of the network after the last epoch on the test split, mean and standard deviation over the
+<p class="note">Accuracy: of the network after the last epoch on {tested_on}; mean and standard deviation over the
 seeds. Time: median epoch of training, without evaluation; the ratio is to the first variant, trained in turn with the
 others on the same machine.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation accuracy by epoch, for each variant">

@@ -48,7 +48,8 @@ class Run:
         network: name of the network.
         seed: of the initialisation, the order of the images and their augmentation.
         parameters: number of trained parameters.
-        test_accuracy: share of the test images that the network of the last epoch classified rightly.
+        test_split: the split that it was tested on: ``"val"`` where the data set has no ``"test"``.
+        test_accuracy: share of that split that the network of the last epoch classified rightly.
         epochs: the learning curve.
         recipe: all settings of the run.
         versions: of awconv, torch, timm and Python, and the machine.
@@ -58,6 +59,7 @@ class Run:
     network: str
     seed: int
     parameters: int
+    test_split: str
     test_accuracy: float
     epochs: list[Epoch]
     recipe: dict[str, Any]
@@ -74,22 +76,12 @@ class Run:
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
         os.replace(partial, path)
 
-    @classmethod
-    def load(cls, path: Path) -> Run:
-        """Reads what :meth:`save` wrote.
 
-        Raises:
-            ValueError: the file does not hold a run.
-        """
-        try:
-            content = json.loads(path.read_text())
-            return cls(**content | {"epochs": [Epoch(**epoch) for epoch in content["epochs"]]})
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} does not hold a run of 'awconv compare': {error}") from error
+_NETWORK = "--model.network="
 
 
-def base_network(recipe: Path) -> str:
-    """The network that a recipe names, which is that of the variant ``plain``.
+def base_network(recipe: Path, overrides: Sequence[str]) -> str:
+    """The network that a recipe or an override names, which is that of the variant ``plain``.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -97,6 +89,9 @@ def base_network(recipe: Path) -> str:
     """
     if not recipe.is_file():
         raise FileNotFoundError(f"recipe {recipe} is not a file; expected a YAML file such as those under recipes/")
+    for override in reversed(overrides):
+        if override.startswith(_NETWORK):
+            return override.removeprefix(_NETWORK)
     content = yaml.safe_load(recipe.read_text())
     try:
         return str(content["model"]["network"])
@@ -124,8 +119,14 @@ def _known_variants(base: str) -> list[str]:
 
 
 def open_data(recipe: Path, overrides: Sequence[str]) -> ImageDataModule:
-    """The data of a recipe. Nothing is decoded yet."""
+    """The data of a recipe. Nothing but the test images is decoded yet.
+
+    Raises:
+        ValueError: there is nothing to test on.
+    """
     data: ImageDataModule = _parse(recipe, *overrides).datamodule
+    if data.dataset("test") is None:
+        raise ValueError("the data have neither a test nor a validation split; hold one out with data.val_fraction")
     return data
 
 
@@ -162,7 +163,7 @@ def train(
     cli = _parse(
         recipe,
         *overrides,
-        f"--model.network={network}",
+        f"{_NETWORK}{network}",
         f"--seed_everything={seed}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.logger=false",
@@ -183,6 +184,7 @@ def train(
         network=network,
         seed=seed,
         parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
+        test_split=data.test_split,
         test_accuracy=metrics["test/accuracy"],
         epochs=recorder.epochs,
         recipe=yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True)),

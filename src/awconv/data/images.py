@@ -32,19 +32,36 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
 
 
+def read_image(source: bytes | str, name: str) -> Image.Image:
+    """Decodes an image wholly, to grey (mode L) or colour (RGB).
+
+    Args:
+        source: the file's content, or its path.
+        name: what an error calls it.
+
+    Raises:
+        BrokenImageError: it cannot be read, decoded or converted.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.mode.startswith("I;16"):  # which convert() would clip at 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    except Exception as error:  # Pillow's formats raise errors of many kinds
+        raise BrokenImageError(f"{name}: {error}") from error
+
+
 def to_uint8(image: Image.Image, channels: int, size: int) -> Tensor:
     """Resizes the shorter side to ``size`` and crops the centre.
 
     Args:
-        image: any mode.
+        image: grey (mode L) or colour (RGB).
         channels: 1 for grey, 3 for colour.
         size: height and width of the result, in pixels.
 
     Returns:
         uint8, shape (channels, size, size).
     """
-    if image.mode.startswith("I;16"):  # which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert(_MODES[channels])
     if min(image.size) != size:
         image = resize(image, [size], antialias=True)
@@ -52,24 +69,6 @@ def to_uint8(image: Image.Image, channels: int, size: int) -> Tensor:
         image = center_crop(image, [size, size])
     tensor: Tensor = pil_to_tensor(image)
     return tensor
-
-
-def read_image(source: bytes | str, name: str) -> Image.Image:
-    """Decodes an image wholly.
-
-    Args:
-        source: the file's content, or its path.
-        name: what an error calls it.
-
-    Raises:
-        BrokenImageError: it cannot be read or decoded.
-    """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            return image.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"{name}: {error}") from error
 
 
 class ArrayImages(Dataset[tuple[Image.Image, int]]):

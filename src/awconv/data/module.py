@@ -84,6 +84,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         self.num_workers = num_workers
         self.mean = [float(value) for value in (mean or self.default_mean)]
         self.std = [float(value) for value in (std or self.default_std)]
+        self._sources: dict[Split, LabelledImages | None] = {}
         self._datasets: dict[Split, InMemoryImages | TransformedImages] = {}
 
     @property
@@ -116,27 +117,43 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
             self._datasets[split] = self._load(source, indices, split)
         return self._datasets[split]
 
+    @property
+    def test_split(self) -> Split:
+        """The split that is tested on: ``"val"`` where the data set has no ``"test"``."""
+        return "val" if self._source("test") is None else "test"
+
+    def _source(self, split: Split) -> LabelledImages | None:
+        if split not in self._sources:
+            self._sources[split] = self.open(split)
+        return self._sources[split]
+
     def _select(self, split: Split) -> tuple[LabelledImages | None, list[int]]:
-        source = self.open(split)
-        if split == "test" and source is None:
-            return self._select("val")
+        if split == "test":
+            split = self.test_split
+        source = self._source(split)
         if split == "val" and source is None:
-            return self.open("train"), self._held_out[1]
-        if split == "train" and self.open("val") is None:
+            return self._source("train"), self._held_out[1]
+        if split == "train" and self._source("val") is None:
             return source, self._held_out[0]
         return source, list(range(len(source))) if source is not None else []
 
     @cached_property
     def _held_out(self) -> tuple[list[int], list[int]]:
         """Indices into the training split: those to train on, and those held out."""
-        source = self.open("train")
+        source = self._source("train")
         assert source is not None
         everything = list(range(len(source)))
         if self.val_fraction == 0:
             return everything, []
-        train, val = train_test_split(
-            everything, test_size=self.val_fraction, random_state=self.split_seed, stratify=source.targets
-        )
+        try:
+            train, val = train_test_split(
+                everything, test_size=self.val_fraction, random_state=self.split_seed, stratify=source.targets
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"val_fraction = {self.val_fraction} cannot be held out of every class of {len(source)} training "
+                f"images: {error} Give a validation split, another val_fraction, or 0 for none"
+            ) from error
         return sorted(train), sorted(val)
 
     def _load(self, source: LabelledImages, indices: list[int], split: Split) -> InMemoryImages | TransformedImages:

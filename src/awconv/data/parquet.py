@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.images import read_image
+from awconv.data.images import BrokenImageError, read_image
 from awconv.data.module import ImageDataModule, Split
 from awconv.extras import require
 
@@ -29,6 +29,7 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
     """
 
     def __init__(self, pattern: str, image_column: str, label_column: str) -> None:
+        pyarrow = require("pyarrow", extra="parquet")
         parquet = require("pyarrow.parquet", extra="parquet")
         files = sorted(glob.glob(pattern, recursive=True))
         if not files:
@@ -41,9 +42,19 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                     "name the right one with image_column or label_column"
                 )
         table = parquet.ParquetDataset(files).read(columns=[image_column, label_column])
-        self._bytes = table.column(image_column).combine_chunks().field("bytes")
+        self._images = table.column(image_column)
         self._pattern = pattern
-        self.targets: list[int] = table.column(label_column).to_pylist()
+        if not pyarrow.types.is_struct(self._images.type) or self._images.type.get_field_index("bytes") < 0:
+            raise ValueError(
+                f"{pattern}: column {image_column!r} must hold structs with a field 'bytes', got {self._images.type}"
+            )
+        labels = table.column(label_column)
+        if not pyarrow.types.is_integer(labels.type) or labels.null_count:
+            raise ValueError(
+                f"{pattern}: column {label_column!r} must hold class indices, an integer in every row, "
+                f"got {labels.type} with {labels.null_count} nulls"
+            )
+        self.targets: list[int] = labels.to_pylist()
         self.classes = _class_names(table.schema, label_column) or [
             str(index) for index in range(max(self.targets, default=-1) + 1)
         ]
@@ -58,7 +69,11 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self._bytes[index].as_py(), f"{self._pattern}, row {index}"), self.targets[index]
+        name = f"{self._pattern}, row {index}"
+        image = self._images[index].as_py()
+        if image is None or image["bytes"] is None:
+            raise BrokenImageError(f"{name}: the row has no image")
+        return read_image(image["bytes"], name), self.targets[index]
 
 
 def _class_names(schema: Any, column: str) -> list[str] | None:

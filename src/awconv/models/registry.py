@@ -29,11 +29,12 @@ _IMAGENET = dict(
     first_conv="conv1",
     classifier="fc",
     license="apache-2.0",
-    paper_ids="arXiv:2108.08205",
 )
 _CIFAR = _IMAGENET | dict(
     num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD
 )
+
+_AW_PAPER = dict(paper_ids="arXiv:2108.08205")
 
 _RESNETS: dict[str, dict[str, Any]] = {
     "resnet18": dict(block=BasicBlock, layers=(2, 2, 2, 2)),
@@ -72,8 +73,10 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
 
 
 for _name, _arguments in _RESNETS.items():
-    _register("aw_" + _name, _aw(ResNet), _IMAGENET, **_arguments)
+    _register("aw_" + _name, _aw(ResNet), _IMAGENET | _AW_PAPER, **_arguments)
 for _depth in _CIFAR_DEPTHS:
     _out_indices = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
-    _register(f"resnet{_depth}_cifar", CifarResNet, _CIFAR, depth=_depth, **_out_indices)
-    _register(f"aw_resnet{_depth}_cifar", _aw(CifarResNet), _CIFAR, depth=_depth, **_out_indices)
+    _register(
+        f"resnet{_depth}_cifar", CifarResNet, _CIFAR | dict(paper_ids="arXiv:1512.03385"), depth=_depth, **_out_indices
+    )
+    _register(f"aw_resnet{_depth}_cifar", _aw(CifarResNet), _CIFAR | _AW_PAPER, depth=_depth, **_out_indices)

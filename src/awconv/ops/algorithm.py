@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,6 +45,11 @@ class Algorithm(NamedTuple):
     obstacle: Callable[[Problem], str | None]
     cost: Callable[[Problem, Machine], float]
     constant_weights: bool = False
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Keeps what is computed inside from being cast; some devices, such as ``meta``, have no autocast to switch off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from awconv.ops.algorithm import without_autocast
 from awconv.ops.choose import choose
 from awconv.ops.problem import describe
 
@@ -27,13 +28,13 @@ def _aw_conv(
     residual: bool,
     algorithm: str,
 ) -> Tensor:
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and _autocasts(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, attention = _autocast(input, dtype), _autocast(weight, dtype), _autocast(attention, dtype)
         bias = _autocast(bias, dtype)
     problem = describe(dims, input, weight, attention, bias, stride, padding, dilation, groups, residual)
     chosen = choose(problem, algorithm, f"aw_conv{dims}d")
-    with torch.autocast(problem.device, enabled=False):
+    with without_autocast(problem.device):
         output = chosen.run(problem, input, weight, attention)
         if bias is not None:
             output = output + bias.unflatten(0, (-1,) + (1,) * dims)
@@ -41,6 +42,10 @@ def _aw_conv(
     if channels_last and input.is_contiguous(memory_format=channels_last) and not input.is_contiguous():
         output = output.contiguous(memory_format=channels_last)
     return output
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 _Argument = TypeVar("_Argument", Tensor, Tensor | None)

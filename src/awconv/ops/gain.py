@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from awconv.ops.algorithm import Algorithm, Machine, convolve
-from awconv.ops.problem import Problem, product
+from awconv.ops.problem import Problem
 
 
 def _output_obstacle(problem: Problem) -> str | None:
@@ -23,10 +23,6 @@ def _output_obstacle(problem: Problem) -> str | None:
 def _output_gain(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     gain = problem.gain(attention).flatten(1).repeat_interleave(problem.rates[0], dim=1)
     return convolve(problem, input, weight, problem.groups) * gain.reshape(*gain.shape, *(1,) * problem.dims)
-
-
-def _output_cost(problem: Problem, machine: Machine) -> float:
-    return problem.multiply_adds + machine.element * 2 * problem.out_elements
 
 
 def _input_obstacle(problem: Problem) -> str | None:
@@ -47,9 +43,9 @@ def _input_gain(problem: Problem, input: Tensor, weight: Tensor, attention: Tens
     return convolve(problem, input * gain, weight, problem.groups)
 
 
-def _input_cost(problem: Problem, machine: Machine) -> float:
-    return problem.multiply_adds + machine.element * 2 * problem.in_channels * product(problem.size)
+def _cost(problem: Problem, machine: Machine) -> float:
+    return 0.0  # always chosen: one plain convolution, and one pass over its output or input
 
 
-OUTPUT_GAIN = Algorithm("output_gain", _output_gain, _output_obstacle, _output_cost, constant_weights=True)
-INPUT_GAIN = Algorithm("input_gain", _input_gain, _input_obstacle, _input_cost, constant_weights=True)
+OUTPUT_GAIN = Algorithm("output_gain", _output_gain, _output_obstacle, _cost, constant_weights=True)
+INPUT_GAIN = Algorithm("input_gain", _input_gain, _input_obstacle, _cost, constant_weights=True)

@@ -1,8 +1,8 @@
 """Attention that does not depend on the input channel: one matrix product for each tap, scaled as it is added.
 
 With ``s = 1 + a``, ``O[p] = sum over taps of s[p, tap] * (K[p, :, tap] . I shifted by tap)``. Neither the forward nor
-the backward holds anything of the size of N sets of weights: the weights stay constant, and one tap's partial product
-is alive at a time. All samples share one wide matrix product, with the channels first.
+the backward makes weights for each sample: the weights stay constant, and the partial products of a few taps are alive
+at a time. All samples share one wide matrix product, with the channels first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awconv.ops.algorithm import Algorithm, Machine
+from awconv.ops.algorithm import Algorithm, Machine, without_autocast
 from awconv.ops.problem import Problem, product
 
 _CHUNK_ELEMENTS = 2**24  # 64 MiB in single precision
@@ -39,6 +39,7 @@ def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
 
 class _PerTap(torch.autograd.Function):
     """Saves its inputs only; the backward is made of differentiable operations, which gives the double backward.
+    It has no forward-mode derivative: torch.compile takes no Function that has one.
 
     Input (N, C1, \\*size), weights (taps, C2, C1/groups) and gain (taps, C2, N, 1) to output (C2, N, H'W').
     """
@@ -63,35 +64,45 @@ class _PerTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (grad_output,) = grads
-        input, weights, gain = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        need_input, need_weights, need_gain, _ = ctx.needs_input_grad
-        padded = _channels_first(problem, input)
-        grad_padded = torch.zeros_like(padded, dtype=_sum_dtype(input))
-        grad_weights, grad_gain = [], []
-        for taps in _chunks(problem, input):
-            columns = _columns(problem, padded, taps)
-            grad_partials = _by_group(problem, grad_output * gain[taps])
-            if need_input:
-                grad_columns = _by_group(problem, weights[taps]).transpose(1, 2) @ grad_partials
-                grad_columns = grad_columns.reshape(
-                    taps.stop - taps.start, problem.in_channels, input.shape[0], *problem.out_size
-                )
-                for tap, columns_of_tap in zip(range(taps.start, taps.stop), grad_columns, strict=True):
-                    _window(problem, grad_padded, tap).add_(columns_of_tap)
-            if need_weights:
-                grad_weights.append((grad_partials @ columns.transpose(1, 2)).reshape(weights[taps].shape))
-            if need_gain:
-                inner = grad_output * _partials(problem, weights[taps], columns)
-                grad_gain.append(inner.sum(3, keepdim=True, dtype=_sum_dtype(input)).to(gain.dtype))
-        grad_input = F.pad(grad_padded, [-amount for amount in problem.flat_padding]).transpose(0, 1)
-        return (
-            grad_input.to(input.dtype) if need_input else None,
-            torch.cat(grad_weights) if need_weights else None,
-            torch.cat(grad_gain) if need_gain else None,
-            None,
-        )
+        with without_autocast(ctx.problem.device):
+            return _backward(ctx.problem, ctx.saved_tensors, grads[0], ctx.needs_input_grad)
+
+
+def _backward(
+    problem: Problem, saved: tuple[Tensor, ...], grad_output: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    input, weights, gain = saved
+    need_input, need_weights, need_gain, _ = needs
+    padded = _channels_first(problem, input)
+    grad_padded: Tensor | None = None
+    grad_weights, grad_gain = [], []
+    for taps in _chunks(problem, input):
+        columns = _columns(problem, padded, taps)
+        grad_partials = _by_group(problem, grad_output * gain[taps])
+        if need_input:
+            grad_columns = _by_group(problem, weights[taps]).transpose(1, 2) @ grad_partials
+            grad_columns = grad_columns.reshape(
+                taps.stop - taps.start, problem.in_channels, input.shape[0], *problem.out_size
+            )
+            if grad_padded is None:  # made from what is added to it, and so batched under vmap where that is
+                grad_padded = grad_columns.new_zeros(padded.shape, dtype=_sum_dtype(input))
+            for tap, columns_of_tap in zip(range(taps.start, taps.stop), grad_columns, strict=True):
+                _window(problem, grad_padded, tap).add_(columns_of_tap)
+        if need_weights:
+            grad_weights.append((grad_partials @ columns.transpose(1, 2)).reshape(weights[taps].shape))
+        if need_gain:
+            inner = grad_output * _partials(problem, weights[taps], columns)
+            grad_gain.append(inner.sum(3, keepdim=True, dtype=_sum_dtype(input)).to(gain.dtype))
+    grad_input = None
+    if grad_padded is not None:
+        unpadded = F.pad(grad_padded, [-amount for amount in problem.flat_padding])
+        grad_input = unpadded.transpose(0, 1).to(input.dtype)
+    return (
+        grad_input,
+        torch.cat(grad_weights) if need_weights else None,
+        torch.cat(grad_gain) if need_gain else None,
+        None,
+    )
 
 
 def _chunks(problem: Problem, input: Tensor) -> list[slice]:
@@ -112,7 +123,7 @@ def _channels_first(problem: Problem, input: Tensor) -> Tensor:
 def _window(problem: Problem, padded: Tensor, tap: int) -> Tensor:
     """What a tap of the flattened kernel sees, as a view of shape (C1, N, H', W')."""
     for axis in reversed(range(problem.dims)):
-        tap, position = divmod(tap, problem.kernel[axis])
+        position, tap = tap % problem.kernel[axis], tap // problem.kernel[axis]
         stride = problem.stride[axis]
         length = stride * (problem.out_size[axis] - 1) + 1
         padded = padded.narrow(2 + axis, position * problem.dilation[axis], length)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
@@ -30,7 +29,6 @@ class Problem(NamedTuple):
         dilation: one number for each spatial axis.
         rates: how often ``Expand`` repeats the attention along C2, C1/groups and each kernel axis (r_C2, r_C1, r_hw).
         residual: K + A * K if true, A * K otherwise.
-        dtype: the dtype that the operator computes in.
         device: the type of the device, such as ``"cpu"``.
     """
 
@@ -46,7 +44,6 @@ class Problem(NamedTuple):
     dilation: tuple[int, ...]
     rates: tuple[int, ...]
     residual: bool
-    dtype: torch.dtype
     device: str
 
     @property
@@ -156,7 +153,8 @@ def describe(
         )
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"{name}: groups must be a positive integer, got {groups!r}")
-    out_channels, group_in_channels, *kernel = weight.shape
+    out_channels, group_in_channels = weight.shape[:2]
+    kernel = tuple(int(size) for size in weight.shape[2:])  # a compiled or exported graph has one kernel size
     in_channels, *size = input.shape[1:]
     if in_channels != group_in_channels * groups:
         raise ValueError(
@@ -194,7 +192,7 @@ def describe(
         out_channels=out_channels,
         in_channels=in_channels,
         groups=groups,
-        kernel=tuple(kernel),
+        kernel=kernel,
         size=tuple(size),
         out_size=tuple(out_size),
         stride=strides,
@@ -202,7 +200,6 @@ def describe(
         dilation=dilations,
         rates=rates,
         residual=residual,
-        dtype=input.dtype,
         device=input.device.type,
     )
 

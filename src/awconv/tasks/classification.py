@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import awconv.models  # noqa: F401  # registers the AW models with timm
+
+FROM_DATA = ("classes", "input_size", "mean", "std")  # arguments of the task that its data decide
 
 
 class ClassificationTask(pl.LightningModule):
@@ -101,6 +104,20 @@ class ClassificationTask(pl.LightningModule):
         self.log(f"{split}/loss", F.cross_entropy(logits, targets), batch_size=len(targets))
         self.log(f"{split}/accuracy", accuracy, prog_bar=True)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights that were trained on other classes or other images.
+
+        Raises:
+            ValueError: the checkpoint and this task differ in what the data decide.
+        """
+        for name in FROM_DATA:
+            trained, given = list(checkpoint["hyper_parameters"][name]), list(self.hparams[name])
+            if trained != given:
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {_shortened(trained)}, and the data have "
+                    f"{_shortened(given)}; give the data and the arguments that it was trained with"
+                )
+
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
         optimizer = create_optimizer_v2(
@@ -110,6 +127,9 @@ class ClassificationTask(pl.LightningModule):
             momentum=hparams["momentum"],
             weight_decay=hparams["weight_decay"],
         )
+        self.trainer.fit_loop.setup_data()  # which counts the batches
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise ValueError("the learning rate's schedule needs an end: give trainer.max_epochs or trainer.max_steps")
         steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup = min(steps, round(hparams["warmup_epochs"] * steps_per_epoch))
@@ -119,3 +139,7 @@ class ClassificationTask(pl.LightningModule):
                 optimizer, [LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup), scheduler], milestones=[warmup]
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _shortened(values: list[Any]) -> str:
+    return str(values) if len(values) <= 10 else f"{values[:10]} and {len(values) - 10} more"
