@@ -286,7 +286,7 @@ class TestAugmentation:
         assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_files_of_any_mode_and_shape_become_uint8(mode: str, channels: int) -> None:
     image = digit(3, 20).resize((30, 17)).convert(mode)
