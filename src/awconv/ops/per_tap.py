@@ -91,8 +91,8 @@ def _backward(
         if need_weights:
             grad_weights.append((grad_partials @ columns.transpose(1, 2)).reshape(weights[taps].shape))
         if need_gain:
-            inner = grad_output * _partials(problem, weights[taps], columns)
-            grad_gain.append(inner.sum(3, keepdim=True, dtype=_sum_dtype(input)).to(gain.dtype))
+            inner = grad_output.to(_sum_dtype(input)) * _partials(problem, weights[taps], columns)
+            grad_gain.append(inner.sum(3, keepdim=True).to(gain.dtype))
     grad_input = None
     if grad_padded is not None:
         unpadded = F.pad(grad_padded, [-amount for amount in problem.flat_padding])
