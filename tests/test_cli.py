@@ -135,7 +135,10 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
             "train is not a folder",
         ),
         (["test"], "there is nothing to evaluate: give --ckpt_path"),
-        (["fit", "--trainer.max_epochs=-1", "--trainer.logger=false"], "give trainer.max_epochs or trainer.max_steps"),
+        (
+            ["fit", "--trainer.max_epochs=-1", "--trainer.logger=false", "--trainer.default_root_dir={here}"],
+            "give trainer.max_epochs or trainer.max_steps",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line(

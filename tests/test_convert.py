@@ -122,6 +122,13 @@ def test_an_argument_that_no_layer_has_is_refused() -> None:
         convert(network(), reductoin=4)
 
 
+def test_what_is_no_module_or_no_function_is_named() -> None:
+    with pytest.raises(TypeError, match="model must be an nn.Module, got 'resnet18'"):
+        convert("resnet18")
+    with pytest.raises(TypeError, match="select must be a function of a layer's name and the layer.*got 'layer4'"):
+        convert(network(), "layer4")
+
+
 def test_the_norm_can_be_chosen_or_left_out() -> None:
     assert isinstance(convert(network())[3].attention.norm1, nn.BatchNorm2d)
     assert isinstance(convert(network(), norm_layer=None)[3].attention.norm1, nn.Identity)

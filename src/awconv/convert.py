@@ -47,6 +47,13 @@ def convert(
         TypeError: an argument is none of these.
         ValueError: nothing was selected, or an argument does not fit a selected layer. The model is left as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
+    if select is not None and not callable(select):
+        raise TypeError(
+            "convert: select must be a function of a layer's name and the layer, such as "
+            f"lambda name, layer: name.startswith('layer4'), got {select!r}"
+        )
     branches = {part for module in model.modules() if isinstance(module, _AW) for part in module.attention.modules()}
     convolutions = {
         name: module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -54,7 +55,11 @@ class TrainingCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") is None:
             raise ValueError("there is nothing to evaluate: give --ckpt_path, a checkpoint of awconv fit")
 
-    before_test = before_validate
+    def before_test(self) -> None:
+        """Says so where the data have no test split."""
+        self.before_validate()
+        if self.datamodule.test_split == "val":
+            print("awconv test: the data have no test split; this is their validation split", file=sys.stderr)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

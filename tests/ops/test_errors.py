@@ -45,7 +45,11 @@ def test_the_unchanged_call_is_right() -> None:
         (dict(groups=2.0), ValueError, r"groups must be a positive integer, got 2.0"),
         (dict(weight=torch.randn(5, 2, 3, 3)), ValueError, r"divisible by groups = 2, got 5"),
         (dict(bias=torch.randn(5)), ValueError, r"bias must have shape \(6,\).*got \(5,\)"),
-        (dict(attention=torch.rand(2, 6, 3, 3)), ValueError, r"attention must have 5 axes .*got shape \(2, 6, 3, 3\)"),
+        (
+            dict(attention=torch.rand(2, 6, 3, 3)),
+            ValueError,
+            r"attention must have 5 axes .*kH/r_hw.*got shape \(2, 6, 3, 3\)",
+        ),
         (
             dict(attention=torch.rand(1, 6, 1, 3, 3)),
             ValueError,

@@ -101,10 +101,8 @@ class CifarResNet(nn.Module):
         """Replaces the classifier by a new one (timm's interface)."""
         self.num_classes = num_classes
         pool = global_pool or self.global_pool.pool_type
-        weight = self.conv1.weight
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool, device=weight.device, dtype=weight.dtype
-        )
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
+        self.fc.to(self.conv1.weight)  # its device and dtype
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the activations of blocks in the backward (timm's interface)."""

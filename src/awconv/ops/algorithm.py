@@ -47,9 +47,14 @@ class Algorithm(NamedTuple):
     constant_weights: bool = False
 
 
+def has_autocast(device: str) -> bool:
+    """Whether autocast knows a type of device (torch.amp.is_autocast_available, which torch 2.9 cannot compile)."""
+    return device != "meta"
+
+
 def without_autocast(device: str) -> AbstractContextManager[None]:
-    """Keeps what is computed inside from being cast; some devices, such as ``meta``, have no autocast to switch off."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    """Keeps what is computed inside from being cast."""
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

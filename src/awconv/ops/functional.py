@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from awconv.ops.algorithm import without_autocast
+from awconv.ops.algorithm import has_autocast, without_autocast
 from awconv.ops.choose import choose
 from awconv.ops.problem import describe
 
@@ -45,7 +45,7 @@ def _aw_conv(
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 _Argument = TypeVar("_Argument", Tensor, Tensor | None)

@@ -145,7 +145,7 @@ def describe(
     if input.dim() != dims + 2:
         raise ValueError(
             f"{name}: input must have {dims + 2} axes (N, C1, {spatial}), got shape {tuple(input.shape)}"
-            + ("; add the batch axis with input[None]" if input.dim() == dims + 1 else "")
+            + ("; add the batch axis with input[None] if it is one sample" if input.dim() == dims + 1 else "")
         )
     if weight.dim() != dims + 2:
         raise ValueError(
@@ -206,8 +206,9 @@ def describe(
 
 def _rates(name: str, kernel_names: str, input: Tensor, weight: Tensor, attention: Tensor) -> tuple[int, ...]:
     if attention.dim() != weight.dim() + 1:
+        blocks = ", ".join(f"{axis}/r_hw" for axis in kernel_names.split(", "))
         raise ValueError(
-            f"{name}: attention must have {weight.dim() + 1} axes (N, C2/r_C2, (C1/groups)/r_C1, {kernel_names}), "
+            f"{name}: attention must have {weight.dim() + 1} axes (N, C2/r_C2, (C1/groups)/r_C1, {blocks}), "
             f"got shape {tuple(attention.shape)}"
         )
     if attention.shape[0] != input.shape[0]:
