@@ -123,9 +123,9 @@ def test_an_argument_that_no_layer_has_is_refused() -> None:
 
 
 def test_what_is_no_module_or_no_function_is_named() -> None:
-    with pytest.raises(TypeError, match="model must be an nn.Module, got 'resnet18'"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet18'"):
         convert("resnet18")
-    with pytest.raises(TypeError, match="select must be a function of a layer's name and the layer.*got 'layer4'"):
+    with pytest.raises(TypeError, match=r"select must be a function of a layer's name and the layer.*got 'layer4'"):
         convert(network(), "layer4")
 
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from awconv.cli import main
 
@@ -56,3 +58,13 @@ def test_recipes_parse(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
 def test_nothing_is_left_to_fill_in(path: Path) -> None:
     assert "@@" not in path.read_text()
+
+
+def test_the_table_of_models_gives_their_parameters() -> None:
+    rows = re.findall(r"^\| `(aw_\w+)` \| ([\d,]+) \| ([\d,]+) \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 8
+    for name, *numbers in rows:
+        with torch.device("meta"):
+            models = [timm.create_model(twin) for twin in (name, name.removeprefix("aw_"))]
+        counts = [f"{sum(p.numel() for p in model.parameters()):,}" for model in models]
+        assert counts == numbers, name

@@ -108,7 +108,7 @@ class AttentionBranch(nn.Module):
 
     def _check_statistics(self, pooled: Tensor) -> None:
         for norm in (self.norm1, self.norm2):
-            if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
                 continue
             if (norm.training or norm.running_mean is None) and pooled[:, 0].numel() == 1:
                 raise ValueError(

@@ -231,7 +231,7 @@ def _rates(name: str, kernel_names: str, input: Tensor, weight: Tensor, attentio
 def _per_axis(name: str, argument: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
     values = (value,) * dims if isinstance(value, int) else value
     if (
-        isinstance(value, bool | str)
+        isinstance(value, (bool, str))
         or not isinstance(values, Sequence)
         or not all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     ):
