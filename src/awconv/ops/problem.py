@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 
 
-class Problem(NamedTuple):
+@dataclass(frozen=True)
+class Problem:
     """The sizes and arguments of one AW-convolution, already checked.
 
     Sizes that only the batch decides are left out on purpose: the choice of an algorithm must not depend on the batch
