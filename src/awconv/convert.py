@@ -15,7 +15,6 @@ _TWINS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv2d: AWConv2d,
     nn.Conv3d: AWConv3d,
 }
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _AW = (AWConv1d, AWConv2d, AWConv3d)
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,7 +57,7 @@ def convert(
     convolutions = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _PLAIN) and not isinstance(module, _AW) and module not in branches
+        if isinstance(module, _Convolution) and not isinstance(module, _AW) and module not in branches
     }
     if select is None:
         spatial = [name for name, module in convolutions.items() if _is_spatial(module)]

@@ -110,6 +110,8 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
 
         The test split of a data set without one is its validation split.
         """
+        if split == "test":
+            split = self.test_split
         if split not in self._datasets:
             source, indices = self._select(split)
             if source is None or not indices:
@@ -128,8 +130,6 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         return self._sources[split]
 
     def _select(self, split: Split) -> tuple[LabelledImages | None, list[int]]:
-        if split == "test":
-            split = self.test_split
         source = self._source(split)
         if split == "val" and source is None:
             return self._source("train"), self._held_out[1]
