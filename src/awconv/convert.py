@@ -2,87 +2,113 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+from torchvision.ops import FrozenBatchNorm2d
 
-from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.layers import AWConv1d, AWConv2d, AWConv2dSame, AWConv3d, NormLayer
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Predicate = Callable[[str, nn.Module], bool]
+Selection = str | re.Pattern[str] | Predicate
+
+AW_LAYERS = (AWConv1d, AWConv2d, AWConv3d)
 _TWINS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv1d: AWConv1d,
     nn.Conv2d: AWConv2d,
     nn.Conv3d: AWConv3d,
+    Conv2dSame: AWConv2dSame,
 }
-_AW = (AWConv1d, AWConv2d, AWConv3d)
-_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _log = logging.getLogger(__name__)
 
 
 def convert(
     model: nn.Module,
-    select: Callable[[str, nn.Module], bool] | None = None,
+    select: Selection | Sequence[Selection] | None = None,
+    *,
+    init: Literal["fresh", "identity"] = "fresh",
+    norm_layer: NormLayer | Literal["match"] | None = "match",
     **arguments: Any,
 ) -> nn.Module:
     """Replaces convolutions of a model by AW-convolutions, in place.
 
     The new layers take over the old ones' own parameters (not copies), and so their dtype, device and
     ``requires_grad``, and their training mode. A module that occurs in several places is replaced by one layer in all
-    of them. A subclass of a convolution, or one with hooks, is left alone and logged: what it computes is not known.
+    of them. A convolution that cannot be replaced exactly (a subclass with a computation of its own, one with hooks, a
+    parametrised or shared weight) is left and logged; :func:`awconv.summary` lists them all.
 
     Args:
         model: any module.
-        select: called with the name and the module of each convolution; true converts it. By default every spatial
-            convolution (a kernel larger than 1) but the stem, which is the first of them.
-        **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation``,
-            ``residual`` and ``norm_layer``, as for :class:`awconv.AWConv2d`.
+        select: the convolutions to convert: a name or a glob (``"layer4.*.conv2"``; ``*`` matches dots too), a compiled
+            regular expression that matches a whole name, a function called with the name and the module of each
+            convolution, or a list of these. By default every spatial convolution (a kernel larger than 1) but the stem,
+            which is the first of them.
+        init: ``"fresh"`` for training from scratch: the branch starts at random. ``"identity"`` for pretrained
+            networks: the network computes what it did, to float rounding (the weights are divided by 1 + a, with a the
+            constant that the branch starts as), in training and evaluation, and the branch has a gradient from the
+            first step.
+        norm_layer: the branch's norm: called with a number of channels, None for none, or ``"match"`` for the kind that
+            the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm (for LayerNorm and
+            InstanceNorm too, as one group); BatchNorm where it has none.
+        **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation`` and
+            ``residual``, as for :class:`awconv.AWConv2d`.
 
     Returns:
         The model; a new layer if the model is itself a convolution.
 
     Raises:
         TypeError: an argument is none of these.
-        ValueError: nothing was selected, or an argument does not fit a selected layer. The model is left as it was.
+        ValueError: nothing was selected, or a name, a glob or an expression matches no convolution, or an argument does
+            not fit a selected layer. The model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
-    if select is not None and not callable(select):
+    if init not in ("fresh", "identity"):
+        raise ValueError(f"convert: init must be 'fresh' or 'identity', got {init!r}")
+    if norm_layer is not None and norm_layer != "match" and not callable(norm_layer):
         raise TypeError(
-            "convert: select must be a function of a layer's name and the layer, such as "
-            f"lambda name, layer: name.startswith('layer4'), got {select!r}"
+            "convert: norm_layer must be 'match', None or something called with a number of channels, such as "
+            f"nn.BatchNorm2d, got {norm_layer!r}"
         )
-    branches = {part for module in model.modules() if isinstance(module, _AW) for part in module.attention.modules()}
-    convolutions = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _Convolution) and not isinstance(module, _AW) and module not in branches
-    }
-    if select is None:
-        spatial = [name for name, module in convolutions.items() if _is_spatial(module)]
-        chosen = set(spatial[1:] if spatial != [""] else spatial)
-    else:
-        chosen = {name for name, module in convolutions.items() if select(name, module)}
-
-    twins: dict[nn.Module, nn.Module] = {}
-    for name in convolutions:
-        if name not in chosen:
+    candidates = convolutions(model)
+    chosen = _choose(candidates, select)
+    owners = weight_owners(model)
+    obstacles = {name: why_not(module, owners) for name, module in chosen.items()}
+    twins: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
+    divisors: list[tuple[Tensor, Tensor]] = []
+    for name, old in chosen.items():
+        if obstacles[name]:
+            _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
             continue
-        old = convolutions[name]
-        if type(old) not in _TWINS or any(getattr(old, hooks) for hooks in _HOOKS):
-            _log.warning("convert: %s is left as it is: %s has hooks or is a subclass", name, type(old).__name__)
-            continue
+        norm = _norm_like(model, len(old.kernel_size)) if norm_layer == "match" else norm_layer
         try:
-            twins[old] = _twin(old, arguments)
+            twins[old] = _twin(old, norm_layer=norm, **arguments)
+            if init == "identity":
+                divisors.append((old.weight, twins[old].init_constant()))
         except ValueError as error:
             raise ValueError(f"convert: layer {name!r}: {error}") from error
     if not twins:
-        raise ValueError(
-            f"convert: no convolution of {type(model).__name__} was selected for conversion; it has "
-            + (", ".join(f"{name!r} ({module})" for name, module in list(convolutions.items())[:8]) or "none")
-            + ("" if select else ". By default only kernels larger than 1 are, without the first one; give select=")
-        )
+        raise ValueError(_nothing_selected(model, candidates, obstacles, select))
+    with torch.no_grad():
+        for weight, divisor in divisors:  # now that nothing can fail any more
+            weight.div_(divisor)
 
     if model in twins:
         return twins[model]
@@ -93,12 +119,81 @@ def convert(
     return model
 
 
-def _is_spatial(module: _Convolution) -> bool:
+def convolutions(model: nn.Module) -> dict[str, Convolution]:
+    """The convolutions of a model that are not AW-convolutions or parts of their branches, by name."""
+    branches = {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Convolution) and not isinstance(module, AW_LAYERS) and module not in branches
+    }
+
+
+def is_spatial(module: Convolution) -> bool:
+    """Whether a convolution looks at more than one position."""
     return max(module.kernel_size) > 1
 
 
-def _twin(old: _Convolution, arguments: dict[str, Any]) -> nn.Module:
-    new = _TWINS[type(old)](
+def stem(model: nn.Module) -> str | None:
+    """The name of a model's first spatial convolution, AW or not; None for a model that is a convolution itself."""
+    for name, module in model.named_modules():
+        if name and isinstance(module, Convolution) and is_spatial(module):
+            return name
+    return None
+
+
+def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The modules that hold each parameter of a model, by name; a module that occurs twice counts once."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append(name)
+    return owners
+
+
+def why_not(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str | None:
+    """Why a convolution cannot be converted exactly; None if it can.
+
+    Args:
+        module: the convolution.
+        owners: of its model, by :func:`weight_owners`.
+    """
+    if isinstance(module, LazyModuleMixin):
+        return f"{type(module).__name__} is not initialised; call the model once"
+    if is_parametrized(module):
+        return "its weight is parametrised"
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks"
+    if not isinstance(module.weight, nn.Parameter):
+        return f"its weight is a {type(module.weight).__name__}, not a parameter"
+    if not module.weight.is_floating_point():
+        return f"its weights are {module.weight.dtype}"
+    if _plain_kind(module) is None:
+        return f"{type(module).__name__} computes something of its own"
+    if len(owners[module.weight]) > 1:
+        return f"its weight is shared by {' and '.join(owners[module.weight])}"
+    return None
+
+
+def _plain_kind(module: Convolution) -> type[nn.Module] | None:
+    """The class whose computation a convolution's is; None for a subclass with its own."""
+    if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return None
+    for plain in type(module).__mro__:
+        if plain in _TWINS:
+            same = all(
+                getattr(type(module), method) is getattr(plain, method)
+                for method in ("forward", "_conv_forward", "__call__")
+            )
+            return plain if same and "forward" not in vars(module) else None
+    return None
+
+
+def _twin(old: Convolution, **arguments: Any) -> AWConv1d | AWConv2d | AWConv3d:
+    plain = _plain_kind(old)
+    assert plain is not None  # why_not
+    new = _TWINS[plain](
         old.in_channels,
         old.out_channels,
         old.kernel_size,  # type: ignore[arg-type]
@@ -115,3 +210,96 @@ def _twin(old: _Convolution, arguments: dict[str, Any]) -> nn.Module:
     new.weight = old.weight
     new.bias = old.bias
     return new.train(old.training)
+
+
+def _choose(
+    candidates: dict[str, Convolution], select: Selection | Sequence[Selection] | None
+) -> dict[str, Convolution]:
+    if select is None:
+        spatial = [name for name, module in candidates.items() if is_spatial(module)]
+        return {name: candidates[name] for name in (spatial[1:] if spatial != [""] else spatial)}
+    selections = [select] if isinstance(select, str | re.Pattern) or callable(select) else select
+    if not isinstance(selections, Sequence):
+        selections = [selections]  # for the error below
+    chosen: set[str] = set()
+    for selection in selections:
+        if isinstance(selection, str):
+            matched = {name for name in candidates if fnmatchcase(name, selection)}
+        elif isinstance(selection, re.Pattern):
+            matched = {name for name in candidates if selection.fullmatch(name)}
+        elif callable(selection):
+            chosen |= {name for name, module in candidates.items() if selection(name, module)}
+            continue
+        else:
+            raise TypeError(
+                "convert: select must be a layer's name, a glob such as 'layer4.*', a compiled regular expression, a "
+                "function of a layer's name and the layer such as lambda name, layer: layer.groups == 1, or a list of "
+                f"these; got {selection!r}"
+            )
+        if not matched and candidates:
+            pattern = selection if isinstance(selection, str) else selection.pattern
+            near = _near(pattern, candidates)
+            raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {', '.join(map(repr, near))}")
+        chosen |= matched
+    return {name: module for name, module in candidates.items() if name in chosen}
+
+
+def _near(pattern: str, candidates: dict[str, Convolution]) -> list[str]:
+    """The names that a user may have meant: those below a module of that name, else those spelt alike."""
+    below = [name for name in candidates if name.startswith(pattern.rstrip("*.\\$") + ".")]
+    if below:
+        return [pattern.rstrip("*.\\$") + ".*", *below[:5]]
+    words = re.sub(r"[^\w.]+", "", pattern)
+    alike = difflib.get_close_matches(words, list(candidates), n=6, cutoff=0.5)
+    return alike or list(candidates)[:6]
+
+
+def _nothing_selected(
+    model: nn.Module,
+    candidates: dict[str, Convolution],
+    obstacles: dict[str, str | None],
+    select: Selection | Sequence[Selection] | None,
+) -> str:
+    name = type(model).__name__
+    if not candidates:
+        return f"convert: no convolution of {name} was selected for conversion; it has none"
+    if obstacles:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(obstacles.items())[:8])
+        return f"convert: no convolution of {name} that was selected can be converted exactly: {reasons}"
+    listed = ", ".join(f"{name!r} ({module})" for name, module in list(candidates.items())[:8])
+    default = ". By default only kernels larger than 1 are, without the first one; give select="
+    return f"convert: no convolution of {name} was selected for conversion; it has {listed}" + (
+        "" if select is not None else default
+    )
+
+
+def _norm_like(model: nn.Module, dims: int) -> NormLayer:
+    """The norm for a branch, of the kind that a model has most of."""
+    branches = {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
+    kinds: Counter[tuple[str, int]] = Counter()
+    for module in model.modules():
+        if module in branches:
+            continue
+        if isinstance(module, nn.SyncBatchNorm):
+            kinds["sync", 0] += 1
+        elif isinstance(module, _BatchNorm):
+            kinds["batch", 0] += 1
+        elif isinstance(module, nn.GroupNorm):
+            kinds["group", module.num_groups] += 1
+        elif isinstance(module, nn.LayerNorm | _InstanceNorm):
+            kinds["group", 1] += 1
+        elif type(module).__name__.startswith("FrozenBatchNorm") and dims == 2:  # torchvision's, timm's, Detectron2's
+            kinds["frozen", 0] += 1
+    kind, groups = kinds.most_common(1)[0][0] if kinds else ("batch", 0)
+    if kind == "sync":
+        return nn.SyncBatchNorm
+    if kind == "group":
+        return functools.partial(_group_norm, groups)
+    if kind == "frozen":
+        frozen: NormLayer = FrozenBatchNorm2d
+        return frozen
+    return _BATCH_NORMS[dims]
+
+
+def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(groups, channels), channels)

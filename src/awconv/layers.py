@@ -3,11 +3,14 @@ arXiv 2108.08205."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
+from timm.layers import pad_same
 from torch import Tensor, nn
 
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
@@ -16,6 +19,17 @@ from awconv.ops.problem import SPATIAL_NAMES
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 NormLayer = Callable[[int], nn.Module]
 
+# Where a branch of constant attention starts, before its activation, by (activation, residual): the activation has a
+# slope there, and 1 + a (a without the residual form) is not zero; a power of two where there is one.
+_START = {
+    ("sigmoid", True): 0.0,
+    ("sigmoid", False): 0.0,
+    ("tanh", True): 0.0,
+    ("tanh", False): math.atanh(0.5),
+    ("relu", True): 1.0,
+    ("relu", False): 1.0,
+}
+_AW_CONV = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MIN_HIDDEN = 4
 
@@ -101,28 +115,59 @@ class AttentionBranch(nn.Module):
         """
         out_blocks, in_blocks, *kernel = self.attention_size
         attention: Tensor = average_pool(input, kernel)
-        self._check_statistics(attention)
+        for norm in (self.norm1, self.norm2):
+            if _takes_batch_statistics(norm):
+                _check_statistics(attention)
         attention = self.act1(self.norm1(self.conv1(attention)))
         attention = self.act2(self.norm2(self.conv2(attention)))
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
 
-    def _check_statistics(self, pooled: Tensor) -> None:
-        for norm in (self.norm1, self.norm2):
-            if not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-                continue
-            if (norm.training or norm.running_mean is None) and pooled[:, 0].numel() == 1:
-                raise ValueError(
-                    "AW-convolution: the attention branch cannot take batch statistics of one value a channel: its "
-                    f"input has batch size 1 and is pooled to {tuple(pooled.shape[2:])}. Train with at least 2 samples "
-                    "a batch, call .eval() on the norm layers, or give the layer another norm_layer, such as "
-                    "functools.partial(nn.GroupNorm, 1)"
-                )
+    @torch.no_grad()
+    def init_constant(self, start: float) -> None:
+        """Starts as the constant ``activation(start)`` for every input, with a gradient that leads away from it.
+
+        The gain of the last norm becomes zero and its shift ``start``. A last norm that has no gain to learn (none, or
+        a frozen one) passes this to the convolution before it, whose weights become zero.
+
+        Raises:
+            ValueError: the last norm has statistics but no gain, or ``start`` is not zero and there is no shift.
+        """
+        gain = getattr(self.norm2, "weight", None)
+        frozen = isinstance(gain, Tensor) and not isinstance(gain, nn.Parameter)
+        if isinstance(gain, nn.Parameter):
+            gain.zero_()
+        elif frozen or isinstance(self.norm2, nn.Identity):
+            self.conv2.weight.zero_()
+        else:
+            raise ValueError(
+                'init="identity" needs a branch whose norm_layer has a gain (affine), is frozen, or is None; '
+                f"got {self.norm2}"
+            )
+        shift = self.norm2.bias if isinstance(gain, Tensor) else self.conv2.bias
+        if isinstance(shift, Tensor):
+            shift.fill_(start)
+        elif start:
+            raise ValueError(
+                f'init="identity" with this activation needs a norm_layer with a shift (bias), got {self.norm2}'
+            )
+
+
+def _takes_batch_statistics(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and (norm.training or norm.running_mean is None)
+
+
+def _check_statistics(pooled: Tensor) -> None:
+    if pooled[:, 0].numel() == 1:
+        raise ValueError(
+            "AW-convolution: the attention branch cannot take batch statistics of one value a channel: its "
+            f"input has batch size 1 and is pooled to {tuple(pooled.shape[2:])}. Train with at least 2 samples "
+            "a batch, call .eval() on the norm layers, or give the layer another norm_layer, such as "
+            "functools.partial(nn.GroupNorm, 1)"
+        )
 
 
 class _AWConvNd(nn.modules.conv._ConvNd):
     """What AWConv1d, AWConv2d and AWConv3d share: the branch beside the weights of the convolution they derive from."""
-
-    _aw_conv: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -188,19 +233,11 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         Raises:
             ValueError: the input does not have ``in_channels`` channels or the right number of axes.
         """
-        dims = len(self.kernel_size)
-        if input.dim() == dims + 1:
-            return self.forward(input[None])[0]
-        if input.dim() != dims + 2 or input.shape[1] != self.in_channels:
-            expected = f"(N, {self.in_channels}, {', '.join(SPATIAL_NAMES[dims])})"
-            raise ValueError(f"{type(self).__name__}: input must have shape {expected}, got {tuple(input.shape)}")
-        attention = self.attention(input)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0,) * dims
-        return type(self)._aw_conv(
-            input,
+        batch = _as_batch(input, type(self).__name__, self.in_channels, len(self.kernel_size))
+        attention = self.attention(batch)
+        batch, padding = self._pad(batch)
+        output = _convolve(
+            batch,
             self.weight,
             attention,
             self.bias,
@@ -210,6 +247,38 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             self.groups,
             residual=self.residual,
         )
+        return _without_batch_like(output, input)
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
+        """The input with the padding that the operator does not know, and the padding that is left to it."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * len(self.kernel_size)
+
+    @torch.no_grad()
+    def init_identity(self) -> None:
+        """Makes the layer compute what its plain convolution computes with the weights that it has now.
+
+        The branch starts as a constant a (:meth:`AttentionBranch.init_constant`) and the weights K are divided by
+        1 + a (by a without the residual form): exactly where that is a power of two, and else to rounding. The branch
+        has a gradient from the first step.
+
+        Raises:
+            ValueError: the branch's norm has no gain or no shift.
+        """
+        self.weight.div_(self.init_constant())
+
+    @torch.no_grad()
+    def init_constant(self) -> Tensor:
+        """Makes the branch start as a constant a (:meth:`AttentionBranch.init_constant`).
+
+        Returns:
+            What the weights are multiplied with then: 1 + a, or a without the residual form; no axes.
+        """
+        start = _START[self.activation, self.residual]
+        self.attention.init_constant(start)
+        constant: Tensor = self.attention.act2(self.weight.new_full((), start))
+        return 1 + constant if self.residual else constant
 
     def extra_repr(self) -> str:
         attention = (
@@ -217,6 +286,27 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             f"kernel_expansion={self.kernel_expansion}, activation={self.activation!r}, residual={self.residual}"
         )
         return f"{super().extra_repr()}{attention}"
+
+
+def _as_batch(input: Tensor, layer: str, in_channels: int, dims: int) -> Tensor:
+    batch = input[None] if input.dim() == dims + 1 else input
+    if batch.dim() != dims + 2 or batch.shape[1] != in_channels:
+        expected = f"(N, {in_channels}, {', '.join(SPATIAL_NAMES[dims])})"
+        raise ValueError(f"{layer}: input must have shape {expected}, got {tuple(input.shape)}")
+    return batch
+
+
+def _convolve(input: Tensor, weight: Tensor, *arguments: Any, residual: bool) -> Tensor:
+    return _AW_CONV[weight.dim() - 2](input, weight, *arguments, residual=residual)
+
+
+def _without_batch_like(output: Tensor, input: Tensor) -> Tensor:
+    return output[0] if input.dim() == output.dim() - 1 else output
+
+
+# torch.fx does not look into these: they depend on the shapes of their arguments.
+for _function in ("average_pool", "pad_same", "_check_statistics", "_as_batch", "_convolve", "_without_batch_like"):
+    torch.fx.wrap(_function)
 
 
 def _blocks(name: str, argument: str, expansion: int, axis: str, size: int) -> int:
@@ -251,8 +341,6 @@ class AWConv1d(_AWConvNd, nn.Conv1d):
     Shape:
         Input (N, C1, L) or (C1, L), output (N, C2, L') or (C2, L').
     """
-
-    _aw_conv = staticmethod(aw_conv1d)
 
     def __init__(
         self,
@@ -325,8 +413,6 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
         Input (N, C1, H, W) or (C1, H, W), output (N, C2, H', W') or (C2, H', W').
     """
 
-    _aw_conv = staticmethod(aw_conv2d)
-
     def __init__(
         self,
         in_channels: int,
@@ -371,6 +457,18 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
         )
 
 
+class AWConv2dSame(AWConv2d):
+    """An AW-convolution in the place of ``timm.layers.Conv2dSame``: the output has size ceil(size / stride).
+
+    TensorFlow's padding, which depends on the input's size; ``padding`` is not used. All else is as in
+    :class:`AWConv2d`; the attention is that of the input without padding.
+    """
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
+        padded: Tensor = pad_same(input, list(self.kernel_size), list(self.stride), list(self.dilation))
+        return padded, (0, 0)
+
+
 class AWConv3d(_AWConvNd, nn.Conv3d):
     """An AW-convolution over volumes, in the place of ``nn.Conv3d``.
 
@@ -397,8 +495,6 @@ class AWConv3d(_AWConvNd, nn.Conv3d):
     Shape:
         Input (N, C1, D, H, W) or (C1, D, H, W), output (N, C2, D', H', W') or (C2, D', H', W').
     """
-
-    _aw_conv = staticmethod(aw_conv3d)
 
     def __init__(
         self,

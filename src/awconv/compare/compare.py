@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from awconv import terminal
 from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import Run, base_network, open_data, train, variant_network
+from awconv.compare.runs import Run, Variant, base_network, find_variant, open_data, train
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
@@ -31,8 +31,8 @@ def compare(
 
     Args:
         recipe: a YAML file for ``awconv fit``.
-        variants: names with commas between them: ``plain`` is the recipe's network, and ``NAME`` the network called
-            NAME_ and then as the recipe's.
+        variants: with commas between them: ``plain`` is the recipe's network, ``NAME`` the network called NAME_ and
+            then as the recipe's, and ``FILE.yaml`` the recipe with that file laid over it.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/`` and the recipe's name by default.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
@@ -42,18 +42,21 @@ def compare(
         The exit status: 0, or 130 after Ctrl-C.
 
     Raises:
-        FileNotFoundError: there is no such recipe.
-        ValueError: the recipe names no network, a variant of it does not exist, or there is nothing to run.
+        FileNotFoundError: there is no such recipe or variant.
+        ValueError: the recipe names no network, a variant does not exist or twice, or there is nothing to run.
     """
     base = base_network(recipe, overrides)
-    networks = {variant.strip(): variant_network(base, variant.strip()) for variant in variants.split(",")}
+    twins = [find_variant(base, variant.strip()) for variant in variants.split(",")]
+    names = [twin.name for twin in twins]
+    if len(set(names)) < len(names):
+        raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     folder = out if out is not None else Path("runs") / recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{base}: {' against '.join(networks)} ({recipe.stem})"
+    title = f"{base}: {' against '.join(names)} ({recipe.stem})"
     console = terminal.console()
-    status, runs = _train_all(recipe, networks, seeds, folder, overrides, console)
+    status, runs = _train_all(recipe, twins, seeds, folder, overrides, console)
     if runs:
         console.print(rich_table(summarise(runs), title))
         console.print(f"Report: {write_report(runs, folder, title, command)}")
@@ -79,7 +82,7 @@ def demo(
 
 def _train_all(
     recipe: Path,
-    networks: dict[str, str],
+    variants: Sequence[Variant],
     seeds: int,
     folder: Path,
     overrides: Sequence[str],
@@ -98,16 +101,16 @@ def _train_all(
         console=console,
     )
     with progress:
-        bar = progress.add_task("", total=len(networks) * seeds)
-        for seed, (variant, network) in product(range(seeds), networks.items()):
-            name, done = f"{variant}-seed{seed}", len(runs)
+        bar = progress.add_task("", total=len(variants) * seeds)
+        for seed, variant in product(range(seeds), variants):
+            name, done = f"{variant.name}-seed{seed}", len(runs)
 
             def on_progress(epochs: float, of: int, name: str = name, done: int = done) -> None:
                 epoch = min(int(epochs) + 1, of)
                 progress.update(bar, description=f"{name}, epoch {epoch}/{of}", completed=done + epochs / of)
 
             try:
-                run = train(recipe, variant, network, seed, folder / name, data, overrides, on_progress)
+                run = train(recipe, variant, seed, folder / name, data, overrides, on_progress)
                 run.save(folder / f"{name}.json")
             except KeyboardInterrupt:
                 console.print(f"Interrupted in {name}; {len(runs)} finished runs are kept in {folder}")

@@ -99,19 +99,44 @@ def base_network(recipe: Path, overrides: Sequence[str]) -> str:
         raise ValueError(f"recipe {recipe} must name a network under model.network") from None
 
 
-def variant_network(base: str, variant: str) -> str:
-    """The network of a variant: ``aw`` of ``resnet20_cifar`` is ``aw_resnet20_cifar``.
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes a run from its twins.
+
+    Attributes:
+        name: what it is called.
+        arguments: laid over the recipe, as ``awconv fit`` takes them.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def find_variant(base: str, given: str) -> Variant:
+    """A variant of a network by what the user calls it.
+
+    Args:
+        base: the recipe's network.
+        given: ``plain`` for the recipe as it is, a prefix such as ``aw`` for the network aw_BASE, or a YAML file that
+            is laid over the recipe and whose name is the variant's.
 
     Raises:
+        FileNotFoundError: there is no such YAML file.
         ValueError: timm has no such network.
     """
-    network = base if variant == "plain" else f"{variant}_{base}"
+    if given.endswith((".yaml", ".yml")):
+        path = Path(given)
+        if not path.is_file():
+            raise FileNotFoundError(f"variant {given} is not a file; expected YAML with what differs from the recipe")
+        return Variant(path.stem, (f"--config={path}",))
+    network = base if given == "plain" else f"{given}_{base}"
     if not timm.is_model(network):
         raise ValueError(
-            f"variant {variant!r} of {base} would be the network {network!r}, which timm.create_model does not know; "
-            f"variants of it are plain{''.join(', ' + v for v in _known_variants(base))}"
+            f"variant {given!r} of {base} would be the network {network!r}, which timm.create_model does not know; "
+            f"variants of it are plain{''.join(', ' + v for v in _known_variants(base))}, or a YAML file that is laid "
+            "over the recipe"
         )
-    return network
+    return Variant(given, (f"{_NETWORK}{network}",))
 
 
 def _known_variants(base: str) -> list[str]:
@@ -137,8 +162,7 @@ def _parse(recipe: Path, *arguments: str) -> TrainingCLI:
 
 def train(
     recipe: Path,
-    variant: str,
-    network: str,
+    variant: Variant,
     seed: int,
     folder: Path,
     data: ImageDataModule,
@@ -149,8 +173,7 @@ def train(
 
     Args:
         recipe: a YAML file for ``awconv fit``.
-        variant: what the run is called among its twins.
-        network: the network, in the place of the recipe's.
+        variant: what distinguishes the run from its twins.
         seed: in the place of the recipe's.
         folder: where the checkpoint goes.
         data: the recipe's data, of :func:`open_data`: runs share it, and it is decoded once.
@@ -163,7 +186,7 @@ def train(
     cli = _parse(
         recipe,
         *overrides,
-        f"{_NETWORK}{network}",
+        *variant.arguments,
         f"--seed_everything={seed}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.logger=false",
@@ -180,8 +203,8 @@ def train(
             raise KeyboardInterrupt from error
         raise
     return Run(
-        variant=variant,
-        network=network,
+        variant=variant.name,
+        network=cli.model.hparams["network"],
         seed=seed,
         parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
         test_split=data.test_split,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,11 +12,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchmetrics.classification import MulticlassAccuracy
 
-import awconv.models  # noqa: F401  # registers the AW models with timm
+import awconv  # which also registers its models with timm
 
 FROM_DATA = ("classes", "input_size", "mean", "std")  # arguments of the task that its data decide
 
@@ -33,6 +34,11 @@ class ClassificationTask(pl.LightningModule):
         std: deviation of each channel.
         network: a name that ``timm.create_model`` knows.
         network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``.
+        pretrained: what a training starts from: weights that timm has for the network (true), or a file of weights
+            under the network's names (safetensors, or a state dict of torch). A classifier of other classes starts
+            anew. A checkpoint needs them no more.
+        convert: arguments of :func:`awconv.convert`, by which the network, with its pretrained weights, becomes an AW
+            network: ``{"init": "identity"}``.
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms are not decayed.
         lr: the highest learning rate.
         momentum: of the optimizer.
@@ -55,6 +61,8 @@ class ClassificationTask(pl.LightningModule):
         std: Sequence[float],
         network: str = "aw_resnet20_cifar",
         network_args: dict[str, Any] | None = None,
+        pretrained: bool | str = False,
+        convert: dict[str, Any] | None = None,
         optimizer: str = "sgd",
         lr: float = 0.1,
         momentum: float = 0.9,
@@ -72,13 +80,39 @@ class ClassificationTask(pl.LightningModule):
             )
         self.classes = list(classes)
         self.input_size = list(input_size)
-        self.network = timm.create_model(
-            network, num_classes=len(self.classes), in_chans=self.input_size[0], **(network_args or {})
-        )
+        self.network = self._build()
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
         self.val_accuracy = MulticlassAccuracy(len(self.classes), average="micro")
         self.test_accuracy = MulticlassAccuracy(len(self.classes), average="micro")
+
+    def _build(self, **pretrained: Any) -> nn.Module:
+        hparams = self.hparams
+        network: nn.Module = timm.create_model(
+            hparams["network"],
+            num_classes=len(self.classes),
+            in_chans=self.input_size[0],
+            **pretrained,
+            **(hparams["network_args"] or {}),
+        )
+        return network if hparams["convert"] is None else awconv.convert(network, **hparams["convert"])
+
+    def setup(self, stage: str) -> None:
+        """Loads the pretrained weights, where a training starts from them.
+
+        Raises:
+            FileNotFoundError: the file of weights is not there.
+            RuntimeError: the weights are those of another network.
+        """
+        weights = self.hparams["pretrained"]
+        if stage != "fit" or not weights or self.trainer.ckpt_path:
+            return
+        overlay = None
+        if isinstance(weights, str):
+            if not Path(weights).is_file():
+                raise FileNotFoundError(f"pretrained must be true, false or a file of weights, got {weights!r}")
+            overlay = dict(file=weights)
+        self.network.load_state_dict(self._build(pretrained=True, pretrained_cfg_overlay=overlay).state_dict())
 
     def forward(self, images: Tensor) -> Tensor:
         """Images, uint8 of shape (N, channels, H, W), to logits, shape (N, classes)."""
