@@ -7,16 +7,21 @@ from awconv import models
 from awconv.convert import convert
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.parameter_groups import parameter_groups
+from awconv.summary import Summary, summary
 from awconv.version import __version__
 
 __all__ = [
     "AWConv1d",
     "AWConv2d",
     "AWConv3d",
+    "Summary",
     "__version__",
     "aw_conv1d",
     "aw_conv2d",
     "aw_conv3d",
     "convert",
     "models",
+    "parameter_groups",
+    "summary",
 ]

@@ -88,7 +88,7 @@ def convert(
             f"nn.BatchNorm2d, got {norm_layer!r}"
         )
     candidates = convolutions(model)
-    chosen = _choose(candidates, select)
+    chosen = _choose(model, candidates, select)
     owners = weight_owners(model)
     obstacles = {name: why_not(module, owners) for name, module in chosen.items()}
     twins: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
@@ -137,8 +137,8 @@ def is_spatial(module: Convolution) -> bool:
 def stem(model: nn.Module) -> str | None:
     """The name of a model's first spatial convolution, AW or not; None for a model that is a convolution itself."""
     for name, module in model.named_modules():
-        if name and isinstance(module, Convolution) and is_spatial(module):
-            return name
+        if name != "" and isinstance(module, Convolution) and is_spatial(module):
+            return str(name)
     return None
 
 
@@ -213,22 +213,25 @@ def _twin(old: Convolution, **arguments: Any) -> AWConv1d | AWConv2d | AWConv3d:
 
 
 def _choose(
-    candidates: dict[str, Convolution], select: Selection | Sequence[Selection] | None
+    model: nn.Module, candidates: dict[str, Convolution], select: Selection | Sequence[Selection] | None
 ) -> dict[str, Convolution]:
     if select is None:
-        spatial = [name for name, module in candidates.items() if is_spatial(module)]
-        return {name: candidates[name] for name in (spatial[1:] if spatial != [""] else spatial)}
+        first = stem(model)
+        return {name: module for name, module in candidates.items() if is_spatial(module) and name != first}
+    # A shared module has several names, and candidates know it by its first.
+    known = set(candidates.values())
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if module in known}
     selections = [select] if isinstance(select, str | re.Pattern) or callable(select) else select
     if not isinstance(selections, Sequence):
         selections = [selections]  # for the error below
-    chosen: set[str] = set()
+    chosen: set[nn.Module] = set()
     for selection in selections:
         if isinstance(selection, str):
-            matched = {name for name in candidates if fnmatchcase(name, selection)}
+            matched = {module for name, module in named.items() if fnmatchcase(name, selection)}
         elif isinstance(selection, re.Pattern):
-            matched = {name for name in candidates if selection.fullmatch(name)}
+            matched = {module for name, module in named.items() if selection.fullmatch(name)}
         elif callable(selection):
-            chosen |= {name for name, module in candidates.items() if selection(name, module)}
+            chosen |= {module for name, module in named.items() if selection(name, module)}
             continue
         else:
             raise TypeError(
@@ -238,20 +241,20 @@ def _choose(
             )
         if not matched and candidates:
             pattern = selection if isinstance(selection, str) else selection.pattern
-            near = _near(pattern, candidates)
-            raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {', '.join(map(repr, near))}")
+            near = ", ".join(map(repr, _near(pattern, list(named))))
+            raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {near}")
         chosen |= matched
-    return {name: module for name, module in candidates.items() if name in chosen}
+    return {name: module for name, module in candidates.items() if module in chosen}
 
 
-def _near(pattern: str, candidates: dict[str, Convolution]) -> list[str]:
+def _near(pattern: str, names: list[str]) -> list[str]:
     """The names that a user may have meant: those below a module of that name, else those spelt alike."""
-    below = [name for name in candidates if name.startswith(pattern.rstrip("*.\\$") + ".")]
+    below = [name for name in names if name.startswith(pattern.rstrip("*.\\$") + ".")]
     if below:
         return [pattern.rstrip("*.\\$") + ".*", *below[:5]]
     words = re.sub(r"[^\w.]+", "", pattern)
-    alike = difflib.get_close_matches(words, list(candidates), n=6, cutoff=0.5)
-    return alike or list(candidates)[:6]
+    alike = difflib.get_close_matches(words, names, n=6, cutoff=0.5)
+    return alike or names[:6]
 
 
 def _nothing_selected(

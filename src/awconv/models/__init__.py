@@ -1,6 +1,9 @@
-"""What timm lacks: CIFAR's ResNets and the AW models, registered with timm by importing this package."""
+"""What timm lacks, registered with timm by importing this package: networks for CIFAR, attention-augmented convolution
+and the AW models."""
 
+from awconv.models.attention_augmented import AugmentedConv2d
 from awconv.models.cifar_resnet import CifarResNet
-from awconv.models.registry import in_residual_stages
+from awconv.models.registry import PLAIN_TWINS, in_residual_stages, is_depthwise
+from awconv.models.wide_resnet import WideResNet
 
-__all__ = ["CifarResNet", "in_residual_stages"]
+__all__ = ["PLAIN_TWINS", "AugmentedConv2d", "CifarResNet", "WideResNet", "in_residual_stages", "is_depthwise"]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
-from timm.layers import create_classifier
-from timm.models import checkpoint_seq
+from timm.layers import get_attn
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-# Of the channels over CIFAR-10's 50,000 training images, as recipes for these networks use them.
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+from awconv.models.cifar import CifarNetwork
 
 
 class PadShortcut(nn.Module):
@@ -31,7 +27,7 @@ class PadShortcut(nn.Module):
         return F.pad(input[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(CifarNetwork):
     """A 3x3 stem, three stages of basic blocks at full, half and quarter resolution, and a linear classifier.
 
     Args:
@@ -39,6 +35,8 @@ class CifarResNet(nn.Module):
         num_classes: 0 for none, which returns the pooled features.
         in_chans: channels of the images.
         width: channels of the first stage; doubled in each following one.
+        attn_layer: attention on the activations at the end of each block, as timm names it: ``"se"``, ``"cbam"``,
+            ``"eca"``.
         global_pool: as in timm, ``"avg"`` by default.
         drop_rate: dropout before the classifier.
     """
@@ -49,76 +47,37 @@ class CifarResNet(nn.Module):
         num_classes: int = 10,
         in_chans: int = 3,
         width: int = 16,
+        attn_layer: str | None = None,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, drop_rate)
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"CifarResNet: depth must be 6n + 2, such as 20, 32, 44, 56 or 110, got {depth}")
-        self.num_classes = num_classes
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
-        self.layer1 = _stage(width, width, blocks)
-        self.layer2 = _stage(width, 2 * width, blocks)
-        self.layer3 = _stage(2 * width, 4 * width, blocks)
-        self.num_features = self.head_hidden_size = 4 * width
-        self.feature_info = [
-            dict(num_chs=width * 2**stage, reduction=2**stage, module=f"layer{stage + 1}") for stage in range(3)
-        ]
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.layer1 = _stage(width, width, blocks, attn_layer)
+        self.layer2 = _stage(width, 2 * width, blocks, attn_layer)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, attn_layer)
+        self.complete([width, 2 * width, 4 * width], global_pool)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Shape (N, in_chans, H, W) to (N, 4 * width, ceil(H/4), ceil(W/4))."""
-        x = self.act1(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools the features; classifies them unless ``pre_logits``."""
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images, shape (N, in_chans, H, W), to logits, shape (N, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer (timm's interface)."""
-        classifier: nn.Module = self.fc
-        return classifier
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one (timm's interface)."""
-        self.num_classes = num_classes
-        pool = global_pool or self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
-        self.fc.to(self.conv1.weight)  # its device and dtype
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the activations of blocks in the backward (timm's interface)."""
-        self.grad_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates (timm's interface)."""
-        return dict(stem=r"^conv1|bn1", blocks=r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)")
+    def stem(self, x: Tensor) -> Tensor:
+        """Shape (N, in_chans, H, W) to (N, width, H, W)."""
+        stem: Tensor = self.act1(self.bn1(self.conv1(x)))
+        return stem
 
 
-def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
+def _stage(in_channels: int, channels: int, blocks: int, attn_layer: str | None) -> nn.Sequential:
     widens = in_channels != channels
+    attention = get_attn(attn_layer)
     first = BasicBlock(
         in_channels,
         channels,
         stride=2 if widens else 1,
         downsample=PadShortcut(channels - in_channels) if widens else None,
+        attn_layer=attention,
     )
-    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+    others = (BasicBlock(channels, channels, attn_layer=attention) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from awconv.convert import convert
-from awconv.models.cifar_resnet import CIFAR10_MEAN, CIFAR10_STD, CifarResNet
+from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
+from awconv.models.cifar_resnet import CifarResNet
+from awconv.models.wide_resnet import WideResNet
 
 _IMAGENET = dict(
     num_classes=1000,
@@ -30,20 +34,15 @@ _IMAGENET = dict(
     classifier="fc",
     license="apache-2.0",
 )
+_MOBILENET = _IMAGENET | dict(first_conv="conv_stem", classifier="classifier", interpolation="bicubic")
 _CIFAR = _IMAGENET | dict(
     num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD
 )
+_CIFAR_FEATURES = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
+_MOBILENET_FEATURES = dict(feature_cfg=dict(feature_cls="getter"))  # stages are not modules of their own there
 
-_AW_PAPER = dict(paper_ids="arXiv:2108.08205")
-
-_RESNETS: dict[str, dict[str, Any]] = {
-    "resnet18": dict(block=BasicBlock, layers=(2, 2, 2, 2)),
-    "resnet34": dict(block=BasicBlock, layers=(3, 4, 6, 3)),
-    "resnet50": dict(block=Bottleneck, layers=(3, 4, 6, 3)),
-    "resnet101": dict(block=Bottleneck, layers=(3, 4, 23, 3)),
-    "resnet152": dict(block=Bottleneck, layers=(3, 8, 36, 3)),
-}
-_CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
+PLAIN_TWINS: dict[str, str] = {}
+"""The plain twin of each AW model, by name."""
 
 
 def in_residual_stages(name: str, module: nn.Module) -> bool:
@@ -51,32 +50,59 @@ def in_residual_stages(name: str, module: nn.Module) -> bool:
     return name.startswith("layer") and getattr(module, "kernel_size", None) == (3, 3)
 
 
-def _aw(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    def build_aw(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
-        return convert(build(*args, **kwargs), in_residual_stages, **(aw_args or {}))
-
-    return build_aw
+def is_depthwise(name: str, module: nn.Module) -> bool:
+    """Selects the depthwise convolutions, in which a MobileNet looks at more than one position."""
+    return getattr(module, "groups", 1) > 1
 
 
-def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], **defaults: Any) -> None:
+def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *, paper: str, **defaults: Any) -> None:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        model: nn.Module = build_model_with_cfg(build, name, pretrained, **(defaults | kwargs))
+        model: nn.Module = build_model_with_cfg(build, name, pretrained, **(deepcopy(defaults) | kwargs))
         return model
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{name}; keyword arguments go to the network's constructor."
+    entry.__doc__ = f"{name} (arXiv {paper}); keyword arguments go to the network's constructor."
     module = sys.modules[__name__]
     entry.__module__ = __name__
     setattr(module, name, entry)
-    module.__dict__.setdefault("default_cfgs", {}).update(generate_default_cfgs({name: cfg}))
+    cfgs = generate_default_cfgs({name: cfg | dict(paper_ids=f"arXiv:{paper}")})
+    module.__dict__.setdefault("default_cfgs", {}).update(cfgs)
     register_model(entry)
 
 
-for _name, _arguments in _RESNETS.items():
-    _register("aw_" + _name, _aw(ResNet), _IMAGENET | _AW_PAPER, **_arguments)
-for _depth in _CIFAR_DEPTHS:
-    _out_indices = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
-    _register(
-        f"resnet{_depth}_cifar", CifarResNet, _CIFAR | dict(paper_ids="arXiv:1512.03385"), depth=_depth, **_out_indices
-    )
-    _register(f"aw_resnet{_depth}_cifar", _aw(CifarResNet), _CIFAR | _AW_PAPER, depth=_depth, **_out_indices)
+def _register_aw(plain: str, cfg: dict[str, Any], select: Callable[[str, nn.Module], bool], **defaults: Any) -> None:
+    def build(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+        return convert(timm.create_model(plain, *args, **kwargs), **(dict(select=select) | (aw_args or {})))
+
+    PLAIN_TWINS["aw_" + plain] = plain
+    _register("aw_" + plain, build, cfg, paper="2108.08205", **defaults)
+
+
+_SCHEMES = {"se": "1709.01507", "cbam": "1807.06521", "eca": "1910.03151"}  # attention on activations, by timm's layers
+
+_build: Callable[..., nn.Module]
+for _plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+    _register_aw(_plain, _IMAGENET, in_residual_stages)
+for _plain in ("resnet50", "resnet101"):
+    for _scheme, _paper in _SCHEMES.items():
+        _name = _scheme + _plain
+        if _scheme != "se":  # timm has seresnet50 and seresnet101
+            _build = partial(timm.create_model, _plain, block_args=dict(attn_layer=_scheme))
+            _register(_name, _build, _IMAGENET, paper=_paper)
+        _register_aw(_name, _IMAGENET, in_residual_stages)
+for _plain in ("mobilenetv1_100", "mobilenetv2_100"):
+    _register_aw(_plain, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
+for _depth in (8, 20, 32, 44, 56, 110):
+    _plain = f"resnet{_depth}_cifar"
+    _register(_plain, partial(CifarResNet, _depth), _CIFAR, paper="1512.03385", **_CIFAR_FEATURES)
+    _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
+    for _scheme in ("se", "cbam"):
+        if _depth in (20, 56):
+            _name, _build = _scheme + _plain, partial(CifarResNet, _depth, attn_layer=_scheme)
+            _register(_name, _build, _CIFAR, paper=_SCHEMES[_scheme], **_CIFAR_FEATURES)
+            _register_aw(_name, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
+for _prefix, _paper in (("", "1605.07146"), ("aa_", "1904.09925")):
+    _plain = f"{_prefix}wide_resnet28_10_cifar"
+    _build = partial(WideResNet, 28, 10, augmented=_prefix == "aa_")
+    _register(_plain, _build, _CIFAR, paper=_paper, **_CIFAR_FEATURES)
+    _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)

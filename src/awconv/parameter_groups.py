@@ -1,0 +1,57 @@
+"""The parameters of an AW network, apart by what they are, for optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from awconv.convert import AW_LAYERS
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    branch: Mapping[str, Any] | None = None,
+    weight: Mapping[str, Any] | None = None,
+    rest: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Splits the trainable parameters of a model into groups with options of their own.
+
+    ::
+
+        groups = parameter_groups(model, branch={"lr": 0.01, "weight_decay": 0.0})
+        optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9, weight_decay=1e-4)
+
+    Args:
+        model: a network with AW-convolutions.
+        branch: options for the attention branches, such as ``lr`` or ``weight_decay``; what is not given is the
+            optimiser's.
+        weight: options for the weights that the attention multiplies.
+        rest: options for all other parameters (biases of AW-convolutions too).
+
+    Returns:
+        Three groups as the optimisers of ``torch.optim`` and timm take them, called ``"branch"``, ``"weight"`` and
+        ``"rest"``. A parameter that does not require a gradient is in none, and an empty group is left out.
+
+    Raises:
+        ValueError: the model has no AW-convolution, or options hold ``params``.
+    """
+    options = {"branch": branch, "weight": weight, "rest": rest}
+    for name, given in options.items():
+        if given and {"params", "name"} & set(given):
+            raise ValueError(f"parameter_groups: {name} must hold options of an optimiser, such as lr, got {given}")
+    layers = [module for module in model.modules() if isinstance(module, AW_LAYERS)]
+    if not layers:
+        raise ValueError(
+            f"parameter_groups: {type(model).__name__} has no AW-convolution; convert it first (awconv.convert)"
+        )
+    branches = {parameter for layer in layers for parameter in layer.attention.parameters()}
+    weights = {layer.weight for layer in layers}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in options}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "branch" if parameter in branches else "weight" if parameter in weights else "rest"
+            members[kind].append(parameter)
+    return [{"name": name, "params": members[name], **(options[name] or {})} for name in options if members[name]]

@@ -1,0 +1,186 @@
+"""What conversion did to a network: its layers, and what they cost."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from awconv.convert import AW_LAYERS, convolutions, is_spatial, stem, weight_owners, why_not
+from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_AWConv = AWConv1d | AWConv2d | AWConv3d
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A convolution of a network.
+
+    Attributes:
+        name: its name in the network.
+        layer: its kind and sizes.
+        converted: whether it is an AW-convolution.
+        reason: why not; empty for an AW-convolution.
+        parameters: of its branch.
+        operations: multiply-adds that the attention adds for the inputs; None without inputs.
+    """
+
+    name: str
+    layer: str
+    converted: bool
+    reason: str
+    parameters: int
+    operations: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The convolutions of a network and the cost of attention on them; printed, a table.
+
+    Attributes:
+        layers: each convolution, in the network's order.
+        parameters: of the whole network.
+        operations: multiply-adds of the whole network for the inputs, as :func:`summary` counts them; None without
+            inputs.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    parameters: int
+    operations: int | None
+
+    @property
+    def converted(self) -> tuple[LayerSummary, ...]:
+        """The AW-convolutions."""
+        return tuple(layer for layer in self.layers if layer.converted)
+
+    @property
+    def parameters_added(self) -> int:
+        """Parameters of all branches."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def operations_added(self) -> int | None:
+        """Multiply-adds that all attention adds; None without inputs."""
+        if self.operations is None:
+            return None
+        return sum(layer.operations or 0 for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [("layer", "", "parameters added", "operations added", "")]
+        for layer in self.layers:
+            added = (f"{layer.parameters:,}", _thousands(layer.operations)) if layer.converted else ("", "")
+            lines.append((layer.name, layer.layer, *added, layer.reason))
+        added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
+        share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
+        if self.operations is not None and self.operations_added is not None:
+            share += f", {self.operations_added / max(1, self.operations - self.operations_added):+.2%} of operations"
+        lines.append((f"{len(self.converted)} of {len(self.layers)}", "", *added, share))
+        columns = [0, 1, 2, 3, 4] if self.operations is not None else [0, 1, 2, 4]
+        widths = {column: max(len(line[column]) for line in lines) for column in columns}
+        return "\n".join(
+            "  ".join(
+                line[column].rjust(widths[column]) if column in (2, 3) else line[column].ljust(widths[column])
+                for column in columns
+            ).rstrip()
+            for line in lines
+        )
+
+
+def summary(model: nn.Module, inputs: Any = None) -> Summary:
+    """Lists the convolutions of a network: those that are AW-convolutions, and why the others are not.
+
+    Operations are the multiply-adds of convolutions, linear layers and matrix products; of an AW-convolution also those
+    of its branch's two convolutions and of the attention, counted on the weights of each sample or on each tap's
+    partial products, whichever is less. Norms, activations and pooling are not counted, as is usual.
+
+    Args:
+        model: any network; it is not changed. On the device ``meta`` nothing is computed.
+        inputs: what the network is called with, a tensor or a tuple of arguments, to count operations:
+            ``torch.zeros(1, 3, 224, 224)``. None counts parameters only.
+
+    Raises:
+        TypeError: the model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"summary: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
+    plain_operations, added = (None, {}) if inputs is None else _operations(model, inputs)
+    reasons = _reasons(model)
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, AW_LAYERS):
+            layers.append(
+                LayerSummary(
+                    name=name,
+                    layer=_described(module),
+                    converted=True,
+                    reason="",
+                    parameters=sum(parameter.numel() for parameter in module.attention.parameters()),
+                    operations=None if inputs is None else added.get(name, 0),
+                )
+            )
+        elif name in reasons:
+            layers.append(LayerSummary(name, _described(module), False, reasons[name], 0, None))
+    return Summary(
+        layers=tuple(layers),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        operations=None if plain_operations is None else plain_operations + sum(added.values()),
+    )
+
+
+def _reasons(model: nn.Module) -> dict[str, str]:
+    first, owners = stem(model), weight_owners(model)
+    reasons = {}
+    for name, module in convolutions(model).items():
+        if obstacle := why_not(module, owners):
+            reasons[name] = obstacle
+        elif not is_spatial(module):
+            reasons[name] = "kernel of size 1"
+        else:
+            reasons[name] = "the stem" if name == first else "not selected"
+    return reasons
+
+
+def _described(module: Any) -> str:
+    kernel = "x".join(map(str, module.kernel_size))
+    groups = f", {module.groups} groups" if module.groups > 1 else ""
+    return f"{type(module).__name__} {module.in_channels} to {module.out_channels}, {kernel}{groups}"
+
+
+def _operations(model: nn.Module, inputs: Any) -> tuple[int, dict[str, int]]:
+    """Multiply-adds of the network without its attention, and those of each layer's attention."""
+    plain = copy.deepcopy(model).eval()
+    added: dict[str, int] = {}
+    for name, layer in plain.named_modules():
+        if isinstance(layer, AW_LAYERS):
+            layer.forward = partial(_plain_forward, layer, name, added)  # type: ignore[method-assign]
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        plain(*inputs if isinstance(inputs, tuple) else (inputs,))
+    return counter.get_total_flops() // 2, added
+
+
+def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], input: Tensor) -> Tensor:
+    """The layer's plain convolution, which leaves a note of what the attention would have cost."""
+    dims = len(layer.kernel_size)
+    padded, padding = layer._pad(input)
+    output = _CONV[dims](padded, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+    batch = input.shape[0] if input.dim() == dims + 2 else 1
+    _, in_blocks, *taps = layer.attention.attention_size
+    branch = math.prod(taps) * (layer.attention.conv1.weight.numel() + layer.attention.conv2.weight.numel())
+    positions = math.prod(output.shape[-dims:])
+    scaling = min(layer.weight.numel(), layer.out_channels * in_blocks * math.prod(taps) * positions)
+    added[name] = added.get(name, 0) + batch * (branch + scaling)
+    return output
+
+
+def _thousands(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
