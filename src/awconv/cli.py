@@ -20,6 +20,7 @@ usage: awconv COMMAND [ARGUMENTS]
   test      evaluate a checkpoint on the test split
   compare   train the variants of a recipe over seeds, and report how they compare
   predict   classify image files with a checkpoint
+  models    list the models with attention, and what they cost beside their twins without
 
 awconv COMMAND --help lists a command's arguments.
 """
@@ -46,6 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "demo": _function,
         "compare": _function,
         "predict": _function,
+        "models": _function,
         "fit": _lightning,
         "validate": _lightning,
         "test": _lightning,
@@ -66,9 +68,15 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
     jsonargparse = require("jsonargparse", extra="train")
     from awconv.compare import compare, demo
+    from awconv.models.table import models
     from awconv.predict import predict
 
-    functions: dict[str, Callable[..., int]] = {"demo": demo, "compare": compare, "predict": predict}
+    functions: dict[str, Callable[..., int]] = {
+        "demo": demo,
+        "compare": compare,
+        "predict": predict,
+        "models": models,
+    }
     function = functions[command]
     parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="a YAML file of arguments")
@@ -80,7 +88,7 @@ def _function(command: str, arguments: Sequence[str]) -> int:
         parser.add_argument("images", type=Path, nargs="+", help="image files, and folders that are searched for them")
         skip |= {"images"}
     others: dict[str, object] = {}
-    if command != "predict":
+    if command in ("demo", "compare"):
         others["command"] = shlex.join(["awconv", command, *arguments])
         parser.epilog = "Arguments after -- go to every run, as awconv fit takes them: -- --trainer.max_epochs=5"
         skip |= {"overrides", "command"}

@@ -31,8 +31,8 @@ def compare(
 
     Args:
         recipe: a YAML file for ``awconv fit``.
-        variants: with commas between them: ``plain`` is the recipe's network, ``NAME`` the network called NAME_ and
-            then as the recipe's, and ``FILE.yaml`` the recipe with that file laid over it.
+        variants: with commas between them: ``plain`` is the recipe's network, a prefix such as ``aw`` or
+            ``aw_se`` the network of that name, and ``FILE.yaml`` the recipe with that file laid over it.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/`` and the recipe's name by default.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.

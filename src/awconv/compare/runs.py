@@ -117,8 +117,8 @@ def find_variant(base: str, given: str) -> Variant:
 
     Args:
         base: the recipe's network.
-        given: ``plain`` for the recipe as it is, a prefix such as ``aw`` for the network aw_BASE, or a YAML file that
-            is laid over the recipe and whose name is the variant's.
+        given: ``plain`` for the recipe as it is, a prefix such as ``aw`` or ``aw_se`` for the network aw_BASE or
+            aw_seBASE, or a YAML file that is laid over the recipe and whose name is the variant's.
 
     Raises:
         FileNotFoundError: there is no such YAML file.
@@ -129,18 +129,19 @@ def find_variant(base: str, given: str) -> Variant:
         if not path.is_file():
             raise FileNotFoundError(f"variant {given} is not a file; expected YAML with what differs from the recipe")
         return Variant(path.stem, (f"--config={path}",))
-    network = base if given == "plain" else f"{given}_{base}"
-    if not timm.is_model(network):
+    networks = [base] if given == "plain" else [f"{given}_{base}", f"{given}{base}"]
+    known = [network for network in networks if given and timm.is_model(network)]
+    if not known:
         raise ValueError(
-            f"variant {given!r} of {base} would be the network {network!r}, which timm.create_model does not know; "
-            f"variants of it are plain{''.join(', ' + v for v in _known_variants(base))}, or a YAML file that is laid "
-            "over the recipe"
+            f"variant {given!r} of {base} would be the network {' or '.join(map(repr, networks))}, which "
+            f"timm.create_model does not know; variants of it are {', '.join(_known_variants(base))}, or a YAML file "
+            "that is laid over the recipe"
         )
-    return Variant(given, (f"{_NETWORK}{network}",))
+    return Variant(given, (f"{_NETWORK}{known[0]}",))
 
 
 def _known_variants(base: str) -> list[str]:
-    return [name.removesuffix("_" + base) for name in timm.list_models(f"*_{base}")]
+    return ["plain", *(name.removesuffix(base).rstrip("_") for name in timm.list_models(f"*{base}") if name != base)]
 
 
 def open_data(recipe: Path, overrides: Sequence[str]) -> ImageDataModule:

@@ -41,8 +41,9 @@ _CIFAR = _IMAGENET | dict(
 _CIFAR_FEATURES = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
 _MOBILENET_FEATURES = dict(feature_cfg=dict(feature_cls="getter"))  # stages are not modules of their own there
 
-PLAIN_TWINS: dict[str, str] = {}
-"""The plain twin of each AW model, by name."""
+TWINS: dict[str, str] = {}
+"""Each network with attention and its twin without, by name: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``.
+"""
 
 
 def in_residual_stages(name: str, module: nn.Module) -> bool:
@@ -74,7 +75,7 @@ def _register_aw(plain: str, cfg: dict[str, Any], select: Callable[[str, nn.Modu
     def build(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         return convert(timm.create_model(plain, *args, **kwargs), **(dict(select=select) | (aw_args or {})))
 
-    PLAIN_TWINS["aw_" + plain] = plain
+    TWINS["aw_" + plain] = plain
     _register("aw_" + plain, build, cfg, paper="2108.08205", **defaults)
 
 
@@ -86,6 +87,7 @@ for _plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
 for _plain in ("resnet50", "resnet101"):
     for _scheme, _paper in _SCHEMES.items():
         _name = _scheme + _plain
+        TWINS[_name] = _plain
         if _scheme != "se":  # timm has seresnet50 and seresnet101
             _build = partial(timm.create_model, _plain, block_args=dict(attn_layer=_scheme))
             _register(_name, _build, _IMAGENET, paper=_paper)
@@ -99,10 +101,13 @@ for _depth in (8, 20, 32, 44, 56, 110):
     for _scheme in ("se", "cbam"):
         if _depth in (20, 56):
             _name, _build = _scheme + _plain, partial(CifarResNet, _depth, attn_layer=_scheme)
+            TWINS[_name] = _plain
             _register(_name, _build, _CIFAR, paper=_SCHEMES[_scheme], **_CIFAR_FEATURES)
             _register_aw(_name, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
 for _prefix, _paper in (("", "1605.07146"), ("aa_", "1904.09925")):
     _plain = f"{_prefix}wide_resnet28_10_cifar"
     _build = partial(WideResNet, 28, 10, augmented=_prefix == "aa_")
+    if _prefix:
+        TWINS[_plain] = _plain.removeprefix(_prefix)
     _register(_plain, _build, _CIFAR, paper=_paper, **_CIFAR_FEATURES)
     _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
