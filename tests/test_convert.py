@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
+import re
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import nn
+from timm.layers import Conv2dSame, ScaledStdConv2d
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import FrozenBatchNorm2d
 
 from awconv import AWConv1d, AWConv2d, AWConv3d, convert
+from awconv.layers import AWConv2dSame
 
 
 def network() -> nn.Sequential:
@@ -27,6 +34,10 @@ def kinds(model: nn.Module) -> dict[str, str]:
     return {name: kind for name, kind in names.items() if "Conv" in kind and "attention" not in name}
 
 
+def converted(model: nn.Module) -> set[str]:
+    return {name for name, kind in kinds(model).items() if kind.startswith("AW")}
+
+
 def test_every_spatial_convolution_but_the_stem_is_converted_in_place() -> None:
     model = network()
     assert convert(model) is model
@@ -34,12 +45,13 @@ def test_every_spatial_convolution_but_the_stem_is_converted_in_place() -> None:
     assert model(torch.randn(2, 3, 9, 9)).shape == (2, 4, 4, 4)
 
 
-def test_parameters_are_taken_over_not_copied() -> None:
+@pytest.mark.parametrize("init", ["fresh", "identity"])
+def test_parameters_are_taken_over_not_copied(init: Any) -> None:
     model = network().double()
     model[3].weight.requires_grad_(False)
     model[2].eval()
     old = [model[2][2], model[3]]
-    convert(model)
+    convert(model, init=init)
     for before, after in zip(old, [model[2][2], model[3]], strict=True):
         assert after.weight is before.weight
         assert after.bias is before.bias
@@ -47,23 +59,43 @@ def test_parameters_are_taken_over_not_copied() -> None:
         for name in ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size"):
             assert getattr(after, name) == getattr(before, name)
     assert not model[3].weight.requires_grad
-    assert model[3].attention.conv1.weight.requires_grad
+    assert all(parameter.requires_grad for parameter in model[3].attention.parameters())
     assert not model[2][2].attention.norm1.training
     assert model[3].attention.norm1.training
 
 
-def test_select_decides_by_name_and_module() -> None:
-    model = convert(network(), lambda name, module: name == "0" or module.kernel_size == (1, 1), reduction=2)
-    assert kinds(model) == {"0": "AWConv2d", "2.0": "AWConv2d", "2.2": "Conv2d", "3": "Conv2d"}
-    assert model[0].reduction == 2
+@pytest.mark.parametrize(
+    ("select", "names"),
+    [
+        ("3", {"3"}),
+        ("2.*", {"2.0", "2.2"}),
+        ("[23]*", {"2.0", "2.2", "3"}),
+        (re.compile(r"\d\.\d|0"), {"0", "2.0", "2.2"}),
+        (["0", re.compile(r"2\.2")], {"0", "2.2"}),
+        (("2.0", lambda name, layer: layer.padding_mode == "circular"), {"2.0", "3"}),
+        (lambda name, layer: name == "0" or layer.kernel_size == (1, 1), {"0", "2.0"}),
+    ],
+)
+def test_names_globs_expressions_and_functions_select(select: Any, names: set[str]) -> None:
+    model = convert(network(), select, reduction=2)
+    assert converted(model) == names
+    assert {m.reduction for m in model.modules() if isinstance(m, AWConv2d)} == {2}
+
+
+def test_the_stem_is_known_after_it_was_converted() -> None:
+    model = convert(network(), "0")
+    assert converted(convert(model)) == {"0", "2.2", "3"}
 
 
 def test_a_shared_module_is_converted_once() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), shared)
-    convert(model)
+    images = torch.randn(2, 3, 9, 9)
+    expected = model(images)
+    convert(model, "3", init="identity")  # by its second name
     assert isinstance(model[1], AWConv2d)
     assert model[1] is model[3]
+    torch.testing.assert_close(model(images), expected)
 
 
 def test_one_and_three_dimensional_convolutions_are_converted() -> None:
@@ -80,34 +112,271 @@ def test_a_second_conversion_finds_nothing_left() -> None:
     assert not any(isinstance(part, AWConv2d) for part in model[3].attention.modules())
 
 
-class Unusual(nn.Conv2d):
-    pass
+class OwnForward(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
 
 
-@pytest.mark.parametrize("kind", ["subclass", "hook", "backward hook", "parametrised"])
-def test_what_cannot_be_converted_exactly_is_left_and_logged(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    last = Unusual(4, 4, 3) if kind == "subclass" else nn.Conv2d(4, 4, 3)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), last)
-    if kind == "hook":
-        model[2].register_forward_hook(lambda *_: None)
-    if kind == "backward hook":
-        model[2].register_full_backward_hook(lambda *_: None)
-    if kind == "parametrised":
-        weight_norm(model[2])
-    left = model[2]
+class OwnConvolution(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight * 2, bias)
+
+
+class OnlyAnotherConstructor(nn.Conv2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3)
+
+
+def hooked(method: str) -> nn.Module:
+    layer = nn.Conv2d(4, 4, 3)
+    getattr(layer, method)(lambda *_: None)
+    return layer
+
+
+def patched() -> nn.Module:
+    layer = nn.Conv2d(4, 4, 3)
+    layer.forward = lambda input: input  # type: ignore[method-assign]
+    return layer
+
+
+def with_a_buffer_for_a_weight() -> nn.Module:
+    layer = nn.Conv2d(4, 4, 3)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: OwnForward(4, 4, 3), "OwnForward computes something of its own"),
+        (lambda: OwnConvolution(4, 4, 3), "OwnConvolution computes something of its own"),
+        (lambda: ScaledStdConv2d(4, 4, 3), "ScaledStdConv2d computes something of its own"),
+        (patched, "Conv2d computes something of its own"),
+        (lambda: hooked("register_forward_hook"), "it has hooks"),
+        (lambda: hooked("register_full_backward_hook"), "it has hooks"),
+        (lambda: weight_norm(nn.Conv2d(4, 4, 3)), "its weight is parametrised"),
+        (lambda: nn.LazyConv2d(4, 3), "LazyConv2d is not initialised; call the model once"),
+        (with_a_buffer_for_a_weight, "its weight is a Tensor, not a parameter"),
+        (lambda: nn.Conv2d(4, 4, 3, dtype=torch.complex64), "its weights are torch.complex64"),
+    ],
+)
+@pytest.mark.parametrize("init", ["fresh", "identity"])
+def test_what_cannot_be_converted_exactly_is_left_and_logged(
+    build: Any, reason: str, init: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = build()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), left)
     with caplog.at_level(logging.WARNING, logger="awconv"):
-        convert(model)
+        convert(model, init=init)
     assert model[2] is left
     assert isinstance(model[1], AWConv2d)
-    assert "convert: 2 is left as it is" in caplog.text
+    assert f"convert: 2 is left as it is: {reason}" in caplog.text
+
+
+def test_layers_that_share_a_weight_are_left(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)), nn.ConvTranspose2d(4, 4, 3))
+    model[2].weight = model[1].weight
+    model[4].weight = model[3].weight
+    model.append(nn.Conv2d(4, 4, 3))
+    images = torch.randn(2, 4, 9, 9)
+    expected = model(images)
+    convert(model, init="identity")
+    assert converted(model) == {"5"}
+    assert "convert: 1 is left as it is: its weight is shared by 1 and 2" in caplog.text
+    assert "convert: 3 is left as it is: its weight is shared by 3 and 4" in caplog.text
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_a_subclass_that_computes_the_same_is_converted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), OnlyAnotherConstructor(4))
+    images = torch.randn(2, 3, 9, 9)
+    expected = model(images)
+    convert(model, init="identity")
+    assert isinstance(model[1], AWConv2d)
+    torch.testing.assert_close(model(images), expected)
+
+
+# --- init="identity"
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
+def test_identity_keeps_the_output_and_every_branch_learns(activation: str, residual: bool) -> None:
+    plain = network()
+    model = convert(copy.deepcopy(plain), init="identity", activation=activation, residual=residual)
+    images = torch.randn(4, 3, 12, 12)
+    for train in (True, False):
+        expected, output = plain.train(train)(images), model.train(train)(images)
+        # A few roundings of single precision (6e-8) in sums of at most 72 terms of order 1.
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    model.train()(images).square().sum().backward()
+    for layer in (model[2][2], model[3]):
+        assert layer.attention.norm2.weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("activation", "residual"), [("tanh", True), ("relu", True), ("sigmoid", False), ("relu", False)]
+)
+def test_the_attentional_weights_are_the_old_ones_bit_for_bit_where_the_constant_allows(
+    activation: str, residual: bool
+) -> None:
+    plain = network()
+    model = convert(copy.deepcopy(plain), init="identity", activation=activation, residual=residual)
+    for old, layer in ((plain[2][2], model[2][2]), (plain[3], model[3])):
+        attention = layer.attention(torch.randn(2, 8, 12, 12))[0]
+        weight = layer.weight + attention * layer.weight if residual else attention * layer.weight
+        assert torch.equal(weight, old.weight)
+
+
+def test_the_gradient_of_the_branch_is_that_of_finite_differences() -> None:
+    model = convert(network(), init="identity").double()
+    images = torch.randn(4, 3, 12, 12).double()
+    gain = model[3].attention.norm2.weight
+
+    def loss() -> Tensor:
+        return model(images).square().sum()
+
+    loss().backward()
+    step = 1e-5
+    with torch.no_grad():
+        gain[1] += step
+        above = loss()
+        gain[1] -= 2 * step
+        below = loss()
+    # Central differences of a smooth function in double precision: errors of step squared, and 1e-16 / step.
+    torch.testing.assert_close(gain.grad[1], (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+def test_identity_divides_nothing_before_all_layers_are_known_to_fit() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    norms = iter([nn.BatchNorm2d] * 2 + [functools.partial(nn.BatchNorm2d, affine=False)] * 2)
+    with pytest.raises(ValueError, match="layer '3': init=\"identity\" needs a branch whose norm_layer has a gain"):
+        convert(model, init="identity", norm_layer=lambda channels: next(norms)(channels))
+    assert converted(model) == set()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_an_activation_that_starts_above_zero_needs_a_shift() -> None:
+    def without_shift(channels: int) -> nn.Module:
+        norm = nn.GroupNorm(1, channels)
+        norm.bias = None
+        return norm
+
+    with pytest.raises(ValueError, match=r"layer '2.2': .*needs a norm_layer with a shift \(bias\)"):
+        convert(network(), init="identity", activation="relu", norm_layer=without_shift)
+    convert(network(), init="identity", activation="sigmoid", norm_layer=without_shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_identity_rounds_as_the_weights_do(dtype: torch.dtype) -> None:
+    plain = network().to(dtype)
+    model = convert(copy.deepcopy(plain), init="identity")
+    layer, old = model[2][2], plain[2][2]
+    attention = layer.attention.act2(layer.attention.norm2.bias.detach())[:1]
+    # Dividing by 1.5 and multiplying by 1.5 rounds twice.
+    torch.testing.assert_close(layer.weight * (1 + attention), old.weight, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_tensorflows_padding_is_kept() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), Conv2dSame(4, 8, 3, stride=2), Conv2dSame(8, 8, 5, stride=2, groups=8))
+    model = convert(copy.deepcopy(plain), init="identity")
+    assert [type(layer) for layer in model[1:]] == [AWConv2dSame, AWConv2dSame]
+    for size in (15, 16, 17, 18):  # pads by 0 to 3, and unevenly
+        images = torch.randn(2, 3, size, size + 1)
+        torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)  # as above
+
+
+def test_a_meta_network_is_converted_without_values() -> None:
+    with torch.device("meta"):
+        model = convert(network(), init="identity")
+    assert model(torch.empty(2, 3, 9, 9, device="meta")).shape == (2, 4, 4, 4)
+
+
+# --- the branch's norm
+
+
+def with_norm(norm: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3))
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"),
+    [
+        (nn.BatchNorm2d(8), nn.BatchNorm2d),
+        (timm.layers.BatchNormAct2d(8), nn.BatchNorm2d),
+        (nn.SyncBatchNorm(8), nn.SyncBatchNorm),
+        (nn.GroupNorm(4, 8), nn.GroupNorm),
+        (timm.layers.LayerNorm2d(8), nn.GroupNorm),
+        (nn.InstanceNorm2d(8), nn.GroupNorm),
+        (FrozenBatchNorm2d(8), FrozenBatchNorm2d),
+        (timm.layers.FrozenBatchNormAct2d(8), FrozenBatchNorm2d),
+        (nn.Identity(), nn.BatchNorm2d),
+    ],
+)
+def test_the_branchs_norm_is_of_the_networks_kind(norm: nn.Module, kind: type[nn.Module]) -> None:
+    plain = with_norm(norm).eval()
+    model = convert(copy.deepcopy(plain), init="identity")
+    assert {
+        type(part) for layer in (model[2], model[4]) for part in (layer.attention.norm1, layer.attention.norm2)
+    } == {kind}
+    images = torch.randn(2, 3, 12, 12)
+    output = model(images)
+    torch.testing.assert_close(output, plain(images), rtol=1e-5, atol=1e-5)  # single precision, as above
+    output.square().sum().backward()
+    for layer in (model[2], model[4]):
+        assert any(p.grad is not None and p.grad.any() for p in layer.attention.parameters())
+
+
+def test_groups_of_the_branchs_norm_divide_its_channels() -> None:
+    model = convert(with_norm(nn.GroupNorm(8, 8)))
+    assert [n.num_groups for n in model.modules() if isinstance(n, nn.GroupNorm)] == [8, 4, 8, 4, 4]
+
+
+def test_the_kind_that_a_network_has_most_of_decides() -> None:
+    model = nn.Sequential(with_norm(nn.GroupNorm(2, 8)), nn.BatchNorm2d(12), nn.BatchNorm2d(12))
+    assert isinstance(convert(model)[0][2].attention.norm1, nn.BatchNorm2d)
+
+
+def test_branches_do_not_decide_the_norm_of_later_ones() -> None:
+    model = convert(with_norm(nn.GroupNorm(2, 8)), "2", norm_layer=nn.BatchNorm2d)
+    assert isinstance(convert(model, "4")[4].attention.norm1, nn.GroupNorm)
+
+
+def test_a_frozen_backbone_trains_its_branches_alone() -> None:
+    model = with_norm(FrozenBatchNorm2d(8)).requires_grad_(False)
+    convert(model, init="identity")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{layer}.attention.conv{index}.weight" for layer in (2, 4) for index in (1, 2)}
+
+
+def test_the_norm_can_be_chosen_or_left_out() -> None:
+    assert isinstance(convert(network(), norm_layer=nn.InstanceNorm2d)[3].attention.norm1, nn.InstanceNorm2d)
+    plain = network()
+    model = convert(copy.deepcopy(plain), norm_layer=None, init="identity", activation="relu")
+    assert isinstance(model[3].attention.norm1, nn.Identity)
+    images = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)  # single precision, as above
+
+
+# --- what is refused
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(select=lambda name, module: False), r"no convolution of Sequential was selected.*'0' \(Conv2d\(3, 8"),
+        (dict(select="2"), r"no convolution is called '2'; near it: '2\.\*', '2\.0', '2\.2'"),
+        (dict(select="2.3"), r"no convolution is called '2\.3'; near it: '2\.[02]'"),
+        (dict(select=["0", "layer4.*"]), r"no convolution is called 'layer4\.\*'; near it: '0', '2\.0'"),
+        (dict(select=re.compile("2")), r"no convolution is called '2'; near it: '2\.\*'"),
+        (dict(select=[]), r"no convolution of Sequential was selected"),
         (dict(activation="gelu"), r"layer '2.2': AWConv2d: activation must be one of"),
         (dict(out_expansion=8), r"layer '3': AWConv2d: out_expansion must divide out_channels, 4, got 8"),
+        (dict(init="zero"), r"init must be 'fresh' or 'identity', got 'zero'"),
     ],
 )
 def test_an_error_names_the_layer_and_leaves_the_model(arguments: dict[str, Any], message: str) -> None:
@@ -117,23 +386,34 @@ def test_an_error_names_the_layer_and_leaves_the_model(arguments: dict[str, Any]
     assert set(kinds(model).values()) == {"Conv2d"}
 
 
+def test_a_selection_that_cannot_be_converted_says_why() -> None:
+    model = nn.Sequential(OwnForward(3, 4, 3))
+    with pytest.raises(ValueError, match="can be converted exactly: '0': OwnForward computes something of its own"):
+        convert(model, "0")
+
+
+def test_near_names_are_those_spelt_alike() -> None:
+    model = timm.create_model("resnet18")
+    with pytest.raises(ValueError, match=r"near it: .*'layer4.1.conv2'"):
+        convert(model, "layer4.1.cnv2")
+
+
 def test_an_argument_that_no_layer_has_is_refused() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'reductoin'"):
         convert(network(), reductoin=4)
 
 
-def test_what_is_no_module_or_no_function_is_named() -> None:
+def test_arguments_of_other_types_are_named() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet18'"):
         convert("resnet18")
-    with pytest.raises(TypeError, match=r"select must be a function of a layer's name and the layer.*got 'layer4'"):
-        convert(network(), "layer4")
-
-
-def test_the_norm_can_be_chosen_or_left_out() -> None:
-    assert isinstance(convert(network())[3].attention.norm1, nn.BatchNorm2d)
-    assert isinstance(convert(network(), norm_layer=None)[3].attention.norm1, nn.Identity)
+    for select in (3, ["0", 3]):
+        with pytest.raises(TypeError, match=r"select must be a layer's name, a glob .*got 3"):
+            convert(network(), select)
+    with pytest.raises(TypeError, match=r"norm_layer must be 'match', None or something called .*got 'batch'"):
+        convert(network(), norm_layer="batch")
 
 
 def test_a_model_without_convolutions_is_refused() -> None:
-    with pytest.raises(ValueError, match="no convolution of Linear was selected for conversion; it has none"):
-        convert(nn.Linear(3, 4))
+    for select in (None, "layer4"):
+        with pytest.raises(ValueError, match="no convolution of Linear was selected for conversion; it has none"):
+            convert(nn.Linear(3, 4), select)

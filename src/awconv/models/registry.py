@@ -42,8 +42,7 @@ _CIFAR_FEATURES = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
 _MOBILENET_FEATURES = dict(feature_cfg=dict(feature_cls="getter"))  # stages are not modules of their own there
 
 TWINS: dict[str, str] = {}
-"""Each network with attention and its twin without, by name: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``.
-"""
+"""Each network with attention and its twin without: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``."""
 
 
 def in_residual_stages(name: str, module: nn.Module) -> bool:
