@@ -134,6 +134,19 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
             ["fit", "--model.network=resnet8_cifar", "--data=ImageFolder", "--data.root={here}"],
             "train is not a folder",
         ),
+        (
+            ["fit", "--model.network=resnet8_cifar", "--model.convert={{reductoin: 4}}"],
+            "convert must hold arguments of awconv.convert, got {'reductoin': 4}",
+        ),
+        (
+            ["fit", "--model.network=resnet8_cifar", "--model.pretrained=none.pth", "--trainer.logger=false"],
+            "pretrained must be true, false or a file of weights, got 'none.pth'",
+        ),
+        (
+            ["fit", "--model.network=resnet8_cifar", "--model.pretrained=true", "--trainer.logger=false"],
+            "no pretrained weights for resnet8_cifar (True): No pretrained weights exist",
+        ),
+        (["models", "--filter=vit*"], "no model matches 'vit*'; there are aw_resnet18, aw_resnet34"),
         (["test"], "there is nothing to evaluate: give --ckpt_path"),
         (
             ["fit", "--trainer.max_epochs=-1", "--trainer.logger=false", "--trainer.default_root_dir={here}"],
@@ -156,14 +169,24 @@ def test_a_users_mistake_is_one_line(
 def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     usage = capsys.readouterr().out
-    assert all(command in usage for command in ("demo", "fit", "validate", "test", "compare", "predict"))
+    assert all(command in usage for command in ("demo", "fit", "validate", "test", "compare", "predict", "models"))
     assert main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
     assert main(["--version"]) == 0
-    for command in ("demo", "compare", "predict", "fit"):
+    for command in ("demo", "compare", "models", "predict", "fit"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
     assert "--ckpt" in capsys.readouterr().out
+
+
+def test_models_prints_what_they_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--filter=aw_resnet8*"]) == 0
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split()[0] == "name"
+    assert row.split() == ["aw_resnet8_cifar", "resnet8_cifar", "32", "77,386", "2.78", "%", "12.33", "0.72", "%"]
+    assert main(["models", "--filter=aw_resnet8*", "--format=json"]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)
+    assert (pair["parameters"], pair["twin"]["parameters"]) == (77386, 75290)
 
 
 def test_compare_trains_twins_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

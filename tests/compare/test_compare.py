@@ -20,7 +20,7 @@ from rich.console import Console
 
 from awconv.compare import compare
 from awconv.compare.report import cells, markdown_table, rich_table, summarise, write_report
-from awconv.compare.runs import Epoch, Run, base_network, variant_network
+from awconv.compare.runs import Epoch, Run, Variant, base_network, find_variant
 
 
 def run(variant: str, seed: int, accuracy: float, seconds: tuple[float, ...]) -> Run:
@@ -96,11 +96,41 @@ def test_runs_without_validation_or_test_data_are_reported_as_what_they_are(tmp_
     assert "the validation split, there being no test split" in page
 
 
-def test_a_variant_is_a_prefix_of_the_networks_name() -> None:
-    assert variant_network("resnet20_cifar", "plain") == "resnet20_cifar"
-    assert variant_network("resnet20_cifar", "aw") == "aw_resnet20_cifar"
-    with pytest.raises(ValueError, match=r"'best' of resnet20_cifar would be .*'best_resnet20_cifar'.* plain, aw"):
-        variant_network("resnet20_cifar", "best")
+@pytest.mark.parametrize(
+    ("base", "given", "network"),
+    [
+        ("resnet20_cifar", "plain", "resnet20_cifar"),
+        ("resnet20_cifar", "aw", "aw_resnet20_cifar"),
+        ("resnet20_cifar", "se", "seresnet20_cifar"),
+        ("resnet20_cifar", "aw_cbam", "aw_cbamresnet20_cifar"),
+        ("resnet50", "se", "seresnet50"),
+        ("wide_resnet28_10_cifar", "aw_aa", "aw_aa_wide_resnet28_10_cifar"),
+    ],
+)
+def test_a_variant_is_a_prefix_of_the_networks_name(base: str, given: str, network: str) -> None:
+    assert find_variant(base, given) == Variant(given, (f"--model.network={network}",))
+
+
+def test_a_variant_that_does_not_exist_is_named() -> None:
+    message = r"'best' of resnet20_cifar would be .*'best_resnet20_cifar' or .* plain, aw_cbam, aw, aw_se, cbam, se, or"
+    with pytest.raises(ValueError, match=message):
+        find_variant("resnet20_cifar", "best")
+    with pytest.raises(FileNotFoundError, match=r"variant none\.yaml is not a file; expected YAML with what differs"):
+        find_variant("resnet20_cifar", "none.yaml")
+
+
+def test_a_variant_is_a_file_laid_over_the_recipe(tmp_path: Path) -> None:
+    recipe, overlay = tmp_path / "tiny.yaml", tmp_path / "identity.yaml"
+    recipe.write_text("model: {network: resnet8_cifar, lr: 0.03}\ntrainer: {max_epochs: 1, limit_train_batches: 2}\n")
+    overlay.write_text("model: {convert: {init: identity, reduction: 4}}\n")
+    out = tmp_path / "report"
+    assert compare(recipe, f"plain,{overlay}", seeds=1, out=out) == 0
+    plain, identity = json.loads((out / "results.json").read_text())["runs"]
+    assert (identity["variant"], identity["network"]) == ("identity", "resnet8_cifar")
+    assert "convert" not in plain["recipe"]["model"]
+    assert identity["recipe"]["model"]["convert"] == {"init": "identity", "reduction": 4}
+    assert {run["recipe"]["model"]["lr"] for run in (plain, identity)} == {0.03}
+    assert identity["parameters"] > plain["parameters"]
 
 
 def test_wrong_recipes_are_named(tmp_path: Path) -> None:
@@ -115,6 +145,8 @@ def test_wrong_recipes_are_named(tmp_path: Path) -> None:
         compare(recipe, "plain", seeds=0)
     with pytest.raises(ValueError, match=r"variant '' of resnet8_cifar would be"):
         compare(recipe, "plain,")
+    with pytest.raises(ValueError, match="variants must have names of their own, got plain, aw, aw"):
+        compare(recipe, "plain,aw,aw")
 
 
 def test_an_override_of_the_network_is_heeded(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class ClassificationTask(pl.LightningModule):
         label_smoothing: of the cross-entropy in training.
 
     Raises:
-        ValueError: timm does not know the network.
+        ValueError: timm does not know the network, or ``convert`` is not what :func:`awconv.convert` takes.
     """
 
     mean: Tensor
@@ -95,24 +95,40 @@ class ClassificationTask(pl.LightningModule):
             **pretrained,
             **(hparams["network_args"] or {}),
         )
-        return network if hparams["convert"] is None else awconv.convert(network, **hparams["convert"])
+        if hparams["convert"] is None:
+            return network
+        try:
+            return awconv.convert(network, **hparams["convert"])
+        except TypeError as error:
+            raise ValueError(
+                f"convert must hold arguments of awconv.convert, got {hparams['convert']}: {error}"
+            ) from error
 
     def setup(self, stage: str) -> None:
         """Loads the pretrained weights, where a training starts from them.
 
         Raises:
             FileNotFoundError: the file of weights is not there.
-            RuntimeError: the weights are those of another network.
+            ValueError: there are no such weights, or they are those of another network.
         """
         weights = self.hparams["pretrained"]
         if stage != "fit" or not weights or self.trainer.ckpt_path:
             return
-        overlay = None
-        if isinstance(weights, str):
-            if not Path(weights).is_file():
-                raise FileNotFoundError(f"pretrained must be true, false or a file of weights, got {weights!r}")
-            overlay = dict(file=weights)
-        self.network.load_state_dict(self._build(pretrained=True, pretrained_cfg_overlay=overlay).state_dict())
+        if isinstance(weights, str) and not Path(weights).is_file():
+            raise FileNotFoundError(f"pretrained must be true, false or a file of weights, got {weights!r}")
+        try:
+            overlay = self._describe(weights) if isinstance(weights, str) else None
+            network = self._build(pretrained=True, pretrained_cfg_overlay=overlay)
+        except Exception as error:  # of timm, torch or safetensors
+            raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}") from error
+        self.network.load_state_dict(network.state_dict())
+
+    def _describe(self, weights: str) -> dict[str, Any]:
+        """A file of weights as timm wants to know it, with the number of classes by which it drops the classifier."""
+        overlay: dict[str, Any] = dict(file=weights)
+        classifier = self.network.pretrained_cfg["classifier"]  # type: ignore[index]  # a dictionary of timm's
+        bias = timm.models.load_state_dict(weights).get(f"{classifier}.bias")
+        return overlay if bias is None else overlay | dict(num_classes=len(bias))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images, uint8 of shape (N, channels, H, W), to logits, shape (N, classes)."""

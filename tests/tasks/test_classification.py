@@ -1,0 +1,95 @@
+"""A classification that starts from pretrained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from awconv import AWConv2d
+from awconv.predict import load_task
+from awconv.training import TrainingCLI
+
+NETWORK = "resnet8_cifar"
+
+
+def pretrained_network() -> nn.Module:
+    """A network of other classes whose norms have seen something."""
+    model = timm.create_model(NETWORK, num_classes=7, in_chans=1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    save_file(pretrained_network().state_dict(), path)
+    return path
+
+
+def trained(weights: Path, *arguments: str) -> TrainingCLI:
+    """A task after no step of training."""
+    cli = TrainingCLI(
+        [
+            f"--model.network={NETWORK}",
+            f"--model.pretrained={weights}",
+            "--trainer.max_steps=1",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            f"--trainer.default_root_dir={weights.parent}",
+            *arguments,
+        ],
+        run=False,
+        save_config=False,
+    )
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return cli
+
+
+def features(network: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return network.eval().forward_features(images)
+
+
+@pytest.mark.parametrize("convert", ["", "--model.convert={init: identity}"])
+def test_training_starts_from_the_weights(weights: Path, convert: str) -> None:
+    torch.manual_seed(0)
+    cli = trained(weights, "--model.lr=0", "--model.weight_decay=0", *[convert] * bool(convert))
+    network = cli.model.network
+    assert isinstance(network.layer1[0].conv1, AWConv2d) == bool(convert)
+    given = pretrained_network()
+    given.load_state_dict(load_file(weights))
+    for module in network.modules():  # a step of training without a learning rate moves only these
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    for module in given.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    images = torch.randn(2, 1, 8, 8)
+    expected = features(given, images)
+    # Dividing by 1.5 and multiplying by 1.5 in single precision, over seven layers.
+    torch.testing.assert_close(features(network, images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert network.fc.weight.shape == (10, 64)  # a classifier of other classes
+
+
+def test_a_checkpoint_needs_the_weights_no_more(weights: Path) -> None:
+    trained(weights, "--model.convert={init: identity}")
+    weights.unlink()
+    (checkpoint,) = weights.parent.rglob("*.ckpt")
+    task = load_task(checkpoint)
+    assert isinstance(task.network.layer1[0].conv1, AWConv2d)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("resnet20_cifar", in_chans=1).state_dict(), path)
+    with pytest.raises(ValueError, match=r"no pretrained weights for resnet8_cifar .*weights\.safetensors"):
+        trained(path)
