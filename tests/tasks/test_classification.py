@@ -93,3 +93,29 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file(timm.create_model("resnet20_cifar", in_chans=1).state_dict(), path)
     with pytest.raises(ValueError, match=r"no pretrained weights for resnet8_cifar .*weights\.safetensors"):
         trained(path)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_branches_learn_at_a_rate_of_their_own(factor: float, tmp_path: Path) -> None:
+    cli = TrainingCLI(
+        [
+            "--model.network=aw_resnet8_cifar",
+            "--model.lr=0.5",
+            "--model.weight_decay=0.01",
+            f"--model.branch_lr_factor={factor}",
+            "--trainer.max_steps=1",
+            "--trainer.limit_val_batches=0",
+            "--trainer.logger=false",
+            f"--trainer.default_root_dir={tmp_path}",
+        ],
+        run=False,
+        save_config=False,
+    )
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    (optimizer,) = cli.trainer.optimizers
+    found = {
+        p: (group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    for name, parameter in cli.model.network.named_parameters():
+        rate = 0.5 * factor if ".attention." in name else 0.5
+        assert found[parameter] == pytest.approx((rate, 0.01 if parameter.dim() > 1 else 0.0)), name

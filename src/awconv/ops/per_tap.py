@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awconv.ops.algorithm import Algorithm, Machine, without_autocast
+from awconv.ops.algorithm import CONV, Algorithm, Machine, without_autocast
 from awconv.ops.problem import Problem, product
 
 _CHUNK_ELEMENTS = 2**24  # 64 MiB in single precision
@@ -28,13 +28,28 @@ def _obstacle(problem: Problem) -> str | None:
 def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     gain = problem.gain(attention).squeeze(2)
     for axis, rate in enumerate((problem.rates[0], *problem.rates[2:]), start=1):
-        gain = gain.repeat_interleave(rate, dim=axis)
+        if rate > 1:
+            gain = gain.repeat_interleave(rate, dim=axis)
+    if torch.compiler.is_exporting():
+        return _by_convolutions(problem, input, weight, gain)
     gain = gain.flatten(2).permute(2, 1, 0).unsqueeze(3)  # taps, C2, N, 1
     weights = weight.flatten(2).permute(2, 0, 1)  # taps, C2, C1/groups
-    # An exported graph has no backward, and tracing a Function with symbolic sizes is beyond torch.export(strict=True).
-    compute = _PerTap.forward if torch.compiler.is_exporting() else _PerTap.apply
-    output: Tensor = compute(input, weights, gain, problem)
+    output: Tensor = _PerTap.apply(input, weights, gain, problem)
     return output.reshape(problem.out_channels, input.shape[0], *problem.out_size).transpose(0, 1).contiguous()
+
+
+def _by_convolutions(problem: Problem, input: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+    """The same for an exported graph, whose runtimes know pointwise convolutions of constant weights best."""
+    padded = F.pad(input, problem.flat_padding)
+    output: Tensor | None = None
+    for tap in range(problem.taps):
+        pointwise = weight.flatten(2)[:, :, tap].reshape(weight.shape[:2] + (1,) * problem.dims)
+        scale = gain.flatten(2)[:, :, tap].reshape(gain.shape[:2] + (1,) * problem.dims)
+        partial = CONV[problem.dims](_window(problem, padded, tap), pointwise, groups=problem.groups)
+        scaled = partial.to(_sum_dtype(input)) * scale
+        output = scaled if output is None else output + scaled
+    assert output is not None
+    return output.to(input.dtype)
 
 
 class _PerTap(torch.autograd.Function):

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchmetrics.classification import MulticlassAccuracy
@@ -41,6 +41,7 @@ class ClassificationTask(pl.LightningModule):
             network: ``{"init": "identity"}``.
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms are not decayed.
         lr: the highest learning rate.
+        branch_lr_factor: what the learning rate of the attention branches is multiplied with.
         momentum: of the optimizer.
         weight_decay: of the optimizer.
         warmup_epochs: length of the linear warm-up, in epochs.
@@ -65,6 +66,7 @@ class ClassificationTask(pl.LightningModule):
         convert: dict[str, Any] | None = None,
         optimizer: str = "sgd",
         lr: float = 0.1,
+        branch_lr_factor: float = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         warmup_epochs: float = 1.0,
@@ -168,14 +170,29 @@ class ClassificationTask(pl.LightningModule):
                     f"{_shortened(given)}; give the data and the arguments that it was trained with"
                 )
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """timm's groups, with and without weight decay, each apart from what of it belongs to attention branches."""
+        hparams = self.hparams
+        groups: list[dict[str, Any]] = param_groups_weight_decay(
+            self.network,
+            hparams["weight_decay"],
+            no_weight_decay_list=getattr(self.network, "no_weight_decay", set)(),
+        )
+        if hparams["branch_lr_factor"] == 1:
+            return groups
+        branch = {p for g in awconv.parameter_groups(self.network) if g["name"] == "branch" for p in g["params"]}
+        rates = {False: hparams["lr"], True: hparams["lr"] * hparams["branch_lr_factor"]}
+        split = [
+            group | dict(params=[p for p in group["params"] if (p in branch) == inside], lr=rate)
+            for group in groups
+            for inside, rate in rates.items()
+        ]
+        return [group for group in split if group["params"]]
+
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
         optimizer = create_optimizer_v2(
-            self.network,
-            opt=hparams["optimizer"],
-            lr=hparams["lr"],
-            momentum=hparams["momentum"],
-            weight_decay=hparams["weight_decay"],
+            self._parameter_groups(), opt=hparams["optimizer"], lr=hparams["lr"], momentum=hparams["momentum"]
         )
         self.trainer.fit_loop.setup_data()  # which counts the batches
         if math.isinf(self.trainer.estimated_stepping_batches):
