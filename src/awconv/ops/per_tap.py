@@ -41,12 +41,14 @@ def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
 def _by_convolutions(problem: Problem, input: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
     """The same for an exported graph, whose runtimes know pointwise convolutions of constant weights best."""
     padded = F.pad(input, problem.flat_padding)
+    pointwise, scales = (
+        tensor.reshape(*tensor.shape[:2], problem.taps, *(1,) * (problem.dims - 1)).split(1, dim=2)
+        for tensor in (weight, gain)
+    )
     output: Tensor | None = None
     for tap in range(problem.taps):
-        pointwise = weight.flatten(2)[:, :, tap].reshape(weight.shape[:2] + (1,) * problem.dims)
-        scale = gain.flatten(2)[:, :, tap].reshape(gain.shape[:2] + (1,) * problem.dims)
-        partial = CONV[problem.dims](_window(problem, padded, tap), pointwise, groups=problem.groups)
-        scaled = partial.to(_sum_dtype(input)) * scale
+        partial = CONV[problem.dims](_window(problem, padded, tap), pointwise[tap], groups=problem.groups)
+        scaled = partial.to(_sum_dtype(input)) * scales[tap]
         output = scaled if output is None else output + scaled
     assert output is not None
     return output.to(input.dtype)

@@ -1,0 +1,119 @@
+"""Exported to ONNX: the batch is dynamic, the weights are constant and ONNX Runtime computes what PyTorch does."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from awconv import AWConv2d, convert
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+SIZE = 64
+NETWORKS = ["aw_resnet50", "aw_mobilenetv2_100", "aw_seresnet50", "tf_efficientnet_lite0"]
+
+# What turns constants into constants, and is not a computation on the input's values.
+RESHAPING = {"Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "aw_seresnet50":  # a block a stage: an export takes seconds a layer, and aw_resnet50 has all
+        return calibrated(timm.create_model(name, layers=(1, 1, 1, 1)))
+    if name.startswith("aw_"):
+        return calibrated(timm.create_model(name))
+    model = convert(timm.create_model(name), init="identity")  # the first blocks, with TensorFlow's padding
+    return calibrated(
+        nn.Sequential(model.conv_stem, model.bn1, *model.blocks[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+
+
+def calibrated(model: nn.Module) -> nn.Module:
+    """The model in evaluation, with statistics of real activations: their scale does not grow from layer to layer, so
+    that logits depend on the image and rounding stays rounding."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, SIZE, SIZE))
+    return model.eval()
+
+
+def export(model: nn.Module, images: torch.Tensor, dynamic: bool = True) -> onnx.ModelProto:
+    sizes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    program = torch.onnx.export(model, (images,), None, dynamo=True, dynamic_shapes=sizes, verbose=False)
+    return program.model_proto
+
+
+@cache
+def exported(name: str) -> tuple[nn.Module, onnx.ModelProto]:
+    model = build(name)
+    return model, export(model, torch.randn(2, 3, SIZE, SIZE))
+
+
+def computed_weights(graph: onnx.GraphProto) -> list[str]:
+    """The convolutions and matrix products of which no factor is a constant."""
+    constant = {tensor.name for tensor in graph.initializer}
+    found = []
+    for node in graph.node:  # sorted topologically, as ONNX requires
+        if node.op_type == "Constant" or (
+            node.op_type in RESHAPING and all(name in constant for name in node.input if name)
+        ):
+            constant.update(node.output)
+        elif node.op_type in ("Conv", "ConvTranspose", "Gemm"):
+            if node.input[1] not in constant:
+                found.append(node.name)
+        elif node.op_type == "MatMul" and not constant.intersection(node.input):
+            found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_batch_is_symbolic_and_the_weights_are_constant(name: str) -> None:
+    _, proto = exported(name)
+    graph = proto.graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert [size.dim_value for size in graph.input[0].type.tensor_type.shape.dim][1:] == [3, SIZE, SIZE]
+    assert computed_weights(graph) == []
+    operators = {node.op_type for node in graph.node}
+    assert not operators & {"If", "Loop", "Scan"}
+    assert not proto.functions
+    # Sizes are constants, but for the batch, which reshapes leave to be inferred.
+    assert not operators & {"Shape", "Range", "NonZero"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_runtime_agrees_with_pytorch_at_any_batch(name: str) -> None:
+    model, proto = exported(name)
+    double = copy.deepcopy(model).double()
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3, 8):
+        images = torch.randn(batch, 3, SIZE, SIZE)
+        with torch.no_grad():
+            expected = model(images).numpy()
+            exact = double(images.double()).numpy()
+        (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        # Two roundings of one computation: how far a network amplifies rounding is what PyTorch's own error says.
+        # A wrong tap or gain is at 1e-2 of the largest logit or more.
+        scale = np.abs(exact).max()
+        rounding = max(np.abs(expected - exact).max(), 1e-6 * scale)
+        assert rounding < 1e-4 * scale
+        np.testing.assert_allclose(output, exact, rtol=0, atol=10 * rounding)
+        if batch > 1:
+            assert np.ptp(expected, axis=0).max() > 0.02 * scale  # the logits do depend on the image
+
+
+def test_weights_made_for_each_sample_are_noticed() -> None:
+    layer = AWConv2d(4, 4, 3, in_expansion=1).eval()  # a value for each input channel, which only per_sample can use
+    graph = export(layer, torch.randn(2, 4, 5, 5), dynamic=False).graph
+    assert len(computed_weights(graph)) == 1
