@@ -3,9 +3,9 @@
 dependencies = ["torch", "torchvision", "timm"]
 
 import sys
-from pathlib import Path
+from pathlib import Path as _Path
 
-sys.path.insert(0, str(Path(__file__).parent / "src"))
+sys.path.insert(0, str(_Path(__file__).parent / "src"))
 
 import timm
 

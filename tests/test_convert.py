@@ -133,9 +133,15 @@ def hooked(method: str) -> nn.Module:
     return layer
 
 
-def patched() -> nn.Module:
+def patched(method: str) -> nn.Module:
     layer = nn.Conv2d(4, 4, 3)
-    layer.forward = lambda input: input  # type: ignore[method-assign]
+    setattr(layer, method, lambda input, *_: input)
+    return layer
+
+
+def with_a_weight_of_another_shape() -> nn.Module:
+    layer = nn.Conv2d(4, 4, 3)
+    layer.weight = nn.Parameter(layer.weight[:, :1].detach())
     return layer
 
 
@@ -153,10 +159,14 @@ def with_a_buffer_for_a_weight() -> nn.Module:
         (lambda: OwnForward(4, 4, 3), "OwnForward computes something of its own"),
         (lambda: OwnConvolution(4, 4, 3), "OwnConvolution computes something of its own"),
         (lambda: ScaledStdConv2d(4, 4, 3), "ScaledStdConv2d computes something of its own"),
-        (patched, "Conv2d computes something of its own"),
+        (lambda: patched("forward"), "Conv2d computes something of its own"),
+        (lambda: patched("_conv_forward"), "Conv2d computes something of its own"),
         (lambda: hooked("register_forward_hook"), "it has hooks"),
         (lambda: hooked("register_full_backward_hook"), "it has hooks"),
-        (lambda: weight_norm(nn.Conv2d(4, 4, 3)), "its weight is parametrised"),
+        (lambda: hooked("register_load_state_dict_pre_hook"), "it has hooks"),
+        (with_a_weight_of_another_shape, "its weight has shape (4, 1, 3, 3), and its arguments say (4, 4, 3, 3)"),
+        (lambda: nn.Conv2d(4, 4, 3).to(torch.float8_e4m3fn), "its weights are torch.float8_e4m3fn"),
+        (lambda: weight_norm(nn.Conv2d(4, 4, 3)), "it is parametrised"),
         (lambda: nn.LazyConv2d(4, 3), "LazyConv2d is not initialised; call the model once"),
         (with_a_buffer_for_a_weight, "its weight is a Tensor, not a parameter"),
         (lambda: nn.Conv2d(4, 4, 3, dtype=torch.complex64), "its weights are torch.complex64"),
@@ -187,6 +197,32 @@ def test_layers_that_share_a_weight_are_left(caplog: pytest.LogCaptureFixture) -
     assert "convert: 1 is left as it is: its weight is shared by 1 and 2" in caplog.text
     assert "convert: 3 is left as it is: its weight is shared by 3 and 4" in caplog.text
     torch.testing.assert_close(model(images), expected)
+
+
+def test_weights_that_share_storage_are_divided_once_each() -> None:
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)))
+    model[2].weight = nn.Parameter(model[1].weight.data)
+    model[3].weight = nn.Parameter(model[1].weight.data[:, :])
+    images = torch.randn(2, 4, 9, 9)
+    expected = model(images)
+    convert(model, ["1", "2"], init="identity")
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_padding_that_was_changed_afterwards_stays() -> None:
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
+    plain[1].padding = (2, 2)  # which such a convolution does not look at
+    model = convert(copy.deepcopy(plain), init="identity")
+    images = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(model(images), plain(images))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    model = network()
+    with torch.device("meta"):
+        convert(model, init="identity")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    model(torch.randn(2, 3, 9, 9))
 
 
 def test_a_subclass_that_computes_the_same_is_converted() -> None:
@@ -331,14 +367,22 @@ def test_the_branchs_norm_is_of_the_networks_kind(norm: nn.Module, kind: type[nn
         assert any(p.grad is not None and p.grad.any() for p in layer.attention.parameters())
 
 
-def test_groups_of_the_branchs_norm_divide_its_channels() -> None:
-    model = convert(with_norm(nn.GroupNorm(8, 8)))
-    assert [n.num_groups for n in model.modules() if isinstance(n, nn.GroupNorm)] == [8, 4, 8, 4, 4]
+def test_a_branch_with_group_norm_learns_even_where_it_sees_one_position() -> None:
+    model = convert(with_norm(nn.GroupNorm(8, 8)), lambda name, layer: name == "2", kernel_expansion=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randn(4, 3, 12, 12)
+    model(images).square().mean().backward()
+    assert model[2].attention.attention_size[2:] == (1, 1)
+    for name, parameter in model[2].attention.named_parameters():
+        assert parameter.grad.abs().max() > 1e-8, name
+    optimizer.step()
 
 
-def test_the_kind_that_a_network_has_most_of_decides() -> None:
-    model = nn.Sequential(with_norm(nn.GroupNorm(2, 8)), nn.BatchNorm2d(12), nn.BatchNorm2d(12))
-    assert isinstance(convert(model)[0][2].attention.norm1, nn.BatchNorm2d)
+@pytest.mark.parametrize(("batch_norms", "kind"), [(2, nn.GroupNorm), (4, nn.BatchNorm2d)])
+def test_the_kind_that_a_network_has_most_of_decides(batch_norms: int, kind: type[nn.Module]) -> None:
+    groups = nn.Sequential(nn.GroupNorm(1, 8), nn.GroupNorm(2, 8))
+    model = nn.Sequential(with_norm(nn.GroupNorm(4, 8)), groups, *(nn.BatchNorm2d(12) for _ in range(batch_norms)))
+    assert isinstance(convert(model)[0][2].attention.norm1, kind)
 
 
 def test_branches_do_not_decide_the_norm_of_later_ones() -> None:
@@ -398,6 +442,14 @@ def test_near_names_are_those_spelt_alike() -> None:
         convert(model, "layer4.1.cnv2")
 
 
+def test_a_layer_that_was_converted_before_is_known() -> None:
+    model = convert(network(), "3")
+    with pytest.raises(ValueError, match="'3' is an AW-convolution already"):
+        convert(model, "3")
+    with pytest.raises(ValueError, match="it has AW-convolutions only"):
+        convert(AWConv2d(4, 4, 3))
+
+
 def test_an_argument_that_no_layer_has_is_refused() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'reductoin'"):
         convert(network(), reductoin=4)
@@ -406,11 +458,12 @@ def test_an_argument_that_no_layer_has_is_refused() -> None:
 def test_arguments_of_other_types_are_named() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet18'"):
         convert("resnet18")
-    for select in (3, ["0", 3]):
-        with pytest.raises(TypeError, match=r"select must be a layer's name, a glob .*got 3"):
+    for select in (3, ["0", 3], nn.Conv2d):
+        with pytest.raises(TypeError, match=r"select must be a layer's name, a glob .*got (3|<class)"):
             convert(network(), select)
-    with pytest.raises(TypeError, match=r"norm_layer must be 'match', None or something called .*got 'batch'"):
-        convert(network(), norm_layer="batch")
+    for norm_layer in ("batch", nn.BatchNorm2d(4)):
+        with pytest.raises(TypeError, match=r"norm_layer must be 'match', None or something called .*got"):
+            convert(network(), norm_layer=norm_layer)
 
 
 def test_a_model_without_convolutions_is_refused() -> None:

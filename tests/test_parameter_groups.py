@@ -52,3 +52,7 @@ def test_a_network_without_attention_or_wrong_options_are_refused() -> None:
         parameter_groups(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"branch must hold options of an optimiser, such as lr, got \{'params'"):
         parameter_groups(timm.create_model("aw_resnet8_cifar"), branch={"params": []})
+    with pytest.raises(ValueError, match=r"rest must hold options of an optimiser, such as lr, got \[1\]"):
+        parameter_groups(timm.create_model("aw_resnet8_cifar"), rest=[1])
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got 'resnet18'"):
+        parameter_groups("resnet18")

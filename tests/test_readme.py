@@ -56,6 +56,14 @@ def test_recipes_parse(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "network:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("variant", sorted((ROOT / "recipes" / "variants").glob("*.yaml")), ids=lambda path: path.name)
+def test_variants_are_laid_over_a_recipe(variant: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "recipes" / "retrofit_efficientnet_lite0.yaml"
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", f"--config={recipe}", f"--config={variant}", "--print_config"])
+    assert "init:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
 def test_nothing_is_left_to_fill_in(path: Path) -> None:
     assert "@@" not in path.read_text()

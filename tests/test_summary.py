@@ -31,7 +31,7 @@ def test_each_convolution_is_listed_with_the_reason_for_leaving_it() -> None:
         "1.0": "kernel of size 1",
         "1.1": "",
         "2": "not selected",
-        "3": "its weight is parametrised",
+        "3": "it is parametrised",
     }
     assert [name for name, layer in layers.items() if layer.converted] == ["1.1"]
     assert layers["2"].layer == "Conv2d 16 to 16, 1x5, 16 groups"
@@ -104,6 +104,12 @@ def test_other_inputs_than_one_tensor() -> None:
     images = torch.zeros(1, 4, 5, 5)
     counted = summary(Two(), (images, images))
     assert counted.operations == 2 * (4 * 4 * 9 * 9 + 9 * (4 * 4 + 4 * 4) + min(4 * 4 * 9, 4 * 9 * 9))
+
+
+def test_layers_that_have_not_seen_an_input_are_listed() -> None:
+    counted = summary(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3)))
+    assert counted.layers[1].reason == "LazyConv2d is not initialised; call the model once"
+    assert counted.parameters == 3 * 4 * 9 + 4
 
 
 def test_what_is_no_module_is_named() -> None:

@@ -68,7 +68,7 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
     jsonargparse = require("jsonargparse", extra="train")
     from awconv.compare import compare, demo
-    from awconv.models.table import models
+    from awconv.model_costs import models
     from awconv.predict import predict
 
     functions: dict[str, Callable[..., int]] = {

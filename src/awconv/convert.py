@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,7 +34,17 @@ _TWINS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     Conv2dSame: AWConv2dSame,
 }
 _BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +91,7 @@ def convert(
         raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
     if init not in ("fresh", "identity"):
         raise ValueError(f"convert: init must be 'fresh' or 'identity', got {init!r}")
-    if norm_layer is not None and norm_layer != "match" and not callable(norm_layer):
+    if isinstance(norm_layer, nn.Module) or not (norm_layer is None or norm_layer == "match" or callable(norm_layer)):
         raise TypeError(
             "convert: norm_layer must be 'match', None or something called with a number of channels, such as "
             f"nn.BatchNorm2d, got {norm_layer!r}"
@@ -90,6 +99,7 @@ def convert(
     candidates = convolutions(model)
     chosen = _choose(model, candidates, select)
     owners = weight_owners(model)
+    kind = _most_common_norm(model)
     obstacles = {name: why_not(module, owners) for name, module in chosen.items()}
     twins: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
     divisors: list[tuple[Tensor, Tensor]] = []
@@ -97,18 +107,17 @@ def convert(
         if obstacles[name]:
             _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
             continue
-        norm = _norm_like(model, len(old.kernel_size)) if norm_layer == "match" else norm_layer
+        norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
         try:
             twins[old] = _twin(old, norm_layer=norm, **arguments)
             if init == "identity":
-                divisors.append((old.weight, twins[old].init_constant()))
+                divisors.append((old.weight, twins[old].start_constant()))
         except ValueError as error:
             raise ValueError(f"convert: layer {name!r}: {error}") from error
     if not twins:
         raise ValueError(_nothing_selected(model, candidates, obstacles, select))
-    with torch.no_grad():
-        for weight, divisor in divisors:  # now that nothing can fail any more
-            weight.div_(divisor)
+    for weight, divisor in divisors:  # now that nothing can fail any more
+        weight.data = weight.data / divisor  # not in place: another tensor may share the storage
 
     if model in twins:
         return twins[model]
@@ -121,12 +130,16 @@ def convert(
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:
     """The convolutions of a model that are not AW-convolutions or parts of their branches, by name."""
-    branches = {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
+    branches = _parts_of_branches(model)
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, Convolution) and not isinstance(module, AW_LAYERS) and module not in branches
     }
+
+
+def _parts_of_branches(model: nn.Module) -> set[nn.Module]:
+    return {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
 
 
 def is_spatial(module: Convolution) -> bool:
@@ -162,15 +175,18 @@ def why_not(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str |
     if isinstance(module, LazyModuleMixin):
         return f"{type(module).__name__} is not initialised; call the model once"
     if is_parametrized(module):
-        return "its weight is parametrised"
+        return "it is parametrised"
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks"
     if not isinstance(module.weight, nn.Parameter):
         return f"its weight is a {type(module.weight).__name__}, not a parameter"
-    if not module.weight.is_floating_point():
+    if module.weight.dtype not in _DTYPES:
         return f"its weights are {module.weight.dtype}"
     if _plain_kind(module) is None:
         return f"{type(module).__name__} computes something of its own"
+    expected = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    if tuple(module.weight.shape) != expected:
+        return f"its weight has shape {tuple(module.weight.shape)}, and its arguments say {expected}"
     if len(owners[module.weight]) > 1:
         return f"its weight is shared by {' and '.join(owners[module.weight])}"
     return None
@@ -186,7 +202,7 @@ def _plain_kind(module: Convolution) -> type[nn.Module] | None:
                 getattr(type(module), method) is getattr(plain, method)
                 for method in ("forward", "_conv_forward", "__call__")
             )
-            return plain if same and "forward" not in vars(module) else None
+            return plain if same and not {"forward", "_conv_forward"} & set(vars(module)) else None
     return None
 
 
@@ -209,6 +225,7 @@ def _twin(old: Convolution, **arguments: Any) -> AWConv1d | AWConv2d | AWConv3d:
     )
     new.weight = old.weight
     new.bias = old.bias
+    new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice  # made when the old layer was
     return new.train(old.training)
 
 
@@ -221,16 +238,15 @@ def _choose(
     # A shared module has several names, and candidates know it by its first.
     known = set(candidates.values())
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if module in known}
-    selections = [select] if isinstance(select, str | re.Pattern) or callable(select) else select
-    if not isinstance(selections, Sequence):
-        selections = [selections]  # for the error below
+    several = isinstance(select, Sequence) and not isinstance(select, str)
+    selections: Any = select if several else [select]
     chosen: set[nn.Module] = set()
     for selection in selections:
         if isinstance(selection, str):
             matched = {module for name, module in named.items() if fnmatchcase(name, selection)}
         elif isinstance(selection, re.Pattern):
             matched = {module for name, module in named.items() if selection.fullmatch(name)}
-        elif callable(selection):
+        elif callable(selection) and not isinstance(selection, type):
             chosen |= {module for name, module in named.items() if selection(name, module)}
             continue
         else:
@@ -241,6 +257,8 @@ def _choose(
             )
         if not matched and candidates:
             pattern = selection if isinstance(selection, str) else selection.pattern
+            if any(fnmatchcase(name, pattern) for name, m in model.named_modules() if isinstance(m, AW_LAYERS)):
+                raise ValueError(f"convert: {pattern!r} is an AW-convolution already")
             near = ", ".join(map(repr, _near(pattern, list(named))))
             raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {near}")
         chosen |= matched
@@ -265,7 +283,8 @@ def _nothing_selected(
 ) -> str:
     name = type(model).__name__
     if not candidates:
-        return f"convert: no convolution of {name} was selected for conversion; it has none"
+        has = "none" if not any(isinstance(m, AW_LAYERS) for m in model.modules()) else "AW-convolutions only"
+        return f"convert: no convolution of {name} was selected for conversion; it has {has}"
     if obstacles:
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(obstacles.items())[:8])
         return f"convert: no convolution of {name} that was selected can be converted exactly: {reasons}"
@@ -276,33 +295,31 @@ def _nothing_selected(
     )
 
 
-def _norm_like(model: nn.Module, dims: int) -> NormLayer:
-    """The norm for a branch, of the kind that a model has most of."""
-    branches = {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
-    kinds: Counter[tuple[str, int]] = Counter()
+def _most_common_norm(model: nn.Module) -> str:
+    """The kind of norm that a model has most of: ``"batch"``, ``"sync"``, ``"group"`` or ``"frozen"``."""
+    branches = _parts_of_branches(model)
+    kinds: Counter[str] = Counter()
     for module in model.modules():
         if module in branches:
             continue
         if isinstance(module, nn.SyncBatchNorm):
-            kinds["sync", 0] += 1
+            kinds["sync"] += 1
         elif isinstance(module, _BatchNorm):
-            kinds["batch", 0] += 1
-        elif isinstance(module, nn.GroupNorm):
-            kinds["group", module.num_groups] += 1
-        elif isinstance(module, nn.LayerNorm | _InstanceNorm):
-            kinds["group", 1] += 1
-        elif type(module).__name__.startswith("FrozenBatchNorm") and dims == 2:  # torchvision's, timm's, Detectron2's
-            kinds["frozen", 0] += 1
-    kind, groups = kinds.most_common(1)[0][0] if kinds else ("batch", 0)
+            kinds["batch"] += 1
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm | _InstanceNorm):
+            kinds["group"] += 1
+        elif type(module).__name__.startswith("FrozenBatchNorm"):  # torchvision's, timm's, Detectron2's
+            kinds["frozen"] += 1
+    return kinds.most_common(1)[0][0] if kinds else "batch"
+
+
+def _norm(kind: str, dims: int) -> NormLayer:
     if kind == "sync":
         return nn.SyncBatchNorm
     if kind == "group":
-        return functools.partial(_group_norm, groups)
-    if kind == "frozen":
+        # In one group: a branch has few channels, and a group of one loses what its channel says of the whole image.
+        return functools.partial(nn.GroupNorm, 1)
+    if kind == "frozen" and dims == 2:
         frozen: NormLayer = FrozenBatchNorm2d
         return frozen
     return _BATCH_NORMS[dims]
-
-
-def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(groups, channels), channels)

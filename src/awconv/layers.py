@@ -115,15 +115,14 @@ class AttentionBranch(nn.Module):
         """
         out_blocks, in_blocks, *kernel = self.attention_size
         attention: Tensor = average_pool(input, kernel)
-        for norm in (self.norm1, self.norm2):
-            if _takes_batch_statistics(norm):
-                _check_statistics(attention)
+        if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
+            _check_statistics(attention)
         attention = self.act1(self.norm1(self.conv1(attention)))
         attention = self.act2(self.norm2(self.conv2(attention)))
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
 
     @torch.no_grad()
-    def init_constant(self, start: float) -> None:
+    def start_constant(self, start: float) -> None:
         """Starts as the constant ``activation(start)`` for every input, with a gradient that leads away from it.
 
         The gain of the last norm becomes zero and its shift ``start``. A last norm that has no gain to learn (none, or
@@ -153,7 +152,9 @@ class AttentionBranch(nn.Module):
 
 
 def _takes_batch_statistics(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and (norm.training or norm.running_mean is None)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
+        return False  # (that one takes them over several processes, and knows how many)
+    return norm.training or norm.running_mean is None
 
 
 def _check_statistics(pooled: Tensor) -> None:
@@ -223,8 +224,9 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         self.kernel_expansion = kernel_expansion
         self.activation = activation
         self.residual = residual
-        self.attention = AttentionBranch(in_channels, attention_size, reduction, activation, norm_layer)
-        self.attention.to(device=self.weight.device, dtype=self.weight.dtype)
+        with self.weight.device:  # whatever the default device is now
+            self.attention = AttentionBranch(in_channels, attention_size, reduction, activation, norm_layer)
+        self.attention.to(self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape (N, C1, \\*size) to (N, C2, \\*out_size); a single sample without the batch axis is taken as nn.Conv
@@ -256,27 +258,19 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * len(self.kernel_size)
 
     @torch.no_grad()
-    def init_identity(self) -> None:
-        """Makes the layer compute what its plain convolution computes with the weights that it has now.
+    def start_constant(self) -> Tensor:
+        """Makes the branch start as a constant a (:meth:`AttentionBranch.start_constant`), from which it can learn.
 
-        The branch starts as a constant a (:meth:`AttentionBranch.init_constant`) and the weights K are divided by
-        1 + a (by a without the residual form): exactly where that is a power of two, and else to rounding. The branch
-        has a gradient from the first step.
+        Returns:
+            What the weights are multiplied with then: 1 + a, or a without the residual form; no axes. With its weights
+            divided by this, the layer computes what its plain convolution did: exactly where it is a power of two, and
+            else to rounding.
 
         Raises:
             ValueError: the branch's norm has no gain or no shift.
         """
-        self.weight.div_(self.init_constant())
-
-    @torch.no_grad()
-    def init_constant(self) -> Tensor:
-        """Makes the branch start as a constant a (:meth:`AttentionBranch.init_constant`).
-
-        Returns:
-            What the weights are multiplied with then: 1 + a, or a without the residual form; no axes.
-        """
         start = _START[self.activation, self.residual]
-        self.attention.init_constant(start)
+        self.attention.start_constant(start)
         constant: Tensor = self.attention.act2(self.weight.new_full((), start))
         return 1 + constant if self.residual else constant
 

@@ -36,11 +36,14 @@ def parameter_groups(
         ``"rest"``. A parameter that does not require a gradient is in none, and an empty group is left out.
 
     Raises:
-        ValueError: the model has no AW-convolution, or options hold ``params``.
+        TypeError: the model is no module.
+        ValueError: the model has no AW-convolution, or options are no mapping or hold ``params`` or ``name``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parameter_groups: model must be an nn.Module, got {model!r}")
     options = {"branch": branch, "weight": weight, "rest": rest}
     for name, given in options.items():
-        if given and {"params", "name"} & set(given):
+        if given is not None and (not isinstance(given, Mapping) or {"params", "name"} & set(given)):
             raise ValueError(f"parameter_groups: {name} must hold options of an optimiser, such as lr, got {given}")
     layers = [module for module in model.modules() if isinstance(module, AW_LAYERS)]
     if not layers:

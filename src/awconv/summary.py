@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from awconv.convert import AW_LAYERS, convolutions, is_spatial, stem, weight_owners, why_not
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.ops.algorithm import CONV
 
-_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AWConv = AWConv1d | AWConv2d | AWConv3d
 
 
@@ -131,7 +130,7 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
             layers.append(LayerSummary(name, _described(module), False, reasons[name], 0, None))
     return Summary(
         layers=tuple(layers),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
         operations=None if plain_operations is None else plain_operations + sum(added.values()),
     )
 
@@ -172,7 +171,7 @@ def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], input: Tens
     """The layer's plain convolution, which leaves a note of what the attention would have cost."""
     dims = len(layer.kernel_size)
     padded, padding = layer._pad(input)
-    output = _CONV[dims](padded, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+    output: Tensor = CONV[dims](padded, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
     batch = input.shape[0] if input.dim() == dims + 2 else 1
     _, in_blocks, *taps = layer.attention.attention_size
     branch = math.prod(taps) * (layer.attention.conv1.weight.numel() + layer.attention.conv2.weight.numel())

@@ -87,6 +87,13 @@ def test_wrong_sizes_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             AugmentedConv2d(3, 8, 3, input_size=(8, 8), num_heads=2, **arguments)
+    with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
+        AugmentedConv2d(3, 8, 4, input_size=(8, 8), num_heads=2, key_channels=4, value_channels=4)
+
+
+def test_the_size_may_be_a_list() -> None:
+    layer = AugmentedConv2d(3, 8, 3, input_size=[4, 4], num_heads=2, key_channels=4, value_channels=4)
+    assert layer(torch.zeros(1, 3, 4, 4)).shape == (1, 8, 4, 4)
 
 
 def test_an_augmented_network_is_built_for_other_images() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from awconv import AWConv2d
+from awconv.model_costs import markdown_table, model_cost
 from awconv.models import TWINS, CifarResNet, WideResNet
-from awconv.models.table import markdown_table, model_cost
 
 CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 RESNETS = tuple(name for name in TWINS if name.startswith("aw_") and "mobilenet" not in name)
@@ -223,11 +223,82 @@ def test_aw_resnet50_adds_the_papers_operations() -> None:
     assert round(2 * added / 1e9, 2) == 0.01  # GFLOPs, as the description says
 
 
+def attended(in_channels: int, out_channels: int, size: int, depthwise: bool = False) -> int:
+    """Multiply-adds of the attention of a 3x3 layer, for an output of size x size."""
+    hidden = max(in_channels // 16, 4)
+    weights = 9 * out_channels * (1 if depthwise else in_channels)
+    return 9 * hidden * (in_channels + out_channels) + min(weights, 9 * out_channels * size * size)
+
+
+def added_operations(name: str) -> int:
+    return model_cost(name).operations - model_cost(TWINS[name]).operations
+
+
+@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
+def test_cifar_resnets_have_the_operations_of_their_formula(depth: int) -> None:
+    blocks = (depth - 2) // 6
+    plain, added, last = 3 * 16 * 9 * 32 * 32 + 640, 0, 16
+    for width, size in ((16, 32), (32, 16), (64, 8)):
+        for i in [last, *[width] * (2 * blocks - 1)]:
+            plain += 9 * i * width * size * size
+            added += attended(i, width, size)
+        last = width
+    assert model_cost(f"resnet{depth}_cifar").operations == plain
+    assert added_operations(f"aw_resnet{depth}_cifar") == added
+    for scheme in ("se", "cbam") if depth in (20, 56) else ():
+        assert added_operations(f"aw_{scheme}resnet{depth}_cifar") == added
+
+
+@pytest.mark.parametrize("depth", [20, 56])
+def test_attention_on_activations_adds_the_operations_of_its_formula(depth: int) -> None:
+    squeezed = gated = 0
+    for width, size in ((16, 32), (32, 16), (64, 8)):
+        squeezed += (depth - 2) // 6 * 2 * width * 8
+        # Both pooled vectors go through the channel gate; the spatial gate is a 7x7 convolution of two maps.
+        gated += (depth - 2) // 6 * (2 * 2 * width * (width // 16) + 2 * 49 * size * size)
+    assert added_operations(f"seresnet{depth}_cifar") == squeezed
+    assert added_operations(f"cbamresnet{depth}_cifar") == gated
+
+
+@pytest.mark.parametrize(
+    ("version", "channels", "sizes"),
+    [
+        ("v1", MOBILENET_V1, [112, 56, 56, 28, 28, 14, *[14] * 5, 7, 7]),
+        ("v2", MOBILENET_V2, [112, 56, 56, *[28] * 3, *[14] * 4, *[14] * 3, *[7] * 3, 7]),
+    ],
+)
+def test_mobilenets_gain_the_operations_of_their_branches(version: str, channels: list[int], sizes: list[int]) -> None:
+    # The weights of a depthwise layer are always fewer than its outputs, so the sizes do not matter.
+    added = sum(attended(c, c, size, depthwise=True) for c, size in zip(channels, sizes, strict=False))
+    assert len(channels) == {"v1": 13, "v2": 17}[version]
+    assert added_operations(f"aw_mobilenet{version}_100") == added
+
+
+def test_wide_resnets_have_the_operations_of_their_formula() -> None:
+    plain = augmented = 3 * 16 * 9 * 1024
+    last, size = 16, 32
+    for stage, width in enumerate((160, 320, 640)):
+        size = size // 2 if stage else size
+        positions, keys, values = size * size, max(160, round(0.2 * width)), round(0.1 * width)
+        for block in range(4):
+            shortcut = last * width * positions if block == 0 else 0
+            plain += 9 * last * width * positions + 9 * width * width * positions + shortcut
+            augmented += 9 * last * (width - values) * positions + 9 * width * width * positions + shortcut
+            # Projections, logits and values of all heads, and the logits of relative rows and columns.
+            augmented += last * (2 * keys + values) * positions + values * values * positions
+            augmented += positions * positions * (keys + values) + 2 * positions * size * keys
+            last = width
+    head = 640 * 10
+    assert model_cost("wide_resnet28_10_cifar").operations == plain + head
+    assert model_cost("aa_wide_resnet28_10_cifar").operations == augmented + head
+
+
 def test_every_network_with_attention_has_its_twin() -> None:
     for name, twin in TWINS.items():
         assert timm.is_model(name)
         assert timm.is_model(twin)
-        assert name.replace("aw_", "", 1) == twin or name.startswith(("se", "cbam", "eca", "aa_"))
+        assert twin in (name.removeprefix(prefix) for prefix in ("aw_", "se", "cbam", "eca", "aa_"))
+        assert len(twin) < len(name)
 
 
 def test_the_documents_table_is_that_of_the_command() -> None:

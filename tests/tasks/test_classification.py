@@ -50,6 +50,9 @@ def trained(weights: Path, *arguments: str) -> TrainingCLI:
         run=False,
         save_config=False,
     )
+    for module in cli.model.network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # so that the step leaves the statistics
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return cli
 
@@ -67,12 +70,6 @@ def test_training_starts_from_the_weights(weights: Path, convert: str) -> None:
     assert isinstance(network.layer1[0].conv1, AWConv2d) == bool(convert)
     given = pretrained_network()
     given.load_state_dict(load_file(weights))
-    for module in network.modules():  # a step of training without a learning rate moves only these
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-    for module in given.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
     images = torch.randn(2, 1, 8, 8)
     expected = features(given, images)
     # Dividing by 1.5 and multiplying by 1.5 in single precision, over seven layers.
@@ -88,11 +85,18 @@ def test_a_checkpoint_needs_the_weights_no_more(weights: Path) -> None:
     assert isinstance(task.network.layer1[0].conv1, AWConv2d)
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("classes", [7, 10])
+@pytest.mark.parametrize("kind", ["deeper", "prefixed", "plain for AW"])
+def test_weights_of_another_network_are_refused(kind: str, classes: int, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    save_file(timm.create_model("resnet20_cifar", in_chans=1).state_dict(), path)
-    with pytest.raises(ValueError, match=r"no pretrained weights for resnet8_cifar .*weights\.safetensors"):
-        trained(path)
+    name = "resnet20_cifar" if kind == "deeper" else NETWORK
+    state = timm.create_model(name, in_chans=1, num_classes=classes).state_dict()
+    if kind == "prefixed":
+        state = {f"model.{key}": tensor for key, tensor in state.items()}
+    save_file(state, path)
+    network = ["--model.network=aw_resnet8_cifar"] if kind == "plain for AW" else []
+    with pytest.raises(ValueError, match=r"no pretrained weights for \w+ .*weights\.safetensors\): \d+ names differ"):
+        trained(path, *network)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])

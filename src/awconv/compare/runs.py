@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from awconv.data import ImageDataModule
+from awconv.models import TWINS
 from awconv.training import TrainingCLI
 from awconv.version import __version__
 
@@ -105,11 +106,13 @@ class Variant:
 
     Attributes:
         name: what it is called.
-        arguments: laid over the recipe, as ``awconv fit`` takes them.
+        overlay: a YAML file that is laid over the recipe, and under the arguments of all variants.
+        network: in the place of the recipe's.
     """
 
     name: str
-    arguments: tuple[str, ...]
+    overlay: Path | None = None
+    network: str | None = None
 
 
 def find_variant(base: str, given: str) -> Variant:
@@ -128,7 +131,7 @@ def find_variant(base: str, given: str) -> Variant:
         path = Path(given)
         if not path.is_file():
             raise FileNotFoundError(f"variant {given} is not a file; expected YAML with what differs from the recipe")
-        return Variant(path.stem, (f"--config={path}",))
+        return Variant(path.stem, overlay=path)
     networks = [base] if given == "plain" else [f"{given}_{base}", f"{given}{base}"]
     known = [network for network in networks if given and timm.is_model(network)]
     if not known:
@@ -137,11 +140,12 @@ def find_variant(base: str, given: str) -> Variant:
             f"timm.create_model does not know; variants of it are {', '.join(_known_variants(base))}, or a YAML file "
             "that is laid over the recipe"
         )
-    return Variant(given, (f"{_NETWORK}{known[0]}",))
+    return Variant(given, network=known[0])
 
 
 def _known_variants(base: str) -> list[str]:
-    return ["plain", *(name.removesuffix(base).rstrip("_") for name in timm.list_models(f"*{base}") if name != base)]
+    known = [name for name in TWINS if name.endswith(base)]
+    return ["plain", *(name.removesuffix(base).rstrip("_") for name in known)]
 
 
 def open_data(recipe: Path, overrides: Sequence[str]) -> ImageDataModule:
@@ -186,8 +190,9 @@ def train(
     """
     cli = _parse(
         recipe,
+        *([] if variant.overlay is None else [f"--config={variant.overlay}"]),
         *overrides,
-        *variant.arguments,
+        *([] if variant.network is None else [f"{_NETWORK}{variant.network}"]),
         f"--seed_everything={seed}",
         f"--trainer.default_root_dir={folder}",
         "--trainer.logger=false",

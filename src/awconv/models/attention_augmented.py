@@ -29,7 +29,7 @@ class AugmentedConv2d(nn.Module):
         bias: of the convolutions.
 
     Raises:
-        ValueError: the heads do not divide the channels, or no channel is left to the convolution.
+        ValueError: the heads do not divide the channels, no channel is left to the convolution, or the kernel is even.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class AugmentedConv2d(nn.Module):
             raise ValueError(
                 f"AugmentedConv2d: value_channels must be less than out_channels, {out_channels}, got {value_channels}"
             )
-        self.input_size = input_size
+        if kernel_size % 2 == 0:
+            raise ValueError(f"AugmentedConv2d: kernel_size must be odd, got {kernel_size}")
+        self.input_size = tuple(input_size)
         self.stride = stride
         self.num_heads = num_heads
         self.channels = (key_channels, key_channels, value_channels)

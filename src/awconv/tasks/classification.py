@@ -126,10 +126,22 @@ class ClassificationTask(pl.LightningModule):
         self.network.load_state_dict(network.state_dict())
 
     def _describe(self, weights: str) -> dict[str, Any]:
-        """A file of weights as timm wants to know it, with the number of classes by which it drops the classifier."""
+        """A file of weights as timm wants to know it, with the number of classes by which it drops the classifier.
+
+        timm then takes what there is, and so it is checked here that nothing else is missing or left over.
+        """
+        state = timm.models.load_state_dict(weights)
+        plain = timm.create_model(self.hparams["network"], **(self.hparams["network_args"] or {}))
+        classifier = f"{plain.pretrained_cfg['classifier']}."  # type: ignore[index]  # a dictionary of timm's
+        found, expected = (
+            {key for key in keys if not key.startswith(classifier) and not key.endswith("num_batches_tracked")}
+            for keys in (state, plain.state_dict())
+        )
+        if found != expected:
+            differing = sorted(found ^ expected)
+            raise ValueError(f"{len(differing)} names differ, such as {', '.join(differing[:4])}")
         overlay: dict[str, Any] = dict(file=weights)
-        classifier = self.network.pretrained_cfg["classifier"]  # type: ignore[index]  # a dictionary of timm's
-        bias = timm.models.load_state_dict(weights).get(f"{classifier}.bias")
+        bias = state.get(f"{classifier}bias")
         return overlay if bias is None else overlay | dict(num_classes=len(bias))
 
     def forward(self, images: Tensor) -> Tensor:
