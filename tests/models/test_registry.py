@@ -212,17 +212,6 @@ def test_attention_augmentation_is_near_its_papers_size() -> None:
     assert model_cost("aa_wide_resnet28_10_cifar").parameters / 1e6 == pytest.approx(36.2, abs=0.1)
 
 
-def test_aw_resnet50_adds_the_papers_operations() -> None:
-    # Sixteen layers by the branch's definition: two pointwise convolutions at 3x3 positions, and the lesser of the
-    # weights and the partial products of the taps.
-    added = 0
-    for number, width, size in zip((3, 4, 6, 3), (64, 128, 256, 512), (56, 28, 14, 7), strict=True):
-        hidden = max(width // 16, 4)
-        added += number * (9 * 2 * width * hidden + min(9 * width * width, 9 * width * size * size))
-    assert model_cost("aw_resnet50").operations == model_cost("resnet50").operations + added
-    assert round(2 * added / 1e9, 2) == 0.01  # GFLOPs, as the description says
-
-
 def attended(in_channels: int, out_channels: int, size: int, depthwise: bool = False) -> int:
     """Multiply-adds of the attention of a 3x3 layer, for an output of size x size."""
     hidden = max(in_channels // 16, 4)
@@ -291,6 +280,41 @@ def test_wide_resnets_have_the_operations_of_their_formula() -> None:
     head = 640 * 10
     assert model_cost("wide_resnet28_10_cifar").operations == plain + head
     assert model_cost("aa_wide_resnet28_10_cifar").operations == augmented + head
+
+
+IMAGENET_LAYERS = {
+    "resnet18": ((2, 2, 2, 2), stage_channels),
+    "resnet34": ((3, 4, 6, 3), stage_channels),
+    "resnet50": ((3, 4, 6, 3), None),
+    "resnet101": ((3, 4, 23, 3), None),
+    "resnet152": ((3, 8, 36, 3), None),
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET_LAYERS)
+def test_imagenet_resnets_gain_the_operations_of_their_branches(name: str) -> None:
+    blocks, basic = IMAGENET_LAYERS[name]
+    added, last = 0, 64
+    for number, width, size in zip(blocks, (64, 128, 256, 512), (56, 28, 14, 7), strict=True):
+        pairs = stage_channels((width,), (number,), last) if basic else [(width, width)] * number
+        added += sum(attended(*pair, size) for pair in pairs)
+        last = width
+    assert added_operations("aw_" + name) == added
+    for scheme in ("se", "cbam", "eca") if name in ("resnet50", "resnet101") else ():
+        assert added_operations(f"aw_{scheme}{name}") == added
+    if name == "resnet50":
+        assert round(2 * added / 1e9, 2) == 0.01  # GFLOPs, as the method's description says
+
+
+@pytest.mark.parametrize("prefix", ["", "aa_"])
+def test_wide_resnets_gain_the_operations_of_their_branches(prefix: str) -> None:
+    added, last = 0, 16
+    for width, size in ((160, 32), (320, 16), (640, 8)):
+        for _ in range(4):
+            convolved = width - round(0.1 * width) if prefix else width
+            added += attended(last, convolved, size) + attended(width, width, size)
+            last = width
+    assert added_operations(f"aw_{prefix}wide_resnet28_10_cifar") == added
 
 
 def test_every_network_with_attention_has_its_twin() -> None:
