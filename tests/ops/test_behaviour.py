@@ -95,9 +95,19 @@ def test_an_exported_graph_has_constant_weights(case: str) -> None:
     parameters = {
         spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind.name in ("PARAMETER", "BUFFER")
     }
-    for node in exported.graph.nodes:
-        if node.op == "call_function" and "convolution" in str(node.target):
-            assert node.args[1].name in parameters
+
+    def placeholders(node: torch.fx.Node) -> set[str]:
+        """The inputs of the graph that a node is made of."""
+        return {node.name} if node.op == "placeholder" else set().union(*map(placeholders, node.all_input_nodes))
+
+    weights = [
+        node.args[1]
+        for node in exported.graph.nodes
+        if node.op == "call_function" and "convolution" in str(node.target)
+    ]
+    assert weights
+    for weight in weights:
+        assert placeholders(weight) <= parameters
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
