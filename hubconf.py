@@ -9,7 +9,7 @@ sys.path.insert(0, str(_Path(__file__).parent / "src"))
 
 import timm
 
-import awconv.models
+import awconv.models  # noqa: F401  # registers them with timm
 
-for _name in timm.list_models(module=awconv.models.registry.__name__.split(".")[-1]):
+for _name in timm.list_models(module="registry"):
     globals()[_name] = timm.models.model_entrypoint(_name)

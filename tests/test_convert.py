@@ -446,6 +446,8 @@ def test_a_layer_that_was_converted_before_is_known() -> None:
     model = convert(network(), "3")
     with pytest.raises(ValueError, match="'3' is an AW-convolution already"):
         convert(model, "3")
+    with pytest.raises(ValueError, match=r"'\[3\]' is an AW-convolution already; leave it out"):
+        convert(model, re.compile("[3]"))
     with pytest.raises(ValueError, match="it has AW-convolutions only"):
         convert(AWConv2d(4, 4, 3))
 

@@ -74,8 +74,8 @@ def convert(
             constant that the branch starts as), in training and evaluation, and the branch has a gradient from the
             first step.
         norm_layer: the branch's norm: called with a number of channels, None for none, or ``"match"`` for the kind that
-            the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm (for LayerNorm and
-            InstanceNorm too, as one group); BatchNorm where it has none.
+            the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm in one group (for LayerNorm
+            and InstanceNorm too); BatchNorm where it has none.
         **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation`` and
             ``residual``, as for :class:`awconv.AWConv2d`.
 
@@ -241,11 +241,12 @@ def _choose(
     several = isinstance(select, Sequence) and not isinstance(select, str)
     selections: Any = select if several else [select]
     chosen: set[nn.Module] = set()
+    matches: Callable[[str], Any]
     for selection in selections:
         if isinstance(selection, str):
-            matched = {module for name, module in named.items() if fnmatchcase(name, selection)}
+            pattern, matches = selection, functools.partial(fnmatchcase, pat=selection)
         elif isinstance(selection, re.Pattern):
-            matched = {module for name, module in named.items() if selection.fullmatch(name)}
+            pattern, matches = selection.pattern, selection.fullmatch
         elif callable(selection) and not isinstance(selection, type):
             chosen |= {module for name, module in named.items() if selection(name, module)}
             continue
@@ -255,10 +256,10 @@ def _choose(
                 "function of a layer's name and the layer such as lambda name, layer: layer.groups == 1, or a list of "
                 f"these; got {selection!r}"
             )
+        matched = {module for name, module in named.items() if matches(name)}
         if not matched and candidates:
-            pattern = selection if isinstance(selection, str) else selection.pattern
-            if any(fnmatchcase(name, pattern) for name, m in model.named_modules() if isinstance(m, AW_LAYERS)):
-                raise ValueError(f"convert: {pattern!r} is an AW-convolution already")
+            if any(matches(name) for name, module in model.named_modules() if isinstance(module, AW_LAYERS)):
+                raise ValueError(f"convert: {pattern!r} is an AW-convolution already; leave it out of select")
             near = ", ".join(map(repr, _near(pattern, list(named))))
             raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {near}")
         chosen |= matched

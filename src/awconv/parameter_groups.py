@@ -45,16 +45,21 @@ def parameter_groups(
     for name, given in options.items():
         if given is not None and (not isinstance(given, Mapping) or {"params", "name"} & set(given)):
             raise ValueError(f"parameter_groups: {name} must hold options of an optimiser, such as lr, got {given}")
-    layers = [module for module in model.modules() if isinstance(module, AW_LAYERS)]
-    if not layers:
+    branches = branch_parameters(model)
+    if not branches:
         raise ValueError(
             f"parameter_groups: {type(model).__name__} has no AW-convolution; convert it first (awconv.convert)"
         )
-    branches = {parameter for layer in layers for parameter in layer.attention.parameters()}
-    weights = {layer.weight for layer in layers}
+    weights = {module.weight for module in model.modules() if isinstance(module, AW_LAYERS)}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in options}
     for parameter in model.parameters():
         if parameter.requires_grad:
             kind = "branch" if parameter in branches else "weight" if parameter in weights else "rest"
             members[kind].append(parameter)
     return [{"name": name, "params": members[name], **(options[name] or {})} for name in options if members[name]]
+
+
+def branch_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model's attention branches; none for a network without AW-convolutions."""
+    layers = (module for module in model.modules() if isinstance(module, AW_LAYERS))
+    return {parameter for layer in layers for parameter in layer.attention.parameters()}

@@ -100,10 +100,11 @@ def test_weights_of_another_network_are_refused(kind: str, classes: int, tmp_pat
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])
-def test_branches_learn_at_a_rate_of_their_own(factor: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", [NETWORK, "aw_resnet8_cifar"])  # twins are compared with the same arguments
+def test_branches_learn_at_a_rate_of_their_own(network: str, factor: float, tmp_path: Path) -> None:
     cli = TrainingCLI(
         [
-            "--model.network=aw_resnet8_cifar",
+            f"--model.network={network}",
             "--model.lr=0.5",
             "--model.weight_decay=0.01",
             f"--model.branch_lr_factor={factor}",

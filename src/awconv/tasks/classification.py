@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchmetrics.classification import MulticlassAccuracy
 
 import awconv  # which also registers its models with timm
+from awconv.parameter_groups import branch_parameters
 
 FROM_DATA = ("classes", "input_size", "mean", "std")  # arguments of the task that its data decide
 
@@ -190,9 +191,7 @@ class ClassificationTask(pl.LightningModule):
             hparams["weight_decay"],
             no_weight_decay_list=getattr(self.network, "no_weight_decay", set)(),
         )
-        if hparams["branch_lr_factor"] == 1:
-            return groups
-        branch = {p for g in awconv.parameter_groups(self.network) if g["name"] == "branch" for p in g["params"]}
+        branch = branch_parameters(self.network)
         rates = {False: hparams["lr"], True: hparams["lr"] * hparams["branch_lr_factor"]}
         split = [
             group | dict(params=[p for p in group["params"] if (p in branch) == inside], lr=rate)
