@@ -30,6 +30,11 @@ _START = {
     ("relu", False): 1.0,
 }
 _AW_CONV = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
+_ADAPTIVE_POOL: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MIN_HIDDEN = 4
 
@@ -48,6 +53,8 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     Returns:
         Shape (N, C, \*output_size).
     """
+    if input.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _ADAPTIVE_POOL[len(output_size)](input, tuple(output_size))
     matrices = [_bins(size, bins, input) for size, bins in zip(input.shape[2:], output_size, strict=True)]
     last = matrices[-1]
     if len(matrices) > 1:  # torch.kron of the last two, which torch.export cannot trace with symbolic sizes

@@ -125,6 +125,7 @@ TYPICAL = {
     for name, attention_shape in {
         "output_gain": (4, 1, 1, 1),
         "input_gain": (2, 2, 1, 1),
+        "fused": (4, 2, 3, 2),
         "per_tap": (4, 1, 3, 2),
         "per_sample": (4, 2, 3, 2),
         "naive": (4, 2, 3, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awconv.ops import aw_conv2d, aw_conv3d
+from awconv.ops import aw_conv2d, aw_conv3d, fused
 from awconv.ops.choose import ALGORITHMS, choose
 from awconv.ops.problem import describe
 from tests.ops.problems import TYPICAL, Case
@@ -43,6 +44,9 @@ class Operator(nn.Module):
 MODES = [*((name, name) for name in ALGORITHMS), ("auto", "per_tap"), ("auto", "per_sample"), ("auto", "output_gain")]
 
 
+WITHOUT_KERNELS = "xla"  # a type of device for which the fused algorithm has none
+
+
 def close(output: Tensor, expected: Tensor) -> None:
     # The same float32 operations in another order or fused: a few roundings on values of order ten.
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
@@ -66,7 +70,7 @@ def test_compiles_as_one_graph_with_its_gradients(algorithm: str, case: str, dyn
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("algorithm", ["per_tap", "per_sample"])
+@pytest.mark.parametrize("algorithm", ["fused", "per_tap", "per_sample"])
 def test_compiles_with_the_default_backend(algorithm: str) -> None:
     torch._dynamo.reset()
     module = Operator(TYPICAL[algorithm], algorithm)
@@ -139,7 +143,7 @@ def test_tensors_need_not_be_contiguous(algorithm: str) -> None:
     torch.testing.assert_close(output, case.run("naive"))
 
 
-@pytest.mark.parametrize("name", ["output_gain", "input_gain", "per_tap", "per_sample"])
+@pytest.mark.parametrize("name", ["output_gain", "input_gain", "fused", "per_tap", "per_sample"])
 def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(name: str) -> None:
     case = TYPICAL[name]
     weight = case.tensors["weight"].clone().requires_grad_()
@@ -209,8 +213,16 @@ def test_jacobians_agree_with_the_definition(algorithm: str, wanted: str) -> Non
     expected = torch.autograd.functional.jacobian(lambda value: run(value, "naive"), value)
     torch.testing.assert_close(torch.func.jacrev(run)(value), expected)
     torch.testing.assert_close(torch.autograd.functional.jacobian(run, value, vectorize=True), expected)
-    if algorithm != "per_tap":  # which has no forward-mode derivative
+    if algorithm not in ("per_tap", "fused"):  # which have no forward-mode derivative
         torch.testing.assert_close(torch.func.jacfwd(run)(value), expected)
+
+
+@pytest.mark.parametrize("case", TYPICAL.values(), ids=TYPICAL)
+def test_forward_mode_derivatives_take_an_algorithm_that_has_them(case: Case) -> None:
+    value, direction = case.tensors["input"], torch.randn_like(case.tensors["input"])
+    output, change = torch.func.jvp(lambda input: case.run(input=input), (value,), (direction,))
+    torch.testing.assert_close(output, case.run("naive"))
+    torch.testing.assert_close(change, case.run("naive", input=direction, bias=torch.zeros(4, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "naive"])
@@ -326,13 +338,16 @@ def test_the_choice_follows_the_structure_of_the_attention(
         groups,
         True,
     )
-    assert choose(problem, "auto", "").name == chosen
+    assert choose(replace(problem, device=WITHOUT_KERNELS), "auto", "").name == chosen
+    if chosen.startswith("per_") and fused.ALGORITHM.obstacle(problem) is None:
+        assert choose(problem, "auto", "").name == "fused"
 
 
 def test_the_choice_weighs_the_cost() -> None:
     def chosen(channels: int, size: int) -> str:
         shapes = ((8, channels, size, size), (channels, channels, 3, 3), (8, channels, 1, 3, 3))
-        return choose(describe(2, *map(torch.empty, shapes), None, 1, 1, 1, 1, True), "auto", "").name
+        problem = describe(2, *map(torch.empty, shapes), None, 1, 1, 1, 1, True)
+        return choose(replace(problem, device=WITHOUT_KERNELS), "auto", "").name
 
     assert chosen(channels=512, size=7) == "per_tap"
     assert chosen(channels=64, size=56) == "per_sample"

@@ -91,6 +91,7 @@ def test_nothing_is_computed_before_the_check(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any) -> None:
         raise AssertionError("an algorithm ran")
 
+    monkeypatch.setattr("awconv.ops.functional._PLANS", {})
     for name, algorithm in list(ALGORITHMS.items()):
         monkeypatch.setitem(ALGORITHMS, name, algorithm._replace(run=fail))
     with pytest.raises(AssertionError):

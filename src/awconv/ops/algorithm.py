@@ -21,12 +21,14 @@ class Machine(NamedTuple):
         grouped: time of a multiply-add in a convolution with one group a sample, in those of a plain convolution.
         weight: elements moved for each element of a sample's own weights, made, used and differentiated.
         call: time to launch the work of one tap, shared among the samples of a usual batch.
+        fused: time of a multiply-add in a fused kernel, in those of a plain convolution.
     """
 
     element: float
     grouped: float
     weight: float
     call: float
+    fused: float
 
 
 class Algorithm(NamedTuple):
@@ -47,14 +49,14 @@ class Algorithm(NamedTuple):
     constant_weights: bool = False
 
 
-def has_autocast(device: str) -> bool:
-    """Whether autocast knows a type of device (torch.amp.is_autocast_available, which torch 2.9 cannot compile)."""
-    return device != "meta"
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device (which is_autocast_available asks, and torch 2.9 cannot compile)."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[None]:
     """Keeps what is computed inside from being cast."""
-    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

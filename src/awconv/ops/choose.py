@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from awconv.ops import gain, naive, per_sample, per_tap
+from awconv.ops import fused, gain, naive, per_sample, per_tap
 from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.problem import Problem
 
@@ -14,6 +14,7 @@ ALGORITHMS = {
     for algorithm in (
         gain.OUTPUT_GAIN,
         gain.INPUT_GAIN,
+        fused.ALGORITHM,
         per_tap.ALGORITHM,
         per_sample.ALGORITHM,
         naive.ALGORITHM,
@@ -22,7 +23,7 @@ ALGORITHMS = {
 
 # By type of device. Measured with benchmarks/choice.py on a 2-core AVX2 machine in float32; other types of device have
 # no measurement yet and take these.
-MACHINES = {"cpu": Machine(element=25, grouped=1.05, weight=4, call=50_000)}
+MACHINES = {"cpu": Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=1.05)}
 
 
 def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from awconv.ops.algorithm import has_autocast, without_autocast
+from awconv.ops.algorithm import Algorithm, autocasts, without_autocast
 from awconv.ops.choose import choose
-from awconv.ops.problem import describe
+from awconv.ops.problem import Problem, describe
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -28,12 +28,13 @@ def _aw_conv(
     residual: bool,
     algorithm: str,
 ) -> Tensor:
-    if isinstance(input, Tensor) and _autocasts(input.device.type):
+    if isinstance(input, Tensor) and autocasts(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, attention = _autocast(input, dtype), _autocast(weight, dtype), _autocast(attention, dtype)
         bias = _autocast(bias, dtype)
-    problem = describe(dims, input, weight, attention, bias, stride, padding, dilation, groups, residual)
-    chosen = choose(problem, algorithm, f"aw_conv{dims}d")
+    problem, chosen = _plan(
+        algorithm, dims, input, weight, attention, bias, stride, padding, dilation, groups, residual
+    )
     with without_autocast(problem.device):
         output = chosen.run(problem, input, weight, attention)
         if bias is not None:
@@ -44,8 +45,32 @@ def _aw_conv(
     return output
 
 
-def _autocasts(device: str) -> bool:
-    return has_autocast(device) and torch.is_autocast_enabled(device)
+_PLANS: dict[tuple[Any, ...], tuple[Problem, Algorithm]] = {}
+_MOST_PLANS = 4096
+
+
+def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
+    """The checked problem and the algorithm chosen for it, remembered by what they follow from: in small layers the
+    checks would take longer than the convolution."""
+    key = None
+    if not torch.compiler.is_compiling():
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        facts = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        others = [type(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+        key = (algorithm, dims, *facts, *others, *map(type, others), torch.autograd.forward_ad._current_level)
+        try:
+            plan = _PLANS.get(key)
+        except TypeError:  # lists, and sizes that are symbols
+            key = plan = None
+        if plan is not None:
+            return plan
+    problem = describe(dims, *arguments)
+    plan = problem, choose(problem, algorithm, f"aw_conv{dims}d")
+    if key is not None:
+        if len(_PLANS) >= _MOST_PLANS:
+            _PLANS.clear()
+        _PLANS[key] = plan
+    return plan
 
 
 _Argument = TypeVar("_Argument", Tensor, Tensor | None)

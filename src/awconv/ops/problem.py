@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
@@ -32,6 +33,8 @@ class Problem:
         rates: how often ``Expand`` repeats the attention along C2, C1/groups and each kernel axis (r_C2, r_C1, r_hw).
         residual: K + A * K if true, A * K otherwise.
         device: the type of the device, such as ``"cpu"``.
+        dtype: of all tensors.
+        forward_mode: derivatives are being taken in forward mode.
     """
 
     empty: bool
@@ -47,6 +50,8 @@ class Problem:
     rates: tuple[int, ...]
     residual: bool
     device: str
+    dtype: torch.dtype
+    forward_mode: bool
 
     @property
     def dims(self) -> int:
@@ -203,6 +208,8 @@ def describe(
         rates=rates,
         residual=residual,
         device=input.device.type,
+        dtype=input.dtype,
+        forward_mode=not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0,
     )
 
 

@@ -1,0 +1,234 @@
+"""Attention of any structure, one kernel for each direction: C code on a CPU, Triton on a GPU.
+
+The weights of a sample exist a block at a time, in the cache (CPU), or not at all: each tap's partial product is scaled
+as it is added up (GPU). Nothing of the size of N sets of weights is made, forward or backward.
+
+The kernels are two operators of PyTorch, ``awconv::fused`` and ``awconv::fused_backward``, which torch.compile and
+torch.export see as one node each. A backward that is differentiated itself is made of another algorithm's operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awconv.ops.algorithm import Algorithm, Machine
+from awconv.ops.fused import cpu
+from awconv.ops.problem import Problem
+
+_KERNELS: dict[str, Any] = {"cpu": cpu}
+
+
+def _obstacle(problem: Problem) -> str | None:
+    if problem.device == "meta":
+        return None  # shapes are all there is
+    if problem.device not in _KERNELS:
+        return f"it has kernels for {', '.join(_KERNELS)}, not for {problem.device}"
+    if problem.forward_mode:
+        return "it has no forward-mode derivative"
+    reason: str | None = _KERNELS[problem.device].obstacle(problem)
+    return reason
+
+
+def _fused(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+    gain = problem.gain(attention)
+    for axis, rate in enumerate(problem.rates, start=1):
+        if rate > 1 and axis != 2:
+            gain = gain.repeat_interleave(rate, dim=axis)
+    padding = [amount for pair in problem.padding for amount in pair]
+    arguments = (list(problem.stride), padding, list(problem.dilation), problem.groups)
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    run = _Fused.apply if transformed else torch.ops.awconv.fused
+    output: Tensor = run(input, weight, gain.flatten(3), *arguments)
+    return output
+
+
+# Padding is (before, after) of each axis in turn. The gain is 1 + a, of shape (N, C2, blocks, taps): blocks of input
+# channels of a group share a value.
+_ARGUMENTS = "Tensor input, Tensor weight, Tensor gain, int[] stride, int[] padding, int[] dilation, int groups"
+_LIBRARY = torch.library.Library("awconv", "DEF")
+_LIBRARY.define(f"fused({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(
+    f"fused_backward(Tensor grad_output, {_ARGUMENTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _output_size(
+    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[int, ...]:
+    return tuple(
+        (extent + before + after - reach * (kernel - 1) - 1) // step + 1
+        for extent, before, after, kernel, step, reach in zip(
+            input.shape[2:], padding[::2], padding[1::2], weight.shape[2:], stride, dilation, strict=True
+        )
+    )
+
+
+def _fake(input: Tensor, weight: Tensor, gain: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    size = _output_size(input, weight, stride, padding, dilation)
+    return input.new_empty(input.shape[0], weight.shape[0], *size)
+
+
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        tensor.new_empty(tensor.shape if needed else 0)
+        for tensor, needed in zip((input, weight, gain), arguments[-1], strict=True)
+    )
+
+
+def _forward(
+    input: Tensor, weight: Tensor, gain: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    size = _output_size(input, weight, stride, padding, dilation)
+    if input.shape[0] == 0:
+        return input.new_empty(0, weight.shape[0], *size)
+    kernel = _KERNELS[input.device.type]
+    output: Tensor = kernel.forward(input, weight, gain, size, stride, padding, dilation, groups)
+    return output.to(input.dtype)
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    tensors = (input, weight, gain)
+    if input.shape[0] == 0:
+        return tuple(
+            tensor.new_zeros(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs, strict=True)
+        )
+    kernel = _KERNELS[input.device.type]
+    grads = kernel.backward(grad_output, *tensors, stride, padding, dilation, groups, needs)
+    return tuple(
+        tensor.new_empty(0) if grad is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, tensors, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, gain, *ctx.arguments = inputs
+    ctx.save_for_backward(input, weight, gain)
+
+
+def _grads(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    backward: Any = _differentiable_backward if torch.is_grad_enabled() else torch.ops.awconv.fused_backward
+    grads = backward(grad_output, *ctx.saved_tensors, *ctx.arguments, needs)
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+class _Fused(torch.autograd.Function):
+    """The operator for torch.func too, which does not know what register_autograd registers."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_grads)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        output: Tensor = torch.ops.awconv.fused(*arguments)
+        return output
+
+
+def _differentiable_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """The same gradients from the weights of every sample, by operations that have derivatives themselves."""
+    batch, out_channels, blocks, _ = gain.shape
+    blocked = weight.reshape(out_channels, blocks, -1, gain.shape[3])
+    scale = gain.unsqueeze(3)
+    weights = (blocked * scale).reshape(batch * out_channels, *weight.shape[1:])
+    flat = [amount for axis in reversed(range(len(stride))) for amount in padding[2 * axis : 2 * axis + 2]]
+    padded = F.pad(input, flat)
+    none = [0] * len(stride)
+    grad_padded, grad_weights, _ = torch.ops.aten.convolution_backward(
+        grad_output.reshape(1, -1, *grad_output.shape[2:]),
+        padded.reshape(1, -1, *padded.shape[2:]),
+        weights,
+        None,
+        stride,
+        none,
+        dilation,
+        False,
+        none,
+        batch * groups,
+        [needs[0], needs[1] or needs[2], False],
+    )
+    empty = gain.new_empty(0)
+    if needs[1] or needs[2]:
+        grad_weights = grad_weights.reshape(batch, *blocked.shape)
+    return (
+        F.pad(grad_padded.reshape(padded.shape), [-amount for amount in flat]) if needs[0] else empty,
+        (grad_weights * scale).sum(0).reshape(weight.shape) if needs[1] else empty,
+        (grad_weights * blocked).sum(3) if needs[2] else empty,
+    )
+
+
+def _vmap(operator: Any, tensors: int, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """An operator over a further axis: what is independent side by side becomes groups of one convolution."""
+    folded = []
+    for index, (tensor, axis) in enumerate(zip(arguments[:tensors], in_dims, strict=False)):
+        moved = tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+        if index != tensors - 2:  # all but the weight have the samples first
+            moved = moved.transpose(0, 1)
+            folded.append(moved.flatten(1, 2))
+        else:
+            folded.append(moved.flatten(0, 1))
+    stride, padding, dilation, groups, *rest = arguments[tensors:]
+    results = operator(*folded, stride, padding, dilation, groups * info.batch_size, *rest)
+    if isinstance(results, Tensor):
+        return results.unflatten(1, (info.batch_size, -1)), 1
+    grads = []
+    for grad, axis in zip(results, (1, 0, 1), strict=True):
+        grads.append(grad.unflatten(axis, (info.batch_size, -1)) if grad.numel() else grad)
+    return tuple(grads), tuple(axis if grad.numel() else None for grad, axis in zip(results, (1, 0, 1), strict=True))
+
+
+def _vmap_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    result: tuple[Tensor, int] = _vmap(torch.ops.awconv.fused, 3, info, in_dims, *arguments)
+    return result
+
+
+def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    return _vmap(torch.ops.awconv.fused_backward, 4, info, in_dims, *arguments)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("fused", _forward, _device)
+    _LIBRARY.impl("fused_backward", _backward, _device)
+torch.library.register_fake("awconv::fused", _fake, lib=_LIBRARY)
+torch.library.register_fake("awconv::fused_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("awconv::fused", _grads, setup_context=_save, lib=_LIBRARY)
+torch.library.register_vmap("awconv::fused", _vmap_forward, lib=_LIBRARY)
+torch.library.register_vmap("awconv::fused_backward", _vmap_backward, lib=_LIBRARY)
+
+
+_SCALED = 3  # multiply-adds in whose time a weight is packed and scaled
+
+
+def _cost(problem: Problem, machine: Machine) -> float:
+    weights = problem.out_channels * problem.group_in_channels * problem.taps
+    return machine.fused * problem.multiply_adds + _SCALED * weights
+
+
+ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost)
