@@ -23,7 +23,7 @@ ALGORITHMS = {
 
 # By type of device. Measured with benchmarks/choice.py on a 2-core AVX2 machine in float32; other types of device have
 # no measurement yet and take these.
-MACHINES = {"cpu": Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=1.05)}
+MACHINES = {"cpu": Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=0.95)}
 
 
 def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:

@@ -224,11 +224,12 @@ torch.library.register_vmap("awconv::fused_backward", _vmap_backward, lib=_LIBRA
 
 
 _SCALED = 3  # multiply-adds in whose time a weight is packed and scaled
+_GROUP = 1000  # multiply-adds in whose time the work of a group of one sample is set up
 
 
 def _cost(problem: Problem, machine: Machine) -> float:
     weights = problem.out_channels * problem.group_in_channels * problem.taps
-    return machine.fused * problem.multiply_adds + _SCALED * weights
+    return machine.fused * problem.multiply_adds + _SCALED * weights + _GROUP * problem.groups
 
 
 ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost)

@@ -12,7 +12,8 @@
  * reads is copied into rows with the padding made explicit and positions of one phase of the stride side by side, and a
  * tile of LANES x positions stays in registers over all taps and channels. The scaled weights of a block of lanes fit in
  * the second-level cache and exist for one sample at a time. u is never stored: a tile of it is used for both gradients
- * as soon as it is summed. No sum is split between threads, so that results do not depend on their number.
+ * as soon as it is summed. Where a group has few channels, as in depthwise convolutions, positions take the lanes instead
+ * (lines). No sum is split between threads, so that results do not depend on their number.
  */
 #include <stdint.h>
 #include <string.h>
@@ -48,8 +49,8 @@ typedef REAL real;
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
-/* What the copies of a call may hold, so that they stay in the cache (4 MiB in single precision). */
-enum { CACHED_ELEMENTS = 1 << 20 };
+/* What the copies of the samples at hand may hold, so that they stay in the cache (1 MiB in single precision). */
+enum { CACHED_ELEMENTS = 1 << 18 };
 
 typedef struct {
     int64_t batch, groups, group_out, group_in, blocks; /* blocks of input channels of a group that share a gain */
@@ -58,6 +59,7 @@ typedef struct {
 } problem_t;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t product(const int64_t *sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 static int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
 static int64_t floor_div(int64_t a, int64_t b) { return -ceil_div(-a, b); }
@@ -94,23 +96,22 @@ INLINE void transpose_square(vec *rows) {
 #endif
 }
 
-/* to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns. */
-static void transpose(const real *from, int64_t from_stride, int64_t rows, int64_t columns, real *to, int64_t to_stride) {
+/* to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns. Vectors are read beyond the last column,
+ * but not beyond the end of what may be read. */
+static void transpose(const real *from, int64_t from_stride, int64_t rows, int64_t columns, const real *end, real *to,
+                      int64_t to_stride) {
     for (int64_t row = 0; row < rows; row += LANES)
         for (int64_t column = 0; column < columns; column += LANES) {
-            int64_t height = least(LANES, rows - row), width = least(LANES, columns - column);
+            const int64_t height = least(LANES, rows - row), width = least(LANES, columns - column);
             const real *corner = from + row * from_stride + column;
             real *target = to + column * to_stride + row;
-            vec square[16];
-            if (height < LANES) {
-                for (int64_t i = 0; i < height; i++)
-                    for (int64_t j = 0; j < width; j++) target[j * to_stride + i] = corner[i * from_stride + j];
+            if (height < LANES || corner + (LANES - 1) * from_stride + LANES > end) {
+                for (int64_t j = 0; j < width; j++)
+                    for (int64_t i = 0; i < height; i++) target[j * to_stride + i] = corner[i * from_stride + j];
                 continue;
             }
-            if (width == LANES)
-                for (int i = 0; i < LANES; i++) square[i] = *(const vec *)(corner + i * from_stride);
-            else
-                for (int i = 0; i < LANES; i++) memcpy(&square[i], corner + i * from_stride, width * sizeof(real));
+            vec square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = *(const vec *)(corner + i * from_stride);
             transpose_square(square);
             for (int64_t j = 0; j < width; j++) *(vec *)(target + j * to_stride) = square[j];
         }
@@ -133,35 +134,32 @@ static int64_t place(const layout_t *layout, int64_t z, int64_t y, int64_t x) {
 }
 
 static void copy_rows(const layout_t *layout, const real *from, real *to) {
-    int64_t source_plane = product(layout->size), width = layout->size[2];
-    for (int64_t z = 0; z < layout->padded[0]; z++)
-        for (int64_t y = 0; y < layout->padded[1]; y++) {
-            int64_t source_z = z - layout->before[0], source_y = y - layout->before[1];
-            real *row = to + z * layout->plane + y * layout->row;
-            int inside = source_z >= 0 && source_z < layout->size[0] && source_y >= 0 && source_y < layout->size[1];
-            if (!inside) {
-                memset(row, 0, layout->row * sizeof(real));
-                continue;
-            }
-            const real *source = from + (source_z * layout->size[1] + source_y) * width;
-            for (int64_t phase = 0; phase < layout->phases; phase++)
-                for (int64_t channel = 0; channel < layout->channels; channel++) {
-                    const real *line = source + channel * source_plane;
-                    real *target = row + (phase * layout->channels + channel) * layout->pitch;
-                    /* the first and the last position of this phase that are not padding */
-                    int64_t start = ceil_div(layout->before[2] > phase ? layout->before[2] - phase : 0, layout->phases);
-                    int64_t stop = ceil_div(layout->before[2] + width > phase ? layout->before[2] + width - phase : 0,
-                                            layout->phases);
-                    start = least(start, layout->pitch), stop = least(stop, layout->pitch);
-                    for (int64_t x = 0; x < start; x++) target[x] = 0;
-                    const real *first = line + start * layout->phases + phase - layout->before[2];
-                    if (layout->phases == 1)
-                        for (int64_t x = start; x < stop; x++) target[x] = first[x - start];
-                    else
-                        for (int64_t x = start; x < stop; x++) target[x] = first[(x - start) * layout->phases];
-                    for (int64_t x = stop; x < layout->pitch; x++) target[x] = 0;
+    const int64_t source_plane = product(layout->size), width = layout->size[2], channels = layout->channels;
+    const int64_t phases = layout->phases, pitch = layout->pitch;
+    for (int64_t phase = 0; phase < phases; phase++, to += channels * pitch) {
+        /* the first and the last position of this phase that are not padding */
+        const int64_t start = least(pitch, most(0, ceil_div(layout->before[2] - phase, phases)));
+        const int64_t stop = least(pitch, most(0, ceil_div(layout->before[2] + width - phase, phases)));
+        const real *first = from + start * phases + phase - layout->before[2];
+        for (int64_t z = 0; z < layout->padded[0]; z++)
+            for (int64_t y = 0; y < layout->padded[1]; y++) {
+                int64_t source_z = z - layout->before[0], source_y = y - layout->before[1];
+                real *target = to + z * layout->plane + y * layout->row;
+                if (source_z < 0 || source_z >= layout->size[0] || source_y < 0 || source_y >= layout->size[1]) {
+                    memset(target, 0, channels * pitch * sizeof(real));
+                    continue;
                 }
-        }
+                const real *line = first + (source_z * layout->size[1] + source_y) * width;
+                for (int64_t channel = 0; channel < channels; channel++, line += source_plane, target += pitch) {
+                    for (int64_t x = 0; x < start; x++) target[x] = 0;
+                    if (phases == 1)
+                        for (int64_t x = start; x < stop; x++) target[x] = line[x - start];
+                    else
+                        for (int64_t x = start; x < stop; x++) target[x] = line[(x - start) * phases];
+                    for (int64_t x = stop; x < pitch; x++) target[x] = 0;
+                }
+            }
+    }
 }
 
 /* ---- one tile of an output ------------------------------------------------------------------------------------ */
@@ -295,15 +293,16 @@ static int64_t padded_channels(int64_t channels) { return ceil_div(channels, LAN
 /* A block of weight[p][c][tap] as [reduced channel][tap][lane]: lanes are p, or c in the transposed convolution. */
 static void pack_block(const problem_t *problem, int transposed, const real *weight, int64_t block, real *packed) {
     int64_t taps = product(problem->kernel), first = block * BLOCK;
+    const real *end = weight + problem->group_out * problem->group_in * taps;
     int64_t all = transposed ? problem->group_in : problem->group_out;
     int64_t lanes = vectors_of(all, block) * LANES, channels = least(lanes, all - first);
     int64_t reduced = transposed ? problem->group_out : problem->group_in;
     if (channels < lanes) memset(packed, 0, reduced * taps * lanes * sizeof(real));
     if (transposed)
         for (int64_t r = 0; r < reduced; r++)
-            transpose(weight + (r * all + first) * taps, taps, channels, taps, packed + r * taps * lanes, lanes);
+            transpose(weight + (r * all + first) * taps, taps, channels, taps, end, packed + r * taps * lanes, lanes);
     else
-        transpose(weight + first * reduced * taps, reduced * taps, channels, reduced * taps, packed, lanes);
+        transpose(weight + first * reduced * taps, reduced * taps, channels, reduced * taps, end, packed, lanes);
 }
 
 /* ---- the convolution and its transpose ------------------------------------------------------------------------- */
@@ -369,6 +368,43 @@ static layout_t layout_of(const problem_t *problem, int transposed) {
     return layout;
 }
 
+/* A transposed convolution is one convolution for each phase of the stride. */
+static int64_t phases_of(const problem_t *problem, int transposed) { return transposed ? product(problem->stride) : 1; }
+
+/* The axes and the taps of a phase; false if it has no position. */
+static int start_phase(const problem_t *problem, int transposed, const layout_t *layout, int64_t phase, axis_t *axes,
+                       tile_t *shape) {
+    for (int axis = 0; axis < 3; axis++) {
+        if (transposed)
+            transposed_axis(problem, axis, phase % problem->stride[axis], &axes[axis]);
+        else
+            forward_axis(problem, axis, &axes[axis]);
+        phase /= problem->stride[axis];
+    }
+    shape->reduced = layout->channels, shape->pitch = layout->pitch, shape->step = axes[2].result_step;
+    shape->plane = product(transposed ? problem->size : problem->out_size);
+    shape->taps = 0;
+    for (int64_t i = 0; i < axes[0].taps; i++)
+        for (int64_t j = 0; j < axes[1].taps; j++)
+            for (int64_t k = 0; k < axes[2].taps; k++) {
+                shape->tap[shape->taps] =
+                    (axes[0].tap[i] * problem->kernel[1] + axes[1].tap[j]) * problem->kernel[2] + axes[2].tap[k];
+                shape->offset[shape->taps++] =
+                    place(layout, axes[0].source_start + axes[0].delta[i], axes[1].source_start + axes[1].delta[j],
+                          axes[2].source_start + axes[2].delta[k]);
+            }
+    return axes[0].count > 0 && axes[1].count > 0 && axes[2].count > 0;
+}
+
+/* Where a row of a phase's positions is read from and written to. */
+static const real *source_row(const layout_t *layout, const axis_t *axes, const real *source, int64_t z, int64_t y) {
+    return source + z * axes[0].source_step * layout->plane + y * axes[1].source_step * layout->row;
+}
+static real *result_row(const int64_t *size, const axis_t *axes, real *result, int64_t z, int64_t y) {
+    z = axes[0].result_start + z * axes[0].result_step, y = axes[1].result_start + y * axes[1].result_step;
+    return result + (z * size[1] + y) * size[2] + axes[2].result_start;
+}
+
 /* scaled[reduced channel][tap][lane] = packed weights times the gain of a sample. */
 static void scale_block(const problem_t *problem, int transposed, const real *packed, const real *gain, const tile_t *shape,
                         int64_t block, real *gains, real *scaled) {
@@ -409,36 +445,14 @@ static void correlate_block(const problem_t *problem, int transposed, const layo
     real *scaled = scratch + problem->blocks * taps * BLOCK;
     axis_t axes[3];
     tile_t shape;
-    shape.reduced = layout->channels, shape.pitch = layout->pitch, shape.plane = product(result_size);
-    result += first * shape.plane;
-    int64_t phases = transposed ? product(problem->stride) : 1;
-    for (int64_t phase = 0; phase < phases; phase++) {
-        for (int axis = 0, rest = phase; axis < 3; axis++) {
-            if (transposed)
-                transposed_axis(problem, axis, rest % problem->stride[axis], &axes[axis]);
-            else
-                forward_axis(problem, axis, &axes[axis]);
-            rest /= problem->stride[axis];
-        }
-        if (axes[0].count <= 0 || axes[1].count <= 0 || axes[2].count <= 0) continue;
-        shape.taps = 0, shape.step = axes[2].result_step;
-        for (int64_t i = 0; i < axes[0].taps; i++)
-            for (int64_t j = 0; j < axes[1].taps; j++)
-                for (int64_t k = 0; k < axes[2].taps; k++) {
-                    shape.tap[shape.taps] =
-                        (axes[0].tap[i] * problem->kernel[1] + axes[1].tap[j]) * problem->kernel[2] + axes[2].tap[k];
-                    shape.offset[shape.taps++] =
-                        place(layout, axes[0].source_start + axes[0].delta[i], axes[1].source_start + axes[1].delta[j],
-                              axes[2].source_start + axes[2].delta[k]);
-                }
+    result += first * product(result_size);
+    for (int64_t phase = 0; phase < phases_of(problem, transposed); phase++) {
+        if (!start_phase(problem, transposed, layout, phase, axes, &shape)) continue;
         scale_block(problem, transposed, packed, gain, &shape, block, scratch, scaled);
         int64_t rows = axes[0].count * axes[1].count;
         for (int64_t row = rows * segment / segments; row < rows * (segment + 1) / segments; row++) {
-            int64_t z = row / axes[1].count, y = row % axes[1].count;
-            const real *from = source + z * axes[0].source_step * layout->plane + y * axes[1].source_step * layout->row;
-            int64_t result_z = axes[0].result_start + z * axes[0].result_step;
-            int64_t result_y = axes[1].result_start + y * axes[1].result_step;
-            real *to = result + (result_z * result_size[1] + result_y) * result_size[2] + axes[2].result_start;
+            const real *from = source_row(layout, axes, source, row / axes[1].count, row % axes[1].count);
+            real *to = result_row(result_size, axes, result, row / axes[1].count, row % axes[1].count);
             for (int64_t x = 0, width; x < axes[2].count; x += width) {
                 width = next_width(axes[2].count - x);
                 TILES[vectors - 1][width - 1](&shape, from + x, scaled, to + x * shape.step, all - first);
@@ -447,11 +461,9 @@ static void correlate_block(const problem_t *problem, int transposed, const layo
     }
 }
 
-/* Samples whose rows are held at once: enough for the threads, few enough to stay in the cache. */
-static int64_t samples_at_once(const problem_t *problem, int64_t elements) {
-    int64_t samples = CACHED_ELEMENTS / (elements > 0 ? elements : 1);
-    if (samples < problem->threads) samples = problem->threads;
-    return least(samples, problem->batch);
+/* Samples whose copies are held at once: few enough to stay in the cache, but as many as are needed at least. */
+static int64_t samples_at_once(const problem_t *problem, int64_t elements, int64_t needed) {
+    return least(problem->batch, most(needed, CACHED_ELEMENTS / most(1, elements)));
 }
 
 static int64_t scratch_elements(const problem_t *problem, int transposed) {
@@ -464,7 +476,7 @@ static int64_t correlate_workspace(const problem_t *problem, int transposed) {
     int64_t all = transposed ? problem->group_in : problem->group_out;
     int64_t weights = problem->groups * padded_channels(all) * layout.channels * product(problem->kernel);
     int64_t sample = problem->groups * layout.group;
-    return weights + samples_at_once(problem, sample) * sample + problem->threads * scratch_elements(problem, transposed);
+    return weights + samples_at_once(problem, sample, problem->threads) * sample + problem->threads * scratch_elements(problem, transposed);
 }
 
 static void correlate(const problem_t *problem, int transposed, const real *source, const real *weight, const real *gain,
@@ -473,7 +485,7 @@ static void correlate(const problem_t *problem, int transposed, const real *sour
     const int64_t taps = product(problem->kernel), groups = problem->groups;
     const int64_t all = transposed ? problem->group_in : problem->group_out;
     const int64_t blocks = ceil_div(all, BLOCK), group_weights = padded_channels(all) * layout.channels * taps;
-    const int64_t sample = groups * layout.group, at_once = samples_at_once(problem, sample);
+    const int64_t sample = groups * layout.group, at_once = samples_at_once(problem, sample, problem->threads);
     const int64_t source_group = layout.channels * product(layout.size);
     const int64_t result_group = all * product(transposed ? problem->size : problem->out_size);
     const int64_t gain_group = problem->group_out * problem->blocks * taps;
@@ -519,10 +531,11 @@ static layout_t sum_layout(const problem_t *problem) {
 static void transpose_rows(const layout_t *layout, const real *from, real *to) {
     int64_t plane = product(layout->size), channels = layout->channels;
     int64_t width = least(layout->size[2], layout->pitch - layout->before[2]);
+    const real *end = from + channels * plane;
     int padded = 0;
     for (int axis = 0; axis < 3; axis++) padded |= layout->padded[axis] != layout->size[axis];
     if (!padded) {
-        transpose(from, plane, channels, plane, to, channels);
+        transpose(from, plane, channels, plane, end, to, channels);
         return;
     }
     memset(to, 0, layout->group * sizeof(real));
@@ -530,13 +543,16 @@ static void transpose_rows(const layout_t *layout, const real *from, real *to) {
         for (int64_t y = 0; y < layout->size[1]; y++) {
             int64_t target_z = z + layout->before[0], target_y = y + layout->before[1];
             if (target_z >= layout->padded[0] || target_y >= layout->padded[1]) continue;
-            transpose(from + (z * layout->size[1] + y) * layout->size[2], plane, channels, width,
+            transpose(from + (z * layout->size[1] + y) * layout->size[2], plane, channels, width, end,
                       to + target_z * layout->plane + target_y * layout->row + layout->before[2] * channels, channels);
         }
 }
 
+enum { ENOUGH_POSITIONS = 400 };
+
 typedef struct {
     int64_t sample, positions, weights, rows; /* elements: of a sample's copies, output positions, weights, row offsets */
+    int64_t needed;                           /* samples, so that what is done once for them is paid off */
 } sum_sizes_t;
 
 static sum_sizes_t sum_sizes(const problem_t *problem) {
@@ -545,6 +561,7 @@ static sum_sizes_t sum_sizes(const problem_t *problem) {
     sizes.positions = product(problem->out_size);
     sizes.sample = problem->groups * (layout.group + padded_channels(problem->group_out) * sizes.positions);
     sizes.weights = problem->groups * padded_channels(problem->group_out) * problem->group_in * product(problem->kernel);
+    sizes.needed = ceil_div(ENOUGH_POSITIONS, sizes.positions);
     sizes.rows = problem->out_size[0] * problem->out_size[1] * (sizeof(int64_t) / sizeof(real));
     return sizes;
 }
@@ -552,7 +569,7 @@ static sum_sizes_t sum_sizes(const problem_t *problem) {
 static int64_t sum_workspace(const problem_t *problem) {
     sum_sizes_t sizes = sum_sizes(problem);
     int64_t gains = problem->groups * padded_channels(problem->group_out) * problem->blocks * product(problem->kernel);
-    int64_t samples = samples_at_once(problem, sizes.sample);
+    int64_t samples = samples_at_once(problem, sizes.sample, sizes.needed);
     return 2 * sizes.weights + sizes.rows + samples * (sizes.sample + 2 * gains);
 }
 
@@ -563,7 +580,7 @@ static void sum(const problem_t *problem, const real *grad_output, const real *i
     const int64_t taps = product(problem->kernel), groups = problem->groups, in = problem->group_in;
     const int64_t out = problem->group_out, blocks = ceil_div(out, BLOCK), padded = padded_channels(out);
     const int64_t per_lane = problem->blocks * taps, share = in / problem->blocks;
-    const int64_t at_once = samples_at_once(problem, sizes.sample), positions = sizes.positions;
+    const int64_t at_once = samples_at_once(problem, sizes.sample, sizes.needed), positions = sizes.positions;
     const int64_t group_weights = padded * in * taps, rows = problem->out_size[0] * problem->out_size[1];
     int64_t *row = (int64_t *)workspace;
     real *packed = workspace + sizes.rows, *grad_packed = packed + sizes.weights;
@@ -594,8 +611,10 @@ static void sum(const problem_t *problem, const real *grad_output, const real *i
                 if (channels < lanes) memset(to, 0, lanes * positions * sizeof(real));
                 if (channels < lanes) memset(scales, 0, lanes * per_lane * sizeof(real));
                 memset(grad_gains + (i / blocks * padded + first) * per_lane, 0, lanes * per_lane * sizeof(real));
-                transpose(grad_output + (group * out + first) * positions, positions, channels, positions, to, lanes);
-                transpose(gain + (group * out + first) * per_lane, per_lane, channels, per_lane, scales, lanes);
+                transpose(grad_output + (group * out + first) * positions, positions, channels, positions,
+                          grad_output + (group + 1) * out * positions, to, lanes);
+                transpose(gain + (group * out + first) * per_lane, per_lane, channels, per_lane,
+                          gain + (group + 1) * out * per_lane, scales, lanes);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < groups * blocks * taps; i++) {
@@ -622,15 +641,191 @@ static void sum(const problem_t *problem, const real *grad_output, const real *i
             for (int64_t i = 0; i < samples * groups * blocks; i++) {
                 const int64_t group = start * groups + i / blocks, first = i % blocks * BLOCK;
                 const int64_t lanes = vectors_of(out, i % blocks) * LANES, channels = least(lanes, out - first);
-                transpose(grad_gains + (i / blocks * padded + first) * per_lane, lanes, per_lane, channels,
+                const real *from = grad_gains + (i / blocks * padded + first) * per_lane;
+                transpose(from, lanes, per_lane, channels, from + lanes * per_lane,
                           grad_gain + (group * out + first) * per_lane, per_lane);
             }
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < groups * blocks; i++) {
             const int64_t first = i % blocks * BLOCK, lanes = vectors_of(out, i % blocks) * LANES;
-            transpose(grad_packed + i / blocks * group_weights + first * in * taps, lanes, in * taps,
-                      least(lanes, out - first), grad_weight + (i / blocks * out + first) * in * taps, in * taps);
+            const real *from = grad_packed + i / blocks * group_weights + first * in * taps;
+            transpose(from, lanes, in * taps, least(lanes, out - first), from + lanes * in * taps,
+                      grad_weight + (i / blocks * out + first) * in * taps, in * taps);
+        }
+    }
+}
+
+/* ---- few channels in a group: positions in the lanes ----------------------------------------------------------- */
+
+enum { COPIED_ELEMENTS = 1 << 12 };
+enum { TOGETHER = 4 }; /* channels of the result, or taps of a sum, that share what is read */
+
+static int in_lines(int64_t channels) { return 2 * channels <= LANES; }
+
+/* A row of some channels of the result, from weights [reduced channel][tap][channel]. Rows come in order, so that a
+ * vector may reach into the next row, unless that is beyond what room there is. */
+INLINE void line(const int channels, const tile_t *shape, const real *source, const real *weights, int64_t columns,
+                 int64_t room, real *result) {
+    for (int64_t x = 0; x < columns; x += LANES) {
+        const real *at = source + x, *weight = weights;
+        vec sums[TOGETHER];
+#pragma GCC unroll 4
+        for (int c = 0; c < channels; c++) sums[c] = (vec){0};
+        for (int64_t r = 0; r < shape->reduced; r++, at += shape->pitch)
+            for (int64_t tap = 0; tap < shape->taps; tap++, weight += channels) {
+                const vec seen = *(const vec *)(at + shape->offset[tap]);
+#pragma GCC unroll 4
+                for (int c = 0; c < channels; c++) sums[c] += seen * weight[c];
+            }
+        const int64_t count = least(LANES, columns - x);
+#pragma GCC unroll 4
+        for (int c = 0; c < channels; c++) {
+            real *target = result + c * shape->plane + x * shape->step;
+            if (shape->step == 1 && room - x >= LANES)
+                *(vec *)target = sums[c];
+            else
+                for (int64_t i = 0; i < count; i++) target[i * shape->step] = sums[c][i];
+        }
+    }
+}
+
+/* Small groups are copied several at a time: a vector that is read soon after its parts were written has to wait. */
+static int64_t groups_at_once(const layout_t *layout) { return most(1, least(16, COPIED_ELEMENTS / layout->group)); }
+
+static int64_t line_scratch(const problem_t *problem, int transposed) {
+    layout_t layout = layout_of(problem, transposed);
+    return groups_at_once(&layout) * layout.group + LANES + TOGETHER * layout.channels * product(problem->kernel);
+}
+
+static void correlate_lines(const problem_t *problem, int transposed, const real *source, const real *weight,
+                            const real *gain, real *result, real *workspace) {
+    const layout_t layout = layout_of(problem, transposed);
+    const int64_t taps = product(problem->kernel), groups = problem->groups, blocks = problem->blocks;
+    const int64_t all = transposed ? problem->group_in : problem->group_out, share = problem->group_in / blocks;
+    const int64_t *result_size = transposed ? problem->size : problem->out_size, phases = phases_of(problem, transposed);
+    const int64_t planes = problem->batch * groups, at_once = groups_at_once(&layout);
+#pragma omp parallel num_threads(problem->threads)
+    {
+        real *rows = workspace + thread_number() * line_scratch(problem, transposed);
+        real *weights = rows + at_once * layout.group + LANES;
+        memset(rows + at_once * layout.group, 0, LANES * sizeof(real)); /* a vector may reach beyond the last row */
+        axis_t axes[3];
+        tile_t shape;
+        for (int64_t phase = 0; phase < phases; phase++) {
+            if (!start_phase(problem, transposed, &layout, phase, axes, &shape)) continue;
+#pragma omp for schedule(static) nowait
+            for (int64_t start = 0; start < planes; start += at_once) {
+                const int64_t stop = least(start + at_once, planes);
+                for (int64_t i = start; i < stop; i++)
+                    copy_rows(&layout, source + i * layout.channels * product(layout.size), rows + (i - start) * layout.group);
+                for (int64_t i = start; i < stop; i++) {
+                    const real *group_weight = weight + i % groups * problem->group_out * problem->group_in * taps;
+                    const real *group_gain = gain + i * problem->group_out * blocks * taps;
+                    for (int64_t first = 0, channels; first < all; first += channels) {
+                        real *to = result + (i * all + first) * shape.plane;
+                        channels = least(TOGETHER, all - first);
+                        for (int64_t r = 0; r < layout.channels; r++)
+                            for (int64_t k = 0; k < shape.taps; k++)
+                                for (int64_t c = 0; c < channels; c++) {
+                                    int64_t out = transposed ? r : first + c, in = transposed ? first + c : r;
+                                    weights[(r * shape.taps + k) * channels + c] =
+                                        group_weight[(out * problem->group_in + in) * taps + shape.tap[k]] *
+                                        group_gain[(out * blocks + in / share) * taps + shape.tap[k]];
+                                }
+                        for (int64_t z = 0; z < axes[0].count; z++)
+                            for (int64_t y = 0; y < axes[1].count; y++) {
+                                const real *from = source_row(&layout, axes, rows + (i - start) * layout.group, z, y);
+                                real *target = result_row(result_size, axes, to, z, y);
+                                const int64_t columns = axes[2].count, room = phases == 1 ? to + shape.plane - target : 0;
+                                switch (channels) {
+                                    case 1: line(1, &shape, from, weights, columns, room, target); break;
+                                    case 2: line(2, &shape, from, weights, columns, room, target); break;
+                                    case 3: line(3, &shape, from, weights, columns, room, target); break;
+                                    default: line(4, &shape, from, weights, columns, room, target);
+                                }
+                            }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* Output gradients of a channel in rows of whole vectors, and what the input's rows are copied to. */
+static int64_t sum_line_scratch(const problem_t *problem) {
+    int64_t rows = problem->out_size[0] * problem->out_size[1];
+    return layout_of(problem, 0).group + LANES + rows * padded_channels(problem->out_size[2]);
+}
+
+/* Sums over all positions, for some taps from the first on. */
+INLINE void sum_line(const int taps, const layout_t *layout, const axis_t *axes, const int64_t *offset,
+                     const real *grad_output, const real *input, int64_t pitch, real *sums) {
+    vec partial[TOGETHER];
+#pragma GCC unroll 4
+    for (int tap = 0; tap < taps; tap++) partial[tap] = (vec){0};
+    for (int64_t z = 0; z < axes[0].count; z++)
+        for (int64_t y = 0; y < axes[1].count; y++) {
+            const real *from = source_row(layout, axes, input, z, y);
+            for (int64_t x = 0; x < pitch; x += LANES, grad_output += LANES) {
+                const vec grad = *(const vec *)grad_output;
+#pragma GCC unroll 4
+                for (int tap = 0; tap < taps; tap++) partial[tap] += grad * *(const vec *)(from + offset[tap] + x);
+            }
+        }
+#pragma GCC unroll 4
+    for (int tap = 0; tap < taps; tap++) {
+        sums[tap] = 0;
+        for (int lane = 0; lane < LANES; lane++) sums[tap] += partial[tap][lane];
+    }
+}
+
+static void sum_lines(const problem_t *problem, const real *grad_output, const real *input, const real *weight,
+                      const real *gain, real *grad_weight, real *grad_gain, real *workspace) {
+    const layout_t layout = layout_of(problem, 0);
+    const int64_t taps = product(problem->kernel), groups = problem->groups, blocks = problem->blocks;
+    const int64_t in = problem->group_in, out = problem->group_out, share = in / blocks;
+    const int64_t width = problem->out_size[2], pitch = padded_channels(width);
+    const int64_t rows = problem->out_size[0] * problem->out_size[1];
+#pragma omp parallel num_threads(problem->threads)
+    {
+        real *inputs = workspace + thread_number() * sum_line_scratch(problem), *grads = inputs + layout.group + LANES;
+        memset(grads, 0, rows * pitch * sizeof(real));
+        memset(inputs + layout.group, 0, LANES * sizeof(real));
+        axis_t axes[3];
+        tile_t shape;
+        start_phase(problem, 0, &layout, 0, axes, &shape);
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < groups; group++) {
+            memset(grad_weight + group * out * in * taps, 0, out * in * taps * sizeof(real));
+            for (int64_t n = 0; n < problem->batch; n++) {
+                const int64_t index = n * groups + group;
+                memset(grad_gain + index * out * blocks * taps, 0, out * blocks * taps * sizeof(real));
+                copy_rows(&layout, input + index * in * product(layout.size), inputs);
+                for (int64_t p = 0; p < out; p++) {
+                    for (int64_t row = 0; row < rows; row++)
+                        memcpy(grads + row * pitch, grad_output + ((index * out + p) * rows + row) * width, width * sizeof(real));
+                    for (int64_t c = 0; c < in; c++)
+                        for (int64_t tap = 0, together; tap < taps; tap += together) {
+                            const real *from = inputs + c * layout.pitch;
+                            const int64_t *offset = shape.offset + tap;
+                            real sums[TOGETHER];
+                            together = least(TOGETHER, taps - tap);
+                            switch (together) {
+                                case 1: sum_line(1, &layout, axes, offset, grads, from, pitch, sums); break;
+                                case 2: sum_line(2, &layout, axes, offset, grads, from, pitch, sums); break;
+                                case 3: sum_line(3, &layout, axes, offset, grads, from, pitch, sums); break;
+                                default: sum_line(4, &layout, axes, offset, grads, from, pitch, sums);
+                            }
+                            for (int64_t k = 0; k < together; k++) {
+                                const int64_t at = ((group * out + p) * in + c) * taps + tap + k;
+                                const int64_t scale = ((index * out + p) * blocks + c / share) * taps + tap + k;
+                                grad_gain[scale] += weight[at] * sums[k];
+                                grad_weight[at] += gain[scale] * sums[k];
+                            }
+                        }
+                }
+            }
         }
     }
 }
@@ -638,22 +833,25 @@ static void sum(const problem_t *problem, const real *grad_output, const real *i
 /* ---- what cpu.py calls ----------------------------------------------------------------------------------------- */
 
 int64_t workspace_elements(const problem_t *problem, int backward) {
-    int64_t elements = correlate_workspace(problem, 0);
-    if (backward) {
-        int64_t transposed = correlate_workspace(problem, 1), sums = sum_workspace(problem);
-        elements = transposed > sums ? transposed : sums;
-    }
-    return elements;
+    const int64_t threads = problem->threads;
+    if (!backward)
+        return in_lines(problem->group_out) ? threads * line_scratch(problem, 0) : correlate_workspace(problem, 0);
+    return most(in_lines(problem->group_in) ? threads * line_scratch(problem, 1) : correlate_workspace(problem, 1),
+                in_lines(problem->group_out) ? threads * sum_line_scratch(problem) : sum_workspace(problem));
 }
 
 void forward(const problem_t *problem, const real *input, const real *weight, const real *gain, real *output,
              real *workspace) {
-    correlate(problem, 0, input, weight, gain, output, workspace);
+    (in_lines(problem->group_out) ? correlate_lines : correlate)(problem, 0, input, weight, gain, output, workspace);
 }
 
 /* Gradients that are not wanted are null; those of weight and gain come together. */
 void backward(const problem_t *problem, const real *grad_output, const real *input, const real *weight, const real *gain,
               real *grad_input, real *grad_weight, real *grad_gain, real *workspace) {
-    if (grad_input) correlate(problem, 1, grad_output, weight, gain, grad_input, workspace);
-    if (grad_weight) sum(problem, grad_output, input, weight, gain, grad_weight, grad_gain, workspace);
+    if (grad_input)
+        (in_lines(problem->group_in) ? correlate_lines : correlate)(problem, 1, grad_output, weight, gain, grad_input,
+                                                                    workspace);
+    if (grad_weight)
+        (in_lines(problem->group_out) ? sum_lines : sum)(problem, grad_output, input, weight, gain, grad_weight, grad_gain,
+                                                         workspace);
 }

@@ -23,7 +23,8 @@ from awconv.ops.problem import Problem
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _REALS = {torch.float32: "float", torch.float64: "double"}  # others are computed in single precision, and rounded once
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
+# (a call of memcpy would take longer than most of the loops that look like one)
+_FLAGS = ("-O3", "-march=native", "-fno-tree-loop-distribute-patterns", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
 _MAX_TAPS = 512  # of cpu.c
 _AXES = 3  # one and two spatial axes are the last ones of three
 _log = logging.getLogger(__name__)
