@@ -10,39 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from awconv import AWConv1d, AWConv2d, AWConv3d
-from awconv.layers import average_pool
 
 LAYERS = {1: (AWConv1d, nn.Conv1d), 2: (AWConv2d, nn.Conv2d), 3: (AWConv3d, nn.Conv3d)}
-POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-
-
-def sizes(dims: int) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.tuples(*[st.integers(1, 12)] * dims)
-
-
-@given(st.integers(1, 3).flatmap(lambda dims: st.tuples(sizes(dims), sizes(dims))))
-def test_pooling_equals_adaptive_average_pooling(shape: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    size, bins = shape
-    input = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-    pooled, expected = average_pool(input, bins), POOLS[len(size)](input, bins)
-    torch.testing.assert_close(pooled, expected)
-    weights = torch.randn_like(pooled)
-    torch.testing.assert_close(
-        *(torch.autograd.grad((output * weights).sum(), input)[0] for output in (pooled, expected))
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_pooling_in_low_precision_neither_overflows_nor_drifts(dtype: torch.dtype) -> None:
-    input = torch.full((1, 1, 224, 224), 100.0, dtype=dtype)  # whose sum is 5 million, float16 ending at 65,504
-    # The weights of the mean and the result are each rounded once.
-    pooled, expected = average_pool(input, (3, 3)), torch.full((1, 1, 3, 3), 100.0, dtype=dtype)
-    torch.testing.assert_close(pooled, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_the_layer_is_deterministic_in_forward_and_backward(device: str) -> None:

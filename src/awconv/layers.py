@@ -14,6 +14,7 @@ from timm.layers import pad_same
 from torch import Tensor, nn
 
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.ops.average_pool import average_pool
 from awconv.ops.problem import SPATIAL_NAMES
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
@@ -30,48 +31,8 @@ _START = {
     ("relu", False): 1.0,
 }
 _AW_CONV = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
-_ADAPTIVE_POOL: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MIN_HIDDEN = 4
-
-
-def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
-    r"""Adaptive average pooling as a product with a small matrix, in one pass over the input.
-
-    Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
-    device (pytorch issue 50198).
-
-    Args:
-        input: shape (N, C, \*size), with as many spatial axes as ``output_size`` has numbers.
-        output_size: bins along each axis. Bin i covers the positions floor(i * size / bins) to
-            ceil((i + 1) * size / bins).
-
-    Returns:
-        Shape (N, C, \*output_size).
-    """
-    if input.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _ADAPTIVE_POOL[len(output_size)](input, tuple(output_size))
-    matrices = [_bins(size, bins, input) for size, bins in zip(input.shape[2:], output_size, strict=True)]
-    last = matrices[-1]
-    if len(matrices) > 1:  # torch.kron of the last two, which torch.export cannot trace with symbolic sizes
-        last = (matrices[-2][:, None, :, None] * last[None, :, None, :]).flatten(2, 3).flatten(0, 1)
-    pooled = input.flatten(-2) @ last if len(matrices) > 1 else input @ last
-    if len(matrices) > 2:  # the matrix for all three at once would be larger than many inputs
-        pooled = matrices[0].T @ pooled
-    return pooled.reshape(*input.shape[:2], *output_size)
-
-
-def _bins(size: int, bins: int, like: Tensor) -> Tensor:
-    """The matrix that takes means over bins along one axis: (size, bins), with the dtype and device of a tensor."""
-    position = torch.arange(size, device=like.device)[:, None]
-    index = torch.arange(bins, device=like.device)
-    start, stop = index * size // bins, -(-(index + 1) * size // bins)
-    covered = ((position >= start) & (position < stop)).to(torch.promote_types(like.dtype, torch.float32))
-    return (covered / (stop - start)).to(like.dtype)
 
 
 class AttentionBranch(nn.Module):

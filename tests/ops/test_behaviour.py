@@ -339,7 +339,8 @@ def test_the_choice_follows_the_structure_of_the_attention(
         True,
     )
     assert choose(replace(problem, device=WITHOUT_KERNELS), "auto", "").name == chosen
-    if chosen.startswith("per_") and fused.ALGORITHM.obstacle(problem) is None:
+    small = groups == 64 and size == 2  # to set up a channel takes longer than its 4 pixels
+    if chosen.startswith("per_") and not small and fused.ALGORITHM.obstacle(problem) is None:
         assert choose(problem, "auto", "").name == "fused"
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awconv.ops import aw_conv2d
-from awconv.ops.fused import cpu
+from awconv.ops import aw_conv2d, build
 from tests.ops.problems import TYPICAL, Case
 
 INSTRUCTIONS = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
@@ -50,10 +49,10 @@ def results(case: Case, algorithm: str, dtype: torch.dtype) -> tuple[Tensor, ...
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The C code built with fewer of the processor's instructions."""
     monkeypatch.setenv("CC", f"cc {request.param}")
-    cpu._library.cache_clear()
+    build.library.cache_clear()
     yield
     monkeypatch.undo()
-    cpu._library.cache_clear()
+    build.library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -90,7 +89,7 @@ def _without_compiler(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("awconv.ops.functional._PLANS", {})
-    cpu._library.cache_clear()
+    build.library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -108,18 +107,18 @@ def test_without_a_compiler_other_algorithms_give_the_same(
             case.run("fused")
     finally:
         monkeypatch.undo()
-        cpu._library.cache_clear()
+        build.library.cache_clear()
 
 
 def test_what_was_built_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     builds = []
-    build = cpu._build
-    monkeypatch.setattr(cpu, "_build", lambda *arguments: (builds.append(arguments), build(*arguments)))
+    built = build._build
+    monkeypatch.setattr(build, "_build", lambda *arguments: (builds.append(arguments), built(*arguments)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(2):
-        cpu._library.cache_clear()
+        build.library.cache_clear()
         TYPICAL["fused"].run("fused")
-    cpu._library.cache_clear()
+    build.library.cache_clear()
     assert len(builds) == 1
     assert [file.suffix for file in (tmp_path / "awconv").iterdir()] == [".so"]
 
@@ -127,9 +126,9 @@ def test_what_was_built_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    cpu._library.cache_clear()
+    build.library.cache_clear()
     torch.testing.assert_close(TYPICAL["fused"].run("fused"), TYPICAL["fused"].run("naive"))
-    cpu._library.cache_clear()
+    build.library.cache_clear()
 
 
 def test_a_compiled_graph_sees_one_operator_each_way() -> None:
