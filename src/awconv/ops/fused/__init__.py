@@ -225,11 +225,15 @@ torch.library.register_vmap("awconv::fused_backward", _vmap_backward, lib=_LIBRA
 
 _SCALED = 3  # multiply-adds in whose time a weight is packed and scaled
 _GROUP = 1000  # multiply-adds in whose time the work of a group of one sample is set up
+_BFLOAT16 = 2  # what the C code's single precision costs where a plain convolution has instructions for bfloat16
 
 
 def _cost(problem: Problem, machine: Machine) -> float:
     weights = problem.out_channels * problem.group_in_channels * problem.taps
-    return machine.fused * problem.multiply_adds + _SCALED * weights + _GROUP * problem.groups
+    multiply_adds = machine.fused * problem.multiply_adds
+    if problem.device == "cpu" and problem.dtype == torch.bfloat16:
+        multiply_adds = _BFLOAT16 * multiply_adds
+    return multiply_adds + _SCALED * weights + _GROUP * problem.groups
 
 
 ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost)
