@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
-import torch.nn.functional as F
-from timing import interleaved
 
-from awconv.ops import aw_conv2d
-from awconv.ops.choose import ALGORITHMS, choose
-from awconv.ops.problem import describe
+from awconv.bench.op import Layer
 
 # Channels, size, batch, stride, groups: the 3x3 layers of ResNet-50, of ResNet-20 for CIFAR, of ResNet-8 on digits,
 # and of MobileNets.
@@ -45,38 +40,15 @@ LAYERS = [
 
 def time_layer(channels: int, size: int, batch: int, stride: int, groups: int, rounds: int, device: str) -> dict:
     """The ratios of one layer's algorithms to the plain convolution."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
-
-    input, weight = tensor(batch, channels, size, size), tensor(channels, channels // groups, 3, 3)
-    attention = tensor(batch, channels, 1, 3, 3)
-    problem = describe(2, input, weight, attention, None, stride, 1, 1, groups, True)
-
-    def step(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        def both_ways() -> None:
-            output = run()
-            output.backward(torch.ones_like(output))
-
-        return both_ways
-
-    functions = {"plain": step(lambda: F.conv2d(input, weight, None, stride, 1, 1, groups))}
-    for name, algorithm in ALGORITHMS.items():
-        if algorithm.obstacle(problem) is None:
-            functions[name] = step(
-                lambda name=name: aw_conv2d(input, weight, attention, None, stride, 1, 1, groups, algorithm=name)
-            )
-    seconds = {name: median(values) for name, values in interleaved(functions, rounds, device).items()}
-    plain = seconds.pop("plain")
-    ratios = {name: value / plain for name, value in seconds.items()}
-    chosen = choose(problem, "auto", "").name
+    layer = Layer(channels, size, batch, 3, stride=stride, groups=groups, device=device)
+    timed = layer.time(["all"], step=True, rounds=rounds)
+    ratios = {way: ratio.median for way, ratio in timed.items() if way != "plain"}
     return {
         "layer": dict(channels=channels, size=size, batch=batch, stride=stride, groups=groups),
         "ratios": ratios,
-        "chosen": chosen,
+        "chosen": layer.chosen,
         "fastest": min(ratios, key=ratios.__getitem__),
-        "regret": ratios[chosen] / min(ratios.values()) - 1,
+        "regret": ratios[layer.chosen] / min(ratios.values()) - 1,
     }
 
 
@@ -87,13 +59,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = []
-    print("| channels at size (batch, stride, groups) | per tap | per sample | naive | chosen | regret |")
-    print("| --- | ---: | ---: | ---: | --- | ---: |")
+    print("| channels at size (batch, stride, groups) | fused | per tap | per sample | naive | chosen | regret |")
+    print("| --- | ---: | ---: | ---: | ---: | --- | ---: |")
     for layer in LAYERS:
         result = time_layer(*layer, rounds=arguments.rounds, device=arguments.device)
         results.append(result)
         channels, size, batch, stride, groups = layer
-        ratios = " | ".join(f"{result['ratios'][name]:.2f}" for name in ("per_tap", "per_sample", "naive"))
+        ratios = " | ".join(
+            f"{result['ratios'].get(name, float('nan')):.2f}" for name in ("fused", "per_tap", "per_sample", "naive")
+        )
         print(
             f"| {channels} at {size} ({batch}, {stride}, {groups}) | {ratios} | {result['chosen']} | "
             f"{100 * result['regret']:.0f} % |",

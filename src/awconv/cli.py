@@ -21,6 +21,7 @@ usage: awconv COMMAND [ARGUMENTS]
   compare   train the variants of a recipe over seeds, and report how they compare
   predict   classify image files with a checkpoint
   models    list the models with attention, and what they cost beside their twins without
+  bench     time a layer (bench op) or networks (bench model NAME ...) beside plain ones
 
 awconv COMMAND --help lists a command's arguments.
 """
@@ -48,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "compare": _function,
         "predict": _function,
         "models": _function,
+        "bench": _bench,
         "fit": _lightning,
         "validate": _lightning,
         "test": _lightning,
@@ -100,6 +102,24 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments)).as_dict()
     given.pop("config")
     return function(**given, **others)
+
+
+def _bench(command: str, arguments: Sequence[str]) -> int:
+    jsonargparse = require("jsonargparse", extra="train")
+    from awconv.bench import bench_model, bench_op
+
+    parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description="Times AW-convolution beside others.")
+    subcommands = parser.add_subcommands(dest="subject")
+    for name, function in (("op", bench_op), ("model", bench_model)):
+        description = (function.__doc__ or "").split("\n")[0]
+        subject = jsonargparse.ArgumentParser(description=description)
+        if name == "model":
+            subject.add_argument("networks", nargs="+", help="such as aw_resnet50")
+        subject.add_function_arguments(function, skip={"networks"})
+        subcommands.add_subcommand(name, subject, help=description)
+    given = parser.parse_args(list(arguments)).as_dict()
+    run: Callable[..., int] = bench_op if given["subject"] == "op" else bench_model
+    return run(**given[given["subject"]])
 
 
 def _lightning(command: str, arguments: Sequence[str]) -> int:

@@ -1,7 +1,6 @@
 /* Adaptive average pooling and its gradient, in one pass. Compiled at first use by build.py, for REAL float or double.
  *
- * Bin i of an axis covers the positions floor(i * size / bins) to ceil((i + 1) * size / bins); bins may overlap. The rows
- * of a bin are added up first, which is done for a vector of columns at a time.
+ * Bin i of an axis covers the positions floor(i * size / bins) to ceil((i + 1) * size / bins); bins may overlap.
  */
 #include <stdint.h>
 #ifdef _OPENMP
@@ -16,64 +15,165 @@
 #endif
 typedef REAL real;
 
-static int64_t start_of(int64_t bin, int64_t bins, int64_t size) { return bin * size / bins; }
-static int64_t stop_of(int64_t bin, int64_t bins, int64_t size) { return ((bin + 1) * size + bins - 1) / bins; }
+enum { MAX_BINS = 64 }; /* along an axis */
 
-/* Input planes x size to output planes x bins; the workspace holds a row for each thread. */
-void forward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *input, real *output,
-             real *workspace) {
-    const int64_t width = size[2], plane = size[0] * size[1] * width;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < planes; i++) {
-        real *row = workspace + thread_number() * width, *to = output + i * bins[0] * bins[1] * bins[2];
-        for (int64_t a = 0; a < bins[0]; a++)
-            for (int64_t b = 0; b < bins[1]; b++) {
-                const int64_t top = start_of(a, bins[0], size[0]), bottom = stop_of(a, bins[0], size[0]);
-                const int64_t first = start_of(b, bins[1], size[1]), last = stop_of(b, bins[1], size[1]);
-                for (int64_t x = 0; x < width; x++) row[x] = 0;
-                for (int64_t z = top; z < bottom; z++)
-                    for (int64_t y = first; y < last; y++) {
-                        const real *from = input + i * plane + (z * size[1] + y) * width;
-                        for (int64_t x = 0; x < width; x++) row[x] += from[x];
-                    }
-                for (int64_t c = 0; c < bins[2]; c++) {
-                    const int64_t left = start_of(c, bins[2], width), right = stop_of(c, bins[2], width);
-                    real sum = 0;
-                    for (int64_t x = left; x < right; x++) sum += row[x];
-                    *to++ = sum / (real)((bottom - top) * (last - first) * (right - left));
+/* The bins of an axis: bin i covers the positions start[i] to stop[i]. */
+typedef struct {
+    int64_t bins, size;
+    int64_t start[MAX_BINS], stop[MAX_BINS];
+} axis_t;
+
+static void bin(int64_t size, int64_t bins, axis_t *axis) {
+    axis->bins = bins, axis->size = size;
+    for (int64_t i = 0; i < bins; i++) axis->start[i] = i * size / bins, axis->stop[i] = ((i + 1) * size + bins - 1) / bins;
+}
+
+/* What the sum over a bin is multiplied with: one over the number of positions that it covers. */
+static real share_of(const axis_t *axes, int64_t a, int64_t b, int64_t c) {
+    const int64_t depth = axes[0].stop[a] - axes[0].start[a], height = axes[1].stop[b] - axes[1].start[b];
+    return (real)1 / (real)(depth * height * (axes[2].stop[c] - axes[2].start[c]));
+}
+
+/* Small planes: a product with a matrix, results by positions, of which a vector holds a part of a row. */
+enum { SMALL = 256, LANES = 16, TOGETHER = 4 };
+typedef real vec __attribute__((vector_size(LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
+
+static int64_t padded(int64_t number) { return (number + LANES - 1) / LANES * LANES; }
+
+/* matrix[i][j], zero beyond: the share of position i in result j, or of position j in result i. */
+static void fill(const int64_t *size, const int64_t *bins, int positions_first, real *matrix) {
+    const int64_t positions = size[0] * size[1] * size[2], results = bins[0] * bins[1] * bins[2];
+    const int64_t stride = padded(positions_first ? results : positions);
+    axis_t axes[3];
+    for (int axis = 0; axis < 3; axis++) bin(size[axis], bins[axis], &axes[axis]);
+    for (int64_t i = 0; i < (positions_first ? positions : results) * stride; i++) matrix[i] = 0;
+    for (int64_t result = 0; result < results; result++) {
+        const int64_t a = result / bins[2] / bins[1], b = result / bins[2] % bins[1], c = result % bins[2];
+        const real share = share_of(axes, a, b, c);
+        for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
+            for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++)
+                for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++) {
+                    const int64_t position = (z * size[1] + y) * size[2] + x;
+                    matrix[positions_first ? position * stride + result : result * stride + position] = share;
                 }
-            }
     }
 }
 
-/* The gradient of the input from that of the output; the workspace holds a row of every bin for each thread. */
-void backward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *grad_output,
-              real *grad_input, real *workspace) {
-    const int64_t width = size[2], plane = size[0] * size[1] * width;
+/* to[plane][j] = sum over i of  from[plane][i] matrix[i][j], some planes at a time so that sums do not wait. */
+static void multiply(int64_t planes, int64_t inner, int64_t outer, int64_t threads, const real *from, const real *matrix,
+                     real *to) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < planes; i++) {
-        real *rows = workspace + thread_number() * bins[0] * bins[1] * width;
-        const real *from = grad_output + i * bins[0] * bins[1] * bins[2];
-        for (int64_t k = 0; k < bins[0] * bins[1]; k++) {
-            const int64_t a = k / bins[1], b = k % bins[1];
-            const int64_t depth = stop_of(a, bins[0], size[0]) - start_of(a, bins[0], size[0]);
-            const int64_t height = stop_of(b, bins[1], size[1]) - start_of(b, bins[1], size[1]);
-            real *row = rows + k * width;
-            for (int64_t x = 0; x < width; x++) row[x] = 0;
-            for (int64_t c = 0; c < bins[2]; c++) {
-                const int64_t left = start_of(c, bins[2], width), right = stop_of(c, bins[2], width);
-                const real share = *from++ / (real)(depth * height * (right - left));
-                for (int64_t x = left; x < right; x++) row[x] += share;
+    for (int64_t block = 0; block < (planes + TOGETHER - 1) / TOGETHER; block++) {
+        const int64_t first = block * TOGETHER, count = planes - first < TOGETHER ? planes - first : TOGETHER;
+        const real *rows[TOGETHER];
+        for (int64_t k = 0; k < TOGETHER; k++) rows[k] = from + (first + (k < count ? k : 0)) * inner;
+        for (int64_t j = 0; j < outer; j += LANES) {
+            vec sums[TOGETHER] = {{0}};
+            for (int64_t i = 0; i < inner; i++) {
+                const vec shares = *(const vec *)(matrix + i * padded(outer) + j);
+                for (int k = 0; k < TOGETHER; k++) sums[k] += shares * rows[k][i];
+            }
+            for (int64_t k = 0; k < count; k++) {
+                real *target = to + (first + k) * outer + j;
+                if (outer - j >= LANES)
+                    *(vec *)target = sums[k];
+                else
+                    for (int64_t x = 0; x < outer - j; x++) target[x] = sums[k][x];
             }
         }
-        real *to = grad_input + i * plane;
-        for (int64_t j = 0; j < plane; j++) to[j] = 0;
-        for (int64_t k = 0; k < bins[0] * bins[1]; k++) {
-            const int64_t a = k / bins[1], b = k % bins[1];
-            const real *row = rows + k * width;
-            for (int64_t z = start_of(a, bins[0], size[0]); z < stop_of(a, bins[0], size[0]); z++)
-                for (int64_t y = start_of(b, bins[1], size[1]); y < stop_of(b, bins[1], size[1]); y++)
-                    for (int64_t x = 0; x < width; x++) to[(z * size[1] + y) * width + x] += row[x];
+    }
+}
+
+/* Large planes: the rows of a bin are added up first, a vector of columns at a time. */
+static void forward_rows(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *input, real *output,
+             real *workspace) {
+    const int64_t width = size[2], plane = size[0] * size[1] * width, results = bins[0] * bins[1] * bins[2];
+#pragma omp parallel num_threads(threads)
+    {
+        axis_t axes[3];
+        for (int axis = 0; axis < 3; axis++) bin(size[axis], bins[axis], &axes[axis]);
+        real *row = workspace + thread_number() * width;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < planes; i++) {
+            const real *from = input + i * plane;
+            real *to = output + i * results;
+            for (int64_t a = 0; a < bins[0]; a++)
+                for (int64_t b = 0; b < bins[1]; b++) {
+                    for (int64_t x = 0; x < width; x++) row[x] = 0;
+                    for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
+                        for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++) {
+                            const real *line = from + (z * size[1] + y) * width;
+                            for (int64_t x = 0; x < width; x++) row[x] += line[x];
+                        }
+                    for (int64_t c = 0; c < bins[2]; c++) {
+                        real sum = 0;
+                        for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++) sum += row[x];
+                        *to++ = sum * share_of(axes, a, b, c);
+                    }
+                }
         }
     }
+}
+
+static void backward_rows(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *grad_output,
+              real *grad_input, real *workspace) {
+    const int64_t width = size[2], plane = size[0] * size[1] * width, results = bins[0] * bins[1] * bins[2];
+#pragma omp parallel num_threads(threads)
+    {
+        axis_t axes[3];
+        for (int axis = 0; axis < 3; axis++) bin(size[axis], bins[axis], &axes[axis]);
+        real *rows = workspace + thread_number() * bins[0] * bins[1] * width;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < planes; i++) {
+            const real *from = grad_output + i * results;
+            real *row = rows, *to = grad_input + i * plane;
+            for (int64_t a = 0; a < bins[0]; a++)
+                for (int64_t b = 0; b < bins[1]; b++, row += width) {
+                    for (int64_t x = 0; x < width; x++) row[x] = 0;
+                    for (int64_t c = 0; c < bins[2]; c++) {
+                        const real share = *from++ * share_of(axes, a, b, c);
+                        for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++) row[x] += share;
+                    }
+                }
+            for (int64_t j = 0; j < plane; j++) to[j] = 0;
+            row = rows;
+            for (int64_t a = 0; a < bins[0]; a++)
+                for (int64_t b = 0; b < bins[1]; b++, row += width)
+                    for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
+                        for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++) {
+                            real *line = to + (z * size[1] + y) * width;
+                            for (int64_t x = 0; x < width; x++) line[x] += row[x];
+                        }
+        }
+    }
+}
+
+static int is_small(const int64_t *size) { return size[0] * size[1] * size[2] <= SMALL; }
+
+/* Room that both directions need. */
+int64_t workspace_elements(const int64_t *size, const int64_t *bins, int64_t threads) {
+    const int64_t positions = size[0] * size[1] * size[2], results = bins[0] * bins[1] * bins[2];
+    return is_small(size) ? padded(positions) * padded(results) : threads * bins[0] * bins[1] * size[2];
+}
+
+/* Input planes x size to output planes x bins. */
+void forward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *input, real *output,
+             real *workspace) {
+    if (!is_small(size)) {
+        forward_rows(planes, size, bins, threads, input, output, workspace);
+        return;
+    }
+    fill(size, bins, 1, workspace);
+    multiply(planes, size[0] * size[1] * size[2], bins[0] * bins[1] * bins[2], threads, input, workspace, output);
+}
+
+/* The gradient of the input from that of the output. */
+void backward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *grad_output,
+              real *grad_input, real *workspace) {
+    if (!is_small(size)) {
+        backward_rows(planes, size, bins, threads, grad_output, grad_input, workspace);
+        return;
+    }
+    fill(size, bins, 0, workspace);
+    multiply(planes, bins[0] * bins[1] * bins[2], size[0] * size[1] * size[2], threads, grad_output, workspace, grad_input);
 }

@@ -15,6 +15,7 @@ from awconv.ops.problem import product
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _AXES = 3
+_MAX_BINS = 64  # of the C code, along an axis
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -31,7 +32,7 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     Returns:
         Shape (N, C, \*output_size).
     """
-    if _has_c_code(input):
+    if max(output_size) <= _MAX_BINS and _has_c_code(input):
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
         return pooled
     return _by_matrices(input, output_size)
@@ -56,12 +57,12 @@ def _resized(input: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _pool(input: Tensor, bins: list[int]) -> Tensor:
-    return _call("forward", input, _resized(input, bins), input.shape[2:], bins, rows=input.shape[-1])
+    return _call("forward", input, _resized(input, bins), input.shape[2:], bins)
 
 
 def _pool_backward(grad: Tensor, size: list[int]) -> Tensor:
     bins = grad.shape[2:]
-    return _call("backward", grad, _resized(grad, size), size, bins, rows=product(bins[:-1]) * size[-1])
+    return _call("backward", grad, _resized(grad, size), size, bins)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> None:
@@ -83,14 +84,15 @@ for _name, _run, _reverse in (
     )
 
 
-def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: Sequence[int], rows: int) -> Tensor:
-    """Runs a function of the C code, which needs room for some rows in each thread."""
-    source, threads = source.contiguous(), torch.get_num_threads()
-    workspace = source.new_empty(threads * rows)
-    function = getattr(library(_SOURCE, source.dtype), name)
+def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: Sequence[int]) -> Tensor:
+    """Runs a function of the C code."""
+    source, built = source.contiguous(), library(_SOURCE, source.dtype)
+    if isinstance(built, str):  # a traced program can come to a machine without a compiler
+        raise RuntimeError(f"awconv::average_pool cannot run here: {built}")
+    sizes, threads = (_axes(size), _axes(bins)), ctypes.c_int64(torch.get_num_threads())
+    workspace = source.new_empty(built.workspace_elements(*sizes, threads))
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, result, workspace))
-    planes = ctypes.c_int64(product(source.shape[:2]))
-    function(planes, _axes(size), _axes(bins), ctypes.c_int64(threads), *pointers)
+    getattr(built, name)(ctypes.c_int64(product(source.shape[:2])), *sizes, threads, *pointers)
     return result
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from awconv.ops import fused, gain, naive, per_sample, per_tap
@@ -24,6 +27,25 @@ ALGORITHMS = {
 # By type of device. Measured with benchmarks/choice.py on a 2-core AVX2 machine in float32; other types of device have
 # no measurement yet and take these.
 MACHINES = {"cpu": Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=0.95)}
+
+
+_forced: str | None = None
+
+
+@contextmanager
+def forced(algorithm: str | None) -> Iterator[None]:
+    """Holds every ``algorithm="auto"`` to one algorithm (to none if it is None), to compare whole networks."""
+    global _forced
+    before, _forced = _forced, algorithm
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def wanted(algorithm: str) -> str:
+    """What ``algorithm=`` stands for now."""
+    return _forced if algorithm == "auto" and _forced is not None else algorithm
 
 
 def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from awconv.ops.algorithm import Algorithm, autocasts, without_autocast
-from awconv.ops.choose import choose
+from awconv.ops.choose import choose, wanted
 from awconv.ops.problem import Problem, describe
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -52,6 +52,7 @@ _MOST_PLANS = 4096
 def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
     """The checked problem and the algorithm chosen for it, remembered by what they follow from: in small layers the
     checks would take longer than the convolution."""
+    algorithm = wanted(algorithm)
     key = None
     if not torch.compiler.is_compiling():
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]

@@ -1,0 +1,10 @@
+"""What AW-convolution costs beside a plain convolution: timings by turns, peak memory, a roofline."""
+
+from awconv.extras import require
+
+require("rich", extra="train")
+
+from awconv.bench.model import bench_model
+from awconv.bench.op import bench_op
+
+__all__ = ["bench_model", "bench_op"]

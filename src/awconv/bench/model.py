@@ -1,0 +1,186 @@
+"""``awconv bench model``: whole networks beside their twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from awconv.bench.report import Format, Row, check_device, names, numbers, print_rows
+from awconv.bench.rivals import with_condconv
+from awconv.bench.timing import Ratio, peak_memory, ratios
+from awconv.layers import AttentionBranch
+from awconv.models.registry import TWINS
+from awconv.ops.choose import forced
+
+
+def bench_model(
+    networks: Sequence[str],
+    batch: str = "8",
+    work: str = "forward,step",
+    size: int | None = None,
+    rivals: bool = False,
+    amp: Literal["off", "bfloat16", "float16"] = "off",
+    device: str = "cpu",
+    channels_last: bool = False,
+    compile: bool = False,
+    rounds: int = 9,
+    format: Format = "table",
+) -> int:
+    """Times networks with attention in turn with their twins without.
+
+    Args:
+        networks: their names, such as aw_resnet50.
+        batch: images; more than one number, with commas, makes rows for each.
+        work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training), ``memory`` (bytes at the
+            peak of a step), ``branch`` (the attention branches alone, as a share of the forward).
+        size: height and width of the images; the network's own by default.
+        rivals: also the twin with SE, with timm's CondConv2d in the places of AW, and AW by the weights of every sample
+            (``per_sample``).
+        amp: dtype of autocast.
+        device: cpu or cuda.
+        channels_last: memory format of networks and images.
+        compile: compiles all of them.
+        rounds: how often each is timed.
+        format: a table, the same as Markdown, or JSON with all figures.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ValueError: an argument is out of place, or a network has no twin.
+    """
+    check_device(device)
+    works = names("work", work, ("forward", "step", "memory", "branch"))
+    batches = numbers("batch", batch)
+    for name in networks:
+        if name not in TWINS or not name.startswith("aw_"):
+            known = ", ".join(twin for twin in TWINS if twin.startswith("aw_"))
+            raise ValueError(f"networks must be AW networks with a plain twin, got {name!r}; there are {known}")
+    rows: list[Row] = []
+    for name in networks:
+        competitors = _competitors(name, rivals)
+        plain = competitors["plain"][0]
+        shape: tuple[int, int, int] = plain.pretrained_cfg["input_size"]  # type: ignore[assignment,index]
+        for images in batches:
+            input = torch.randn(images, shape[0], size or shape[1], size or shape[2], device=device)
+            if channels_last:
+                input = input.contiguous(memory_format=torch.channels_last)
+            sides = {
+                way: Side(network, algorithm, input, amp, device, channels_last, compile)
+                for way, (network, algorithm) in competitors.items()
+            }
+            subject = f"{name}, batch {images}"
+            for kind in works:
+                if kind == "memory":
+                    rows += _memory(subject, sides, device)
+                    continue
+                if kind == "branch":
+                    functions = {"whole": sides["aw"].forward, "aw": _branches(sides["aw"])}
+                else:
+                    functions = {way: getattr(side, kind) for way, side in sides.items()}
+                timed = ratios(functions, rounds, device)
+                timed.pop("whole", None)
+                rows += [Row(subject, kind, way, ratio, {"batch": images}) for way, ratio in timed.items()]
+    print_rows(rows, device, format)
+    return 0
+
+
+def _competitors(name: str, rivals: bool) -> dict[str, tuple[nn.Module, str | None]]:
+    """The networks by what they are called in the table, with the algorithm that each is held to."""
+    plain, aw = timm.create_model(TWINS[name]), timm.create_model(name)
+    result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, None)}
+    if rivals:
+        if timm.is_model("se" + TWINS[name]):
+            result["se"] = timm.create_model("se" + TWINS[name]), None
+        places = [place.rpartition(".")[0] for place, part in aw.named_modules() if isinstance(part, AttentionBranch)]
+        result["condconv"] = with_condconv(plain, places), None
+        result["aw, per_sample"] = timm.create_model(name), "per_sample"
+    return result
+
+
+class Side:
+    """A network with its images, ready to be timed."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        algorithm: str | None,
+        input: Tensor,
+        amp: str,
+        device: str,
+        channels_last: bool,
+        compile: bool,
+    ) -> None:
+        self.network = network.to(device)
+        if channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self.input, self.algorithm, self.amp, self.device = input, algorithm, amp, device
+        self.run: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
+
+    def forward(self) -> None:
+        """In evaluation."""
+        self.network.eval()
+        with torch.inference_mode(), self.settings():
+            self.run(self.input)
+
+    def step(self) -> None:
+        """Forward and backward in training."""
+        self.network.train().zero_grad(set_to_none=True)
+        with self.settings():
+            loss = self.run(self.input).float().square().mean()
+            loss.backward()
+
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """The algorithm, and autocast."""
+        cast = nullcontext() if self.amp == "off" else torch.autocast(self.device, getattr(torch, self.amp))
+        with forced(self.algorithm), cast:
+            yield
+
+    def held(self) -> int:
+        """Bytes of what lives before a step and through it."""
+        tensors = (self.input, *self.network.parameters(), *self.network.buffers())
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def _memory(subject: str, sides: dict[str, Side], device: str) -> list[Row]:
+    """Bytes at the peak of a training step; networks that wait are moved out of a GPU's memory."""
+    rows = []
+    for way, side in sides.items():
+        if device == "cuda":
+            for other in sides.values():
+                other.network.to("cuda" if other is side else "cpu")
+        side.network.zero_grad(set_to_none=True)
+        peak = peak_memory(side.step, side.held(), device)
+        side.network.zero_grad(set_to_none=True)
+        rows.append((way, peak))
+    return [
+        Row(subject, "memory", way, Ratio(peak / rows[0][1], peak / rows[0][1], peak / rows[0][1], 0), {"bytes": peak})
+        for way, peak in rows
+    ]
+
+
+def _branches(side: Side) -> Callable[[], None]:
+    """A call that runs all attention branches of a network, on inputs of their sizes, in evaluation."""
+    seen: list[tuple[nn.Module, Tensor]] = []
+    branches = [module for module in side.network.modules() if isinstance(module, AttentionBranch)]
+    hooks = [
+        branch.register_forward_pre_hook(lambda branch, inputs: seen.append((branch, inputs[0].clone())))
+        for branch in branches
+    ]
+    with torch.inference_mode(), side.settings():
+        side.network.eval()(side.input)
+    for hook in hooks:
+        hook.remove()
+
+    def run() -> None:
+        with torch.inference_mode(), side.settings():
+            for branch, input in seen:
+                branch(input)
+
+    return run

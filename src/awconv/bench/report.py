@@ -1,0 +1,127 @@
+"""Results as a table or JSON, with the machine and the versions that they belong to."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from rich.table import Table
+
+from awconv import terminal
+from awconv.bench.timing import Ratio
+from awconv.version import __version__
+
+Format = Literal["table", "markdown", "json"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        subject: the layer or the network.
+        work: ``"forward"``, ``"step"`` or ``"memory"``.
+        way: how it was computed; the plain convolution or network is the baseline.
+        ratio: of times, or of bytes with equal deciles and no seconds.
+        facts: whatever else belongs to it.
+    """
+
+    subject: str
+    work: str
+    way: str
+    ratio: Ratio
+    facts: dict[str, Any]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The machine and the versions."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "awconv": __version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()} ({capability})"
+
+
+def print_rows(rows: Sequence[Row], device: str, format: Format) -> None:
+    """One line for each subject and work, one column for each way."""
+    if format == "json":
+        print(json.dumps({"environment": environment(device), "rows": [asdict(row) for row in rows]}, indent=1))
+        return
+    ways = list(dict.fromkeys(row.way for row in rows))
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        ratio = row.ratio
+        spread = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low != ratio.high else ""
+        lines.setdefault((row.subject, row.work), {})[row.way] = f"{ratio.median:.2f}{spread}"
+    headings = ("", "work", *ways)
+    cells = [(*key, *(line.get(way, "") for way in ways)) for key, line in lines.items()]
+    facts = environment(device)
+    footer = f"Medians (and deciles) of ratios. {facts['device']}, {facts['threads']} threads, torch {facts['torch']}."
+    if format == "markdown":
+        for line in (headings, ("---", "---", *["---:"] * len(ways)), *cells):
+            print(f"| {' | '.join(line)} |")
+        print(f"\n{footer}")
+        return
+    table = Table(box=None, pad_edge=False, caption=footer, caption_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
+    for line in cells:
+        table.add_row(*line)
+    terminal.console().print(table)
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """The positive integers in ``"1,8,32"``.
+
+    Raises:
+        ValueError: there is something else.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise ValueError(f"{name} must be positive integers with commas between them, such as 1,8,32, got {text!r}")
+    return values
+
+
+def names(name: str, text: str, known: Sequence[str]) -> list[str]:
+    """The words in ``"forward,step"``.
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    values = [part.strip() for part in text.split(",")]
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        raise ValueError(f"{name} must be some of {', '.join(known)} with commas between them, got {unknown[0]!r}")
+    return values
+
+
+def check_device(device: str) -> None:
+    """Raises a ValueError for a device that cannot be used here."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no GPU here; leave --device out, or install a CUDA build")

@@ -1,0 +1,102 @@
+"""Operations and bytes of a layer, counted, beside what the machine can do, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from awconv.bench.timing import seconds_of
+from awconv.ops.problem import Problem, product
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer has to do at the least.
+
+    Attributes:
+        operations: floating-point operations, two for a multiply-add.
+        bytes: each input read once and each result written once.
+    """
+
+    operations: int
+    bytes: int
+
+
+def work_of(problem: Problem, batch: int, step: bool) -> Work:
+    """The work of the plain convolution of a problem, whatever computes it.
+
+    A step is the forward and the two products of the backward: the gradients of the input and of the weight, which
+    read the gradient of the output each, and the weight or the input, and write what has the size of the other.
+    """
+    input = batch * problem.in_channels * product(problem.size)
+    output = batch * problem.out_elements
+    weight = problem.out_channels * problem.group_in_channels * problem.taps
+    passes = 3 if step else 1
+    itemsize = torch.empty((), dtype=problem.dtype).element_size()
+    return Work(passes * 2 * batch * problem.multiply_adds, passes * (input + output + weight) * itemsize)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do: operations a second, bytes a second."""
+
+    operations: float
+    bytes: float
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """The best of a large matrix product and of plain 3x3 convolutions, and a copy that no cache holds."""
+    matrix = torch.randn(2048, 2048, device=device, dtype=dtype)
+    images = torch.randn(16, 256, 28, 28, device=device, dtype=dtype)
+    kernel = torch.randn(256, 256, 3, 3, device=device, dtype=dtype)
+    numbers = torch.randn(2**26, device=device)
+    target = torch.empty_like(numbers)
+    functions: dict[str, tuple[Callable[[], object], int]] = {
+        "product": (lambda: matrix @ matrix, 2 * 2048**3),
+        "convolution": (lambda: F.conv2d(images, kernel, padding=1), 2 * 16 * 28 * 28 * 256 * 256 * 9),
+        "copy": (lambda: target.copy_(numbers), 2 * numbers.nbytes),
+    }
+    rates = {}
+    with torch.inference_mode():
+        for name, (function, amount) in functions.items():
+            function()
+            rates[name] = amount / median(seconds_of(function, 1, device) for _ in range(7))
+    return Ceilings(max(rates["product"], rates["convolution"]), rates["copy"])
+
+
+def plot_roofline(points: dict[str, list[tuple[Work, float]]], ceilings: Ceilings, title: str, path: Path) -> None:
+    """Writes a picture: rates reached (operations a second) over operations for each byte, under the two ceilings.
+
+    Args:
+        points: for each way to compute, the work and the seconds that it took.
+        ceilings: of the machine.
+        title: stands above.
+        path: ends in .png, .svg or .pdf.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    intensities = [work.operations / work.bytes for works in points.values() for work, _ in works]
+    ridge = ceilings.operations / ceilings.bytes
+    span = (min(*intensities, ridge) / 2, max(*intensities, ridge) * 2)
+    axes.plot(
+        [span[0], ridge, span[1]],
+        [span[0] * ceilings.bytes / 1e9, *[ceilings.operations / 1e9] * 2],
+        color="0.4",
+        label=f"ceilings: {ceilings.operations / 1e9:,.0f} GFLOP/s, {ceilings.bytes / 1e9:,.0f} GB/s",
+    )
+    for marker, (name, works) in zip(cycle("osD^vPX*<>"), points.items(), strict=False):
+        x = [work.operations / work.bytes for work, _ in works]
+        y = [work.operations / seconds / 1e9 for work, seconds in works]
+        axes.plot(x, y, marker, label=name, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlim=span, xlabel="operations for each byte", ylabel="GFLOP/s", title=title)
+    axes.grid(True, which="major", color="0.9")
+    figure.legend(fontsize="small", loc="outside right upper")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,150 @@
+"""The benchmark command: what it counts and prints. What it times is never asserted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from awconv.bench.rivals import RoutedCondConv2d, with_condconv
+from awconv.bench.roofline import work_of
+from awconv.bench.timing import peak_memory, ratios
+from awconv.cli import main
+from awconv.ops.choose import ALGORITHMS, forced
+from awconv.ops.problem import describe
+from tests.ops.problems import TYPICAL
+
+TINY = ["--channels=4", "--batch=2", "--rounds=1"]
+
+
+def rows(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    report = json.loads(capsys.readouterr().out)
+    assert {"device", "threads", "torch", "timm", "awconv"} <= set(report["environment"])
+    return report["rows"]
+
+
+def test_a_layer_is_timed_by_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "op", *TINY, "--size=6", "--ways=all,layer,branch,se,condconv", "--format=json"]) == 0
+    measured = rows(capsys)
+    able = [name for name in ALGORITHMS if "gain" not in name]
+    ways = ["plain", *able, "layer", "branch", "se", "condconv"]
+    expected = [(work, way) for work in ("forward", "step") for way in ways]
+    assert [(row["work"], row["way"]) for row in measured] == expected
+    for row in measured:
+        assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+    assert measured[0]["ratio"]["median"] == 1
+
+
+def test_a_sweep_makes_a_row_for_each_number_and_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plot, roofline = tmp_path / "growth.svg", tmp_path / "roofline.svg"
+    arguments = ["--size=4,6", "--work=forward", f"--plot={plot}", f"--roofline={roofline}", "--format=json"]
+    assert main(["bench", "op", *TINY, *arguments]) == 0
+    measured = [(row["facts"]["size"], row["way"]) for row in rows(capsys)]
+    assert measured == [(4, "plain"), (4, "auto"), (6, "plain"), (6, "auto")]
+    assert all("<svg" in path.read_text() for path in (plot, roofline))
+
+
+def test_a_network_is_timed_beside_its_rivals(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--batch=2", "--rounds=1", "--rivals=true", "--size=16", "--work=forward,step,memory,branch"]
+    assert main(["bench", "model", "aw_resnet8_cifar", *arguments, "--format=json"]) == 0
+    measured = rows(capsys)
+    ways = ["plain", "aw", "condconv", "aw, per_sample"]  # there is no seresnet8_cifar
+    expected = [(work, way) for work in ("forward", "step", "memory") for way in ways]
+    assert [(row["work"], row["way"]) for row in measured] == [*expected, ("branch", "aw")]
+    assert measured[-1]["ratio"]["median"] > 0
+    assert all(row["facts"]["bytes"] > 0 for row in measured if row["work"] == "memory")
+
+
+def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "op", *TINY, "--size=4", "--format=markdown"]) == 0
+    table, footer = capsys.readouterr().out.split("\n\n")
+    assert [line.split("|")[2].strip() for line in table.splitlines()] == ["work", "---", "forward", "step"]
+    assert torch.__version__ in footer
+    assert main(["bench", "op", *TINY, "--size=4"]) == 0
+    assert "auto" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["op", "--ways=fast"], "ways must be some of all, auto, .*, got 'fast'"),
+        (["op", "--batch=0"], "batch must be positive integers .*, got '0'"),
+        (["op", "--size=a"], "size must be positive integers .*, got 'a'"),
+        (["op", "--ways=output_gain"], "algorithm='output_gain' cannot run this problem"),
+        (["op", "--groups=3"], "groups must divide the channels"),
+        (["op", "--plot=a.png"], "plot needs several numbers for one of channels"),
+        (["op", "--device=tpu"], "device must be cpu or cuda"),
+        (["model", "resnet50"], "must be AW networks with a plain twin, got 'resnet50'"),
+        (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, memory, branch"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "op", "--device=cuda"]) == 1
+    assert "finds no GPU" in capsys.readouterr().err
+
+
+def test_the_first_function_is_the_baseline() -> None:
+    measured = ratios({"one": lambda: None, "other": lambda: None}, rounds=3, device="cpu")
+    assert (measured["one"].low, measured["one"].median, measured["one"].high) == (1, 1, 1)
+    assert measured["other"].seconds > 0
+
+
+def test_the_peak_counts_what_lives_at_once() -> None:
+    def work() -> None:
+        first = torch.ones(1000)  # 4,000 bytes
+        second = first * 2  # and 4,000 more
+        del first
+        torch.cat([second, second])  # 4,000 and 8,000
+
+    assert peak_memory(work, held=100, device="cpu") == 12_100
+
+
+def test_operations_and_bytes_by_hand() -> None:
+    tensors = (torch.empty(5, 6, 8, 8), torch.empty(10, 3, 3, 3), torch.empty(5, 10, 1, 3, 3))
+    problem = describe(2, *tensors, None, 2, 1, 1, 2, True)
+    work = work_of(problem, batch=5, step=False)
+    assert work.operations == 2 * 5 * (10 * 4 * 4) * (3 * 9)
+    assert work.bytes == 4 * (5 * 6 * 8 * 8 + 5 * 10 * 4 * 4 + 10 * 3 * 9)
+    step = work_of(problem, batch=5, step=True)
+    assert (step.operations, step.bytes) == (3 * work.operations, 3 * work.bytes)
+
+
+def test_all_calls_can_be_held_to_one_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    case = TYPICAL["per_tap"]
+    monkeypatch.setattr("awconv.ops.functional._PLANS", {})
+    for name, algorithm in list(ALGORITHMS.items()):
+        run = lambda *a, name=name, run=algorithm.run: (ran.append(name), run(*a))[1]  # noqa: E731
+        monkeypatch.setitem(ALGORITHMS, name, algorithm._replace(run=run))
+    with forced("per_sample"):
+        case.run()
+        case.run("per_tap")
+    case.run()
+    assert ran[:2] == ["per_sample", "per_tap"]
+    assert ran[2] != "per_sample"
+
+
+def test_condconv_takes_the_same_places() -> None:
+    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.nn.ReLU())
+    network = with_condconv(plain, ["0"])
+    assert isinstance(network[0], RoutedCondConv2d)
+    assert isinstance(plain[0], torch.nn.Conv2d)
+    input = torch.randn(2, 4, 9, 9)
+    conv = network[0].conv
+    routes = torch.sigmoid(network[0].routing(input.mean((2, 3))))
+    each = [
+        F.conv2d(sample[None], (route @ conv.weight).reshape(6, 4, 3, 3), route @ conv.bias, 2, 1)
+        for sample, route in zip(input, routes, strict=True)
+    ]
+    torch.testing.assert_close(network(input), torch.cat(each).relu())
