@@ -466,37 +466,37 @@ static int64_t samples_at_once(const problem_t *problem, int64_t elements, int64
     return least(problem->batch, most(needed, CACHED_ELEMENTS / most(1, elements)));
 }
 
+/* Of a thread: a block of weights, its gains, and their product for a sample. */
 static int64_t scratch_elements(const problem_t *problem, int transposed) {
     int64_t reduced = transposed ? problem->group_out : problem->group_in;
-    return (problem->blocks + reduced) * product(problem->kernel) * BLOCK;
+    return (2 * reduced + problem->blocks) * product(problem->kernel) * BLOCK;
+}
+
+static int64_t rows_at_once(const problem_t *problem, const layout_t *layout) {
+    return samples_at_once(problem, problem->groups * layout->group / 4, problem->threads);
 }
 
 static int64_t correlate_workspace(const problem_t *problem, int transposed) {
     layout_t layout = layout_of(problem, transposed);
-    int64_t all = transposed ? problem->group_in : problem->group_out;
-    int64_t weights = problem->groups * padded_channels(all) * layout.channels * product(problem->kernel);
-    int64_t sample = problem->groups * layout.group;
-    return weights + samples_at_once(problem, sample, problem->threads) * sample + problem->threads * scratch_elements(problem, transposed);
+    return rows_at_once(problem, &layout) * problem->groups * layout.group +
+           problem->threads * scratch_elements(problem, transposed);
 }
 
 static void correlate(const problem_t *problem, int transposed, const real *source, const real *weight, const real *gain,
                       real *result, real *workspace) {
     const layout_t layout = layout_of(problem, transposed);
-    const int64_t taps = product(problem->kernel), groups = problem->groups;
-    const int64_t all = transposed ? problem->group_in : problem->group_out;
-    const int64_t blocks = ceil_div(all, BLOCK), group_weights = padded_channels(all) * layout.channels * taps;
-    const int64_t sample = groups * layout.group, at_once = samples_at_once(problem, sample, problem->threads);
+    const int64_t taps = product(problem->kernel), groups = problem->groups, at_once = rows_at_once(problem, &layout);
+    const int64_t all = transposed ? problem->group_in : problem->group_out, blocks = ceil_div(all, BLOCK);
     const int64_t source_group = layout.channels * product(layout.size);
     const int64_t result_group = all * product(transposed ? problem->size : problem->out_size);
     const int64_t gain_group = problem->group_out * problem->blocks * taps;
-    real *packed = workspace, *rows = packed + groups * group_weights, *scratches = rows + at_once * sample;
+    const int64_t group_weights = problem->group_out * problem->group_in * taps;
+    real *rows = workspace, *scratches = rows + at_once * groups * layout.group;
 #pragma omp parallel num_threads(problem->threads)
     {
-        real *scratch = scratches + thread_number() * scratch_elements(problem, transposed);
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < groups * blocks; i++)
-            pack_block(problem, transposed, weight + i / blocks * problem->group_out * problem->group_in * taps, i % blocks,
-                       packed + i / blocks * group_weights + i % blocks * BLOCK * layout.channels * taps);
+        real *packed = scratches + thread_number() * scratch_elements(problem, transposed);
+        real *scratch = packed + layout.channels * taps * BLOCK;
+        int64_t held = -1; /* the block that is packed: the tasks of a thread stay with one for as long as they can */
         for (int64_t start = 0; start < problem->batch; start += at_once) {
             const int64_t samples = least(at_once, problem->batch - start);
 #pragma omp for schedule(static)
@@ -508,8 +508,11 @@ static void correlate(const problem_t *problem, int transposed, const real *sour
             for (int64_t i = 0; i < tasks * segments; i++) {
                 const int64_t n = i / segments % samples, block = i / segments / samples % blocks;
                 const int64_t group = i / segments / samples / blocks, index = (start + n) * groups + group;
-                correlate_block(problem, transposed, &layout, rows + (n * groups + group) * layout.group,
-                                packed + group * group_weights + block * BLOCK * layout.channels * taps,
+                if (held != group * blocks + block) {
+                    held = group * blocks + block;
+                    pack_block(problem, transposed, weight + group * group_weights, block, packed);
+                }
+                correlate_block(problem, transposed, &layout, rows + (n * groups + group) * layout.group, packed,
                                 gain + index * gain_group, block, i % segments, segments, scratch,
                                 result + index * result_group);
             }
