@@ -9,6 +9,11 @@ from hypothesis import settings
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported, whose kernels are tested on the CPU then
+
 torch.set_num_threads(1)  # the tensors of tests are small, and several workers share the cores
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")

@@ -79,6 +79,7 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["op", "--plot=a.png"], "plot needs several numbers for one of channels"),
         (["op", "--device=tpu"], "device must be cpu or cuda"),
         (["model", "resnet50"], "must be AW networks with a plain twin, got 'resnet50'"),
+        (["model", "aw_resnet8_cifar", "--algorithm=fast"], "algorithm must be some of auto, .*, got 'fast'"),
         (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, memory, branch"),
     ],
 )

@@ -15,7 +15,7 @@ from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
 from awconv.layers import AttentionBranch
 from awconv.models.registry import TWINS
-from awconv.ops.choose import forced
+from awconv.ops.choose import ALGORITHMS, forced
 
 
 def bench_model(
@@ -23,6 +23,7 @@ def bench_model(
     batch: str = "8",
     work: str = "forward,step",
     size: int | None = None,
+    algorithm: str = "auto",
     rivals: bool = False,
     amp: Literal["off", "bfloat16", "float16"] = "off",
     device: str = "cpu",
@@ -39,6 +40,7 @@ def bench_model(
         work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training), ``memory`` (bytes at the
             peak of a step), ``branch`` (the attention branches alone, as a share of the forward).
         size: height and width of the images; the network's own by default.
+        algorithm: what the AW networks are held to, such as ``fused``; auto by default.
         rivals: also the twin with SE, with timm's CondConv2d in the places of AW, and AW by the weights of every sample
             (``per_sample``).
         amp: dtype of autocast.
@@ -57,13 +59,14 @@ def bench_model(
     check_device(device)
     works = names("work", work, ("forward", "step", "memory", "branch"))
     batches = numbers("batch", batch)
+    names("algorithm", algorithm, ("auto", *ALGORITHMS))
     for name in networks:
         if name not in TWINS or not name.startswith("aw_"):
             known = ", ".join(twin for twin in TWINS if twin.startswith("aw_"))
             raise ValueError(f"networks must be AW networks with a plain twin, got {name!r}; there are {known}")
     rows: list[Row] = []
     for name in networks:
-        competitors = _competitors(name, rivals)
+        competitors = _competitors(name, algorithm, rivals)
         plain = competitors["plain"][0]
         shape: tuple[int, int, int] = plain.pretrained_cfg["input_size"]  # type: ignore[assignment,index]
         for images in batches:
@@ -90,10 +93,10 @@ def bench_model(
     return 0
 
 
-def _competitors(name: str, rivals: bool) -> dict[str, tuple[nn.Module, str | None]]:
+def _competitors(name: str, algorithm: str, rivals: bool) -> dict[str, tuple[nn.Module, str | None]]:
     """The networks by what they are called in the table, with the algorithm that each is held to."""
     plain, aw = timm.create_model(TWINS[name]), timm.create_model(name)
-    result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, None)}
+    result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, algorithm)}
     if rivals:
         if timm.is_model("se" + TWINS[name]):
             result["se"] = timm.create_model("se" + TWINS[name]), None

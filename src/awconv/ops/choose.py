@@ -24,9 +24,11 @@ ALGORITHMS = {
     )
 }
 
-# By type of device. Measured with benchmarks/choice.py on a 2-core AVX2 machine in float32; other types of device have
-# no measurement yet and take these.
-MACHINES = {"cpu": Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=0.95)}
+# By type of device. The CPU's were measured with benchmarks/choice.py on 2 cores with AVX-512 in float32 (all but the
+# last, earlier, on 2 cores with AVX2); others have no measurement yet. The kernels for GPUs have only been run by an
+# interpreter, so that algorithm="fused" takes them there, and "auto" does not until they have been measured.
+_CPU = Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=0.95)
+MACHINES = {"cpu": _CPU, "cuda": _CPU._replace(fused=1e6)}
 
 
 _forced: str | None = None

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awconv.ops.algorithm import Algorithm, Machine
-from awconv.ops.fused import cpu
+from awconv.ops.fused import cpu, cuda
 from awconv.ops.problem import Problem
 
-_KERNELS: dict[str, Any] = {"cpu": cpu}
+_KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
 
 
 def _obstacle(problem: Problem) -> str | None:
@@ -68,17 +68,27 @@ def _output_size(
     )
 
 
+def _laid_out(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised image in the layout of the kernels: the channels are last on a GPU."""
+    if like.device.type != "cuda":
+        return like.new_empty(shape)
+    batch, channels, *size = shape
+    return like.new_empty(batch, *size, channels).movedim(-1, 1)
+
+
 def _fake(input: Tensor, weight: Tensor, gain: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
     size = _output_size(input, weight, stride, padding, dilation)
-    return input.new_empty(input.shape[0], weight.shape[0], *size)
+    return _laid_out((input.shape[0], weight.shape[0], *size), input)
 
 
 def _fake_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        tensor.new_empty(tensor.shape if needed else 0)
-        for tensor, needed in zip((input, weight, gain), arguments[-1], strict=True)
+    needs = arguments[-1]
+    return (
+        _laid_out(tuple(input.shape), input) if needs[0] else input.new_empty(0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        gain.new_empty(gain.shape if needs[2] else 0),
     )
 
 
@@ -87,7 +97,7 @@ def _forward(
 ) -> Tensor:
     size = _output_size(input, weight, stride, padding, dilation)
     if input.shape[0] == 0:
-        return input.new_empty(0, weight.shape[0], *size)
+        return _laid_out((0, weight.shape[0], *size), input)
     kernel = _KERNELS[input.device.type]
     output: Tensor = kernel.forward(input, weight, gain, size, stride, padding, dilation, groups)
     return output.to(input.dtype)

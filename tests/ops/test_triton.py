@@ -1,0 +1,171 @@
+"""The fused algorithm's kernels for GPUs: by Triton's interpreter on a CPU, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from awconv.ops.fused import cuda
+from awconv.ops.problem import describe
+from tests.ops.problems import Case
+
+pytest.importorskip("triton")
+
+# What the kernels take: 16 channels and more of a block and of a group, or depthwise; partial tiles of each.
+CASES = {
+    "a tile": Case(2, 2, (6, 6), (16, 16, 3, 3), (16, 1, 3, 3), padding=1),
+    "partial tiles": Case(2, 3, (5, 7), (24, 20, 3, 3), (24, 1, 3, 3), padding=1),
+    "tiles over several samples": Case(2, 5, (3, 3), (17, 16, 3, 3), (17, 1, 3, 3), padding=1),
+    "strides": Case(2, 2, (9, 8), (16, 18, 3, 3), (16, 1, 3, 3), stride=(2, 3), padding=(1, 0)),
+    "a stride that skips pixels": Case(2, 2, (7, 7), (16, 16, 2, 1), (16, 1, 2, 1), stride=3),
+    "dilation and stride": Case(2, 2, (9, 10), (16, 16, 3, 3), (16, 1, 3, 3), padding=2, dilation=2, stride=2),
+    "same padding of an even kernel": Case(2, 2, (5, 4), (16, 16, 2, 2), (16, 1, 2, 2), padding="same"),
+    "input channels in blocks": Case(2, 2, (5, 5), (16, 32, 3, 3), (16, 2, 3, 3), padding=1),
+    "groups": Case(2, 2, (4, 4), (48, 16, 3, 3), (48, 1, 3, 3), padding=1, groups=3),
+    "depthwise": Case(2, 3, (7, 6), (20, 1, 3, 3), (20, 1, 3, 3), padding=1, groups=20, stride=2),
+    "two outputs a channel": Case(2, 2, (5, 5), (20, 1, 3, 3), (20, 1, 3, 3), padding=1, groups=10),
+    "one axis": Case(1, 3, (20,), (18, 16, 5), (18, 1, 5), padding=2, stride=2),
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    return request.param
+
+
+def prepared(case: Case, device: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple]:
+    """Input, weight, gain (1 + attention), and the other arguments, as the operator gets them."""
+    input, weight, attention = (case.tensors[name].to(device, dtype) for name in ("input", "weight", "attention"))
+    gain = (1 + attention).flatten(3)
+    padding = [amount for pair in case.padding_pairs() for amount in pair]
+    arguments = (list(case.per_axis(case.stride)), padding, list(case.per_axis(case.dilation)), case.groups)
+    return (input, weight, gain), arguments
+
+
+def run(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The kernels' output, and the gradients of a fixed sum of it."""
+    tensors, arguments = prepared(case, device, dtype)
+    size = tuple(reference(case, tensors)[0].shape[2:])
+    output = cuda.forward(*tensors, size, *arguments)
+    grad = torch.linspace(-1, 1, output.numel(), dtype=dtype).reshape(output.shape).to(device)
+    return (output, *cuda.backward(grad, *tensors, *arguments, [True, True, True]))
+
+
+def reference(case: Case, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same by the definition in float64, from the same rounded numbers."""
+    exact = [tensor.double().cpu().requires_grad_() for tensor in tensors]
+    attention = exact[2].reshape(case.batch, *case.attention_shape) - 1
+    output = case.run("naive", input=exact[0], weight=exact[1], attention=attention)
+    grad = torch.linspace(-1, 1, output.numel(), dtype=tensors[0].dtype).double().reshape(output.shape)
+    return (output, *torch.autograd.grad(output, exact, grad))
+
+
+def check(case: Case, device: str, dtype: torch.dtype) -> None:
+    values = run(case, device, dtype)
+    # Sums in single precision of up to some thousand products, rounded once; the gain, scaled gradients and operands
+    # may be rounded to the type before: a few eps of it, relative to the largest result.
+    tolerance = 4 * torch.finfo(dtype).eps + 1e-5
+    for value, expected in zip(values, reference(case, prepared(case, device, dtype)[0]), strict=True):
+        assert value.dtype == dtype
+        atol = tolerance * max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(value.double().cpu(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(name: str, dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter does not multiply matrices in bfloat16")
+    check(CASES[name], device, dtype)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equals_the_definition_over_the_arguments(data: st.DataObject, device: str) -> None:
+    depthwise, kernel = data.draw(st.booleans()), data.draw(st.tuples(*[st.integers(1, 3)] * 2))
+    stride, dilation = data.draw(st.tuples(*[st.integers(1, 3)] * 2)), data.draw(st.tuples(*[st.integers(1, 2)] * 2))
+    padding = data.draw(st.tuples(*[st.integers(0, 2)] * 2))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    channels, groups = data.draw(st.integers(16, 20)), data.draw(st.integers(1, 2))
+    assume(max(padding) < 2 or min(reach) > 1)
+    check(
+        Case(
+            2,
+            data.draw(st.integers(1, 3)),
+            tuple(data.draw(st.integers(r, r + 3)) for r in reach),
+            (channels, 1, *kernel) if depthwise else (channels * groups, 16, *kernel),
+            (channels, 1, *kernel) if depthwise else (channels * groups, 1, *kernel),
+            groups=channels if depthwise else groups,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            seed=data.draw(st.integers(0, 100)),
+        ),
+        device,
+        torch.float32,
+    )
+
+
+def test_half_precision_does_not_overflow_where_the_result_does_not(device: str) -> None:
+    input, weight = torch.full((2, 32, 4, 4), 200.0), torch.full((16, 32, 1, 1), 20.0)
+    weight[:, 16:] = -20  # partial sums of 64,000 and the scale of 2 would overflow, the result is 0
+    gain = torch.full((2, 16, 1, 1), 2.0)
+    tensors = [tensor.to(device, torch.float16) for tensor in (input, weight, gain)]
+    output = cuda.forward(*tensors, (4, 4), [1, 1], [0] * 4, [1, 1], 1)
+    assert torch.equal(output.cpu(), torch.zeros(2, 16, 4, 4, dtype=torch.float16))
+
+
+def test_the_same_bits_twice(device: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        for case in CASES.values():
+            for first, second in zip(run(case, device, torch.float32), run(case, device, torch.float32), strict=True):
+                assert torch.equal(first, second)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_a_gradient_can_be_asked_for_alone(needs: tuple[bool, ...], device: str) -> None:
+    for name in ("partial tiles", "depthwise"):
+        tensors, arguments = prepared(CASES[name], device, torch.float32)
+        expected = run(CASES[name], device, torch.float32)
+        grad = torch.linspace(-1, 1, expected[0].numel()).reshape(expected[0].shape).to(device)
+        grads = cuda.backward(grad, *tensors, *arguments, list(needs))
+        assert [value is not None for value in grads] == list(needs)
+        for value, all_three in zip(grads, expected[1:], strict=True):
+            assert value is None or torch.equal(value, all_three)
+
+
+def test_an_empty_batch_has_zero_gradients(device: str) -> None:
+    tensors, arguments = prepared(CASES["a tile"], device, torch.float32)
+    input, weight, gain = tensors[0][:0], tensors[1], tensors[2][:0]
+    output = cuda.forward(input, weight, gain, (6, 6), *arguments)
+    assert output.shape == (0, 16, 6, 6)
+    grads = cuda.backward(output, input, weight, gain, *arguments, [True] * 3)
+    assert [grad.shape for grad in grads] == [input.shape, weight.shape, gain.shape]
+    assert torch.count_nonzero(grads[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("weight", "blocks", "groups", "dtype", "reason"),
+    [
+        ((16, 8, 3, 3), 1, 1, torch.float32, "at least 16 input channels"),
+        ((8, 16, 3, 3), 1, 1, torch.float32, "at least 16 input channels"),
+        ((16, 32, 3, 3), 4, 1, torch.float32, "at least 16 input channels"),
+        ((16, 16, 3, 3), 1, 1, torch.float64, "not torch.float64"),
+        ((16, 16, 2, 3, 3), 1, 1, torch.float32, "one or two spatial axes"),
+    ],
+)
+def test_what_it_cannot_run_it_says(
+    weight: tuple[int, ...], blocks: int, groups: int, dtype: torch.dtype, reason: str
+) -> None:
+    dims = len(weight) - 2
+    shapes = ((2, weight[1] * groups, *[5] * dims), weight, (2, weight[0], blocks, *weight[2:]))
+    problem = describe(dims, *(torch.empty(shape, dtype=dtype) for shape in shapes), None, 1, 1, 1, groups, True)
+    assert reason in str(cuda.obstacle(problem))
