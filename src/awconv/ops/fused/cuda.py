@@ -122,7 +122,8 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 def _gains_of_taps(gain: Tensor, weight: Tensor) -> Tensor:
     """Shape (N, C2, blocks, taps) to (N, blocks, h, w, C2)."""
-    return gain.permute(0, 2, 3, 1).contiguous().unflatten(2, weight.shape[2:])
+    gains: Tensor = gain.permute(0, 2, 3, 1).contiguous()
+    return gains.reshape(*gains.shape[:2], *weight.shape[2:], gains.shape[3])
 
 
 def _grad_input(
@@ -391,7 +392,7 @@ def _geometry(
 def _row_tiles(positions: Tensor, tile: dict[str, Any]) -> int:
     """Tiles of positions: of each sample, or of all together."""
     batch, height, width, _ = positions.shape
-    rows = tile["block_rows"]
+    rows: int = tile["block_rows"]
     return batch * -(-height * width // rows) if tile["one_sample"] else -(-batch * height * width // rows)
 
 
