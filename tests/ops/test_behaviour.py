@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awconv.ops import aw_conv2d, aw_conv3d, fused
 from awconv.ops.choose import ALGORITHMS, choose
 from awconv.ops.problem import describe
-from tests.ops.problems import TYPICAL, Case
+from tests.ops.problems import TYPICAL, Case, skip_other_kernels
 
 
 class Operator(nn.Module):
@@ -162,6 +162,7 @@ def test_a_sample_does_not_see_the_others(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_autocast_computes_in_its_dtype(algorithm: str, device: str) -> None:
+    skip_other_kernels(algorithm, device)
     case = TYPICAL[algorithm]
     tensors = {name: tensor.to(device, torch.float32).requires_grad_() for name, tensor in case.tensors.items()}
     with torch.autocast(device, dtype=torch.bfloat16):

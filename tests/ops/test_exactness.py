@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from awconv.ops import aw_conv2d
 from awconv.ops.choose import ALGORITHMS
-from tests.ops.problems import TYPICAL, Case, cases
+from tests.ops.problems import TYPICAL, Case, cases, skip_other_kernels
 from tests.ops.reference import aw_convolution
 
 # Sums of at most a few hundred products of standard normals, in another order: a few hundred roundings of float64
@@ -78,6 +79,7 @@ def test_a_gradient_can_be_asked_for_alone(algorithm: str, wanted: str) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_stays_within_its_rounding(algorithm: str, dtype: torch.dtype, device: str) -> None:
+    skip_other_kernels(algorithm, device)
     case = TYPICAL[algorithm]
     rounded = {name: tensor.to(device, dtype) for name, tensor in case.tensors.items()}
     exact = {name: tensor.double().cpu().requires_grad_() for name, tensor in rounded.items()}
@@ -100,8 +102,20 @@ def test_low_precision_stays_within_its_rounding(algorithm: str, dtype: torch.dt
         )
 
 
+@pytest.mark.parametrize("algorithm", ["fused", "per_tap", "per_sample", "naive"])
+def test_half_precision_does_not_overflow_where_a_plain_convolution_does_not(algorithm: str, device: str) -> None:
+    # Products of a tap sum up to 102,400, more than float16 holds; the next tap takes as much away.
+    input, weight = torch.full((2, 16, 1, 4), 80.0), torch.full((4, 16, 1, 2), 80.0)
+    weight[..., 1] = -80
+    skip_other_kernels(algorithm, device)
+    tensors = [tensor.to(device, torch.float16) for tensor in (input, weight, torch.zeros(2, 4, 1, 1, 2))]
+    output = aw_conv2d(*tensors, algorithm=algorithm)
+    assert torch.count_nonzero(output) == 0
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_same_bits_twice_in_deterministic_mode(algorithm: str, device: str) -> None:
+    skip_other_kernels(algorithm, device)
     case = TYPICAL[algorithm]
     torch.use_deterministic_algorithms(True)
     try:

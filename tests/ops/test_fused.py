@@ -167,6 +167,17 @@ def test_an_exported_program_can_hold_the_operator_and_be_trained() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("case", TYPICAL.values(), ids=TYPICAL)
+def test_an_exported_program_does_not_hold_it_unasked(case: Case) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+            return case.run(input=input, weight=weight, attention=attention)
+
+    inputs = tuple(case.tensors[name] for name in ("input", "weight", "attention"))
+    exported = torch.export.export(Layer(), inputs, strict=False)
+    assert not [node for node in exported.graph.nodes if "awconv" in str(node.target)]
+
+
 def test_the_operators_keep_pytorchs_rules() -> None:
     case = TYPICAL["fused"]
     tensors = [case.tensors[name].clone().requires_grad_() for name in ("input", "weight")]

@@ -40,6 +40,7 @@ class Algorithm(NamedTuple):
         obstacle: why it cannot run a problem, or None if it can.
         cost: ``cost(problem, machine)`` estimates its time for one sample, in multiply-adds of a plain convolution.
         constant_weights: every convolution in it has weights that do not depend on the input, as exported graphs need.
+        portable: it is made of PyTorch's own operators, which other runtimes know.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Algorithm(NamedTuple):
     obstacle: Callable[[Problem], str | None]
     cost: Callable[[Problem, Machine], float]
     constant_weights: bool = False
+    portable: bool = True
 
 
 def autocasts(device: str) -> bool:

@@ -70,8 +70,9 @@ def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:
     able = [candidate for candidate in ALGORITHMS.values() if candidate.obstacle(problem) is None]
     if torch.compiler.is_exporting():
         # Runtimes want constant weights, and sizes may be symbolic: structure alone decides.
-        constant = [candidate for candidate in able if candidate.constant_weights]
-        return (constant or able)[0]
+        portable = [candidate for candidate in able if candidate.portable]
+        constant = [candidate for candidate in portable if candidate.constant_weights]
+        return (constant or portable)[0]
     machine = MACHINES.get(problem.device, MACHINES["cpu"])
     cheapest, least = able[0], able[0].cost(problem, machine)
     for candidate in able[1:]:  # not min(key=...), which torch.compile cannot trace with symbolic sizes

@@ -7,6 +7,7 @@ at a time. All samples share one wide matrix product, with the channels first.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def _obstacle(problem: Problem) -> str | None:
 
 
 def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+    if problem.dtype == torch.float16:  # a tap's product alone may overflow where the sum over the taps does not
+        return _per_tap(replace(problem, dtype=torch.float32), input.float(), weight.float(), attention.float()).half()
     gain = problem.gain(attention).squeeze(2)
     for axis, rate in enumerate((problem.rates[0], *problem.rates[2:]), start=1):
         if rate > 1:

@@ -246,4 +246,4 @@ def _cost(problem: Problem, machine: Machine) -> float:
     return multiply_adds + _SCALED * weights + _GROUP * problem.groups
 
 
-ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost)
+ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost, portable=False)
