@@ -14,6 +14,7 @@ from awconv.cli import main
 from awconv.data import Cifar10, Digits, ImageDataModule, ImageFolder, Parquet
 from awconv.predict import classify, load_task
 from awconv.training import TrainingCLI
+from awconv.training.checkpoints import find_last
 
 EPOCHS = 8
 
@@ -27,8 +28,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = f"--model.network=aw_resnet8_cifar --trainer.max_epochs={EPOCHS} --trainer.default_root_dir={folder}"
     quiet = "--trainer.enable_progress_bar=false --trainer.enable_model_summary=false --trainer.logger=false"
     assert main(["fit", f"--config={recipe}", *arguments.split(), *quiet.split()]) == 0
-    (checkpoint,) = folder.glob("checkpoints/*.ckpt")
-    return checkpoint
+    last = find_last(folder)
+    assert last is not None
+    return last
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
         (["compare", "{here}/none.yaml"], "none.yaml is not a file"),
         (
             ["fit", "--model.network=resnet8_cifer"],
-            "timm.create_model knows, got 'resnet8_cifer'; near it: aw_resnet8_cifar, resnet8_cifar",
+            "timm.create_model knows, got 'resnet8_cifer'; near it: aw_cbamresnet8_cifar, aw_resnet8_cifar, ",
         ),
         (
             ["fit", "--model.network=resnet8_cifar", "--data=ImageFolder", "--data.root={here}"],

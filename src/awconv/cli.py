@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ usage: awconv COMMAND [ARGUMENTS]
   validate  evaluate a checkpoint on the validation split
   test      evaluate a checkpoint on the test split
   compare   train the variants of a recipe over seeds, and report how they compare
+  ablate    the same over the choices that an AW branch leaves, on the validation split
   predict   classify image files with a checkpoint
   models    list the models with attention, and what they cost beside their twins without
   bench     time a layer (bench op) or networks (bench model NAME ...) beside plain ones
@@ -35,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 if all went well, 1 after an error of the user's or a broken image, 2 for arguments that
-        cannot be parsed, 130 after Ctrl-C.
+        cannot be parsed, 130 after Ctrl-C, 143 after SIGTERM.
     """
     command, *arguments = (sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
@@ -47,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
     commands = {
         "demo": _function,
         "compare": _function,
+        "ablate": _function,
         "predict": _function,
         "models": _function,
         "bench": _bench,
@@ -69,13 +72,14 @@ def main(args: Sequence[str] | None = None) -> int:
 def _function(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
     jsonargparse = require("jsonargparse", extra="train")
-    from awconv.compare import compare, demo
+    from awconv.compare import ablate, compare, demo
     from awconv.model_costs import models
     from awconv.predict import predict
 
     functions: dict[str, Callable[..., int]] = {
         "demo": demo,
         "compare": compare,
+        "ablate": ablate,
         "predict": predict,
         "models": models,
     }
@@ -83,14 +87,14 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action="config", help="a YAML file of arguments")
     skip = set()
-    if command == "compare":
+    if command in ("compare", "ablate"):
         parser.add_argument("recipe", type=Path, help="a YAML file for awconv fit")
         skip |= {"recipe"}
     if command == "predict":
         parser.add_argument("images", type=Path, nargs="+", help="image files, and folders that are searched for them")
         skip |= {"images"}
     others: dict[str, object] = {}
-    if command in ("demo", "compare"):
+    if command in ("demo", "compare", "ablate"):
         others["command"] = shlex.join(["awconv", command, *arguments])
         parser.epilog = "Arguments after -- go to every run, as awconv fit takes them: -- --trainer.max_epochs=5"
         skip |= {"overrides", "command"}
@@ -124,7 +128,13 @@ def _bench(command: str, arguments: Sequence[str]) -> int:
 
 def _lightning(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     from awconv.training import TrainingCLI
 
-    TrainingCLI([command, *arguments], save_config=command == "fit")
+    try:
+        TrainingCLI([command, *arguments], save_config=command == "fit")
+    except SIGTERMException:
+        print(f"awconv {command}: stopped by SIGTERM; the same command with --ckpt_path=last goes on", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return 0

@@ -120,7 +120,7 @@ def classify(task: ClassificationTask, files: Sequence[Path], batch_size: int) -
         names, batch = [], []
         for file in files[start : start + batch_size]:
             try:
-                batch.append(to_uint8(read_image(str(file), str(file)), channels, size))
+                batch.append(to_uint8(read_image(str(file), str(file)), channels, size, task.crop_pct))
                 names.append(str(file))
             except BrokenImageError as error:
                 yield Failure(str(file), str(error))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import itertools
 import json
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from awconv.data import BrokenImageError, Cifar10, Cifar100, Digits, ImageFolder, Parquet, to_uint8
-from awconv.data.augment import random_crop, random_horizontal_flip
+from awconv.data import BrokenImageError, Cifar10, Cifar100, Digits, ImageFolder, Parquet, WebDataset, to_uint8
+from awconv.data.augment import shift
 from awconv.data.images import InMemoryImages, TransformedImages, read_image
 
 DIGITS = load_digits()
@@ -224,7 +228,7 @@ class TestParquet:
         data = Parquet(str(folder / "test.parquet"), image_size=32)
         assert data.classes[:3] == ["airplane", "automobile", "bird"]
         images, targets = next(iter(data.val_dataloader()))
-        assert images.shape == (128, 3, 32, 32)
+        assert images.shape == (125, 3, 32, 32)  # 1,000 images are held out, for 8 batches
         assert len(targets.unique()) == 10
         assert images.float().std() > 40
 
@@ -258,29 +262,36 @@ class TestAugmentation:
     def test_a_crop_is_a_window_of_the_padded_image_and_each_sample_has_its_own(self) -> None:
         images = torch.arange(1, 1 + 50 * 2 * 5 * 6).reshape(50, 2, 5, 6).to(torch.int32)
         padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-        places = set()
-        for before, after in zip(padded, random_crop(images, 2), strict=True):
-            found = [(y, x) for y in range(5) for x in range(5) if torch.equal(before[:, y : y + 5, x : x + 6], after)]
-            assert len(found) == 1
-            places.add(found[0])
-        assert len(places) > 10
+        top, left = torch.randint(0, 5, (2, 50))
+        for before, after, y, x in zip(padded, shift(images, 2, top, left), top, left, strict=True):
+            assert torch.equal(before[:, y : y + 5, x : x + 6], after)
 
-    def test_a_flip_mirrors_about_half_of_the_samples(self) -> None:
-        images = torch.randint(0, 256, (400, 1, 4, 5), dtype=torch.uint8)
-        flipped = random_horizontal_flip(images)
-        kept = (flipped == images).flatten(1).all(1)
-        mirrored = (flipped == images.flip(3)).flatten(1).all(1)
-        assert torch.all(kept ^ mirrored)
-        assert 140 < mirrored.sum() < 260  # six deviations of 400 fair coins around 200
+    def test_every_place_and_either_side_is_drawn(self) -> None:
+        images = torch.zeros(2000, 1, 8, 8, dtype=torch.uint8)
+        images[:, :, 4, 3] = 1  # crops of at most 2 pixels keep it
+        augmented = Digits(crop_padding=2, horizontal_flip=True).augment(images, seed=5)
+        counts = augmented.sum(0)[0]  # 4, 3 moves by up to two, and 3 becomes 4 in a mirror
+        assert counts[2:7].gt(0).nonzero()[:, 1].tolist() == [1, 2, 3, 4, 5, 6] * 5
+        # 25 places and two sides are 50 outcomes of 1/50 each; column 1 has one of them, the columns between two.
+        expected = 2000 / 50 * torch.tensor([1, 2, 2, 2, 2, 1])
+        assert torch.all((counts[2:7, 1:7] - expected).abs() < 6 * expected.sqrt())  # six deviations
+
+    def test_several_processes_do_together_what_one_does(self) -> None:
+        images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8)
+        together = Digits(crop_padding=2, horizontal_flip=True).augment(images, seed=3)
+        for rank in range(3):
+            data = Digits(crop_padding=2, horizontal_flip=True)
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
+            assert torch.equal(data.augment(images[rank::3], seed=3), together[rank::3])
+        assert not torch.equal(Digits(crop_padding=2).augment(images, seed=4), together)
 
     def test_training_batches_alone_are_augmented(self) -> None:
         data = Digits(batch_size=64, crop_padding=2)
 
-        class Trainer:
-            training = True
-
         batch = next(iter(data.train_dataloader()))
-        data.trainer = Trainer()
+        progress = SimpleNamespace(current=SimpleNamespace(processed=0, ready=0))
+        loop = SimpleNamespace(epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress))
+        data.trainer = SimpleNamespace(training=True, fit_loop=loop, global_rank=0, world_size=1)
         assert not torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
         data.trainer.training = False
         assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
@@ -323,3 +334,154 @@ def test_the_shorter_side_is_resized_and_the_centre_kept() -> None:
     stripes = np.zeros((8, 24), np.uint8)
     stripes[:, 8:16] = 200
     assert torch.equal(to_uint8(Image.fromarray(stripes), 1, 8), torch.full((1, 8, 8), 200, dtype=torch.uint8))
+
+
+def test_the_part_of_the_shorter_side_that_is_kept() -> None:
+    ring = np.zeros((16, 16), np.uint8)
+    ring[2:14, 2:14] = 200
+    assert torch.equal(
+        to_uint8(Image.fromarray(ring), 1, 12, crop_pct=0.75), torch.full((1, 12, 12), 200, dtype=torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_broken_images_are_refused_or_left_out_by_name(
+    in_memory: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tree(tmp_path, {"train": 60, "val": 20})
+    for split in ("train", "val"):
+        victim = sorted((tmp_path / split).rglob("*.png"))[3]
+        victim.write_bytes(victim.read_bytes()[:40])
+
+    def data(broken_images: str) -> ImageFolder:
+        return ImageFolder(
+            tmp_path, image_size=8, batch_size=10, in_memory=in_memory, num_workers=0, broken_images=broken_images
+        )
+
+    with pytest.raises(BrokenImageError, match=r"val/digit\d/\d+\.png: .*; --data\.broken_images=skip leaves"):
+        list(data("refuse").val_dataloader())
+    batches = list(data("skip").val_dataloader())
+    assert sum(len(targets) for _, targets in batches) == 19
+    assert str(sorted((tmp_path / "val").rglob("*.png"))[3]) in caplog.text
+    assert sum(len(targets) for _, targets in data("skip").train_dataloader()) == (50 if in_memory else 59)
+
+
+def test_an_empty_class_is_named(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"train": 30})
+    (tmp_path / "train" / "digit11").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"Found no valid file for the classes digit11.*remove empty ones"):
+        ImageFolder(tmp_path).classes  # noqa: B018
+
+
+def test_arguments_of_timms_transform(tmp_path: Path) -> None:
+    data = Digits(transform={"auto_augment": "rand-m9-mstd0.5", "scale": [0.5, 1.0]}, num_workers=0, image_size=16)
+    assert isinstance(data.dataset("train"), TransformedImages)
+    assert isinstance(data.dataset("val"), InMemoryImages)
+    images, _ = next(iter(data.train_dataloader()))
+    assert (images.dtype, images.shape) == (torch.uint8, (128, 1, 16, 16))
+    loader = data.train_dataloader()
+    assert torch.equal(next(iter(loader))[0], images)  # the same epoch
+    loader.batch_sampler.sampler.set_epoch(1)
+    assert not torch.equal(next(iter(loader))[0], images)
+    with pytest.raises(ValueError, match=r"transform must hold arguments of timm.*got \{'scael': 1\}.*scael"):
+        Digits(transform={"scael": 1}).dataset("train")
+    with pytest.raises(ValueError, match="in_memory and transform exclude each other"):
+        Digits(transform={"scale": [0.5, 1.0]}, in_memory=True)
+
+
+def test_workers_do_not_change_what_is_drawn() -> None:
+    def first(workers: int) -> torch.Tensor:
+        data = Digits(in_memory=False, num_workers=workers, batch_size=40, image_size=16)
+        return torch.cat([images for images, _ in data.train_dataloader()])
+
+    assert torch.equal(first(0), first(2))
+
+
+class TestStreamedParquet:
+    def test_row_groups_are_read_when_needed_and_forgotten(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "small.parquet", range(500))
+        table = pq.read_table(tmp_path / "small.parquet")
+        for part in range(2):
+            pq.write_table(table.slice(250 * part, 250), tmp_path / f"part{part}.parquet", row_group_size=20)
+        data = Parquet(
+            str(tmp_path / "part*.parquet"), image_size=8, batch_size=16, in_memory=False, num_workers=0, val_fraction=0
+        )
+        source = data.open("train")
+        assert source.blocks == [20] * 12 + [10] + [20] * 12 + [10]
+        assert not source._kept
+        for index in (0, 19, 20, 249, 250, 499):
+            assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
+        source._forget()
+        read: list[int] = []
+        original = source._read
+        source._read = lambda group: (read.append(group) if group not in source._kept else None, original(group))[1]
+        loader = data.train_dataloader()
+        drawn = [draw.index for batch in loader.batch_sampler for draw in batch]
+        assert len(set(drawn)) == len(drawn) == 496
+        for _ in loader:
+            assert len(source._kept) <= 8
+        # Each window of 8 groups once; a batch across two windows may read a group of the first again.
+        assert len(read) <= 26 + 3 * 8
+        assert sorted(set(read)) == list(range(26))
+        neighbours = sum(abs(a - b) == 1 for a, b in itertools.pairwise(drawn))
+        assert neighbours < 50  # of 495: rows are shuffled within windows of 160, not only groups
+
+    def test_a_broken_file_is_named(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "a.parquet", range(50))
+        (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"b\.parquet is not a Parquet file, or a broken one"):
+            Parquet(str(tmp_path / "*.parquet")).classes  # noqa: B018
+
+
+def write_shard(path: Path, indices: range, label: str = "cls", pax: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for index in indices:
+            target = int(DIGITS.target[index])
+            text = {"cls": str(target), "json": json.dumps({"label": target})}.get(label)
+            prefix = "a long folder name " * 10 if pax else "images"
+            files = {f"{prefix}/{index:04}.seg.png" if pax else f"{prefix}/{index:04}.png": png(digit(index))}
+            if text is not None:
+                files[f"{prefix}/{index:04}.{label}"] = text.encode()
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+class TestWebDataset:
+    @pytest.mark.parametrize("label", ["cls", "json"])
+    @pytest.mark.parametrize("pax", [True, False])
+    def test_images_and_labels_are_those_of_the_shards(self, label: str, pax: bool, tmp_path: Path) -> None:
+        for shard in range(3):
+            write_shard(tmp_path / f"train-{shard}.tar", range(40 * shard, 40 * shard + 40), label, pax)
+        write_shard(tmp_path / "test.tar", range(200, 230), label, pax)
+        data = WebDataset(
+            str(tmp_path / "train-*.tar"), test=str(tmp_path / "test.tar"), image_size=8, batch_size=16, num_workers=2
+        )
+        assert data.classes == [str(index) for index in range(10)]
+        source = data.open("train")
+        assert source.targets == DIGITS.target[:120].tolist()
+        for index in (0, 41, 119):
+            assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
+        assert sum(len(targets) for _, targets in data.test_dataloader()) == 30
+        streamed = WebDataset(
+            str(tmp_path / "train-*.tar"), image_size=8, batch_size=16, in_memory=False, num_workers=2, val_fraction=0
+        )
+        assert sum(len(targets) for _, targets in streamed.train_dataloader()) == 112
+
+    def test_mistakes_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no file matches .*none\.tar"):
+            WebDataset(str(tmp_path / "none.tar")).classes  # noqa: B018
+        write_shard(tmp_path / "a.tar", range(20))
+        (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:3000])
+        with pytest.raises(ValueError, match=r"cut\.tar is not a plain tar file, or a broken one"):
+            WebDataset(str(tmp_path / "cut.tar")).classes  # noqa: B018
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+        with pytest.raises(ValueError, match=r"a\.tar\.gz is not a plain tar file"):
+            WebDataset(str(tmp_path / "a.tar.gz")).classes  # noqa: B018
+        write_shard(tmp_path / "none.tar", range(5), label="txt")
+        with pytest.raises(ValueError, match=r"image images/0000\.png has no label; expected images/0000\.cls"):
+            WebDataset(str(tmp_path / "none.tar")).classes  # noqa: B018
+        with pytest.raises(ValueError, match=r"labels must be from 0 to 1, got 9; name all classes with class_names"):
+            WebDataset(str(tmp_path / "a.tar"), class_names=["a", "b"]).classes  # noqa: B018

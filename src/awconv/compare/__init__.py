@@ -4,6 +4,6 @@ from awconv.extras import require
 
 require("lightning", extra="train")
 
-from awconv.compare.compare import compare, demo
+from awconv.compare.compare import ablate, compare, demo
 
-__all__ = ["compare", "demo"]
+__all__ = ["ablate", "compare", "demo"]

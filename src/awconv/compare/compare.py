@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from awconv import terminal
+from awconv.compare.ablation import CHOICES, arms
 from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import Run, Variant, base_network, find_variant, open_data, train
+from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, open_data
+from awconv.data import ImageDataModule
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
@@ -21,13 +29,17 @@ def compare(
     variants: str = "plain,aw",
     seeds: int = 3,
     out: Path | None = None,
+    jobs: int = 1,
+    split: Split = "test",
     overrides: Sequence[str] = (),
     command: str = "",
 ) -> int:
     """Trains the twins of a recipe over the same seeds and prints how they compare.
 
-    Each finished run is kept as a small JSON file, and Ctrl-C reports those that are finished. The twins of a seed are
-    trained one after the other, so that the ratio of their times is taken on a machine in the same state.
+    Each finished run is kept as a small JSON file. A run whose file is there is not trained again, and one that was
+    interrupted goes on: Ctrl-C reports what is finished, and the same command goes on later, or elsewhere with these
+    files. The twins of a seed are trained one after the other, so that the ratio of their times is taken on a machine
+    in the same state.
 
     Args:
         recipe: a YAML file for ``awconv fit``.
@@ -35,6 +47,8 @@ def compare(
             ``aw_se`` the network of that name, and ``FILE.yaml`` the recipe with that file laid over it.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/`` and the recipe's name by default.
+        jobs: how many runs go side by side, in processes that share the device.
+        split: what the networks are tested on. Choices are to be made on ``val``, before anything is seen of ``test``.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
 
@@ -43,24 +57,59 @@ def compare(
 
     Raises:
         FileNotFoundError: there is no such recipe or variant.
-        ValueError: the recipe names no network, a variant does not exist or twice, or there is nothing to run.
+        ValueError: the recipe names no network, a variant does not exist or twice, there is nothing to run, or a file
+            holds a run of other settings.
     """
     base = base_network(recipe, overrides)
     twins = [find_variant(base, variant.strip()) for variant in variants.split(",")]
     names = [twin.name for twin in twins]
     if len(set(names)) < len(names):
         raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
-    folder = out if out is not None else Path("runs") / recipe.stem
-    folder.mkdir(parents=True, exist_ok=True)
     title = f"{base}: {' against '.join(names)} ({recipe.stem})"
-    console = terminal.console()
-    status, runs = _train_all(recipe, twins, seeds, folder, overrides, console)
-    if runs:
-        console.print(rich_table(summarise(runs), title))
-        console.print(f"Report: {write_report(runs, folder, title, command)}")
-    return status
+    folder = out if out is not None else Path("runs") / recipe.stem
+    return _run(recipe, twins, seeds, folder, jobs, split, overrides, title, command)
+
+
+def ablate(
+    recipe: Path,
+    vary: str = CHOICES,
+    seeds: int = 3,
+    out: Path | None = None,
+    jobs: int = 1,
+    overrides: Sequence[str] = (),
+    command: str = "",
+) -> int:
+    """Trains the AW twin of a recipe with other choices for its branch, and compares them on the validation split.
+
+    The test split is not looked at. Finished and interrupted runs are taken up as in ``awconv compare``.
+
+    Args:
+        recipe: a YAML file for ``awconv fit``.
+        vary: what is changed, one at a time, with spaces between them: arguments of the layer such as ``reduction=4``,
+            ``in_expansion=1``, ``activation=tanh``, ``residual=false``, ``norm_layer=none``; ``select=layer3.*`` for
+            the stages with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for their optimisation. Several
+            changes at once are joined by ``+``: ``reduction=4+activation=tanh``.
+        seeds: number of seeds, counted from 0.
+        out: the folder of the report; ``runs/`` and the recipe's name with ``_ablation`` by default.
+        jobs: how many runs go side by side, in processes that share the device.
+        overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+        command: what the user typed, for the report.
+
+    Returns:
+        The exit status: 0, or 130 after Ctrl-C.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: the recipe's network has no AW twin, a change is none, the data have no validation split, or a file
+            holds a run of other settings.
+    """
+    base = base_network(recipe, overrides)
+    network = base if base.startswith("aw_") else find_variant(base, "aw").network
+    assert network is not None
+    twins = arms(network, vary.split())
+    folder = out if out is not None else Path("runs") / f"{recipe.stem}_ablation"
+    title = f"{network}: choices for the branch ({recipe.stem})"
+    return _run(recipe, twins, seeds, folder, jobs, "val", overrides, title, command)
 
 
 def demo(
@@ -80,16 +129,41 @@ def demo(
     return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
 
 
-def _train_all(
+def _run(
     recipe: Path,
     variants: Sequence[Variant],
     seeds: int,
     folder: Path,
+    jobs: int,
+    split: Split,
     overrides: Sequence[str],
-    console: Console,
-) -> tuple[int, list[Run]]:
-    runs: list[Run] = []
-    data = open_data(recipe, overrides)
+    title: str,
+    command: str,
+) -> int:
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = [
+        Plan(recipe, variant, seed, folder, tuple(overrides), split, jobs)
+        for seed, variant in product(range(seeds), variants)
+    ]
+    console = terminal.console()
+    status, runs = _train_all(plans, console)
+    if runs:
+        order = [variant.name for variant in variants]
+        runs.sort(key=lambda run: (run.seed, order.index(run.variant)))
+        console.print(rich_table(summarise(runs), title))
+        console.print(f"Report: {write_report(runs, folder, title, command)}")
+    return status
+
+
+def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]:
+    finished = {plan: run for plan in plans if (run := plan.finished()) is not None}
+    missing = [plan for plan in plans if plan not in finished]
+    runs, folder = list(finished.values()), plans[0].folder
+    if runs:
+        console.print(f"{len(runs)} of {len(plans)} runs are finished already, in {folder}", highlight=False)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -101,20 +175,79 @@ def _train_all(
         console=console,
     )
     with progress:
-        bar = progress.add_task("", total=len(variants) * seeds)
-        for seed, variant in product(range(seeds), variants):
-            name, done = f"{variant.name}-seed{seed}", len(runs)
+        bar = progress.add_task("", total=len(missing))
+        done: dict[Plan, float] = {}
 
-            def on_progress(epochs: float, of: int, name: str = name, done: int = done) -> None:
-                epoch = min(int(epochs) + 1, of)
-                progress.update(bar, description=f"{name}, epoch {epoch}/{of}", completed=done + epochs / of)
+        def on_progress(plan: Plan, epochs: float, of: int) -> None:
+            done[plan] = epochs / of
+            epoch = min(int(epochs) + 1, of)
+            progress.update(bar, description=f"{plan.name}, epoch {epoch}/{of}", completed=sum(done.values()))
 
-            try:
-                run = train(recipe, variant, seed, folder / name, data, overrides, on_progress)
-                run.save(folder / f"{name}.json")
-            except KeyboardInterrupt:
-                console.print(f"Interrupted in {name}; {len(runs)} finished runs are kept in {folder}")
-                return 130, runs
+        def on_finished(run: Run) -> None:
             runs.append(run)
-            console.print(f"{name}: test accuracy {100 * run.test_accuracy:.2f} %", highlight=False)
+            console.print(
+                f"{run.variant}-seed{run.seed}: {run.test_split} accuracy {100 * run.test_accuracy:.2f} %",
+                highlight=False,
+            )
+
+        try:
+            if missing and missing[0].jobs == 1:
+                data = open_data(missing[0].recipe, missing[0].overrides, missing[0].split)
+                for plan in missing:
+                    on_finished(plan.train(data, partial(on_progress, plan)))
+            elif missing:
+                _side_by_side(missing, on_progress, on_finished)
+        except KeyboardInterrupt:
+            console.print(
+                f"Interrupted; {len(runs)} finished runs are kept in {folder}, and the same command goes on",
+                highlight=False,
+            )
+            return 130, runs
     return 0, runs
+
+
+def _side_by_side(missing: Sequence[Plan], on_progress: object, on_finished: object) -> None:
+    """Trains in processes of their own, each with its share of the cores."""
+    assert callable(on_progress)
+    assert callable(on_finished)
+    context = multiprocessing.get_context("spawn")  # a fork would share the state of threads and of CUDA
+    jobs = min(missing[0].jobs, len(missing))
+    with context.Manager() as manager:
+        reports = manager.Queue()
+        pool = ProcessPoolExecutor(
+            jobs, mp_context=context, initializer=_prepare, initargs=(max(1, (os.cpu_count() or 1) // jobs), reports)
+        )
+        waiting: set[Future[Run]] = {pool.submit(_train_apart, plan) for plan in missing}
+        try:
+            while waiting:
+                try:
+                    number, epochs, of = reports.get(timeout=0.2)
+                    on_progress(next(plan for plan in missing if plan.name == number), epochs, of)
+                except queue.Empty:
+                    pass
+                for future in [future for future in waiting if future.done()]:
+                    waiting.remove(future)
+                    on_finished(future.result())
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_reports: queue.Queue[tuple[str, float, int]]
+_data: dict[tuple[Path, tuple[str, ...]], ImageDataModule] = {}  # decoded once in each process
+
+
+def _prepare(threads: int, reports: queue.Queue[tuple[str, float, int]]) -> None:
+    global _reports
+    _reports = reports
+    torch.set_num_threads(threads)
+
+
+def _train_apart(plan: Plan) -> Run:
+    key = (plan.recipe, plan.overrides)
+    if key not in _data:
+        _data[key] = open_data(plan.recipe, plan.overrides, plan.split)
+    return plan.train(_data[key], lambda epochs, of: _reports.put((plan.name, epochs, of)))

@@ -12,17 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import timm
 import torch
 import yaml
+from torch import Tensor
 
 from awconv.data import ImageDataModule
 from awconv.models import TWINS
+from awconv.summary import summary
 from awconv.training import TrainingCLI
+from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.version import __version__
+
+Split = Literal["test", "val"]
+Progress = Callable[[float, int], None]
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,14 @@ class Run:
         network: name of the network.
         seed: of the initialisation, the order of the images and their augmentation.
         parameters: number of trained parameters.
-        test_split: the split that it was tested on: ``"val"`` where the data set has no ``"test"``.
+        test_split: the split that it was tested on: ``"val"`` where the data set has no ``"test"``, or where choices
+            are made by it.
         test_accuracy: share of that split that the network of the last epoch classified rightly.
         epochs: the learning curve.
         recipe: all settings of the run.
         versions: of awconv, torch, timm and Python, and the machine.
+        operations: multiply-adds for one image; None in runs of versions that did not count them.
+        jobs: how many runs shared the device.
     """
 
     variant: str
@@ -65,6 +74,8 @@ class Run:
     epochs: list[Epoch]
     recipe: dict[str, Any]
     versions: dict[str, str]
+    operations: int | None = None
+    jobs: int = 1
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -76,6 +87,19 @@ class Run:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
         os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        try:
+            content = json.loads(path.read_text())
+            return cls(**(content | {"epochs": [Epoch(**epoch) for epoch in content["epochs"]]}))
+        except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a run of awconv compare: {error}") from error
 
 
 _NETWORK = "--model.network="
@@ -108,11 +132,13 @@ class Variant:
         name: what it is called.
         overlay: a YAML file that is laid over the recipe, and under the arguments of all variants.
         network: in the place of the recipe's.
+        arguments: of its own, as ``awconv fit`` takes them.
     """
 
     name: str
     overlay: Path | None = None
     network: str | None = None
+    arguments: tuple[str, ...] = ()
 
 
 def find_variant(base: str, given: str) -> Variant:
@@ -148,15 +174,16 @@ def _known_variants(base: str) -> list[str]:
     return ["plain", *(name.removesuffix(base).rstrip("_") for name in known)]
 
 
-def open_data(recipe: Path, overrides: Sequence[str]) -> ImageDataModule:
-    """The data of a recipe. Nothing but the test images is decoded yet.
+def open_data(recipe: Path, overrides: Sequence[str], split: Split = "test") -> ImageDataModule:
+    """The data of a recipe. Only the images of ``split`` are decoded yet.
 
     Raises:
         ValueError: there is nothing to test on.
     """
     data: ImageDataModule = _parse(recipe, *overrides).datamodule
-    if data.dataset("test") is None:
-        raise ValueError("the data have neither a test nor a validation split; hold one out with data.val_fraction")
+    if data.dataset(split) is None:
+        splits = {"test": "neither a test nor a validation split", "val": "no validation split"}
+        raise ValueError(f"the data have {splits[split]}; hold one out with data.val_fraction")
     return data
 
 
@@ -165,100 +192,235 @@ def _parse(recipe: Path, *arguments: str) -> TrainingCLI:
     return TrainingCLI([f"--config={recipe}", *arguments], run=False, save_config=False)
 
 
-def train(
-    recipe: Path,
-    variant: Variant,
-    seed: int,
-    folder: Path,
-    data: ImageDataModule,
-    overrides: Sequence[str] = (),
-    on_progress: Callable[[float, int], None] = lambda epochs, of: None,
-) -> Run:
-    """Trains a network by a recipe and tests it after the last epoch.
+@dataclass(frozen=True)
+class Plan:
+    """A run that is to be there in the end.
 
-    Args:
+    Attributes:
         recipe: a YAML file for ``awconv fit``.
         variant: what distinguishes the run from its twins.
         seed: in the place of the recipe's.
-        folder: where the checkpoint goes.
-        data: the recipe's data, of :func:`open_data`: runs share it, and it is decoded once.
+        folder: of the comparison. The run's file goes there, and its checkpoints to a folder of the run's name.
         overrides: further arguments, as ``awconv fit`` takes them.
-        on_progress: called after each batch with the epochs done so far and the number of all.
-
-    Raises:
-        KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
+        split: what the network is tested on: ``"test"`` or ``"val"``.
+        jobs: how many runs share the device.
     """
-    cli = _parse(
-        recipe,
-        *([] if variant.overlay is None else [f"--config={variant.overlay}"]),
-        *overrides,
-        *([] if variant.network is None else [f"{_NETWORK}{variant.network}"]),
-        f"--seed_everything={seed}",
-        f"--trainer.default_root_dir={folder}",
-        "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false",
-    )
-    recorder = _Recorder(on_progress)
-    cli.trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
+
+    recipe: Path
+    variant: Variant
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    split: Split = "test"
+    jobs: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return f"{self.variant.name}-seed{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        """Where the finished run is kept."""
+        return self.folder / f"{self.name}.json"
+
+    def parse(self) -> TrainingCLI:
+        """The trainer, the task and the data of the run."""
+        overlay, network = self.variant.overlay, self.variant.network
+        return _parse(
+            self.recipe,
+            *([] if overlay is None else [f"--config={overlay}"]),
+            *self.overrides,
+            *([] if network is None else [f"{_NETWORK}{network}"]),
+            *self.variant.arguments,
+            f"--seed_everything={self.seed}",
+            f"--trainer.default_root_dir={self.folder / self.name}",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        )
+
+    def finished(self) -> Run | None:
+        """The run, if it is finished already.
+
+        Raises:
+            ValueError: the file holds a run of other settings, or no run.
+        """
+        if not self.file.is_file():
+            return None
+        run, cli = Run.load(self.file), self.parse()
+        differing = _differences(_completed(run.recipe, cli), _settings(cli))
+        if run.test_split != self.split and not (run.test_split == "val" and cli.datamodule.test_split == "val"):
+            differing.append(f"tested on {run.test_split} there, on {self.split} now")
+        if differing:
+            raise ValueError(
+                f"{self.file} holds a run of other settings: {'; '.join(differing[:3])}. Name another folder with "
+                "--out, or remove the file to train anew"
+            )
+        return run
+
+    def train(self, data: ImageDataModule, on_progress: Progress = lambda epochs, of: None) -> Run:
+        """Trains the network, from where an interrupted run was, tests it after the last epoch and keeps the run.
+
+        Args:
+            data: the recipe's data, of :func:`open_data`: runs share it, and it is decoded once.
+            on_progress: called after each batch with the epochs done so far and the number of all.
+
+        Raises:
+            KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
+        """
+        cli = self.parse()
+        model, trainer = cli.model, cli.trainer
+        recorder = _Recorder(_settings(cli), on_progress)
+        trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]  # before checkpoints are written
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=self._interrupted(recorder))
+            evaluate = trainer.test if self.split == "test" else trainer.validate
+            (metrics,) = evaluate(model, datamodule=data, verbose=False)
+        except SystemExit as error:
+            if trainer.interrupted:
+                raise KeyboardInterrupt from error
+            raise
+        model.cpu()
+        channels, height, width = model.input_size
+        run = Run(
+            variant=self.variant.name,
+            network=model.hparams["network"],
+            seed=self.seed,
+            parameters=sum(p.numel() for p in model.network.parameters() if p.requires_grad),
+            operations=summary(model.network, torch.zeros(1, channels, height, width)).operations,
+            test_split=data.test_split if self.split == "test" else self.split,
+            test_accuracy=metrics[f"{self.split}/accuracy"],
+            epochs=recorder.epochs,
+            recipe=yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True)),
+            versions={
+                "awconv": __version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "python": platform.python_version(),
+                "device": torch.cuda.get_device_name() if recorder.device == "cuda" else platform.machine(),
+                "threads": str(torch.get_num_threads()),
+            },
+            jobs=self.jobs,
+        )
+        run.save(self.file)
+        return run
+
+    def _interrupted(self, recorder: _Recorder) -> str | None:
+        """The last checkpoint of this run, if it is one of the same settings."""
+        last = find_last(self.folder / self.name)
+        if last is None:
+            return None
+        state = read_checkpoint(last).get("callbacks", {}).get(recorder.state_key, {})
+        return str(last) if state.get("settings") == recorder.settings else None
+
+
+# What does not change the result, or only in rounding.
+_ELSEWHERE = {
+    "trainer": (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "default_root_dir",
+        "logger",
+        "enable_progress_bar",
+        "enable_model_summary",
+        "log_every_n_steps",
+    ),
+    "data": ("num_workers", "in_memory", "download"),
+}
+
+
+def _settings(cli: TrainingCLI, config: Any = None) -> dict[str, str]:
+    """The settings that decide what comes of a run, each by its dotted name, as text."""
+    content = yaml.safe_load(cli.parser.dump(cli.config if config is None else config, skip_link_targets=True))
+    content.pop("recent_checkpoint", None)
+    for name in _ELSEWHERE["trainer"]:
+        content["trainer"].pop(name, None)
+    for name in _ELSEWHERE["data"]:
+        content["data"].get("init_args", {}).pop(name, None)
+    flat: dict[str, str] = {}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif value not in (None, {}, []):
+            flat[prefix] = json.dumps(value)
+
+    flatten("", content)
+    return flat
+
+
+def _completed(recipe: dict[str, Any], cli: TrainingCLI) -> dict[str, str]:
+    """The settings of a run, with today's defaults for those that its version of awconv did not have."""
     try:
-        cli.trainer.fit(cli.model, datamodule=data)
-        (metrics,) = cli.trainer.test(cli.model, datamodule=data, verbose=False)
-    except SystemExit as error:
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt from error
-        raise
-    return Run(
-        variant=variant.name,
-        network=cli.model.hparams["network"],
-        seed=seed,
-        parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
-        test_split=data.test_split,
-        test_accuracy=metrics["test/accuracy"],
-        epochs=recorder.epochs,
-        recipe=yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True)),
-        versions={
-            "awconv": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if cli.model.device.type == "cuda" else platform.machine(),
-            "threads": str(torch.get_num_threads()),
-        },
-    )
+        return _settings(cli, cli.parser.parse_object(recipe, defaults=True))
+    except (SystemExit, ValueError, TypeError, KeyError):
+        return {"recipe": "of a version whose settings are no longer known"}
+
+
+def _differences(there: dict[str, str], now: dict[str, str]) -> list[str]:
+    names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
+    return [f"{name} is {there.get(name, 'not set')} there, {now.get(name, 'not set')} now" for name in names]
 
 
 class _Recorder(pl.Callback):
-    """Keeps the learning curve, and times the batches of each epoch."""
+    """Keeps the learning curve, in checkpoints too, and times the batches of each epoch."""
 
-    def __init__(self, on_progress: Callable[[float, int], None]) -> None:
+    def __init__(self, settings: dict[str, str], on_progress: Progress) -> None:
+        self.settings = settings
         self.epochs: list[Epoch] = []
+        self.device = "cpu"
         self._on_progress = on_progress
-        self._start = self._stop = 0.0
+        self._begun = 0.0
+        self._seconds = 0.0  # in this epoch, and before an interruption of it
+        self._losses: list[Tensor] = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _synchronize(pl_module)
-        self._start = time.perf_counter()
+        self._seconds, self._losses = 0.0, []
+        self._begin(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.device = pl_module.device.type
+        self._begin(pl_module)  # for the rest of an interrupted epoch, which does not start again
+
+    def _begin(self, module: pl.LightningModule) -> None:
+        _synchronize(module)
+        self._begun = time.perf_counter() - self._seconds
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # which Lightning divides by
         batches = trainer.num_training_batches
         if batch_idx + 1 == batches:
             _synchronize(pl_module)
-        self._stop = time.perf_counter()
+        self._seconds = time.perf_counter() - self._begun
         self._on_progress(trainer.current_epoch + (batch_idx + 1) / batches, trainer.max_epochs or 0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        accuracy = metrics.get("val/accuracy")
+        accuracy = trainer.callback_metrics.get("val/accuracy")
         self.epochs.append(
             Epoch(
-                train_loss=metrics["train/loss"].item(),
+                train_loss=torch.stack(self._losses).double().mean().item(),
                 val_accuracy=None if accuracy is None else accuracy.item(),
-                seconds=self._stop - self._start,
+                seconds=self._seconds,
             )
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "seconds": self._seconds,
+            "losses": [loss.item() for loss in self._losses],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = [Epoch(**epoch) for epoch in state_dict["epochs"]]
+        self._seconds = state_dict["seconds"]
+        self._losses = [torch.tensor(loss) for loss in state_dict["losses"]]
 
 
 def _synchronize(module: pl.LightningModule) -> None:

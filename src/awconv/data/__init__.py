@@ -10,6 +10,7 @@ from awconv.data.folder import ImageFolder
 from awconv.data.images import BrokenImageError, to_uint8
 from awconv.data.module import ImageDataModule
 from awconv.data.parquet import Parquet
+from awconv.data.webdataset import WebDataset
 
 __all__ = [
     "BrokenImageError",
@@ -19,5 +20,6 @@ __all__ = [
     "ImageDataModule",
     "ImageFolder",
     "Parquet",
+    "WebDataset",
     "to_uint8",
 ]

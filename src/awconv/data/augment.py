@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device that trains, every sample with its own draw."""
+"""Augmentation of whole batches on the device that trains, every sample by numbers of its own."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Pads with zeros and crops each sample to its size again, at a place of its own.
+def shift(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
+    """Pads with zeros and crops each sample to its size again.
 
     Args:
         images: shape (N, C, H, W), of any dtype.
         padding: pixels on each side.
+        top: where the crops begin in the padded images, from 0 to 2 * padding, shape (N,).
+        left: the same.
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), device=images.device)
-    rows = (top + torch.arange(height, device=images.device))[:, None, :, None]
-    columns = (left + torch.arange(width, device=images.device))[:, None, None, :]
+    rows = (top[:, None] + torch.arange(height, device=images.device))[:, None, :, None]
+    columns = (left[:, None] + torch.arange(width, device=images.device))[:, None, None, :]
     sample = torch.arange(count, device=images.device)[:, None, None, None]
     channel = torch.arange(channels, device=images.device)[None, :, None, None]
     return padded[sample, channel, rows, columns]
 
 
-def random_horizontal_flip(images: Tensor) -> Tensor:
-    """Mirrors each sample of a batch, shape (N, C, H, W), with probability 1/2."""
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(flip, images.flip(3), images)
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirrors the samples of a batch, shape (N, C, H, W), where ``chosen``, shape (N,), is true."""
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)

@@ -21,7 +21,7 @@ class ImageFolder(ImageDataModule):
         **kwargs: as for :class:`ImageDataModule`; ``val_fraction`` is used only without ``val``.
 
     Raises:
-        FileNotFoundError: a folder is missing or holds no images; the message names it.
+        FileNotFoundError: a folder is missing, or the folder of a class holds no images; the message names it.
         ValueError: splits have different classes.
     """
 
@@ -39,7 +39,12 @@ class ImageFolder(ImageDataModule):
             raise FileNotFoundError(
                 f"{folder} is not a folder; expected images in {self.root}/train/CLASS/, and optionally val and test"
             )
-        return _ImageFolder(str(folder), loader=_load)
+        try:
+            return _ImageFolder(str(folder), loader=_load)
+        except FileNotFoundError as error:  # of torchvision: no classes, or empty ones, by their names
+            raise FileNotFoundError(
+                f"{folder}: {error}. Expected images in a folder for each class; remove empty ones"
+            ) from error
 
     @property
     def classes(self) -> list[str]:

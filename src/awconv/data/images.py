@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
+from awconv.data.order import Draw, seed_all
+
 _MODES = {1: "L", 3: "RGB"}
+_log = logging.getLogger(__name__)
 
 
 class BrokenImageError(ValueError):
@@ -51,20 +55,22 @@ def read_image(source: bytes | str, name: str) -> Image.Image:
         raise BrokenImageError(f"{name}: {error}") from error
 
 
-def to_uint8(image: Image.Image, channels: int, size: int) -> Tensor:
-    """Resizes the shorter side to ``size`` and crops the centre.
+def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0) -> Tensor:
+    """Resizes the shorter side and crops the centre.
 
     Args:
         image: grey (mode L) or colour (RGB).
         channels: 1 for grey, 3 for colour.
         size: height and width of the result, in pixels.
+        crop_pct: the share of the shorter side that is left, such as 0.875 for 224 of 256 pixels.
 
     Returns:
         uint8, shape (channels, size, size).
     """
     image = image.convert(_MODES[channels])
-    if min(image.size) != size:
-        image = resize(image, [size], antialias=True)
+    shorter = round(size / crop_pct)
+    if min(image.size) != shorter:
+        image = resize(image, [shorter], antialias=True)
     if image.size != (size, size):
         image = center_crop(image, [size, size])
     tensor: Tensor = pil_to_tensor(image)
@@ -96,27 +102,42 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
     Args:
         dataset: pictures and class indices.
         indices: which of them.
+        transform: from a PIL image to a uint8 tensor of shape (channels, size, size).
         channels: 1 for grey, 3 for colour.
         size: height and width, in pixels.
+        skip_broken: leave out images that cannot be decoded, and log their names.
         threads: how many decode at once.
 
     Raises:
-        BrokenImageError: an image cannot be decoded.
+        BrokenImageError: an image cannot be decoded, or none can.
     """
 
     def __init__(
-        self, dataset: LabelledImages, indices: Sequence[int], channels: int, size: int, threads: int = 4
+        self,
+        dataset: LabelledImages,
+        indices: Sequence[int],
+        transform: Callable[[Image.Image], Tensor],
+        channels: int,
+        size: int,
+        skip_broken: bool = False,
+        threads: int = 4,
     ) -> None:
         images = np.empty((len(indices), channels, size, size), np.uint8)
-        self.targets = torch.tensor([dataset.targets[index] for index in indices], dtype=torch.long)
+        targets = torch.tensor([dataset.targets[index] for index in indices], dtype=torch.long)
 
-        def decode(position: int) -> None:
-            images[position] = to_uint8(dataset[indices[position]][0], channels, size).numpy()
+        def decode(position: int) -> bool:
+            image = _read(dataset, indices[position], skip_broken)
+            if image is not None:
+                images[position] = transform(image).numpy()
+            return image is not None
 
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(decode, range(len(indices))):
-                pass
-        self.images = torch.from_numpy(images)
+            decoded = torch.tensor(list(pool.map(decode, range(len(indices)))))
+        if not decoded.any():
+            raise BrokenImageError(f"none of {len(indices)} images can be decoded")
+        self.images, self.targets = torch.from_numpy(images), targets
+        if not decoded.all():
+            self.images, self.targets = self.images[decoded], targets[decoded]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -124,28 +145,55 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.targets[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int | Draw]) -> tuple[Tensor, Tensor]:
         """A whole batch at once (the hook of PyTorch's DataLoader), so that collating is nothing."""
-        chosen = torch.tensor(indices, dtype=torch.long)
+        chosen = torch.tensor([i.index if isinstance(i, Draw) else i for i in indices], dtype=torch.long)
         return self.images[chosen], self.targets[chosen]
 
 
-class TransformedImages(Dataset[tuple[Tensor, int]]):
+class TransformedImages(Dataset[tuple[Tensor, int] | None]):
     """A data set decoded and transformed anew at each access, for sets that do not fit into memory.
+
+    An item is None where a broken image is skipped.
 
     Args:
         dataset: pictures and class indices.
         indices: which of them.
-        channels: 1 for grey, 3 for colour.
         transform: from a PIL image to a uint8 tensor of shape (channels, H, W).
+        channels: 1 for grey, 3 for colour.
+        skip_broken: leave out images that cannot be decoded, and log their names.
     """
 
-    def __init__(self, dataset: LabelledImages, indices: Sequence[int], channels: int, transform: Any) -> None:
-        self.dataset, self.indices, self.channels, self.transform = dataset, indices, channels, transform
+    def __init__(
+        self,
+        dataset: LabelledImages,
+        indices: Sequence[int],
+        transform: Callable[[Image.Image], Tensor],
+        channels: int,
+        skip_broken: bool = False,
+    ) -> None:
+        self.dataset, self.indices, self.transform = dataset, indices, transform
+        self.channels, self.skip_broken = channels, skip_broken
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, target = self.dataset[self.indices[index]]
-        return self.transform(image.convert(_MODES[self.channels])), target
+    def __getitem__(self, index: int | Draw) -> tuple[Tensor, int] | None:
+        if isinstance(index, Draw):
+            seed_all(index.seed)
+            index = index.index
+        image = _read(self.dataset, self.indices[index], self.skip_broken)
+        if image is None:
+            return None
+        return self.transform(image.convert(_MODES[self.channels])), self.dataset.targets[self.indices[index]]
+
+
+def _read(dataset: LabelledImages, index: int, skip_broken: bool) -> Image.Image | None:
+    try:
+        image: Image.Image = dataset[index][0]
+    except BrokenImageError as error:
+        if not skip_broken:
+            raise BrokenImageError(f"{error}; --data.broken_images=skip leaves broken images out") from error
+        _log.warning("left out a broken image: %s", error)
+        return None
+    return image

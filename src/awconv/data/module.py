@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -12,10 +13,20 @@ import torch
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from awconv.data.augment import random_crop, random_horizontal_flip
-from awconv.data.images import InMemoryImages, LabelledImages, TransformedImages, to_uint8
+from awconv.data.augment import mirror, shift
+from awconv.data.images import BrokenImageError, InMemoryImages, LabelledImages, TransformedImages, to_uint8
+from awconv.data.order import (
+    ALONE,
+    EvaluationBatches,
+    Share,
+    TrainingBatches,
+    TrainingLoader,
+    blocks_of,
+    derive_seed,
+    seed_all,
+)
 
 Split = Literal["train", "val", "test"]
 IN_MEMORY_BYTES = 2**31
@@ -27,12 +38,16 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
     Images are uint8, shape (N, channels, image_size, image_size): the network's task normalises them. A set of at most
     2 GiB is decoded once, kept as one tensor, and augmented in batches on the training device, by random crops after
     zero padding and horizontal flips. A larger one is decoded by workers, which draw the random resized crops usual at
-    that scale.
+    that scale, or those of ``transform``.
+
+    The order of the images and their augmentation depend on the run's seed, the epoch and the step alone. Several
+    processes share the batches; an evaluation sees every image once.
 
     Where an argument is None, the data set has a default of its own, in the class attribute ``default_...``.
 
     Args:
-        image_size: height and width, in pixels: the shorter side is resized to it and the centre cropped.
+        image_size: height and width, in pixels.
+        crop_pct: the shorter side is resized to ``image_size / crop_pct`` and the centre cropped.
         batch_size: samples a batch and device.
         crop_padding: zeros on each side before the random crop, in pixels; 0 for no crop.
         horizontal_flip: mirror half of the training images.
@@ -41,6 +56,10 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         split_seed: seed of that split. It is not the run's seed: all runs share one split.
         in_memory: decode once, or at each access; None decides by the size.
         num_workers: processes that decode a set that is not in memory.
+        transform: arguments of ``timm.data.create_transform`` for the training images, such as
+            ``{"auto_augment": "rand-m9-mstd0.5-inc1", "scale": [0.35, 1.0]}``. They are then decoded at each access.
+        broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
+            out, in the evaluation too, and logs its name.
         mean: mean of each channel, of values from 0 to 1.
         std: deviation of each channel.
 
@@ -58,6 +77,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
     def __init__(
         self,
         image_size: int | None = None,
+        crop_pct: float = 1.0,
         batch_size: int = 128,
         crop_padding: int | None = None,
         horizontal_flip: bool | None = None,
@@ -65,6 +85,8 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         split_seed: int = 0,
         in_memory: bool | None = None,
         num_workers: int = 4,
+        transform: dict[str, Any] | None = None,
+        broken_images: Literal["refuse", "skip"] = "refuse",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -78,6 +100,13 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         for name, least in (("image_size", 1), ("batch_size", 1), ("crop_padding", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct must be more than 0 and at most 1, got {crop_pct}")
+        if in_memory and transform:
+            raise ValueError("in_memory and transform exclude each other: a transform decodes images at each access")
+        self.crop_pct = crop_pct
+        self.transform = transform
+        self.broken_images = broken_images
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.in_memory = in_memory
@@ -158,32 +187,61 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
 
     def _load(self, source: LabelledImages, indices: list[int], split: Split) -> InMemoryImages | TransformedImages:
         fits = len(indices) * self.channels * self.image_size**2 <= IN_MEMORY_BYTES
-        if fits if self.in_memory is None else self.in_memory:
-            return InMemoryImages(source, indices, self.channels, self.image_size)
-        transform = partial(to_uint8, channels=self.channels, size=self.image_size)
+        skip = self.broken_images == "skip"
+        transform: Any = partial(to_uint8, channels=self.channels, size=self.image_size, crop_pct=self.crop_pct)
+        augmented = split == "train" and self.transform is not None
+        if not augmented and (fits if self.in_memory is None else self.in_memory):
+            return InMemoryImages(source, indices, transform, self.channels, self.image_size, skip)
         if split == "train":
-            transform = create_transform(
-                input_size=self.image_size,
-                is_training=True,
-                hflip=0.5 if self.horizontal_flip else 0.0,
-                color_jitter=0.0,
-                normalize=False,  # which leaves uint8
+            arguments: dict[str, Any] = dict(
+                hflip=0.5 if self.horizontal_flip else 0.0, color_jitter=0.0, mean=self.mean, std=self.std
             )
-        return TransformedImages(source, indices, self.channels, transform)
+            arguments |= self.transform or {}
+            try:  # without normalisation, timm leaves uint8
+                transform = create_transform(input_size=self.image_size, is_training=True, normalize=False, **arguments)
+            except TypeError as error:
+                raise ValueError(
+                    f"transform must hold arguments of timm.data.create_transform, got {self.transform}: {error}"
+                ) from error
+        return TransformedImages(source, indices, transform, self.channels, skip)
+
+    @property
+    def _share(self) -> Share:
+        return ALONE if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def _seed(self) -> int:
+        """That of the run, which Lightning keeps there."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def _batches_done(self) -> int:
+        """Batches of the current epoch that were trained on already."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _loader(self, split: Split) -> Any:
         dataset = self.dataset(split)
         if dataset is None:
             return []
-        train, in_memory = split == "train", isinstance(dataset, InMemoryImages)
-        if train and len(dataset) < self.batch_size:
-            raise ValueError(f"batch_size must be at most the {len(dataset)} training images, got {self.batch_size}")
-        return DataLoader(
+        in_memory, share = isinstance(dataset, InMemoryImages), self._share
+        batches: Any
+        if split == "train":
+            if len(dataset) < self.batch_size * share.of:
+                raise ValueError(
+                    f"batch_size must be at most the {len(dataset)} training images, got {self.batch_size}"
+                    + (f" on each of {share.of} devices" if share.of > 1 else "")
+                )
+            blocks = None
+            if isinstance(dataset, TransformedImages) and (stored := getattr(dataset.dataset, "blocks", None)):
+                blocks = blocks_of(stored, dataset.indices)
+            batches = TrainingBatches(
+                len(dataset), self.batch_size, share, self._seed, blocks, start=self._batches_done
+            )
+        else:
+            batches = EvaluationBatches(len(dataset), self.batch_size, share)
+        return (TrainingLoader if split == "train" else DataLoader)(
             dataset,
-            batch_size=self.batch_size,
-            shuffle=train,
-            drop_last=train,
-            collate_fn=_as_it_is if in_memory else None,
+            batch_sampler=batches,
+            collate_fn=_as_it_is if in_memory else _collate,
             num_workers=0 if in_memory else self.num_workers,
             persistent_workers=not in_memory and self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -199,19 +257,41 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         return self._loader("test")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if self.trainer is None or not self.trainer.training or not isinstance(self.dataset("train"), InMemoryImages):
+        """Augments a training batch of images in memory, and seeds all that is drawn in the rest of the step."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        step = (self._seed, self.trainer.fit_loop.epoch_progress.current.processed, self._batches_done())
+        seed_all(derive_seed(*step, self._share.rank))
+        if not isinstance(self.dataset("train"), InMemoryImages):
             return batch
         images, targets = batch
-        return self.augment(images), targets
+        return self.augment(images, derive_seed(*step)), targets
 
-    def augment(self, images: Tensor) -> Tensor:
-        """Augments a batch of training images."""
+    def augment(self, images: Tensor, seed: int) -> Tensor:
+        """Augments a batch of training images.
+
+        Args:
+            images: shape (N, C, H, W); this process's share of the batch.
+            seed: the same in all processes, which then do together what one would do alone.
+        """
+        rank, of = self._share
+        generator = torch.Generator().manual_seed(seed)
+        count = len(images) * of
+        places = torch.randint(0, 2 * self.crop_padding + 1, (2, count), generator=generator)[:, rank::of]
+        mirrored = (torch.rand(count, generator=generator) < 0.5)[rank::of]
         if self.crop_padding:
-            images = random_crop(images, self.crop_padding)
+            images = shift(images, self.crop_padding, *places.to(images.device))
         if self.horizontal_flip:
-            images = random_horizontal_flip(images)
+            images = mirror(images, mirrored.to(images.device))
         return images
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _collate(batch: list[Any]) -> Any:
+    readable = [item for item in batch if item is not None]
+    if not readable:
+        raise BrokenImageError(f"none of the {len(batch)} images of a batch can be decoded")
+    return default_collate(readable)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import glob
 import json
+import threading
+from collections import OrderedDict
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from PIL import Image
@@ -12,16 +16,25 @@ from torch.utils.data import Dataset
 
 from awconv.data.images import BrokenImageError, read_image
 from awconv.data.module import ImageDataModule, Split
+from awconv.data.order import WINDOW
 from awconv.extras import require
 
 
 class ParquetImages(Dataset[tuple[Image.Image, int]]):
     """The rows of some Parquet files: a column of structs {bytes, path} and one of class indices.
 
+    The labels are read at once. The images are streamed: a file's row groups are read when one of their rows is asked
+    for, and the last few are kept.
+
     Args:
         pattern: a file, or a glob pattern of several, read in alphabetical order.
         image_column: name of the column of images.
         label_column: name of the column of labels.
+
+    Attributes:
+        targets: the class index of each row.
+        classes: the names of the classes.
+        blocks: number of rows in each row group.
 
     Raises:
         FileNotFoundError: no file matches.
@@ -34,20 +47,29 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         files = sorted(glob.glob(pattern, recursive=True))
         if not files:
             raise FileNotFoundError(f"no file matches {pattern!r}; expected a Parquet file or a glob pattern of some")
-        present = parquet.read_schema(files[0]).names
-        for column in (image_column, label_column):
-            if column not in present:
+        for file in files:
+            try:
+                present = parquet.read_schema(file)
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise ValueError(f"{file} is not a Parquet file, or a broken one: {error}") from error
+            for column in (image_column, label_column):
+                if column not in present.names:
+                    raise ValueError(
+                        f"{file} must have a column {column!r}, got {present.names}; "
+                        "name the right one with image_column or label_column"
+                    )
+            images = present.field(image_column).type
+            if not pyarrow.types.is_struct(images) or images.get_field_index("bytes") < 0:
                 raise ValueError(
-                    f"{files[0]} must have a column {column!r}, got {present}; "
-                    "name the right one with image_column or label_column"
+                    f"{file}: column {image_column!r} must hold structs with a field 'bytes', got {images}"
                 )
-        table = parquet.ParquetDataset(files).read(columns=[image_column, label_column])
-        self._images = table.column(image_column)
-        self._pattern = pattern
-        if not pyarrow.types.is_struct(self._images.type) or self._images.type.get_field_index("bytes") < 0:
-            raise ValueError(
-                f"{pattern}: column {image_column!r} must hold structs with a field 'bytes', got {self._images.type}"
-            )
+        self._pattern, self._column = pattern, image_column
+        groups = [(file, group) for file in files for group in range(parquet.read_metadata(file).num_row_groups)]
+        self._groups = groups
+        self.blocks = [parquet.read_metadata(file).row_group(group).num_rows for file, group in groups]
+        self._ends = list(accumulate(self.blocks))
+        self._forget()
+        table = parquet.ParquetDataset(files).read(columns=[label_column])
         labels = table.column(label_column)
         if not pyarrow.types.is_integer(labels.type) or labels.null_count:
             raise ValueError(
@@ -70,10 +92,35 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         name = f"{self._pattern}, row {index}"
-        image = self._images[index].as_py()
+        group = bisect.bisect_right(self._ends, index)
+        image = self._read(group)[index - self._ends[group]].as_py()  # counted from the group's end
         if image is None or image["bytes"] is None:
             raise BrokenImageError(f"{name}: the row has no image")
         return read_image(image["bytes"], name), self.targets[index]
+
+    def _read(self, group: int) -> Any:
+        """The images of a row group, and those of the last few asked for without reading them again."""
+        with self._lock:
+            if group not in self._kept:
+                parquet = require("pyarrow.parquet", extra="parquet")
+                file, number = self._groups[group]
+                with parquet.ParquetFile(file) as opened:
+                    self._kept[group] = opened.read_row_group(number, columns=[self._column]).column(0)
+                if len(self._kept) > WINDOW:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(group)
+            return self._kept[group]
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
 
 def _class_names(schema: Any, column: str) -> list[str] | None:

@@ -98,7 +98,7 @@ for _depth in (8, 20, 32, 44, 56, 110):
     _register(_plain, partial(CifarResNet, _depth), _CIFAR, paper="1512.03385", **_CIFAR_FEATURES)
     _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
     for _scheme in ("se", "cbam"):
-        if _depth in (20, 56):
+        if _depth in (8, 20, 56):
             _name, _build = _scheme + _plain, partial(CifarResNet, _depth, attn_layer=_scheme)
             TWINS[_name] = _plain
             _register(_name, _build, _CIFAR, paper=_SCHEMES[_scheme], **_CIFAR_FEATURES)

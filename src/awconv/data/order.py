@@ -1,0 +1,168 @@
+"""Which images a batch holds, and with which random numbers: a function of the seed, the epoch and the step.
+
+Nothing is drawn from a state that grows with the training. So a resumed training goes on with the very batches that an
+uninterrupted one has, several processes together see those of one, and the number of workers does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+WINDOW = 8  # blocks of a file that are shuffled together, and kept decompressed
+
+
+class Draw(NamedTuple):
+    """An image of a training batch.
+
+    Attributes:
+        index: its position in the data set.
+        seed: of its augmentation in this epoch.
+    """
+
+    index: int
+    seed: int
+
+
+class Share(NamedTuple):
+    """The part of each batch that a process takes.
+
+    Attributes:
+        rank: the number of the process, from 0.
+        of: how many there are.
+    """
+
+    rank: int = 0
+    of: int = 1
+
+
+ALONE = Share()
+
+
+class Epoch:
+    """The epoch that the batches are drawn for. Lightning sets it."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.number = epoch
+
+
+class TrainingBatches(Sampler[list[Draw]]):
+    """Batches of an order drawn anew for each epoch. Images that do not fill a batch of all processes are left out.
+
+    Args:
+        size: number of images.
+        batch_size: images a batch and process.
+        share: the part of this process.
+        seed: of the orders and the augmentation.
+        blocks: for each image the number of the block that it is stored in. Blocks are then shuffled, and images within
+            :data:`WINDOW` blocks, so that each block is read once. By default all images are shuffled.
+        start: called at the beginning of each epoch: the number of batches to leave out, which were trained on before
+            an interruption.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        share: Share = ALONE,
+        seed: int = 0,
+        blocks: np.ndarray[Any, Any] | None = None,
+        start: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.size, self.batch_size, self.share, self.seed = size, batch_size, share, seed
+        self.blocks, self.start = blocks, start
+        self.sampler = Epoch()  # under the name where Lightning looks for set_epoch
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.share.of)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, together = self.sampler.number, self.batch_size * self.share.of
+        order = self._order(epoch)
+        for step in range(self.start(), len(self)):
+            batch = order[step * together : (step + 1) * together]
+            yield [
+                Draw(index, derive_seed(self.seed, epoch, index)) for index in batch[self.share.rank :: self.share.of]
+            ]
+        self.sampler.set_epoch(epoch + 1)  # for loops that do not say which epoch it is
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = np.random.default_rng([self.seed, epoch])
+        if self.blocks is None:
+            order = generator.permutation(self.size)
+        else:
+            windows = generator.permutation(int(self.blocks.max()) + 1) // WINDOW
+            order = np.lexsort((generator.random(self.size), windows[self.blocks]))
+        return [int(index) for index in order]
+
+
+class EvaluationBatches(Sampler[list[int]]):
+    """Every image once, in all processes together, and as many batches in each of them: they wait for one another.
+
+    Args:
+        size: number of images.
+        batch_size: the most images of a batch.
+        share: the part of this process.
+
+    Raises:
+        ValueError: there are too few images for so many processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, share: Share = ALONE) -> None:
+        self.indices = range(share.rank, size, share.of)
+        self.batches = math.ceil(math.ceil(size / share.of) / batch_size)
+        if size // share.of < self.batches:
+            raise ValueError(
+                f"{size} images cannot be evaluated by {share.of} processes in batches of {batch_size}, of which each "
+                "needs at least one image: take fewer devices, or a larger batch_size"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in np.array_split(self.indices, self.batches):
+            yield [int(index) for index in batch]
+
+
+class TrainingLoader(DataLoader[Any]):
+    """A DataLoader that asks for the epoch and the start with its first batch, and not when its iterator is made.
+
+    Lightning makes iterators before it has set the epoch, and before a resumed training knows where it was.
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed for some purpose, from numbers that say which; seeds of different numbers have nothing to do with each
+    other."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)  # torch's are signed
+
+
+def seed_all(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def blocks_of(stored: Sequence[int], indices: Sequence[int]) -> np.ndarray[Any, Any]:
+    """The blocks of some images, numbered without gaps.
+
+    Args:
+        stored: number of images in each block.
+        indices: the images.
+    """
+    block = np.repeat(np.arange(len(stored)), stored)[np.asarray(indices)]
+    return np.unique(block, return_inverse=True)[1]

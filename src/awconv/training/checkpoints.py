@@ -1,0 +1,104 @@
+"""Checkpoints that are whole or not there, and finding the last one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+RECENT = "recent.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, to the disk, and then moves it there; reads plain values and tensors only.
+
+    Lightning's own writes to the folder for temporary files and copies from there where that is another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return read_checkpoint(Path(path), map_location)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint of a training, and nothing that could run code.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is broken or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} is not a file")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # broken files fail in ways of their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {path} is broken, or not a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no state_dict")
+    return checkpoint
+
+
+def find_last(*folders: Path) -> Path | None:
+    """The checkpoint under some folders that was written last and is whole, or None; broken ones are named."""
+    found = [path for folder in folders for path in folder.rglob("*.ckpt")]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            print(f"{error}; taking the one before it", file=sys.stderr)
+        else:
+            return path
+    return None
+
+
+class RecentCheckpoint(Checkpoint):
+    """Keeps one more checkpoint within long epochs, and writes it on SIGTERM.
+
+    It is written between steps of the optimizer only, so that nothing of an accumulated gradient is lost.
+
+    Args:
+        every_n_steps: how many steps of the optimizer lie between two.
+    """
+
+    def __init__(self, every_n_steps: int = 1000) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.path: Path | None = None
+        self._saved = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self.path = Path(trainer.strategy.broadcast(folder)) / RECENT
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if accumulating or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the end of an epoch has a checkpoint of its own
+        due = trainer.global_step - self._saved >= self.every_n_steps
+        # Several processes get a signal at different steps, and would wait for one another.
+        if due or (trainer.received_sigterm and trainer.world_size == 1):
+            trainer.save_checkpoint(self.path)
+            self._saved = trainer.global_step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved = trainer.global_step

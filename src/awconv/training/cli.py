@@ -1,0 +1,134 @@
+"""From a recipe (YAML and overrides) to a trainer, a task and its data, by Lightning's command line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from awconv.data import ImageDataModule
+from awconv.tasks.classification import FROM_DATA, ClassificationTask
+from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
+from awconv.training.watch import FiniteLoss, Pace
+
+_LOGS = "lightning_logs"
+
+
+class TrainingCLI(LightningCLI):
+    """Lightning's command line over our tasks and data, which tells the task what the data are.
+
+    Without ``data`` it takes the digits, and without ``trainer.max_epochs`` 15 epochs. ``ckpt_path=last`` is the last
+    whole checkpoint under ``trainer.default_root_dir``; a training without any starts anew then.
+
+    Args:
+        args: the arguments, with the subcommand first where ``run`` is true.
+        run: run a subcommand; false only builds ``trainer``, ``model`` and ``datamodule``.
+        save_config: write the configuration beside the checkpoints, as ``awconv_fit.yaml``.
+    """
+
+    def __init__(self, args: Sequence[str], run: bool = True, save_config: bool = True) -> None:
+        super().__init__(
+            ClassificationTask,
+            ImageDataModule,
+            args=list(args),
+            run=run,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # Checkpoints then hold plain values, which load_from_checkpoint needs no parser for.
+            load_from_checkpoint_support=False,
+            # The data divide themselves among processes: data/order.py.
+            trainer_defaults={"max_epochs": 15, "use_distributed_sampler": False},
+            save_config_callback=SaveConfigCallback if save_config else None,
+            save_config_kwargs={"overwrite": True, "config_filename": "awconv_fit.yaml"},
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        with warnings.catch_warnings():
+            # Ours is a command among others, which hands its own arguments on.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if command:
+            self._find_checkpoint(self.config[command], command)
+
+    def _find_checkpoint(self, config: Any, command: str) -> None:
+        if config.ckpt_path == "last":
+            root = Path(config.trainer.default_root_dir or ".")
+            found = find_last(root / _LOGS, root / "checkpoints")
+            config.ckpt_path = None if found is None else str(found)
+            if found is None and command == "fit":
+                print(f"awconv fit: there is no checkpoint under {root} yet; starting anew", file=sys.stderr)
+            elif found is None:
+                raise FileNotFoundError(f"there is no checkpoint under {root}")
+            else:
+                print(f"awconv {command}: going on from {found}", file=sys.stderr)
+        elif config.ckpt_path:
+            read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
+
+    def _parse_ckpt_path(self) -> None:
+        """Lets the checkpoint's settings win in an evaluation. A training must be given its own, and compares them."""
+        if self.config.get("subcommand") != "fit":
+            super()._parse_ckpt_path()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"data": {"class_path": "awconv.data.Digits"}})
+        for name in FROM_DATA:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.add_lightning_class_args(RecentCheckpoint, "recent_checkpoint")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer, with logs for TensorBoard and as CSV, and with checkpoints that survive an interruption."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
+            boards = TensorBoardLogger(config["default_root_dir"] or ".", name=_LOGS)
+            kwargs["logger"] = [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
+        kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
+        callbacks = [*_as_list(config.get("callbacks")), FiniteLoss(), Pace()]
+        if config.get("enable_checkpointing") is not False:
+            callbacks.append(  # of the last two epochs
+                ModelCheckpoint(
+                    filename="{epoch}-{step}",
+                    monitor="step",
+                    mode="max",
+                    save_top_k=2,
+                    save_on_train_epoch_end=True,
+                    enable_version_counter=False,
+                )
+            )
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def before_fit(self) -> None:
+        """Silences a warning that is not true of our loaders."""
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+
+    def before_validate(self) -> None:
+        """Refuses to evaluate weights that were never trained."""
+        if self._get(self.config, "ckpt_path") is None:
+            raise ValueError("there is nothing to evaluate: give --ckpt_path, a checkpoint of awconv fit")
+
+    def before_test(self) -> None:
+        """Says so where the data have no test split."""
+        self.before_validate()
+        if self.datamodule.test_split == "val":
+            print("awconv test: the data have no test split; this is their validation split", file=sys.stderr)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        needless = {"model", "dataloaders", "datamodule"}
+        return {
+            "fit": needless | {"train_dataloaders", "val_dataloaders"},
+            "validate": set(needless),
+            "test": set(needless),
+        }
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]

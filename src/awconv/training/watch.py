@@ -1,0 +1,97 @@
+"""What is watched while a network trains."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+
+class DivergedError(ValueError):
+    """The loss became infinite or not a number."""
+
+
+class FiniteLoss(pl.Callback):
+    """Stops a training whose loss is infinite or not a number, before a checkpoint is written of it.
+
+    The first such step is noted on the device, and looked at each ``log_every_n_steps`` steps, so that the device need
+    not be waited for in each step.
+    """
+
+    _NEVER = torch.iinfo(torch.int64).max
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._rates: dict[int, float] = {}
+        self._last_good: Path | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss, step = outputs["loss"].detach(), trainer.fit_loop.epoch_loop.total_batch_idx
+        if self._first is None:
+            self._first = torch.tensor(self._NEVER, device=loss.device)
+        now = torch.where(loss.isfinite(), self._NEVER, step)
+        self._first = torch.minimum(self._first, now)
+        self._rates[step] = trainer.optimizers[0].param_groups[0]["lr"]
+        if loss.device.type == "cpu" or (step + 1) % max(1, trainer.log_every_n_steps) == 0:
+            self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        if self._first is None:
+            return
+        step = int(self._first.item())
+        if step == self._NEVER:
+            self._rates.clear()
+            return
+        folders = {Path(path).parent for c in trainer.checkpoint_callbacks if (path := _path(c))}
+        written = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt")]
+        last = max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
+        raise DivergedError(
+            f"the loss became infinite or not a number in step {step} (epoch {trainer.current_epoch}), at a learning "
+            f"rate of {self._rates[step]:.6g}; "
+            + (f"the last good checkpoint is {last}. " if last else "there is no checkpoint yet. ")
+            + "A lower model.lr, a longer model.warmup_epochs or trainer.gradient_clip_val=1 may help"
+        )
+
+
+def _path(callback: Any) -> Any:
+    return getattr(callback, "path", None) or getattr(callback, "best_model_path", None)
+
+
+class Pace(pl.Callback):
+    """Logs the images that are trained on in a second, in all processes together, and the time left."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._done = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start, self._done = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._done += 1
+        if (batch_idx + 1) % max(1, trainer.log_every_n_steps):
+            return
+        seconds = time.perf_counter() - self._start  # with evaluation and checkpoints
+        images = self._done * len(batch[0]) * trainer.world_size
+        pl_module.log("images_per_second", images / seconds, prog_bar=True)
+        batches = trainer.num_training_batches * (trainer.max_epochs or 0)
+        if trainer.max_steps > 0:
+            batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
+        left = (batches - trainer.fit_loop.epoch_loop.total_batch_idx - 1) * seconds / self._done
+        pl_module.log("minutes_left", left / 60, prog_bar=True, logger=False)

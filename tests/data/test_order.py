@@ -1,0 +1,78 @@
+"""Which images a batch holds, for any sizes and numbers of processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from awconv.data.order import WINDOW, EvaluationBatches, Share, TrainingBatches, blocks_of, derive_seed
+
+sizes, batch_sizes, processes = st.integers(1, 300), st.integers(1, 40), st.integers(1, 5)
+
+
+@given(sizes, batch_sizes, processes)
+def test_an_evaluation_sees_every_image_once_in_as_many_batches_everywhere(size: int, batch: int, of: int) -> None:
+    try:
+        shares = [list(EvaluationBatches(size, batch, Share(rank, of))) for rank in range(of)]
+    except ValueError:
+        assert size < of or batch == 1  # nothing else is refused
+        return
+    assert sorted(index for share in shares for part in share for index in part) == list(range(size))
+    assert len({len(share) for share in shares}) == 1
+    assert all(1 <= len(part) <= batch for share in shares for part in share)
+
+
+@given(sizes, batch_sizes, processes, st.integers(0, 3))
+def test_processes_share_the_batches_of_one(size: int, batch: int, of: int, epoch: int) -> None:
+    alone = TrainingBatches(size, batch * of, seed=7)
+    alone.sampler.set_epoch(epoch)
+    shares = [TrainingBatches(size, batch, Share(rank, of), seed=7) for rank in range(of)]
+    for share in shares:
+        share.sampler.set_epoch(epoch)
+        assert len(share) == len(alone) == size // (batch * of)
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert sorted(whole) == sorted(draw for part in parts for draw in part)
+    drawn = [draw.index for whole in alone for draw in whole]
+    assert len(set(drawn)) == len(drawn) == len(alone) * batch * of
+
+
+def test_a_later_start_leaves_out_what_was_done() -> None:
+    whole = list(TrainingBatches(100, 8, seed=3))
+    assert list(TrainingBatches(100, 8, seed=3, start=lambda: 5)) == whole[5:]
+
+
+def test_seeds_and_epochs_have_orders_of_their_own() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = TrainingBatches(64, 64, seed=seed)
+        batches.sampler.set_epoch(epoch)
+        return [draw.index for batch in batches for draw in batch]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert len({derive_seed(*numbers) for numbers in np.ndindex(9, 9, 9)}) == 9**3
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40))
+def test_blocks_are_read_window_by_window(stored: list[int]) -> None:
+    indices = [index for index in range(sum(stored)) if index % 3]  # a split of them
+    if not indices:
+        return
+    blocks = blocks_of(stored, indices)
+    order = [draw.index for batch in TrainingBatches(len(indices), 1, blocks=blocks) for draw in batch]
+    assert sorted(order) == list(range(len(indices)))
+    # At any time, no more than WINDOW blocks are begun and not finished.
+    last = {block: position for position, block in enumerate(blocks[order])}
+    begun: set[int] = set()
+    for position, block in enumerate(blocks[order]):
+        begun.add(block)
+        assert len(begun) <= WINDOW
+        begun = {other for other in begun if last[other] > position}
+
+
+def test_too_few_images_for_so_many_processes() -> None:
+    with pytest.raises(
+        ValueError, match=r"3 images cannot be evaluated by 4 processes.*fewer devices, or a larger batch_size"
+    ):
+        EvaluationBatches(3, 10, Share(0, 4))
