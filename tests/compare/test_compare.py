@@ -18,9 +18,10 @@ import timm
 from PIL import Image
 from rich.console import Console
 
-from awconv.compare import compare
-from awconv.compare.report import cells, markdown_table, rich_table, summarise, write_report
-from awconv.compare.runs import Epoch, Run, Variant, base_network, find_variant
+from awconv.compare import ablate, compare
+from awconv.compare.ablation import CHOICES, arms
+from awconv.compare.report import cells, markdown_table, rich_table, summarise, with_tables, write_report
+from awconv.compare.runs import Epoch, Plan, Run, Variant, base_network, find_variant, open_data
 
 
 def run(variant: str, seed: int, accuracy: float, seconds: tuple[float, ...]) -> Run:
@@ -54,18 +55,47 @@ def test_a_row_has_mean_spread_and_the_ratio_to_the_first_variant() -> None:
     assert plain.seconds_per_epoch == pytest.approx((1.5 + 2.5) / 2)
     assert aw.seconds_per_epoch == pytest.approx((3 + 5) / 2)
     assert (plain.ratio, aw.ratio) == pytest.approx((1.0, 2.0))
+    assert plain.difference is None
+    assert aw.difference is not None
+    assert (aw.difference.to, aw.difference.seeds, aw.difference.mean) == ("plain", 2, pytest.approx(0.5))
+    # Gains of 2 and -1 deviate by 2.1213, and Student's t with one degree of freedom reaches 12.7062 (tables).
+    reach = 12.7062 * 4.5**0.5 / 2**0.5
+    assert (aw.difference.low, aw.difference.high) == pytest.approx((0.5 - reach, 0.5 + reach), rel=1e-5)
+
+
+def test_differences_are_to_the_network_without_the_attention_over_common_seeds() -> None:
+    def of(variant: str, network: str, seed: int, accuracy: float) -> Run:
+        return replace(run(variant, seed, accuracy, (1.0,)), network=network)
+
+    rows = summarise(
+        [
+            of("plain", "resnet20_cifar", 0, 0.80),
+            of("se", "seresnet20_cifar", 0, 0.82),
+            of("aw_se", "aw_seresnet20_cifar", 0, 0.85),
+            of("aw_se", "aw_seresnet20_cifar", 1, 0.99),  # no twin of this seed
+            of("aw", "aw_resnet20_cifar", 3, 0.85),
+        ]
+    )
+    differences = {row.variant: row.difference for row in rows}
+    assert (differences["se"].to, differences["se"].mean) == ("plain", pytest.approx(2.0))
+    assert (differences["aw_se"].to, differences["aw_se"].mean) == ("se", pytest.approx(3.0))
+    assert differences["aw_se"].seeds == 1
+    assert differences["aw_se"].low is None
+    assert differences["plain"] is differences["aw"] is None
+    assert cells(rows[2])[-2] == "+3.00 to se"
 
 
 def test_one_seed_has_no_spread() -> None:
     (row,) = summarise(RUNS[:1])
     assert row.spread is None
-    assert cells(row) == ("plain", "plain_net", "1,234,567", "90.00", "1", "1.50", "1.00")
+    assert cells(row) == ("plain", "plain_net", "1,234,567", "", "90.00", "1", "", "1.00")
 
 
 def test_the_tables_show_every_cell() -> None:
     rows = summarise(RUNS)
-    assert "| plain | plain_net | 1,234,567 | 92.00 ± 2.83 | 2 | 2.00 | 1.00 |" in markdown_table(rows)
-    console = Console(width=120, record=True, file=io.StringIO())
+    assert "| plain | plain_net | 1,234,567 |  | 92.00 ± 2.83 | 2 |  | 1.00 |" in markdown_table(rows)
+    assert "| 92.50 ± 0.71 | 2 | +0.50 (-18.56 to +19.56) to plain | 2.00 |" in markdown_table(rows)
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(rich_table(rows, "title"))
     assert "92.00 ± 2.83" in console.export_text()
 
@@ -93,7 +123,7 @@ def test_a_run_is_written_whole(tmp_path: Path) -> None:
 def test_runs_without_validation_or_test_data_are_reported_as_what_they_are(tmp_path: Path) -> None:
     without = replace(RUNS[0], epochs=[Epoch(1.0, None, 1.0)], test_split="val")
     page = write_report([without], tmp_path, "t", "c").read_text()
-    assert "the validation split, there being no test split" in page
+    assert "after the last epoch on the validation split" in page
 
 
 @pytest.mark.parametrize(
@@ -182,9 +212,161 @@ def test_ctrl_c_keeps_and_reports_what_is_finished(delay: float, tmp_path: Path)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
-    assert "Interrupted in aw-seed0; 1 finished runs are kept" in printed
+    assert "Interrupted; 1 finished runs are kept" in printed
     assert "Traceback" not in printed
     (finished,) = json.loads((out / "results.json").read_text())["runs"]
     assert (finished["variant"], finished["seed"], len(finished["epochs"])) == ("plain", 0, 3)
     assert (out / "index.html").exists()
     assert timm.is_model(finished["network"])
+
+
+def tiny(folder: Path, epochs: int = 2) -> Path:
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(
+        "model: {network: resnet8_cifar, lr: 0.03}\n"
+        f"trainer: {{max_epochs: {epochs}, limit_train_batches: 3, accelerator: cpu}}\n"
+        "recent_checkpoint: {every_n_steps: 1}\n"
+    )
+    return recipe
+
+
+def results(folder: Path) -> dict[str, float]:
+    return {path.stem: Run.load(path).test_accuracy for path in folder.glob("*-seed*.json")}
+
+
+def test_a_second_call_trains_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = tiny(tmp_path), tmp_path / "out"
+    assert compare(recipe, "plain", seeds=1, out=out) == 0
+    first = (out / "plain-seed0.json").stat().st_mtime_ns
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "plain-seed0.json").write_text((out / "plain-seed0.json").read_text())  # without checkpoints
+    assert compare(recipe, "plain,aw", seeds=2, out=elsewhere) == 0
+    assert "1 of 4 runs are finished already" in capsys.readouterr().out
+    assert set(results(elsewhere)) == {"plain-seed0", "plain-seed1", "aw-seed0", "aw-seed1"}
+    assert compare(recipe, "plain,aw", seeds=2, out=out) == 0
+    assert (out / "plain-seed0.json").stat().st_mtime_ns == first
+    assert results(out) == results(elsewhere)
+    report = json.loads((out / "results.json").read_text())
+    assert [(run["variant"], run["seed"]) for run in report["runs"]] == [
+        ("plain", 0),
+        ("aw", 0),
+        ("plain", 1),
+        ("aw", 1),
+    ]
+
+
+def test_runs_of_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
+    recipe, out = tiny(tmp_path), tmp_path / "out"
+    assert compare(recipe, "plain", seeds=1, out=out) == 0
+    before = (out / "plain-seed0.json").read_text()
+    with pytest.raises(ValueError, match=r"other settings: model\.lr is 0\.03 there, 0\.5 now\. Name another folder"):
+        compare(recipe, "plain", seeds=1, out=out, overrides=["--model.lr=0.5"])
+    with pytest.raises(ValueError, match="it was tested on test there, on val now"):
+        compare(recipe, "plain", seeds=1, out=out, split="val")
+    assert compare(recipe, "plain", seeds=1, out=out, overrides=["--trainer.log_every_n_steps=7"]) == 0
+    assert (out / "plain-seed0.json").read_text() == before
+    (out / "plain-seed0.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"plain-seed0\.json is not a run of awconv compare"):
+        compare(recipe, "plain", seeds=1, out=out)
+
+
+def test_runs_of_older_versions_are_taken_with_todays_defaults(tmp_path: Path) -> None:
+    recipe, out = tiny(tmp_path), tmp_path / "out"
+    assert compare(recipe, "plain", seeds=1, out=out) == 0
+    content = json.loads((out / "plain-seed0.json").read_text())
+    for name in ("ema_decay", "mixup", "branch_weight_decay", "erasing", "compile"):
+        content["recipe"]["model"].pop(name, None)
+    del content["recipe"]["recent_checkpoint"], content["operations"], content["jobs"]
+    (out / "plain-seed0.json").write_text(json.dumps(content))
+    plan = Plan(recipe, find_variant("resnet8_cifar", "plain"), 0, out)
+    run = plan.finished()
+    assert run is not None
+    assert run.operations is None
+    content["recipe"]["model"]["gone"] = 1
+    (out / "plain-seed0.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="settings are no longer known"):
+        plan.finished()
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("batches", [2, 3, 4, 5])
+def test_an_interrupted_run_goes_on_to_the_same_result(batches: int, tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    plan, whole = (
+        Plan(recipe, find_variant("resnet8_cifar", "aw"), 1, tmp_path / name) for name in ("interrupted", "whole")
+    )
+    done = 0
+
+    def interrupt(epochs: float, of: int) -> None:
+        nonlocal done
+        done += 1
+        if done == batches:
+            raise StopError
+
+    data = open_data(recipe, ())
+    with pytest.raises(StopError):
+        plan.train(data, interrupt)
+    found, expected = plan.train(data), whole.train(data)
+    assert found.test_accuracy == expected.test_accuracy
+    assert [(e.train_loss, e.val_accuracy) for e in found.epochs] == [
+        (e.train_loss, e.val_accuracy) for e in expected.epochs
+    ]
+    other = Plan(recipe, plan.variant, 1, plan.folder, ("--model.lr=0.5",))
+    assert other.train(data).epochs[0] != found.epochs[0]  # the checkpoints of other settings are left
+
+
+def test_runs_side_by_side_give_the_same(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, epochs=1)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    # In processes of their own, sums may be split among another number of threads: the same to rounding.
+    assert compare(recipe, "plain,aw", seeds=1, out=alone) == 0
+    assert compare(recipe, "plain,aw", seeds=1, out=together, jobs=2) == 0
+    for name, accuracy in results(alone).items():
+        assert results(together)[name] == pytest.approx(accuracy, abs=0.02)
+    assert Run.load(together / "aw-seed0.json").jobs == 2
+    assert "up to 2 runs shared the machine" in (together / "index.html").read_text()
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        compare(recipe, "plain", out=together, jobs=0)
+
+
+def test_ablation_compares_choices_on_the_validation_split(tmp_path: Path) -> None:
+    recipe, out = tiny(tmp_path, epochs=1), tmp_path / "out"
+    vary = "reduction=4+norm_layer=none select=layer3.* branch_lr_factor=0.1"
+    assert ablate(recipe, vary, seeds=1, out=out) == 0
+    runs = {run.variant: run for path in out.glob("*-seed0.json") if (run := Run.load(path))}
+    assert set(runs) == {"default", "reduction=4+norm_layer=none", "select=layer3.all", "branch_lr_factor=0.1"}
+    assert {run.test_split for run in runs.values()} == {"val"}
+    assert runs["reduction=4+norm_layer=none"].recipe["model"]["network_args"] == {
+        "aw_args": {"reduction": 4, "norm_layer": None}
+    }
+    assert runs["branch_lr_factor=0.1"].recipe["model"]["branch_lr_factor"] == 0.1
+    fewer = timm.create_model("aw_resnet8_cifar", in_chans=1, aw_args=dict(select="layer3.*"))
+    assert runs["select=layer3.all"].parameters == sum(p.numel() for p in fewer.parameters())
+    with pytest.raises(ValueError, match=r"the data have no validation split; hold one out with data\.val_fraction"):
+        ablate(recipe, "reduction=4", out=tmp_path / "none", overrides=["--data.val_fraction=0"])
+
+
+def test_every_choice_offered_is_one() -> None:
+    found = arms("aw_resnet8_cifar", CHOICES.split())
+    assert len({arm.name for arm in found}) == len(CHOICES.split()) + 1
+    with pytest.raises(ValueError, match=r"a change must be NAME=VALUE with a name of reduction, .*got 'reductoin=4'"):
+        arms("aw_resnet8_cifar", ["reductoin=4"])
+    with pytest.raises(ValueError, match="changes must differ"):
+        arms("aw_resnet8_cifar", ["reduction=4", "reduction=4"])
+
+
+def test_tables_in_texts_are_made_from_the_runs(tmp_path: Path) -> None:
+    for one in RUNS:
+        replace(one, variant=one.variant.strip("<>")).save(tmp_path / f"{one.variant.strip('<>')}-seed{one.seed}.json")
+    text = "before\n<!-- runs: . aw,plain -->\nold\n<!-- end of runs -->\nafter\n"
+    made = with_tables(text, tmp_path)
+    assert made.startswith("before\n<!-- runs: . aw,plain -->\n\n| variant |")
+    assert made.endswith("|\n\n<!-- end of runs -->\nafter\n")
+    assert made.index("| aw |") < made.index("| plain |")
+    assert with_tables(made, tmp_path) == made
+    with pytest.raises(ValueError, match="holds no run of se"):
+        with_tables(text.replace("aw,plain", "se"), tmp_path)

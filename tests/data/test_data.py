@@ -289,9 +289,9 @@ class TestAugmentation:
         data = Digits(batch_size=64, crop_padding=2)
 
         batch = next(iter(data.train_dataloader()))
-        progress = SimpleNamespace(current=SimpleNamespace(processed=0, ready=0))
-        loop = SimpleNamespace(epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress))
-        data.trainer = SimpleNamespace(training=True, fit_loop=loop, global_rank=0, world_size=1)
+        progress = SimpleNamespace(current=SimpleNamespace(ready=0))
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+        data.trainer = SimpleNamespace(training=True, fit_loop=loop, current_epoch=0, global_rank=0, world_size=1)
         assert not torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
         data.trainer.training = False
         assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], batch[0])
@@ -416,7 +416,7 @@ class TestStreamedParquet:
         original = source._read
         source._read = lambda group: (read.append(group) if group not in source._kept else None, original(group))[1]
         loader = data.train_dataloader()
-        drawn = [draw.index for batch in loader.batch_sampler for draw in batch]
+        drawn = [draw.image for batch in loader.batch_sampler for draw in batch]
         assert len(set(drawn)) == len(drawn) == 496
         for _ in loader:
             assert len(source._kept) <= 8

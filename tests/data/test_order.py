@@ -34,7 +34,7 @@ def test_processes_share_the_batches_of_one(size: int, batch: int, of: int, epoc
         assert len(share) == len(alone) == size // (batch * of)
     for whole, *parts in zip(alone, *shares, strict=True):
         assert sorted(whole) == sorted(draw for part in parts for draw in part)
-    drawn = [draw.index for whole in alone for draw in whole]
+    drawn = [draw.image for whole in alone for draw in whole]
     assert len(set(drawn)) == len(drawn) == len(alone) * batch * of
 
 
@@ -47,7 +47,7 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         batches = TrainingBatches(64, 64, seed=seed)
         batches.sampler.set_epoch(epoch)
-        return [draw.index for batch in batches for draw in batch]
+        return [draw.image for batch in batches for draw in batch]
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
@@ -60,7 +60,7 @@ def test_blocks_are_read_window_by_window(stored: list[int]) -> None:
     if not indices:
         return
     blocks = blocks_of(stored, indices)
-    order = [draw.index for batch in TrainingBatches(len(indices), 1, blocks=blocks) for draw in batch]
+    order = [draw.image for batch in TrainingBatches(len(indices), 1, blocks=blocks) for draw in batch]
     assert sorted(order) == list(range(len(indices)))
     # At any time, no more than WINDOW blocks are begun and not finished.
     last = {block: position for position, block in enumerate(blocks[order])}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import make_divisible
 from torch import nn
 
 from awconv import AWConv2d
@@ -300,7 +301,7 @@ def test_imagenet_resnets_gain_the_operations_of_their_branches(name: str) -> No
         added += sum(attended(*pair, size) for pair in pairs)
         last = width
     assert added_operations("aw_" + name) == added
-    for scheme in ("se", "cbam", "eca") if name in ("resnet50", "resnet101") else ():
+    for scheme in ("se", "cbam", "eca") if name in ("resnet18", "resnet50", "resnet101") else ():
         assert added_operations(f"aw_{scheme}{name}") == added
     if name == "resnet50":
         assert round(2 * added / 1e9, 2) == 0.01  # GFLOPs, as the method's description says
@@ -317,11 +318,27 @@ def test_wide_resnets_gain_the_operations_of_their_branches(prefix: str) -> None
     assert added_operations(f"aw_{prefix}wide_resnet28_10_cifar") == added
 
 
+@pytest.mark.parametrize("name", ["mobilenetv1_100", "mobilenetv2_100", "wide_resnet28_10_cifar"])
+def test_squeeze_and_excitation_has_its_two_convolutions_in_each_block(name: str) -> None:
+    plain, attended = timm.create_model(name), timm.create_model(f"se_{name}")
+    if "mobilenet" in name:
+        channels = [m.out_channels for m in plain.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    else:
+        channels = [m.out_channels for n, m in plain.named_modules() if n.endswith("conv2")]
+    assert len(channels) == {"mobilenetv1_100": 13, "mobilenetv2_100": 17, "wide_resnet28_10_cifar": 12}[name]
+    added = 0
+    for width in channels:
+        hidden = make_divisible(width / 16, 8, round_limit=0.0)  # timm's rounding
+        added += 2 * width * hidden + width + hidden  # with biases
+    found = sum(p.numel() for p in attended.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert found == added
+
+
 def test_every_network_with_attention_has_its_twin() -> None:
     for name, twin in TWINS.items():
         assert timm.is_model(name)
         assert timm.is_model(twin)
-        assert twin in (name.removeprefix(prefix) for prefix in ("aw_", "se", "cbam", "eca", "aa_"))
+        assert twin in (name.removeprefix(prefix) for prefix in ("aw_", "se", "cbam", "eca", "aa_", "se_", "cbam_"))
         assert len(twin) < len(name)
 
 

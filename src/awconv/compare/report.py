@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from scipy.stats import t as student_t
 
 from awconv.compare.runs import Run
+from awconv.models import TWINS
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better a variant is than its twin, over the seeds that both have finished.
+
+    Attributes:
+        to: the twin: the variant with the same network but without its attention, or the first one.
+        seeds: number of pairs.
+        mean: of the pairs' differences, in percentage points.
+        low: where the 95 % confidence interval of the mean begins, by Student's t; None for one pair.
+        high: where it ends.
+    """
+
+    to: str
+    seeds: int
+    mean: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -23,9 +45,11 @@ class Row:
         variant: its name.
         network: name of the network.
         parameters: number of trained parameters.
+        operations: multiply-adds for one image; None where they were not counted.
         seeds: number of finished runs.
         accuracy: mean test accuracy over the seeds, in percent.
         spread: standard deviation of the test accuracy over the seeds, in percentage points; None for one seed.
+        difference: to the twin; None for the first variant, and without common seeds.
         seconds_per_epoch: median over the runs.
         ratio: ``seconds_per_epoch`` over that of the first variant.
     """
@@ -33,14 +57,25 @@ class Row:
     variant: str
     network: str
     parameters: int
+    operations: int | None
     seeds: int
     accuracy: float
     spread: float | None
+    difference: Difference | None
     seconds_per_epoch: float
     ratio: float
 
 
-HEADINGS = ("variant", "network", "parameters", "accuracy, %", "seeds", "s/epoch", "time ratio")
+HEADINGS = (
+    "variant",
+    "network",
+    "parameters",
+    "multiply-adds, M",
+    "accuracy, %",
+    "seeds",
+    "paired difference (95 % interval)",
+    "time ratio",
+)
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
@@ -52,14 +87,17 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
     for variant, group in by_variant.items():
         accuracies = [100 * run.test_accuracy for run in group]
         seconds = median(run.seconds_per_epoch for run in group)
+        twin = _twin(group[0], by_variant)
         rows.append(
             Row(
                 variant=variant,
                 network=group[0].network,
                 parameters=group[0].parameters,
+                operations=group[0].operations,
                 seeds=len(group),
                 accuracy=mean(accuracies),
                 spread=stdev(accuracies) if len(accuracies) > 1 else None,
+                difference=None if twin == variant else paired_difference(group, by_variant[twin]),
                 seconds_per_epoch=seconds,
                 ratio=seconds / rows[0].seconds_per_epoch if rows else 1.0,
             )
@@ -67,16 +105,40 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
+def _twin(run: Run, by_variant: Mapping[str, Sequence[Run]]) -> str:
+    without = TWINS.get(run.network)
+    for variant, group in by_variant.items():
+        if group[0].network == without:
+            return variant
+    return next(iter(by_variant))
+
+
+def paired_difference(runs: Sequence[Run], twins: Sequence[Run]) -> Difference | None:
+    """What the runs of a variant gain over its twin's of the same seeds; None if there are none."""
+    before = {run.seed: run.test_accuracy for run in twins}
+    gains = [100 * (run.test_accuracy - before[run.seed]) for run in runs if run.seed in before]
+    if not gains:
+        return None
+    centre, low, high = mean(gains), None, None
+    if len(gains) > 1:
+        reach = float(student_t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
+        low, high = centre - reach, centre + reach
+    return Difference(twins[0].variant, len(gains), centre, low, high)
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, under :data:`HEADINGS`."""
     spread = "" if row.spread is None else f" ± {row.spread:.2f}"
+    gain = row.difference
+    interval = "" if gain is None or gain.low is None else f" ({gain.low:+.2f} to {gain.high:+.2f})"
     return (
         row.variant,
         row.network,
         f"{row.parameters:,}",
+        "" if row.operations is None else f"{row.operations / 1e6:,.2f}",
         f"{row.accuracy:.2f}{spread}",
         str(row.seeds),
-        f"{row.seconds_per_epoch:.2f}",
+        "" if gain is None else f"{gain.mean:+.2f}{interval} to {gain.to}",
         f"{row.ratio:.2f}",
     )
 
@@ -96,6 +158,37 @@ def markdown_table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * (len(HEADINGS) - 2)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+_GENERATED = re.compile(r"<!-- runs: (\S+) (\S+) -->\n.*?<!-- end of runs -->", re.DOTALL)
+
+
+def with_tables(text: str, root: Path) -> str:
+    """A Markdown text whose tables of runs are made anew from the runs' files.
+
+    A table stands between ``<!-- runs: FOLDER VARIANTS -->`` and ``<!-- end of runs -->``, with commas between the
+    variants.
+
+    Args:
+        text: the Markdown.
+        root: what the folders are relative to.
+
+    Raises:
+        ValueError: a folder holds no run of a variant, or a file that is none.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        folder, variants = match[1], match[2].split(",")
+        runs = [Run.load(path) for path in sorted((root / folder).glob("*-seed*.json"))]
+        missing = set(variants) - {run.variant for run in runs}
+        if missing:
+            raise ValueError(f"{folder} holds no run of {', '.join(sorted(missing))}")
+        chosen = sorted(
+            (run for run in runs if run.variant in variants), key=lambda run: (variants.index(run.variant), run.seed)
+        )
+        return f"<!-- runs: {match[1]} {match[2]} -->\n\n{markdown_table(summarise(chosen))}\n<!-- end of runs -->"
+
+    return _GENERATED.sub(table, text)
 
 
 def write_report(runs: Sequence[Run], folder: Path, title: str, command: str) -> Path:
@@ -168,8 +261,9 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
     each_run = [
         (run.variant, str(run.seed), f"{100 * run.test_accuracy:.2f}", f"{run.seconds_per_epoch:.2f}") for run in runs
     ]
-    splits = {"test": "the test split", "val": "the validation split, there being no test split"}
-    tested_on = splits[runs[0].test_split]
+    tested_on = {"test": "the test split", "val": "the validation split"}[runs[0].test_split]
+    jobs = max(run.jobs for run in runs)
+    together = "trained in turn with the others" if jobs == 1 else f"where up to {jobs} runs shared the machine"
     versions = ", ".join(f"{name} {version}" for name, version in runs[0].versions.items())
     return f"""<!doctype html>
 <html lang="en">
@@ -179,8 +273,8 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
 <p><code>{html.escape(command)}</code></p>
 {_html_table(HEADINGS, [cells(row) for row in rows])}
 <p class="note">Accuracy: of the network after the last epoch on {tested_on}; mean and standard deviation over the
-seeds. Time: median epoch of training, without evaluation; the ratio is to the first variant, trained in turn with the
-others on the same machine.</p>
+seeds. Difference: in percentage points, between runs of the same seed; the interval is Student's for the mean. Time:
+median epoch of training, without evaluation; the ratio is to the first variant, {together}.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation accuracy by epoch, for each variant">
 <h2>Each run</h2>
 {_html_table(("variant", "seed", "accuracy, %", "s/epoch"), each_run)}

@@ -187,9 +187,9 @@ def open_data(recipe: Path, overrides: Sequence[str], split: Split = "test") -> 
     return data
 
 
-def _parse(recipe: Path, *arguments: str) -> TrainingCLI:
+def _parse(recipe: Path, *arguments: str, build: bool = True) -> TrainingCLI:
     _quieten_lightning()
-    return TrainingCLI([f"--config={recipe}", *arguments], run=False, save_config=False)
+    return TrainingCLI([f"--config={recipe}", *arguments], run=False, save_config=False, build=build)
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ class Plan:
         """Where the finished run is kept."""
         return self.folder / f"{self.name}.json"
 
-    def parse(self) -> TrainingCLI:
-        """The trainer, the task and the data of the run."""
+    def parse(self, build: bool = True) -> TrainingCLI:
+        """The settings of the run, and its trainer, task and data where they are to be built."""
         overlay, network = self.variant.overlay, self.variant.network
         return _parse(
             self.recipe,
@@ -238,6 +238,7 @@ class Plan:
             "--trainer.logger=false",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
+            build=build,
         )
 
     def finished(self) -> Run | None:
@@ -248,10 +249,14 @@ class Plan:
         """
         if not self.file.is_file():
             return None
-        run, cli = Run.load(self.file), self.parse()
-        differing = _differences(_completed(run.recipe, cli), _settings(cli))
-        if run.test_split != self.split and not (run.test_split == "val" and cli.datamodule.test_split == "val"):
-            differing.append(f"tested on {run.test_split} there, on {self.split} now")
+        run, cli = Run.load(self.file), self.parse(build=False)
+        known = _completed(run.recipe, cli)
+        differing = ["its settings are no longer known"] if known is None else _differences(known, _settings(cli))
+        expected = self.split
+        if (expected, run.test_split) == ("test", "val"):  # right where there is no test split
+            expected = self.parse().datamodule.test_split
+        if run.test_split != expected:
+            differing.append(f"it was tested on {run.test_split} there, on {expected} now")
         if differing:
             raise ValueError(
                 f"{self.file} holds a run of other settings: {'; '.join(differing[:3])}. Name another folder with "
@@ -352,12 +357,13 @@ def _settings(cli: TrainingCLI, config: Any = None) -> dict[str, str]:
     return flat
 
 
-def _completed(recipe: dict[str, Any], cli: TrainingCLI) -> dict[str, str]:
-    """The settings of a run, with today's defaults for those that its version of awconv did not have."""
+def _completed(recipe: dict[str, Any], cli: TrainingCLI) -> dict[str, str] | None:
+    """The settings of a run, with today's defaults for those that its version of awconv did not have; None if it has
+    some that there are no more."""
     try:
         return _settings(cli, cli.parser.parse_object(recipe, defaults=True))
     except (SystemExit, ValueError, TypeError, KeyError):
-        return {"recipe": "of a version whose settings are no longer known"}
+        return None
 
 
 def _differences(there: dict[str, str], now: dict[str, str]) -> list[str]:

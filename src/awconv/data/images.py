@@ -147,7 +147,7 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int | Draw]) -> tuple[Tensor, Tensor]:
         """A whole batch at once (the hook of PyTorch's DataLoader), so that collating is nothing."""
-        chosen = torch.tensor([i.index if isinstance(i, Draw) else i for i in indices], dtype=torch.long)
+        chosen = torch.tensor([i.image if isinstance(i, Draw) else i for i in indices], dtype=torch.long)
         return self.images[chosen], self.targets[chosen]
 
 
@@ -181,7 +181,7 @@ class TransformedImages(Dataset[tuple[Tensor, int] | None]):
     def __getitem__(self, index: int | Draw) -> tuple[Tensor, int] | None:
         if isinstance(index, Draw):
             seed_all(index.seed)
-            index = index.index
+            index = index.image
         image = _read(self.dataset, self.indices[index], self.skip_broken)
         if image is None:
             return None

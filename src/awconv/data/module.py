@@ -260,7 +260,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         """Augments a training batch of images in memory, and seeds all that is drawn in the rest of the step."""
         if self.trainer is None or not self.trainer.training:
             return batch
-        step = (self._seed, self.trainer.fit_loop.epoch_progress.current.processed, self._batches_done())
+        step = (self._seed, self.trainer.current_epoch, self._batches_done())
         seed_all(derive_seed(*step, self._share.rank))
         if not isinstance(self.dataset("train"), InMemoryImages):
             return batch

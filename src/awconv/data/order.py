@@ -22,11 +22,11 @@ class Draw(NamedTuple):
     """An image of a training batch.
 
     Attributes:
-        index: its position in the data set.
+        image: its position in the data set.
         seed: of its augmentation in this epoch.
     """
 
-    index: int
+    image: int
     seed: int
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -40,6 +41,8 @@ _CIFAR = _IMAGENET | dict(
 )
 _CIFAR_FEATURES = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
 _MOBILENET_FEATURES = dict(feature_cfg=dict(feature_cls="getter"))  # stages are not modules of their own there
+
+_NARROW_REDUCTION = 4  # of networks of 16 to 64 channels, chosen on held-out images: docs/experiments.md
 
 TWINS: dict[str, str] = {}
 """Each network with attention and its twin without: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``."""
@@ -70,9 +73,13 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
     register_model(entry)
 
 
-def _register_aw(plain: str, cfg: dict[str, Any], select: Callable[[str, nn.Module], bool], **defaults: Any) -> None:
+def _register_aw(
+    plain: str, cfg: dict[str, Any], select: Callable[[str, nn.Module], bool], reduction: int = 16, **defaults: Any
+) -> None:
+    own = dict(select=select, reduction=reduction)
+
     def build(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
-        return convert(timm.create_model(plain, *args, **kwargs), **(dict(select=select) | (aw_args or {})))
+        return convert(timm.create_model(plain, *args, **kwargs), **(own | (aw_args or {})))
 
     TWINS["aw_" + plain] = plain
     _register("aw_" + plain, build, cfg, paper="2108.08205", **defaults)
@@ -80,33 +87,53 @@ def _register_aw(plain: str, cfg: dict[str, Any], select: Callable[[str, nn.Modu
 
 _SCHEMES = {"se": "1709.01507", "cbam": "1807.06521", "eca": "1910.03151"}  # attention on activations, by timm's layers
 
+
+def _with_attention(plain: str, scheme: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """A MobileNet with attention on the activations of its depthwise convolutions, where MobileNet v3 has it."""
+    model = timm.create_model(plain, *args, **kwargs)
+    for module in model.modules():
+        if hasattr(module, "conv_dw") and hasattr(module, "se"):
+            module.se = get_attn(scheme)(module.conv_dw.out_channels)  # type: ignore[union-attr]
+    return model
+
+
 _build: Callable[..., nn.Module]
 for _plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
     _register_aw(_plain, _IMAGENET, in_residual_stages)
-for _plain in ("resnet50", "resnet101"):
+for _plain in ("resnet18", "resnet50", "resnet101"):
     for _scheme, _paper in _SCHEMES.items():
         _name = _scheme + _plain
         TWINS[_name] = _plain
-        if _scheme != "se":  # timm has seresnet50 and seresnet101
+        if not timm.is_model(_name):  # timm has those with SE
             _build = partial(timm.create_model, _plain, block_args=dict(attn_layer=_scheme))
             _register(_name, _build, _IMAGENET, paper=_paper)
         _register_aw(_name, _IMAGENET, in_residual_stages)
 for _plain in ("mobilenetv1_100", "mobilenetv2_100"):
     _register_aw(_plain, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
+    for _scheme in ("se", "cbam"):
+        _name = f"{_scheme}_{_plain}"
+        TWINS[_name] = _plain
+        _build = partial(_with_attention, _plain, _scheme)
+        _register(_name, _build, _MOBILENET, paper=_SCHEMES[_scheme], **_MOBILENET_FEATURES)
+        _register_aw(_name, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
 for _depth in (8, 20, 32, 44, 56, 110):
     _plain = f"resnet{_depth}_cifar"
     _register(_plain, partial(CifarResNet, _depth), _CIFAR, paper="1512.03385", **_CIFAR_FEATURES)
-    _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
+    _register_aw(_plain, _CIFAR, in_residual_stages, _NARROW_REDUCTION, **_CIFAR_FEATURES)
     for _scheme in ("se", "cbam"):
         if _depth in (8, 20, 56):
             _name, _build = _scheme + _plain, partial(CifarResNet, _depth, attn_layer=_scheme)
             TWINS[_name] = _plain
             _register(_name, _build, _CIFAR, paper=_SCHEMES[_scheme], **_CIFAR_FEATURES)
-            _register_aw(_name, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
-for _prefix, _paper in (("", "1605.07146"), ("aa_", "1904.09925")):
+            _register_aw(_name, _CIFAR, in_residual_stages, _NARROW_REDUCTION, **_CIFAR_FEATURES)
+for _prefix, _options, _paper in (
+    ("", {}, "1605.07146"),
+    ("aa_", dict(augmented=True), "1904.09925"),
+    ("se_", dict(attn_layer="se"), _SCHEMES["se"]),
+    ("cbam_", dict(attn_layer="cbam"), _SCHEMES["cbam"]),
+):
     _plain = f"{_prefix}wide_resnet28_10_cifar"
-    _build = partial(WideResNet, 28, 10, augmented=_prefix == "aa_")
     if _prefix:
         TWINS[_plain] = _plain.removeprefix(_prefix)
-    _register(_plain, _build, _CIFAR, paper=_paper, **_CIFAR_FEATURES)
+    _register(_plain, partial(WideResNet, 28, 10, **_options), _CIFAR, paper=_paper, **_CIFAR_FEATURES)
     _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)

@@ -3,6 +3,7 @@ convolutions as in "Attention Augmented Convolutional Networks", 2019, arXiv 190
 
 from __future__ import annotations
 
+from timm.layers import get_attn
 from torch import Tensor, nn
 
 from awconv.models.attention_augmented import AugmentedConv2d
@@ -20,9 +21,12 @@ class PreactBlock(nn.Module):
         channels: channels of the output.
         stride: of the first convolution, and of the shortcut.
         augmented_size: height and width of the input, if the first convolution is augmented by attention; None if not.
+        attn_layer: attention on the activations before the sum, as timm names it; None for none.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, augmented_size: int | None) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, augmented_size: int | None, attn_layer: str | None = None
+    ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.act1 = nn.ReLU(inplace=True)
@@ -44,6 +48,7 @@ class PreactBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.act2 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.se = nn.Identity() if attn_layer is None else get_attn(attn_layer)(channels)
         self.shortcut: nn.Module | None = None
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
@@ -53,7 +58,7 @@ class PreactBlock(nn.Module):
         out: Tensor = self.act1(self.bn1(x))
         if self.shortcut is not None:
             x = self.shortcut(out)
-        out = self.conv2(self.act2(self.bn2(self.conv1(out))))
+        out = self.se(self.conv2(self.act2(self.bn2(self.conv1(out)))))
         output: Tensor = x + out
         return output
 
@@ -66,6 +71,8 @@ class WideResNet(CifarNetwork):
         widen_factor: the stages have 16, 32 and 64 channels times this.
         augmented: augment the first convolution of each block by attention, whose relative positions fix the size of
             the images.
+        attn_layer: attention on the activations at the end of each block, as timm names it: ``"se"``, ``"cbam"``,
+            ``"eca"``.
         img_size: height and width of the images that an augmented network takes.
         num_classes: 0 for none, which returns the pooled features.
         in_chans: channels of the images.
@@ -78,6 +85,7 @@ class WideResNet(CifarNetwork):
         depth: int,
         widen_factor: int,
         augmented: bool = False,
+        attn_layer: str | None = None,
         img_size: int = 32,
         num_classes: int = 10,
         in_chans: int = 3,
@@ -90,11 +98,13 @@ class WideResNet(CifarNetwork):
             raise ValueError(f"WideResNet: depth must be 6n + 4, such as 10, 16, 22, 28 or 40, got {depth}")
         widths = [16 * 2**stage * widen_factor for stage in range(3)]
         half = (img_size + 1) // 2
-        sizes = [(img_size, img_size), (img_size, half), (half, (half + 1) // 2)] if augmented else [(None, None)] * 3
+        sizes: list[tuple[int | None, int | None]] = [(None, None)] * 3
+        if augmented:
+            sizes = [(img_size, img_size), (img_size, half), (half, (half + 1) // 2)]
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
-        self.layer1 = _stage(16, widths[0], 1, blocks, *sizes[0])
-        self.layer2 = _stage(widths[0], widths[1], 2, blocks, *sizes[1])
-        self.layer3 = _stage(widths[1], widths[2], 2, blocks, *sizes[2])
+        self.layer1 = _stage(16, widths[0], 1, blocks, *sizes[0], attn_layer)
+        self.layer2 = _stage(widths[0], widths[1], 2, blocks, *sizes[1], attn_layer)
+        self.layer3 = _stage(widths[1], widths[2], 2, blocks, *sizes[2], attn_layer)
         self.norm = nn.BatchNorm2d(widths[2])
         self.act = nn.ReLU(inplace=True)
         self.complete(widths, global_pool)
@@ -111,7 +121,13 @@ class WideResNet(CifarNetwork):
 
 
 def _stage(
-    in_channels: int, channels: int, stride: int, blocks: int, first_size: int | None, size: int | None
+    in_channels: int,
+    channels: int,
+    stride: int,
+    blocks: int,
+    first_size: int | None,
+    size: int | None,
+    attn_layer: str | None,
 ) -> nn.Sequential:
-    first = PreactBlock(in_channels, channels, stride, first_size)
-    return nn.Sequential(first, *(PreactBlock(channels, channels, 1, size) for _ in range(blocks - 1)))
+    first = PreactBlock(in_channels, channels, stride, first_size, attn_layer)
+    return nn.Sequential(first, *(PreactBlock(channels, channels, 1, size, attn_layer) for _ in range(blocks - 1)))

@@ -299,15 +299,14 @@ class ClassificationTask(pl.LightningModule):
             boundaries = [epoch * steps_per_epoch for epoch in hparams["decay_epochs"]]
         elif math.isinf(steps):
             raise ValueError("a cosine decay needs an end: give trainer.max_epochs or trainer.max_steps")
-        warmup = min(steps, round(hparams["warmup_epochs"] * steps_per_epoch))
+        warmup = int(min(steps, round(hparams["warmup_epochs"] * steps_per_epoch)))
 
         def rate(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
             if hparams["decay_epochs"]:
-                decays = sum(step >= boundary for boundary in boundaries)
-                return float(hparams["decay_rate"] ** decays)
-            return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))) / 2
+                return float(hparams["decay_rate"] ** sum(step >= boundary for boundary in boundaries))
+            return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, steps - warmup)))) / 2
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}}
 

@@ -81,7 +81,7 @@ class RecentCheckpoint(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
-        self.path: Path | None = None
+        self.path = Path(RECENT)
         self._saved = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

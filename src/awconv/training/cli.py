@@ -31,9 +31,11 @@ class TrainingCLI(LightningCLI):
         args: the arguments, with the subcommand first where ``run`` is true.
         run: run a subcommand; false only builds ``trainer``, ``model`` and ``datamodule``.
         save_config: write the configuration beside the checkpoints, as ``awconv_fit.yaml``.
+        build: make the trainer, the task and the data; false only parses, and looks at no data.
     """
 
-    def __init__(self, args: Sequence[str], run: bool = True, save_config: bool = True) -> None:
+    def __init__(self, args: Sequence[str], run: bool = True, save_config: bool = True, build: bool = True) -> None:
+        self._build = build
         super().__init__(
             ClassificationTask,
             ImageDataModule,
@@ -83,6 +85,11 @@ class TrainingCLI(LightningCLI):
         for name in FROM_DATA:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_lightning_class_args(RecentCheckpoint, "recent_checkpoint")
+
+    def instantiate_classes(self) -> None:
+        """Makes what the configuration describes."""
+        if self._build:
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs for TensorBoard and as CSV, and with checkpoints that survive an interruption."""

@@ -38,7 +38,7 @@ class FiniteLoss(pl.Callback):
         now = torch.where(loss.isfinite(), self._NEVER, step)
         self._first = torch.minimum(self._first, now)
         self._rates[step] = trainer.optimizers[0].param_groups[0]["lr"]
-        if loss.device.type == "cpu" or (step + 1) % max(1, trainer.log_every_n_steps) == 0:
+        if loss.device.type == "cpu" or (step + 1) % _interval(trainer) == 0:
             self._look(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,6 +67,11 @@ class FiniteLoss(pl.Callback):
         )
 
 
+def _interval(trainer: pl.Trainer) -> int:
+    steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from outside
+    return max(1, steps)
+
+
 def _path(callback: Any) -> Any:
     return getattr(callback, "path", None) or getattr(callback, "best_model_path", None)
 
@@ -85,7 +90,7 @@ class Pace(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._done += 1
-        if (batch_idx + 1) % max(1, trainer.log_every_n_steps):
+        if (batch_idx + 1) % _interval(trainer):
             return
         seconds = time.perf_counter() - self._start  # with evaluation and checkpoints
         images = self._done * len(batch[0]) * trainer.world_size

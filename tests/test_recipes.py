@@ -1,0 +1,81 @@
+"""Every recipe, on photographs that scikit-learn ships: it runs, and each of its variants exists."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from awconv.compare.runs import find_variant
+from awconv.training import TrainingCLI
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+VARIANTS = ("plain", "se", "cbam", "aw", "aw_se", "aw_cbam")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts of two photographs, as two classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    for name, picture in zip(("temple", "flower"), load_sample_images().images, strict=True):
+        for split, count in (("train", 24), ("val", 4), ("test", 4)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                left, top = 10 * index, 5 * index
+                Image.fromarray(picture[top : top + 240, left : left + 300]).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_its_aw_network_for_two_steps(recipe: Path, photographs: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    network = content["model"]["network"]
+    if not content["model"].get("pretrained"):
+        network = find_variant(network, "aw").network
+    # What the machine of the tests cannot do: the recipe's data, its batches, a file of weights and a GPU's precision.
+    cli = TrainingCLI(
+        [
+            f"--config={recipe}",
+            "--data=ImageFolder",
+            f"--data.root={photographs}",
+            f"--data.image_size={content['data']['init_args'].get('image_size', 32)}",
+            "--data.batch_size=4",
+            "--data.num_workers=0",
+            f"--model.network={network}",
+            "--model.pretrained=false",
+            "--trainer.precision=32-true",
+            "--trainer.accelerator=cpu",
+            "--trainer.limit_train_batches=2",
+            "--trainer.max_epochs=1",
+            "--trainer.limit_val_batches=1",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            f"--trainer.default_root_dir={tmp_path}",
+        ],
+        run=False,
+        save_config=False,
+    )
+    before = [parameter.clone() for parameter in cli.model.network.parameters()]
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert cli.trainer.global_step == 2
+    assert math.isfinite(cli.trainer.callback_metrics["val/loss"])
+    assert any(not torch.equal(a, b) for a, b in zip(before, cli.model.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_variant_of_a_recipe_is_one_override(recipe: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    if content["model"].get("pretrained"):
+        return  # its variants are those of recipes/variants/
+    for given in VARIANTS:
+        network = find_variant(content["model"]["network"], given).network
+        with torch.device("meta"):
+            timm.create_model(network, num_classes=100)
