@@ -21,6 +21,7 @@ usage: awconv COMMAND [ARGUMENTS]
   test      evaluate a checkpoint on the test split
   compare   train the variants of a recipe over seeds, and report how they compare
   ablate    the same over the choices that an AW branch leaves, on the validation split
+  publish   write the weights of a finished run for others, with a model card
   predict   classify image files with a checkpoint
   models    list the models with attention, and what they cost beside their twins without
   bench     time a layer (bench op) or networks (bench model NAME ...) beside plain ones
@@ -51,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "compare": _function,
         "ablate": _function,
         "predict": _function,
+        "publish": _function,
         "models": _function,
         "bench": _bench,
         "fit": _lightning,
@@ -75,12 +77,14 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     from awconv.compare import ablate, compare, demo
     from awconv.model_costs import models
     from awconv.predict import predict
+    from awconv.publish import publish
 
     functions: dict[str, Callable[..., int]] = {
         "demo": demo,
         "compare": compare,
         "ablate": ablate,
         "predict": predict,
+        "publish": publish,
         "models": models,
     }
     function = functions[command]
@@ -90,6 +94,9 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     if command in ("compare", "ablate"):
         parser.add_argument("recipe", type=Path, help="a YAML file for awconv fit")
         skip |= {"recipe"}
+    if command == "publish":
+        parser.add_argument("run", type=Path, help="the file of a run of awconv compare: aw-seed0.json")
+        skip |= {"run"}
     if command == "predict":
         parser.add_argument("images", type=Path, nargs="+", help="image files, and folders that are searched for them")
         skip |= {"images"}

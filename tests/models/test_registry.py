@@ -421,5 +421,5 @@ def test_another_depth_is_refused() -> None:
 
 
 def test_weights_that_do_not_exist_are_not_invented() -> None:
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for aw_resnet8_cifar"):
-        timm.create_model("aw_resnet8_cifar", pretrained=True)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for aw_resnet50"):
+        timm.create_model("aw_resnet50", pretrained=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
-from awconv.data.order import Draw, seed_all
+from awconv.data.order import Draw, derive_seed, seed_all
 
 _MODES = {1: "L", 3: "RGB"}
 _log = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class TransformedImages(Dataset[tuple[Tensor, int] | None]):
 
     def __getitem__(self, index: int | Draw) -> tuple[Tensor, int] | None:
         if isinstance(index, Draw):
-            seed_all(index.seed)
+            seed_all(derive_seed(index.seed, index.epoch, index.image))
             index = index.image
         image = _read(self.dataset, self.indices[index], self.skip_broken)
         if image is None:

@@ -23,10 +23,12 @@ class Draw(NamedTuple):
 
     Attributes:
         image: its position in the data set.
-        seed: of its augmentation in this epoch.
+        epoch: for which it is drawn.
+        seed: of the run.
     """
 
     image: int
+    epoch: int
     seed: int
 
 
@@ -90,9 +92,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         order = self._order(epoch)
         for step in range(self.start(), len(self)):
             batch = order[step * together : (step + 1) * together]
-            yield [
-                Draw(index, derive_seed(self.seed, epoch, index)) for index in batch[self.share.rank :: self.share.of]
-            ]
+            yield [Draw(image, epoch, self.seed) for image in batch[self.share.rank :: self.share.of]]
         self.sampler.set_epoch(epoch + 1)  # for loops that do not say which epoch it is
 
     def _order(self, epoch: int) -> list[int]:

@@ -10,17 +10,19 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_attn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from awconv.convert import convert
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.models.cifar_resnet import CifarResNet
+from awconv.models.published import WEIGHTS, published, verify
 from awconv.models.wide_resnet import WideResNet
 
 _IMAGENET = dict(
@@ -39,8 +41,10 @@ _MOBILENET = _IMAGENET | dict(first_conv="conv_stem", classifier="classifier", i
 _CIFAR = _IMAGENET | dict(
     num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD
 )
-_CIFAR_FEATURES = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
-_MOBILENET_FEATURES = dict(feature_cfg=dict(feature_cls="getter"))  # stages are not modules of their own there
+_CIFAR_FEATURES: dict[str, Any] = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
+_MOBILENET_FEATURES: dict[str, Any] = dict(
+    feature_cfg=dict(feature_cls="getter")
+)  # stages are not modules of their own there
 
 _NARROW_REDUCTION = 4  # of networks of 16 to 64 channels, chosen on held-out images: docs/experiments.md
 
@@ -60,6 +64,11 @@ def is_depthwise(name: str, module: nn.Module) -> bool:
 
 def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *, paper: str, **defaults: Any) -> None:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            given = {key: kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")}
+            file = resolve_pretrained_cfg(name, **given).file
+            if file and Path(file).parent.parent == WEIGHTS:
+                verify(Path(file))
         model: nn.Module = build_model_with_cfg(build, name, pretrained, **(deepcopy(defaults) | kwargs))
         return model
 
@@ -68,7 +77,10 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
     module = sys.modules[__name__]
     entry.__module__ = __name__
     setattr(module, name, entry)
-    cfgs = generate_default_cfgs({name: cfg | dict(paper_ids=f"arXiv:{paper}")})
+    cfg = cfg | dict(paper_ids=f"arXiv:{paper}")
+    tagged: dict[str, Any] = {f"{name}.{tag}": cfg | own for tag, own in published(name).items()}
+    # Last, and with a star, the network without a tag is the default, though it has no weights.
+    cfgs = generate_default_cfgs(tagged | {f"{name}.*" if tagged else name: cfg})
     module.__dict__.setdefault("default_cfgs", {}).update(cfgs)
     register_model(entry)
 
@@ -76,7 +88,7 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
 def _register_aw(
     plain: str, cfg: dict[str, Any], select: Callable[[str, nn.Module], bool], reduction: int = 16, **defaults: Any
 ) -> None:
-    own = dict(select=select, reduction=reduction)
+    own: dict[str, Any] = dict(select=select, reduction=reduction)
 
     def build(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         return convert(timm.create_model(plain, *args, **kwargs), **(own | (aw_args or {})))

@@ -113,6 +113,7 @@ class ClassificationTask(pl.LightningModule):
         self.crop_pct = crop_pct
         self.network = self._build()
         self.ema = None if ema_decay is None else ModelEmaV3(self.network, decay=ema_decay)
+        self.evaluates_pretrained = False  # set by the command line: a test right after a training must not load them
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.mixup = self._mixup()
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
@@ -124,6 +125,12 @@ class ClassificationTask(pl.LightningModule):
 
     def _build(self, **pretrained: Any) -> nn.Module:
         hparams = self.hparams
+        _, _, tag = hparams["network"].partition(".")
+        if tag and not timm.is_model_pretrained(hparams["network"]):
+            tags = timm.list_pretrained(hparams["network"].partition(".")[0] + ".*")
+            raise ValueError(
+                f"network {hparams['network']!r} has no such weights; there are {', '.join(tags) or 'none'}"
+            )
         network: nn.Module = timm.create_model(
             hparams["network"],
             num_classes=len(self.classes),
@@ -155,24 +162,29 @@ class ClassificationTask(pl.LightningModule):
             ) from error
 
     def setup(self, stage: str) -> None:
-        """Loads the pretrained weights, where a training starts from them, and compiles the network.
+        """Loads the pretrained weights, where a training starts from them or they are evaluated, and compiles the
+        network.
 
         Raises:
             FileNotFoundError: the file of weights is not there.
             ValueError: there are no such weights, or they are those of another network.
         """
-        if stage == "fit" and self.hparams["pretrained"] and not self.trainer.ckpt_path:
-            self._load_pretrained(self.hparams["pretrained"])
+        evaluates_them = stage != "fit" and self.evaluates_pretrained
+        if self.hparams["pretrained"] and not self.trainer.ckpt_path and (stage == "fit" or evaluates_them):
+            self._load_pretrained(self.hparams["pretrained"], whole=stage != "fit")
         self.network.to(memory_format=self.memory_format)
         if self.hparams["compile"]:
             self.network.compile()
 
-    def _load_pretrained(self, weights: bool | str) -> None:
+    def _load_pretrained(self, weights: bool | str, whole: bool) -> None:
         if isinstance(weights, str) and not Path(weights).is_file():
             raise FileNotFoundError(f"pretrained must be true, false or a file of weights, got {weights!r}")
         try:
             overlay = self._describe(weights) if isinstance(weights, str) else None
             network = self._build(pretrained=True, pretrained_cfg_overlay=overlay)
+            known: Any = network.pretrained_cfg
+            if whole and known.get("num_classes") != len(self.classes):
+                raise ValueError(f"they are of {known.get('num_classes')} classes, the data of {len(self.classes)}")
         except Exception as error:  # of timm, torch or safetensors
             raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}") from error
         self.network.load_state_dict(network.state_dict())
@@ -205,9 +217,14 @@ class ClassificationTask(pl.LightningModule):
     def _normalised(self, images: Tensor) -> Tensor:
         return ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the average of the weights, where there is one."""
+        averaged: nn.Module = self.network if self.ema is None else self.ema.module
+        return averaged
+
     def _logits(self, images: Tensor) -> Tensor:
-        network = self.network if self.training or self.ema is None else self.ema.module
-        logits: Tensor = network(images)
+        logits: Tensor = (self.network if self.training else self.evaluated)(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -118,8 +118,11 @@ class TrainingCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Refuses to evaluate weights that were never trained."""
-        if self._get(self.config, "ckpt_path") is None:
-            raise ValueError("there is nothing to evaluate: give --ckpt_path, a checkpoint of awconv fit")
+        self.model.evaluates_pretrained = self._get(self.config, "ckpt_path") is None
+        if self.model.evaluates_pretrained and not self.model.hparams["pretrained"]:
+            raise ValueError(
+                "there is nothing to evaluate: give --ckpt_path, a checkpoint of awconv fit, or --model.pretrained"
+            )
 
     def before_test(self) -> None:
         """Says so where the data have no test split."""

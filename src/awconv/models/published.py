@@ -1,0 +1,42 @@
+"""Weights that come with the package: a folder each, in the layout of Hugging Face's hub.
+
+``weights/NETWORK.TAG/`` holds ``model.safetensors``, ``config.json`` (timm's, and the file's SHA-256) and the model
+card, ``README.md``. ``timm.create_model("NETWORK.TAG", pretrained=True)`` loads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = Path(__file__).with_name("weights")
+FILE, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def published(network: str) -> dict[str, dict[str, Any]]:
+    """timm's configurations of the weights that there are for a network, by tag."""
+    found = {}
+    for folder in sorted(WEIGHTS.glob(f"{network}.*")):
+        config = json.loads((folder / CONFIG).read_text())
+        found[folder.name.removeprefix(f"{network}.")] = config["pretrained_cfg"] | dict(file=str(folder / FILE))
+    return found
+
+
+def sha256(file: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def verify(file: Path) -> None:
+    """Compares a file of published weights with the checksum in its configuration.
+
+    Raises:
+        ValueError: they differ.
+    """
+    expected = json.loads((file.parent / CONFIG).read_text())["sha256"]
+    if sha256(file) != expected:
+        raise ValueError(
+            f"{file} is not what was published: its SHA-256 is {sha256(file)}, expected {expected}; install awconv anew"
+        )

@@ -1,0 +1,120 @@
+"""From a finished run to a folder of weights with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from awconv.compare.runs import Run
+from awconv.models.published import CARD, CONFIG, FILE, sha256
+from awconv.predict import load_task
+from awconv.training.checkpoints import find_last
+
+
+def publish(
+    run: Path, tag: str, data: str, recipe: str, out: Path = Path("weights"), license: str = "apache-2.0"
+) -> int:
+    """Writes the weights of a finished run, their configuration and a model card.
+
+    The folder has the layout of Hugging Face's hub: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
+    it, and so does ``hf-hub:NAME`` once it is there.
+
+    Args:
+        run: the file of a run of ``awconv compare``, with its checkpoints beside it.
+        tag: what the weights are called after the network's name, such as ``cifar10``.
+        data: what the network was trained on, in words.
+        recipe: the recipe, as the card's command is to name it.
+        out: the folder in which the folder ``NETWORK.TAG`` is made.
+        license: of the weights, as an SPDX identifier.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        FileNotFoundError: the run, or its checkpoint, is not there.
+        ValueError: the file is no run, or its network has arguments, without which weights do not fit.
+    """
+    if not run.is_file():
+        raise FileNotFoundError(f"run {run} is not a file; expected one of awconv compare, such as aw-seed0.json")
+    finished = Run.load(run)
+    last = find_last(run.with_suffix(""))
+    if last is None:
+        raise FileNotFoundError(f"there is no checkpoint under {run.with_suffix('')}, where the run's should be")
+    task = load_task(last)
+    if task.hparams["network_args"] or task.hparams["convert"]:
+        raise ValueError("a network with network_args or convert has no name of its own under which it could be loaded")
+    network = task.evaluated.cpu()
+    name = f"{finished.network}.{tag}"
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), folder / FILE)
+    (folder / FILE).chmod(0o644)  # for all who may use the package
+    timms: Any = network.pretrained_cfg
+    cfg: dict[str, Any] = dict(timms)
+    for key in ("url", "file", "hf_hub_id", "source", "architecture"):
+        cfg.pop(key, None)
+    cfg |= dict(
+        tag=tag,
+        input_size=task.input_size,
+        num_classes=len(task.classes),
+        crop_pct=task.crop_pct,
+        mean=list(task.hparams["mean"]),
+        std=list(task.hparams["std"]),
+        label_names=task.classes,
+        license=license,
+    )
+    config = dict(
+        architecture=finished.network,
+        num_classes=len(task.classes),
+        num_features=network.num_features,
+        pretrained_cfg=cfg,
+        sha256=sha256(folder / FILE),
+    )
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (folder / CARD).write_text(_card(finished, name, data, recipe, license))
+    print(f"{name}: {finished.test_split} accuracy {100 * finished.test_accuracy:.2f} %, in {folder}")
+    return 0
+
+
+def _card(run: Run, name: str, data: str, recipe: str, license: str) -> str:
+    epochs, versions = len(run.epochs), ", ".join(f"{key} {value}" for key, value in run.versions.items())
+    validation = run.epochs[-1].val_accuracy
+    held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
+    return f"""---
+license: {license}
+library_name: timm
+tags: [image-classification, timm, awconv]
+---
+# {name}
+
+`{run.network}`, {run.parameters:,} parameters, trained on {data} by [awconv](https://arxiv.org/abs/2108.08205).
+
+| | |
+| --- | --- |
+| {run.test_split} accuracy | {100 * run.test_accuracy:.2f} %{held_out} |
+| recipe | `{recipe}`, {epochs} epochs, the network of the last one |
+| seed | {run.seed} |
+| made with | {versions} |
+| licence | {license} |
+
+```python
+import awconv, timm
+
+model = timm.create_model("{name}", pretrained=True)
+```
+
+The figure comes from
+
+    {_command(run, name, recipe)}
+
+It is that of one run; what seeds do is in the comparison that the run belongs to. A small network on small images: made
+for tests and demonstrations, not for use on pictures of another kind.
+"""
+
+
+def _command(run: Run, name: str, recipe: str) -> str:
+    config = f"--config={recipe} " if recipe.endswith((".yaml", ".yml")) else ""  # the digits are the default
+    return f"awconv {run.test_split.replace('val', 'validate')} {config}--model.network={name} --model.pretrained=true"

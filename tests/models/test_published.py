@@ -1,0 +1,139 @@
+"""The weights that come with the package."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import awconv.models.published as published
+from awconv import AWConv2d
+from awconv.cli import main
+from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS
+from awconv.training import TrainingCLI
+
+FOLDERS = sorted(WEIGHTS.iterdir())
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.accelerator=cpu")
+
+
+def figure(folder: Path) -> float:
+    """The accuracy on the model card, in percent."""
+    match = re.search(r"\| test accuracy \| ([\d.]+) %", (folder / CARD).read_text())
+    assert match is not None
+    return float(match[1])
+
+
+def test_there_are_some_and_they_are_small() -> None:
+    assert FOLDERS
+    assert sum(file.stat().st_size for folder in FOLDERS for file in folder.iterdir()) < 5e6
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_weights_load_by_name_with_their_own_settings(folder: Path) -> None:
+    model = timm.create_model(folder.name, pretrained=True)
+    expected = load_file(folder / FILE)
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+    config = json.loads((folder / CONFIG).read_text())
+    assert model.pretrained_cfg["label_names"] == config["pretrained_cfg"]["label_names"]
+    assert model.num_classes == len(config["pretrained_cfg"]["label_names"])
+    assert folder.name in timm.list_pretrained("*cifar*")
+    channels, height, width = config["pretrained_cfg"]["input_size"]
+    assert model(torch.zeros(1, channels, height, width)).shape == (1, model.num_classes)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_layout_is_that_of_a_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = timm.create_model(folder.name, pretrained=True).state_dict()
+    local = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    network = folder.name.partition(".")[0]
+    cfg = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]
+    remote = timm.create_model(
+        network,
+        pretrained=True,
+        pretrained_cfg=cfg | dict(url=(folder / FILE).resolve().as_uri(), architecture=network),
+    )
+    for model in (local, remote):
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in reference.items())
+
+
+def test_a_network_without_a_tag_is_untouched_by_its_weights() -> None:
+    model = timm.create_model("aw_resnet8_cifar")
+    assert model.conv1.in_channels == 3
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / FOLDERS[0].name
+    shutil.copytree(FOLDERS[0], copy)
+    published.verify(copy / FILE)
+    content = bytearray((copy / FILE).read_bytes())
+    content[-1] ^= 1
+    (copy / FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not what was published: its SHA-256 is [0-9a-f]{64}, expected"):
+        published.verify(copy / FILE)
+
+
+def evaluated(network: str, *arguments: str) -> TrainingCLI:
+    return TrainingCLI(["test", f"--model.network={network}", "--model.pretrained=true", *QUIET, *arguments])
+
+
+def test_the_digits_reproduce_their_figure() -> None:
+    cli = evaluated("aw_resnet8_cifar.digits")
+    accuracy = 100 * cli.trainer.callback_metrics["test/accuracy"].item()
+    assert f"{accuracy:.2f}" == f"{figure(WEIGHTS / 'aw_resnet8_cifar.digits'):.2f}"  # 360 images: 0.28 each
+    assert any(isinstance(module, AWConv2d) for module in cli.model.network.modules())
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if "cifar10_jpeg" in f.name], ids=lambda folder: folder.name)
+def test_a_subset_of_cifar10_agrees_with_the_figure(folder: Path, shared_data: Path) -> None:
+    cli = evaluated(
+        folder.name,
+        "--config=recipes/cifar10_jpeg_resnet8_short.yaml",
+        f"--data.train={shared_data / 'cifar10-jpeg' / 'test.parquet'}",
+        f"--data.test={shared_data / 'cifar10-jpeg' / 'test.parquet'}",
+        "--trainer.limit_test_batches=16",
+    )
+    # Of 2,000 images, the share deviates by about one point; three of them.
+    assert 100 * cli.trainer.callback_metrics["test/accuracy"].item() == pytest.approx(figure(folder), abs=3)
+
+
+def test_weights_of_other_classes_are_not_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model.network=aw_resnet8_cifar.digits", "--model.pretrained=true", *QUIET]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("awconv.data.Digits.classes", ["odd", "even"])
+        assert main(["test", *arguments]) == 1
+    assert "they are of 10 classes, the data of 2" in capsys.readouterr().err
+    assert main(["test", "--model.network=aw_resnet8_cifar.none", *QUIET]) == 1
+    assert "'aw_resnet8_cifar.none' has no such weights; there are aw_resnet8_cifar" in capsys.readouterr().err
+
+
+def test_publishing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("model: {network: resnet8_cifar, ema_decay: 0.5}\ntrainer: {max_epochs: 2, accelerator: cpu}\n")
+    runs, out = tmp_path / "runs", tmp_path / "weights"
+    assert main(["compare", str(recipe), "--variants=aw", "--seeds=1", f"--out={runs}"]) == 0
+    arguments = ["--tag=tiny", "--data=the digits", f"--recipe={recipe}", f"--out={out}"]
+    assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 0
+    folder = out / "aw_resnet8_cifar.tiny"
+    run = json.loads((runs / "aw-seed0.json").read_text())
+    assert figure(folder) == pytest.approx(100 * run["test_accuracy"], abs=0.005)
+    published.verify(folder / FILE)
+    capsys.readouterr()
+    cli = TrainingCLI(
+        ["test", "--model.network=aw_resnet8_cifar", f"--model.pretrained={folder / FILE}", *QUIET], save_config=False
+    )  # the averaged weights, as they were tested
+    assert cli.trainer.callback_metrics["test/accuracy"].item() == pytest.approx(run["test_accuracy"], abs=1e-6)
+    assert f"awconv test --config={recipe} --model.network=aw_resnet8_cifar.tiny" in (folder / CARD).read_text()
+    assert main(["publish", str(tmp_path / "none.json"), *arguments]) == 1
+    assert "is not a file; expected one of awconv compare" in capsys.readouterr().err
+    shutil.rmtree(runs / "aw-seed0")
+    assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 1
+    assert "there is no checkpoint under" in capsys.readouterr().err
