@@ -185,10 +185,10 @@ def test_models_prints_what_they_cost(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["models", "--filter=aw_resnet8*"]) == 0
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split()[0] == "name"
-    assert row.split() == ["aw_resnet8_cifar", "resnet8_cifar", "32", "77,386", "2.78", "%", "12.33", "0.72", "%"]
+    assert row.split() == ["aw_resnet8_cifar", "resnet8_cifar", "32", "79,602", "5.73", "%", "12.35", "0.88", "%"]
     assert main(["models", "--filter=aw_resnet8*", "--format=json"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)
-    assert (pair["parameters"], pair["twin"]["parameters"]) == (77386, 75290)
+    assert (pair["parameters"], pair["twin"]["parameters"]) == (79602, 75290)
 
 
 def test_compare_trains_twins_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_a_layer_that_is_called_twice_counts_twice() -> None:
 
 
 def test_it_prints_a_table() -> None:
-    model = timm.create_model("aw_resnet8_cifar")
+    model = convert(timm.create_model("resnet8_cifar"))
     with_operations = str(summary(model, torch.zeros(1, 3, 32, 32)))
     first, *_, last = with_operations.splitlines()
     assert first.split() == ["layer", "parameters", "added", "operations", "added"]

@@ -39,9 +39,12 @@ def counted(name: str) -> int:
         return count(timm.create_model(name))
 
 
-def branch_parameters(in_channels: int, out_channels: int) -> int:
-    """Two pointwise convolutions and their norms, by the formulas of the paper's branch with r = 16."""
-    hidden = max(in_channels // 16, 4)
+NARROW = 4  # the reduction of CIFAR ResNets; of all others the paper's 16
+
+
+def branch_parameters(in_channels: int, out_channels: int, reduction: int = 16) -> int:
+    """Two pointwise convolutions and their norms, by the formulas of the paper's branch."""
+    hidden = max(in_channels // reduction, 4)
     return in_channels * hidden + hidden * out_channels + 2 * (hidden + out_channels)
 
 
@@ -77,7 +80,7 @@ def test_cifar_resnets_have_the_parameters_of_their_formula(depth: int) -> None:
     pairs = stage_channels((16, 32, 64), (blocks,) * 3, 16)
     plain = 3 * 16 * 9 + 2 * 16 + sum(9 * i * o + 2 * o for i, o in pairs) + 64 * 10 + 10
     assert counted(f"resnet{depth}_cifar") == plain
-    assert counted(f"aw_resnet{depth}_cifar") == plain + sum(branch_parameters(*pair) for pair in pairs)
+    assert counted(f"aw_resnet{depth}_cifar") == plain + sum(branch_parameters(*pair, NARROW) for pair in pairs)
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
@@ -141,7 +144,7 @@ def test_attention_on_activations_adds_what_its_paper_says(scheme: str, depth: i
 @pytest.mark.parametrize(("depth", "blocks"), [(20, 3), (56, 9)])
 def test_cifar_resnets_gain_attention_on_activations(depth: int, blocks: int) -> None:
     pairs = stage_channels((16, 32, 64), (blocks,) * 3, 16)
-    branches = sum(branch_parameters(*pair) for pair in pairs)
+    branches = sum(branch_parameters(*pair, NARROW) for pair in pairs)
     squeezed = sum(blocks * (2 * width * 8 + 8 + width) for width in (16, 32, 64))  # timm's SE keeps 8 channels
     gated = sum(blocks * (2 * width * (width // 16) + 2 * 7 * 7 + 2) for width in (16, 32, 64))
     for scheme, added in (("se", squeezed), ("cbam", gated)):
@@ -213,9 +216,9 @@ def test_attention_augmentation_is_near_its_papers_size() -> None:
     assert model_cost("aa_wide_resnet28_10_cifar").parameters / 1e6 == pytest.approx(36.2, abs=0.1)
 
 
-def attended(in_channels: int, out_channels: int, size: int, depthwise: bool = False) -> int:
+def attended(in_channels: int, out_channels: int, size: int, depthwise: bool = False, reduction: int = 16) -> int:
     """Multiply-adds of the attention of a 3x3 layer, for an output of size x size."""
-    hidden = max(in_channels // 16, 4)
+    hidden = max(in_channels // reduction, 4)
     weights = 9 * out_channels * (1 if depthwise else in_channels)
     return 9 * hidden * (in_channels + out_channels) + min(weights, 9 * out_channels * size * size)
 
@@ -231,11 +234,11 @@ def test_cifar_resnets_have_the_operations_of_their_formula(depth: int) -> None:
     for width, size in ((16, 32), (32, 16), (64, 8)):
         for i in [last, *[width] * (2 * blocks - 1)]:
             plain += 9 * i * width * size * size
-            added += attended(i, width, size)
+            added += attended(i, width, size, reduction=NARROW)
         last = width
     assert model_cost(f"resnet{depth}_cifar").operations == plain
     assert added_operations(f"aw_resnet{depth}_cifar") == added
-    for scheme in ("se", "cbam") if depth in (20, 56) else ():
+    for scheme in ("se", "cbam") if depth in (8, 20, 56) else ():
         assert added_operations(f"aw_{scheme}resnet{depth}_cifar") == added
 
 
