@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from awconv import AWConv2d
 from awconv.predict import load_task
+from awconv.tasks import ClassificationTask
 from awconv.training import TrainingCLI
 
 NETWORK = "resnet8_cifar"
@@ -101,13 +104,14 @@ def test_weights_of_another_network_are_refused(kind: str, classes: int, tmp_pat
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])
 @pytest.mark.parametrize("network", [NETWORK, "aw_resnet8_cifar"])  # twins are compared with the same arguments
-def test_branches_learn_at_a_rate_of_their_own(network: str, factor: float, tmp_path: Path) -> None:
+def test_branches_have_a_rate_and_a_decay_of_their_own(network: str, factor: float, tmp_path: Path) -> None:
     cli = TrainingCLI(
         [
             f"--model.network={network}",
             "--model.lr=0.5",
             "--model.weight_decay=0.01",
             f"--model.branch_lr_factor={factor}",
+            "--model.branch_weight_decay=0.002",
             "--trainer.max_steps=1",
             "--trainer.limit_val_batches=0",
             "--trainer.logger=false",
@@ -123,4 +127,140 @@ def test_branches_learn_at_a_rate_of_their_own(network: str, factor: float, tmp_
     }
     for name, parameter in cli.model.network.named_parameters():
         rate = 0.5 * factor if ".attention." in name else 0.5
-        assert found[parameter] == pytest.approx((rate, 0.01 if parameter.dim() > 1 else 0.0)), name
+        decay = 0.002 if ".attention." in name else 0.01
+        assert found[parameter] == pytest.approx((rate, decay if parameter.dim() > 1 else 0.0)), name
+
+
+def fit(root: Path, *arguments: str, callback: Any = None) -> TrainingCLI:
+    """A training of a few steps on the digits."""
+    cli = TrainingCLI(
+        [
+            "--trainer.max_steps=4",
+            "--trainer.limit_val_batches=0",
+            "--trainer.logger=false",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            f"--trainer.default_root_dir={root}",
+            *([] if any("network=" in argument for argument in arguments) else [f"--model.network={NETWORK}"]),
+            *arguments,
+        ],
+        run=False,
+        save_config=False,
+    )
+    if callback is not None:
+        cli.trainer.callbacks.append(callback)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return cli
+
+
+def test_the_average_of_the_weights_is_evaluated(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer: Any, task: Any) -> None:
+            self.on_train_batch_end(trainer, task)
+
+        def on_train_batch_end(self, trainer: Any, task: Any, *_: Any) -> None:
+            seen.append({name: p.detach().double() for name, p in task.network.named_parameters()})
+
+    cli = fit(tmp_path, "--model.ema_decay=0.75", "--model.lr=0.5", callback=Watch())
+    averaged = dict(cli.model.ema.module.named_parameters())
+    for name, tensor in averaged.items():
+        expected = seen[0][name]
+        for weights in seen[1:]:
+            expected = 0.75 * expected + 0.25 * weights[name]
+        # Single precision, four times.
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    normalised = (images - cli.model.mean) / cli.model.std
+    cli.model.eval()
+    with torch.no_grad():
+        assert torch.equal(cli.model(images), cli.model.ema.module(normalised))
+        assert not torch.equal(cli.model(images), cli.model.network(normalised))
+
+
+def flat_weights(cli: TrainingCLI) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in cli.model.network.parameters()])
+
+
+def test_memory_format_and_compilation_change_nothing_but_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = flat_weights(fit(tmp_path / "reference", "--model.network=aw_resnet8_cifar", "--model.lr=0.01"))
+    last = fit(tmp_path / "last", "--model.network=aw_resnet8_cifar", "--model.lr=0.01", "--model.channels_last=true")
+    assert last.model.network.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    # Single precision, over four steps.
+    torch.testing.assert_close(flat_weights(last), reference, rtol=1e-3, atol=1e-4)
+    original, calls = nn.Module.compile, []
+
+    def compile(self: nn.Module) -> None:
+        calls.append(self)
+        original(self, backend="eager")  # traced as any, without a compiler's minutes
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    compiled = fit(tmp_path / "compiled", "--model.network=aw_resnet8_cifar", "--model.lr=0.01", "--model.compile=true")
+    assert calls == [compiled.model.network]
+    torch.testing.assert_close(flat_weights(compiled), reference, rtol=1e-3, atol=1e-4)
+    (checkpoint,) = (tmp_path / "compiled").rglob("*.ckpt")
+    assert load_task(checkpoint).network.state_dict().keys() == last.model.network.state_dict().keys()
+
+
+def test_an_accumulated_step_is_that_of_a_large_batch(tmp_path: Path) -> None:
+    # Without norms over the batch: two of 64 are then one of 128. Images are the same, as are their shifts.
+    plain = ["--model.network=resnet8_cifar", "--model.lr=0.01", "--data.crop_padding=0"]
+    monkey = pytest.MonkeyPatch()
+    build = ClassificationTask._build
+
+    def without_norms(self: ClassificationTask, **pretrained: Any) -> nn.Module:
+        network = build(self, **pretrained)
+        for module in list(network.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, name, nn.GroupNorm(1, child.num_features))
+        return network
+
+    with monkey.context() as patch:
+        patch.setattr(ClassificationTask, "_build", without_norms)
+        large = fit(tmp_path / "large", *plain, "--data.batch_size=128")
+        small = fit(tmp_path / "small", *plain, "--data.batch_size=64", "--trainer.accumulate_grad_batches=2")
+    # Sums in another order, in single precision.
+    torch.testing.assert_close(flat_weights(small), flat_weights(large), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.mixup={mixup_alhpa: 0.2}", r"mixup must hold arguments of timm.data.Mixup, got {'mixup_alhpa': 0.2}"),
+        ("--data.batch_size=65", r"mixup pairs the images of a batch: batch_size must be even, got 65"),
+    ],
+)
+def test_mistakes_in_mixup_are_named(argument: str, message: str, tmp_path: Path) -> None:
+    given = [] if "mixup" in argument else ["--model.mixup={mixup_alpha: 0.2}"]
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, argument, *given)
+
+
+def test_mixed_targets_and_erased_images_reach_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = nn.functional.cross_entropy
+
+    def watch(logits: Tensor, targets: Tensor, **arguments: Any) -> Tensor:
+        seen.append((targets, torch.tensor(arguments.get("label_smoothing", 0.0))))
+        return original(logits, targets, **arguments)
+
+    monkeypatch.setattr("awconv.tasks.classification.F.cross_entropy", watch)
+    fit(tmp_path, "--model.mixup={mixup_alpha: 1.0, prob: 1.0}", "--model.label_smoothing=0.1", "--trainer.max_steps=1")
+    ((targets, smoothing),) = seen
+    assert targets.shape == (128, 10)
+    torch.testing.assert_close(targets.sum(1), torch.ones(128))
+    assert targets.min() == pytest.approx(0.01)  # a tenth over ten classes, once
+    assert smoothing == 0
+    inputs: list[Tensor] = []
+    monkeypatch.setattr(
+        ClassificationTask, "_logits", lambda self, images: (inputs.append(images), self.network(images))[1]
+    )
+    for erasing in (0.0, 1.0):
+        fit(tmp_path, f"--model.erasing={erasing}", "--trainer.max_steps=1")
+    differing = (inputs[0] != inputs[1]).flatten(1).any(1)
+    assert differing.sum() > 100  # of 128: where no rectangle fits in ten tries, an image stays
