@@ -89,3 +89,22 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         assert two[name] == pytest.approx(one[name], rel=1e-3), name
     # 216 images are held out: were some evaluated twice, the accuracy would be no multiple of 1/216.
     assert (two["val/accuracy"] * 216) == pytest.approx(round(two["val/accuracy"] * 216), abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_sharded_parameters_train_and_resume(tmp_path: Path) -> None:
+    fit(tmp_path / "sharded", "--data.batch_size=64", "--trainer.strategy=fsdp", "--trainer.accelerator=gpu")
+    command = ["--trainer.max_epochs=3", "--ckpt_path=last", f"--trainer.default_root_dir={tmp_path / 'sharded'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.strategy=fsdp"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "sharded.py"), "fit", *NETWORK, "--data.batch_size=64", *quiet, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    last = find_last(tmp_path / "sharded")
+    assert last is not None
+    assert read_checkpoint(last)["epoch"] == 2

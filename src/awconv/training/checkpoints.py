@@ -32,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return read_checkpoint(Path(path), map_location)
+        return _load(Path(path), map_location)
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -42,15 +42,22 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         FileNotFoundError: it is not there.
         ValueError: it is broken or something else.
     """
+    checkpoint = _load(path, map_location)
+    if "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no state_dict")
+    return checkpoint
+
+
+def _load(path: Path, map_location: Any) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} is not a file")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}")
     except Exception as error:  # broken files fail in ways of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {path} is broken, or not a checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no state_dict")
     return checkpoint
 
 
