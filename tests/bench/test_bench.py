@@ -52,7 +52,7 @@ def test_a_network_is_timed_beside_its_rivals(capsys: pytest.CaptureFixture[str]
     arguments = ["--batch=2", "--rounds=1", "--rivals=true", "--size=16", "--work=forward,step,memory,branch"]
     assert main(["bench", "model", "aw_resnet8_cifar", *arguments, "--format=json"]) == 0
     measured = rows(capsys)
-    ways = ["plain", "aw", "condconv", "aw, per_sample"]  # there is no seresnet8_cifar
+    ways = ["plain", "aw", "se", "condconv", "aw, per_sample"]
     expected = [(work, way) for work in ("forward", "step", "memory") for way in ways]
     assert [(row["work"], row["way"]) for row in measured] == [*expected, ("branch", "aw")]
     assert measured[-1]["ratio"]["median"] > 0
