@@ -142,7 +142,7 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
         ),
         (
             ["fit", "--model.network=resnet8_cifar", "--model.pretrained=none.pth", "--trainer.logger=false"],
-            "pretrained must be true, false or a file of weights, got 'none.pth'",
+            "weights must be a file (safetensors, or a state dict of torch), got 'none.pth'",
         ),
         (
             ["fit", "--model.network=resnet8_cifar", "--model.pretrained=true", "--trainer.logger=false"],
@@ -201,7 +201,7 @@ def test_compare_trains_twins_and_writes_the_report(tmp_path: Path, capsys: pyte
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert [(run["variant"], run["seed"]) for run in runs] == [("plain", 0), ("aw", 0), ("plain", 1), ("aw", 1)]
     assert {run["recipe"]["trainer"]["max_epochs"] for run in runs} == {1}
-    assert runs[0]["test_accuracy"] != runs[2]["test_accuracy"]
+    assert runs[0]["score"] != runs[2]["score"]
     checkpoint = next((out / "aw-seed1").rglob("*.ckpt"))
     assert load_task(checkpoint).hparams["network"] == "aw_resnet8_cifar"
     capsys.readouterr()

@@ -75,13 +75,13 @@ def publish(
     )
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     (folder / CARD).write_text(_card(finished, name, data, recipe, license))
-    print(f"{name}: {finished.test_split} accuracy {100 * finished.test_accuracy:.2f} %, in {folder}")
+    print(f"{name}: {finished.test_split} accuracy {100 * finished.score:.2f} %, in {folder}")
     return 0
 
 
 def _card(run: Run, name: str, data: str, recipe: str, license: str) -> str:
     epochs, versions = len(run.epochs), ", ".join(f"{key} {value}" for key, value in run.versions.items())
-    validation = run.epochs[-1].val_accuracy
+    validation = run.epochs[-1].val_score
     held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
     return f"""---
 license: {license}
@@ -94,7 +94,7 @@ tags: [image-classification, timm, awconv]
 
 | | |
 | --- | --- |
-| {run.test_split} accuracy | {100 * run.test_accuracy:.2f} %{held_out} |
+| {run.test_split} accuracy | {100 * run.score:.2f} %{held_out} |
 | recipe | `{recipe}`, {epochs} epochs, the network of the last one |
 | seed | {run.seed} |
 | made with | {versions} |

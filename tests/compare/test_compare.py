@@ -31,7 +31,7 @@ def run(variant: str, seed: int, accuracy: float, seconds: tuple[float, ...]) ->
         seed=seed,
         parameters=1234567,
         test_split="test",
-        test_accuracy=accuracy,
+        score=accuracy,
         epochs=[Epoch(1.0 / (i + 1), 0.5 + 0.1 * i, s) for i, s in enumerate(seconds)],
         recipe={"trainer": {"max_epochs": len(seconds)}},
         versions={"torch": "2"},
@@ -49,7 +49,7 @@ RUNS = [
 def test_a_row_has_mean_spread_and_the_ratio_to_the_first_variant() -> None:
     plain, aw = summarise(RUNS)
     assert (plain.variant, plain.seeds, plain.parameters) == ("plain", 2, 1234567)
-    assert plain.accuracy == pytest.approx(92.0)
+    assert plain.score == pytest.approx(92.0)
     assert plain.spread == pytest.approx(2 * 2**0.5)  # of 90 and 94, with one degree of freedom
     # The first epoch warms up; then medians over epochs, and over runs.
     assert plain.seconds_per_epoch == pytest.approx((1.5 + 2.5) / 2)
@@ -107,7 +107,7 @@ def test_the_report_folder_holds_json_curves_and_a_page(tmp_path: Path) -> None:
     assert "<td>&lt;aw&gt;</td>" in page
     assert 'src="curves.svg"' in page
     content = json.loads((tmp_path / "results.json").read_text())
-    assert [row["accuracy"] for row in content["summary"]] == pytest.approx([92.0, 92.5])
+    assert [row["score"] for row in content["summary"]] == pytest.approx([92.0, 92.5])
     assert len(content["runs"]) == 4
     assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
     assert (tmp_path / "table.md").read_text() == markdown_table(summarise(RUNS))
@@ -117,7 +117,7 @@ def test_a_run_is_written_whole(tmp_path: Path) -> None:
     RUNS[0].save(tmp_path / "run.json")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     content = json.loads((tmp_path / "run.json").read_text())
-    assert content["epochs"][0] == {"train_loss": 1.0, "val_accuracy": 0.5, "seconds": 9.0}
+    assert content["epochs"][0] == {"train_loss": 1.0, "val_score": 0.5, "seconds": 9.0}
 
 
 def test_runs_without_validation_or_test_data_are_reported_as_what_they_are(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def tiny(folder: Path, epochs: int = 2) -> Path:
 
 
 def results(folder: Path) -> dict[str, float]:
-    return {path.stem: Run.load(path).test_accuracy for path in folder.glob("*-seed*.json")}
+    return {path.stem: Run.load(path).score for path in folder.glob("*-seed*.json")}
 
 
 def test_a_second_call_trains_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,9 +311,9 @@ def test_an_interrupted_run_goes_on_to_the_same_result(batches: int, tmp_path: P
     with pytest.raises(StopError):
         plan.train(data, interrupt)
     found, expected = plan.train(data), whole.train(data)
-    assert found.test_accuracy == expected.test_accuracy
-    assert [(e.train_loss, e.val_accuracy) for e in found.epochs] == [
-        (e.train_loss, e.val_accuracy) for e in expected.epochs
+    assert found.score == expected.score
+    assert [(e.train_loss, e.val_score) for e in found.epochs] == [
+        (e.train_loss, e.val_score) for e in expected.epochs
     ]
     other = Plan(recipe, plan.variant, 1, plan.folder, ("--model.lr=0.5",))
     assert other.train(data).epochs[0] != found.epochs[0]  # the checkpoints of other settings are left

@@ -124,13 +124,13 @@ def test_publishing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 0
     folder = out / "aw_resnet8_cifar.tiny"
     run = json.loads((runs / "aw-seed0.json").read_text())
-    assert figure(folder) == pytest.approx(100 * run["test_accuracy"], abs=0.005)
+    assert figure(folder) == pytest.approx(100 * run["score"], abs=0.005)
     published.verify(folder / FILE)
     capsys.readouterr()
     cli = TrainingCLI(
         ["test", "--model.network=aw_resnet8_cifar", f"--model.pretrained={folder / FILE}", *QUIET], save_config=False
     )  # the averaged weights, as they were tested
-    assert cli.trainer.callback_metrics["test/accuracy"].item() == pytest.approx(run["test_accuracy"], abs=1e-6)
+    assert cli.trainer.callback_metrics["test/accuracy"].item() == pytest.approx(run["score"], abs=1e-6)
     assert f"awconv test --config={recipe} --model.network=aw_resnet8_cifar.tiny" in (folder / CARD).read_text()
     assert main(["publish", str(tmp_path / "none.json"), *arguments]) == 1
     assert "is not a file; expected one of awconv compare" in capsys.readouterr().err

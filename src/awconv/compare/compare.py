@@ -19,7 +19,7 @@ from awconv import terminal
 from awconv.compare.ablation import CHOICES, arms
 from awconv.compare.report import rich_table, summarise, write_report
 from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, open_data
-from awconv.data import ImageDataModule
+from awconv.data import DataModule
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
@@ -186,7 +186,7 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
         def on_finished(run: Run) -> None:
             runs.append(run)
             console.print(
-                f"{run.variant}-seed{run.seed}: {run.test_split} accuracy {100 * run.test_accuracy:.2f} %",
+                f"{run.variant}-seed{run.seed}: {run.test_split} {run.metric} {100 * run.score:.2f} %",
                 highlight=False,
             )
 
@@ -237,7 +237,7 @@ def _side_by_side(missing: Sequence[Plan], on_progress: object, on_finished: obj
 
 
 _reports: queue.Queue[tuple[str, float, int]]
-_data: dict[tuple[Path, tuple[str, ...]], ImageDataModule] = {}  # decoded once in each process
+_data: dict[tuple[Path, tuple[str, ...]], DataModule] = {}  # decoded once in each process
 
 
 def _prepare(threads: int, reports: queue.Queue[tuple[str, float, int]]) -> None:

@@ -47,8 +47,9 @@ class Row:
         parameters: number of trained parameters.
         operations: multiply-adds for one image; None where they were not counted.
         seeds: number of finished runs.
-        accuracy: mean test accuracy over the seeds, in percent.
-        spread: standard deviation of the test accuracy over the seeds, in percentage points; None for one seed.
+        metric: what the score is, such as ``"accuracy"``.
+        score: mean over the seeds, in percent.
+        spread: standard deviation over the seeds, in percentage points; None for one seed.
         difference: to the twin; None for the first variant, and without common seeds.
         seconds_per_epoch: median over the runs.
         ratio: ``seconds_per_epoch`` over that of the first variant.
@@ -59,23 +60,26 @@ class Row:
     parameters: int
     operations: int | None
     seeds: int
-    accuracy: float
+    metric: str
+    score: float
     spread: float | None
     difference: Difference | None
     seconds_per_epoch: float
     ratio: float
 
 
-HEADINGS = (
-    "variant",
-    "network",
-    "parameters",
-    "multiply-adds, M",
-    "accuracy, %",
-    "seeds",
-    "paired difference (95 % interval)",
-    "time ratio",
-)
+def headings(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Of a table of rows, which share their metric."""
+    return (
+        "variant",
+        "network",
+        "parameters",
+        "multiply-adds, M",
+        f"{rows[0].metric}, %",
+        "seeds",
+        "paired difference (95 % interval)",
+        "time ratio",
+    )
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
@@ -85,7 +89,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
         by_variant.setdefault(run.variant, []).append(run)
     rows: list[Row] = []
     for variant, group in by_variant.items():
-        accuracies = [100 * run.test_accuracy for run in group]
+        scores = [100 * run.score for run in group]
         seconds = median(run.seconds_per_epoch for run in group)
         twin = _twin(group[0], by_variant)
         rows.append(
@@ -95,8 +99,9 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
                 parameters=group[0].parameters,
                 operations=group[0].operations,
                 seeds=len(group),
-                accuracy=mean(accuracies),
-                spread=stdev(accuracies) if len(accuracies) > 1 else None,
+                metric=group[0].metric,
+                score=mean(scores),
+                spread=stdev(scores) if len(scores) > 1 else None,
                 difference=None if twin == variant else paired_difference(group, by_variant[twin]),
                 seconds_per_epoch=seconds,
                 ratio=seconds / rows[0].seconds_per_epoch if rows else 1.0,
@@ -115,8 +120,8 @@ def _twin(run: Run, by_variant: Mapping[str, Sequence[Run]]) -> str:
 
 def paired_difference(runs: Sequence[Run], twins: Sequence[Run]) -> Difference | None:
     """What the runs of a variant gain over its twin's of the same seeds; None if there are none."""
-    before = {run.seed: run.test_accuracy for run in twins}
-    gains = [100 * (run.test_accuracy - before[run.seed]) for run in runs if run.seed in before]
+    before = {run.seed: run.score for run in twins}
+    gains = [100 * (run.score - before[run.seed]) for run in runs if run.seed in before]
     if not gains:
         return None
     centre, low, high = mean(gains), None, None
@@ -127,7 +132,7 @@ def paired_difference(runs: Sequence[Run], twins: Sequence[Run]) -> Difference |
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as text, under :data:`HEADINGS`."""
+    """A row as text, under :func:`headings`."""
     spread = "" if row.spread is None else f" ± {row.spread:.2f}"
     gain = row.difference
     interval = "" if gain is None or gain.low is None else f" ({gain.low:+.2f} to {gain.high:+.2f})"
@@ -136,7 +141,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.network,
         f"{row.parameters:,}",
         "" if row.operations is None else f"{row.operations / 1e6:,.2f}",
-        f"{row.accuracy:.2f}{spread}",
+        f"{row.score:.2f}{spread}",
         str(row.seeds),
         "" if gain is None else f"{gain.mean:+.2f}{interval} to {gain.to}",
         f"{row.ratio:.2f}",
@@ -146,7 +151,7 @@ def cells(row: Row) -> tuple[str, ...]:
 def rich_table(rows: Sequence[Row], title: str) -> Table:
     """The table for a terminal."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for position, heading in enumerate(HEADINGS):
+    for position, heading in enumerate(headings(rows)):
         table.add_column(heading, justify="left" if position < 2 else "right")
     for row in rows:
         table.add_row(*cells(row))
@@ -155,7 +160,8 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table for a README."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- | --- |" + " ---: |" * (len(HEADINGS) - 2)]
+    titles = headings(rows)
+    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
@@ -217,20 +223,20 @@ def _plot(runs: Sequence[Run], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
+    losses, scores = figure.subplots(1, 2)
     variants = list(dict.fromkeys(run.variant for run in runs))
     for variant_index, variant in enumerate(variants):
         colour = f"C{variant_index}"
         group = [run for run in runs if run.variant == variant]
         for axes, curves in (
             (losses, [[epoch.train_loss for epoch in run.epochs] for run in group]),
-            (accuracies, [[100 * e.val_accuracy for e in run.epochs if e.val_accuracy is not None] for run in group]),
+            (scores, [[100 * e.val_score for e in run.epochs if e.val_score is not None] for run in group]),
         ):
             for curve in curves:
                 axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.3, linewidth=1)
             averages = [mean(values) for values in zip(*curves, strict=False)]
             axes.plot(range(1, len(averages) + 1), averages, color=colour, linewidth=2, label=variant)
-    for axes, label in ((losses, "training loss"), (accuracies, "validation accuracy, %")):
+    for axes, label in ((losses, "training loss"), (scores, f"validation {runs[0].metric}, %")):
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -259,7 +265,7 @@ def _html_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) -> str:
     each_run = [
-        (run.variant, str(run.seed), f"{100 * run.test_accuracy:.2f}", f"{run.seconds_per_epoch:.2f}") for run in runs
+        (run.variant, str(run.seed), f"{100 * run.score:.2f}", f"{run.seconds_per_epoch:.2f}") for run in runs
     ]
     tested_on = {"test": "the test split", "val": "the validation split"}[runs[0].test_split]
     jobs = max(run.jobs for run in runs)
@@ -271,13 +277,13 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
 <body>
 <h1>{html.escape(title)}</h1>
 <p><code>{html.escape(command)}</code></p>
-{_html_table(HEADINGS, [cells(row) for row in rows])}
-<p class="note">Accuracy: of the network after the last epoch on {tested_on}; mean and standard deviation over the
+{_html_table(headings(rows), [cells(row) for row in rows])}
+<p class="note">Score: {runs[0].metric} of the network after the last epoch on {tested_on}; mean and standard deviation over the
 seeds. Difference: in percentage points, between runs of the same seed; the interval is Student's for the mean. Time:
 median epoch of training, without evaluation; the ratio is to the first variant, {together}.</p>
-<img src="curves.svg" alt="Learning curves: training loss and validation accuracy by epoch, for each variant">
+<img src="curves.svg" alt="Learning curves: training loss and validation figure by epoch, for each variant">
 <h2>Each run</h2>
-{_html_table(("variant", "seed", "accuracy, %", "s/epoch"), each_run)}
+{_html_table(("variant", "seed", f"{runs[0].metric}, %", "s/epoch"), each_run)}
 <p class="note">All settings and curves: <a href="results.json">results.json</a>. {html.escape(versions)}.</p>
 </body>
 </html>

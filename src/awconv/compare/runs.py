@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from awconv.data import ImageDataModule
+from awconv.data import DataModule
 from awconv.models import TWINS
 from awconv.summary import summary
 from awconv.training import TrainingCLI
@@ -36,13 +36,13 @@ class Epoch:
     """What one epoch gave.
 
     Attributes:
-        train_loss: mean cross-entropy over the training batches.
-        val_accuracy: share of the validation images that were classified rightly; None without a validation split.
+        train_loss: mean loss over the training batches.
+        val_score: the metric on the validation split; None without one, and after an epoch without an evaluation.
         seconds: time of the training batches, without validation and checkpoints.
     """
 
     train_loss: float
-    val_accuracy: float | None
+    val_score: float | None
     seconds: float
 
 
@@ -57,12 +57,13 @@ class Run:
         parameters: number of trained parameters.
         test_split: the split that it was tested on: ``"val"`` where the data set has no ``"test"``, or where choices
             are made by it.
-        test_accuracy: share of that split that the network of the last epoch classified rightly.
+        score: the metric of the network of the last epoch on that split, from 0 to 1.
         epochs: the learning curve.
         recipe: all settings of the run.
         versions: of awconv, torch, timm and Python, and the machine.
         operations: multiply-adds for one image; None in runs of versions that did not count them.
         jobs: how many runs shared the device.
+        metric: ``"accuracy"``, the share of images that were classified rightly, or ``"box AP"`` (COCO's).
     """
 
     variant: str
@@ -70,12 +71,13 @@ class Run:
     seed: int
     parameters: int
     test_split: str
-    test_accuracy: float
+    score: float
     epochs: list[Epoch]
     recipe: dict[str, Any]
     versions: dict[str, str]
     operations: int | None = None
     jobs: int = 1
+    metric: str = "accuracy"
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -174,13 +176,13 @@ def _known_variants(base: str) -> list[str]:
     return ["plain", *(name.removesuffix(base).rstrip("_") for name in known)]
 
 
-def open_data(recipe: Path, overrides: Sequence[str], split: Split = "test") -> ImageDataModule:
+def open_data(recipe: Path, overrides: Sequence[str], split: Split = "test") -> DataModule:
     """The data of a recipe. Only the images of ``split`` are decoded yet.
 
     Raises:
         ValueError: there is nothing to test on.
     """
-    data: ImageDataModule = _parse(recipe, *overrides).datamodule
+    data: DataModule = _parse(recipe, *overrides).datamodule
     if data.dataset(split) is None:
         splits = {"test": "neither a test nor a validation split", "val": "no validation split"}
         raise ValueError(f"the data have {splits[split]}; hold one out with data.val_fraction")
@@ -264,7 +266,7 @@ class Plan:
             )
         return run
 
-    def train(self, data: ImageDataModule, on_progress: Progress = lambda epochs, of: None) -> Run:
+    def train(self, data: DataModule, on_progress: Progress = lambda epochs, of: None) -> Run:
         """Trains the network, from where an interrupted run was, tests it after the last epoch and keeps the run.
 
         Args:
@@ -287,15 +289,14 @@ class Plan:
                 raise KeyboardInterrupt from error
             raise
         model.cpu()
-        channels, height, width = model.input_size
         run = Run(
             variant=self.variant.name,
             network=model.hparams["network"],
             seed=self.seed,
             parameters=sum(p.numel() for p in model.network.parameters() if p.requires_grad),
-            operations=summary(model.network, torch.zeros(1, channels, height, width)).operations,
+            operations=summary(model.network, model.example()).operations,
             test_split=data.test_split if self.split == "test" else self.split,
-            test_accuracy=metrics[f"{self.split}/accuracy"],
+            score=metrics[f"{self.split}/{model.score}"],
             epochs=recorder.epochs,
             recipe=yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True)),
             versions={
@@ -307,6 +308,7 @@ class Plan:
                 "threads": str(torch.get_num_threads()),
             },
             jobs=self.jobs,
+            metric=model.score_name,
         )
         run.save(self.file)
         return run
@@ -406,11 +408,11 @@ class _Recorder(pl.Callback):
         self._on_progress(trainer.current_epoch + (batch_idx + 1) / batches, trainer.max_epochs or 0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        accuracy = trainer.callback_metrics.get("val/accuracy")
+        score = trainer.callback_metrics.get(f"val/{pl_module.score}")
         self.epochs.append(
             Epoch(
                 train_loss=torch.stack(self._losses).double().mean().item(),
-                val_accuracy=None if accuracy is None else accuracy.item(),
+                val_score=None if score is None else score.item(),
                 seconds=self._seconds,
             )
         )

@@ -9,7 +9,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from awconv.data.images import ArrayImages
-from awconv.data.module import ImageDataModule, Split
+from awconv.data.loading import Split
+from awconv.data.module import ImageDataModule
 
 _TEST_IMAGES = 360
 _SPLIT_SEED = 0

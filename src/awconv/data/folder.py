@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder as _ImageFolder
 
 from awconv.data.images import read_image
-from awconv.data.module import ImageDataModule, Split
+from awconv.data.loading import Split
+from awconv.data.module import ImageDataModule
 
 
 class ImageFolder(ImageDataModule):

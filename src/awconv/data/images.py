@@ -55,6 +55,23 @@ def read_image(source: bytes | str, name: str) -> Image.Image:
         raise BrokenImageError(f"{name}: {error}") from error
 
 
+def read_mode(source: bytes, name: str) -> str:
+    """Pillow's mode of an image, of which only the header is read.
+
+    Args:
+        source: the file's content.
+        name: what an error calls it.
+
+    Raises:
+        BrokenImageError: it is no image.
+    """
+    try:
+        with Image.open(io.BytesIO(source)) as image:
+            return image.mode
+    except Exception as error:  # Pillow's formats raise errors of many kinds
+        raise BrokenImageError(f"{name}: {error}") from error
+
+
 def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0) -> Tensor:
     """Resizes the shorter side and crops the centre.
 
@@ -192,8 +209,17 @@ def _read(dataset: LabelledImages, index: int, skip_broken: bool) -> Image.Image
     try:
         image: Image.Image = dataset[index][0]
     except BrokenImageError as error:
-        if not skip_broken:
-            raise BrokenImageError(f"{error}; --data.broken_images=skip leaves broken images out") from error
-        _log.warning("left out a broken image: %s", error)
+        log_skipped(error, skip_broken)
         return None
     return image
+
+
+def log_skipped(error: Exception, skip_broken: bool) -> None:
+    """Logs a broken image that is left out.
+
+    Raises:
+        BrokenImageError: it is not to be left out.
+    """
+    if not skip_broken:
+        raise BrokenImageError(f"{error}; --data.broken_images=skip leaves broken images out") from error
+    _log.warning("left out a broken image: %s", error)

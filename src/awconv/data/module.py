@@ -1,38 +1,27 @@
-"""What all data sets of labelled images share: splits, loaders, augmentation."""
+"""What all data sets of labelled images share: splits, decoding, augmentation."""
 
 from __future__ import annotations
 
 import abc
-import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from awconv.data.augment import mirror, shift
 from awconv.data.images import BrokenImageError, InMemoryImages, LabelledImages, TransformedImages, to_uint8
-from awconv.data.order import (
-    ALONE,
-    EvaluationBatches,
-    Share,
-    TrainingBatches,
-    TrainingLoader,
-    blocks_of,
-    derive_seed,
-    seed_all,
-)
+from awconv.data.loading import DataModule, Split
+from awconv.data.order import blocks_of
 
-Split = Literal["train", "val", "test"]
 IN_MEMORY_BYTES = 2**31
 
 
-class ImageDataModule(pl.LightningDataModule, abc.ABC):
+class ImageDataModule(DataModule):
     """Labelled images for a classification, as batches ``(images, targets)``.
 
     Images are uint8, shape (N, channels, image_size, image_size): the network's task normalises them. A set of at most
@@ -90,14 +79,13 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers)
         self.image_size = self.default_image_size if image_size is None else image_size
-        self.batch_size = batch_size
         self.crop_padding = self.default_crop_padding if crop_padding is None else crop_padding
         self.horizontal_flip = self.default_horizontal_flip if horizontal_flip is None else horizontal_flip
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and less than 1, got {val_fraction}")
-        for name, least in (("image_size", 1), ("batch_size", 1), ("crop_padding", 0)):
+        for name, least in (("image_size", 1), ("crop_padding", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < crop_pct <= 1:
@@ -110,16 +98,10 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.in_memory = in_memory
-        self.num_workers = num_workers
         self.mean = [float(value) for value in (mean or self.default_mean)]
         self.std = [float(value) for value in (std or self.default_std)]
         self._sources: dict[Split, LabelledImages | None] = {}
         self._datasets: dict[Split, InMemoryImages | TransformedImages] = {}
-
-    @property
-    @abc.abstractmethod
-    def classes(self) -> list[str]:
-        """The names of the classes, by index."""
 
     @abc.abstractmethod
     def open(self, split: Split) -> LabelledImages | None:
@@ -205,67 +187,22 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
                 ) from error
         return TransformedImages(source, indices, transform, self.channels, skip)
 
-    @property
-    def _share(self) -> Share:
-        return ALONE if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
-
-    @property
-    def _seed(self) -> int:
-        """That of the run, which Lightning keeps there."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-    def _batches_done(self) -> int:
-        """Batches of the current epoch that were trained on already."""
-        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
     def _loader(self, split: Split) -> Any:
         dataset = self.dataset(split)
         if dataset is None:
             return []
-        in_memory, share = isinstance(dataset, InMemoryImages), self._share
-        batches: Any
-        if split == "train":
-            if len(dataset) < self.batch_size * share.of:
-                raise ValueError(
-                    f"batch_size must be at most the {len(dataset)} training images, got {self.batch_size}"
-                    + (f" on each of {share.of} devices" if share.of > 1 else "")
-                )
-            blocks = None
-            if isinstance(dataset, TransformedImages) and (stored := getattr(dataset.dataset, "blocks", None)):
-                blocks = blocks_of(stored, dataset.indices)
-            batches = TrainingBatches(
-                len(dataset), self.batch_size, share, self._seed, blocks, start=self._batches_done
-            )
-        else:
-            batches = EvaluationBatches(len(dataset), self.batch_size, share)
-        return (TrainingLoader if split == "train" else DataLoader)(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=_as_it_is if in_memory else _collate,
-            num_workers=0 if in_memory else self.num_workers,
-            persistent_workers=not in_memory and self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        if isinstance(dataset, InMemoryImages):
+            return self._load_batches(dataset, split, _as_it_is, num_workers=0)
+        stored = getattr(dataset.dataset, "blocks", None)
+        blocks = blocks_of(stored, dataset.indices) if stored and split == "train" else None
+        return self._load_batches(dataset, split, _collate, self.num_workers, blocks)
 
-    def train_dataloader(self) -> Any:
-        return self._loader("train")
-
-    def val_dataloader(self) -> Any:
-        return self._loader("val")
-
-    def test_dataloader(self) -> Any:
-        return self._loader("test")
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augments a training batch of images in memory, and seeds all that is drawn in the rest of the step."""
-        if self.trainer is None or not self.trainer.training:
-            return batch
-        step = (self._seed, self.trainer.current_epoch, self._batches_done())
-        seed_all(derive_seed(*step, self._share.rank))
+    def _augment(self, batch: Any, seed: int) -> Any:
+        """Images that are not in memory were augmented when they were decoded."""
         if not isinstance(self.dataset("train"), InMemoryImages):
             return batch
         images, targets = batch
-        return self.augment(images, derive_seed(*step)), targets
+        return self.augment(images, seed), targets
 
     def augment(self, images: Tensor, seed: int) -> Tensor:
         """Augments a batch of training images.

@@ -67,6 +67,8 @@ class TrainingBatches(Sampler[list[Draw]]):
         seed: of the orders and the augmentation.
         blocks: for each image the number of the block that it is stored in. Blocks are then shuffled, and images within
             :data:`WINDOW` blocks, so that each block is read once. By default all images are shuffled.
+        groups: for each image the number of its group. The images of a batch are then of one group, and of each group
+            those that do not fill a batch are left out.
         start: called at the beginning of each epoch: the number of batches to leave out, which were trained on before
             an interruption.
     """
@@ -78,14 +80,16 @@ class TrainingBatches(Sampler[list[Draw]]):
         share: Share = ALONE,
         seed: int = 0,
         blocks: np.ndarray[Any, Any] | None = None,
+        groups: np.ndarray[Any, Any] | None = None,
         start: Callable[[], int] = lambda: 0,
     ) -> None:
         self.size, self.batch_size, self.share, self.seed = size, batch_size, share, seed
-        self.blocks, self.start = blocks, start
+        self.blocks, self.groups, self.start = blocks, groups, start
         self.sampler = Epoch()  # under the name where Lightning looks for set_epoch
 
     def __len__(self) -> int:
-        return self.size // (self.batch_size * self.share.of)
+        sizes = [self.size] if self.groups is None else np.bincount(self.groups).tolist()
+        return sum(size // (self.batch_size * self.share.of) for size in sizes)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, together = self.sampler.number, self.batch_size * self.share.of
@@ -102,7 +106,19 @@ class TrainingBatches(Sampler[list[Draw]]):
         else:
             windows = generator.permutation(int(self.blocks.max()) + 1) // WINDOW
             order = np.lexsort((generator.random(self.size), windows[self.blocks]))
-        return [int(index) for index in order]
+        return [int(index) for index in (order if self.groups is None else self._grouped(order, self.groups))]
+
+    def _grouped(self, order: Any, groups: np.ndarray[Any, Any]) -> list[int]:
+        """The same order, in which each batch waits until enough images of its group have come."""
+        together = self.batch_size * self.share.of
+        waiting: dict[int, list[int]] = {}
+        full: list[int] = []
+        for index in order:
+            batch = waiting.setdefault(int(groups[index]), [])
+            batch.append(index)
+            if len(batch) == together:
+                full += waiting.pop(int(groups[index]))
+        return full
 
 
 class EvaluationBatches(Sampler[list[int]]):

@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from awconv.data.images import BrokenImageError, read_image
-from awconv.data.module import ImageDataModule, Split
+from awconv.data.loading import Split
+from awconv.data.module import ImageDataModule
 from awconv.data.order import WINDOW
 from awconv.extras import require
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from awconv.data.images import BrokenImageError, read_image
-from awconv.data.module import ImageDataModule, Split
+from awconv.data.loading import Split
+from awconv.data.module import ImageDataModule
 
 _LABELS = ("cls", "json")
 

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from awconv.data import ImageDataModule
-from awconv.tasks.classification import FROM_DATA, ClassificationTask
+from awconv.data import DataModule, DetectionDataModule, ImageDataModule
+from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
+from awconv.training.detections import DetectionFile
 from awconv.training.watch import FiniteLoss, Pace
 
 _LOGS = "lightning_logs"
 
 
 class TrainingCLI(LightningCLI):
-    """Lightning's command line over our tasks and data, which tells the task what the data are.
+    """Lightning's command line over our tasks and data, which decide the task and tell it what they are.
 
     Without ``data`` it takes the digits, and without ``trainer.max_epochs`` 15 epochs. ``ckpt_path=last`` is the last
     whole checkpoint under ``trainer.default_root_dir``; a training without any starts anew then.
@@ -36,9 +38,12 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], run: bool = True, save_config: bool = True, build: bool = True) -> None:
         self._build = build
+        self._task: type[Task]
+        self._data: type[DataModule]
+        self._task, self._data = _find_task(args)
         super().__init__(
-            ClassificationTask,
-            ImageDataModule,
+            self._task,
+            self._data,
             args=list(args),
             run=run,
             subclass_mode_data=True,
@@ -81,8 +86,11 @@ class TrainingCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"data": {"class_path": "awconv.data.Digits"}})
-        for name in FROM_DATA:
+        if self._data is ImageDataModule:
+            parser.set_defaults({"data": {"class_path": "awconv.data.Digits"}})
+        else:
+            parser.add_lightning_class_args(DetectionFile, "detections")
+        for name in self._task.from_data:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_lightning_class_args(RecentCheckpoint, "recent_checkpoint")
 
@@ -138,6 +146,47 @@ class TrainingCLI(LightningCLI):
             "validate": set(needless),
             "test": set(needless),
         }
+
+
+_TASKS: dict[type[DataModule], type[Task]] = {
+    ImageDataModule: ClassificationTask,
+    DetectionDataModule: DetectionTask,
+}
+
+
+def _find_task(args: Sequence[str]) -> tuple[type[Task], type[DataModule]]:
+    """The task of the data that the arguments name last, in a recipe or by themselves, and the kind of these data."""
+    given: Any = None
+    for position, argument in enumerate(args):
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "-c", "--data", "--data.class_path"):
+            continue
+        if not equals:
+            value = args[position + 1] if position + 1 < len(args) else ""
+        if name in ("--config", "-c"):
+            given = _data_of(value) or given
+        else:
+            given = value
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        given = yaml.safe_load(given).get("class_path", "")
+    for kind, task in _TASKS.items():
+        if given and str(given).rpartition(".")[2] in _names(kind):
+            return task, kind
+    return ClassificationTask, ImageDataModule  # whose parser says so if there are no such data
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return {kind.__name__}.union(*(_names(subclass) for subclass in kind.__subclasses__()))
+
+
+def _data_of(config: str) -> Any:
+    """The class of the data in a recipe; None where it names none, or is one that the parser will refuse."""
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+        data = content.get("data")
+    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        return None
+    return data.get("class_path") if isinstance(data, dict) else data
 
 
 def _as_list(given: Any) -> list[Any]:

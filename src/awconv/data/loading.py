@@ -1,0 +1,143 @@
+"""What all data modules share: loaders whose batches depend on the seed, the epoch and the step alone."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from awconv.data.order import (
+    ALONE,
+    EvaluationBatches,
+    Share,
+    TrainingBatches,
+    TrainingLoader,
+    derive_seed,
+    seed_all,
+)
+
+Split = Literal["train", "val", "test"]
+
+
+class Sized(Protocol):
+    """A data set of known length, whose items are asked for by index, or by a draw in training."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class DataModule(pl.LightningDataModule, abc.ABC):
+    """Batches of a data set's splits.
+
+    The order of the images and their augmentation depend on the run's seed, the epoch and the step alone. Several
+    processes share the batches; an evaluation sees every image once.
+
+    Args:
+        batch_size: samples a batch and device.
+        num_workers: processes that decode images.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    @property
+    @abc.abstractmethod
+    def classes(self) -> list[str]:
+        """The names of the classes, by index."""
+
+    @abc.abstractmethod
+    def dataset(self, split: Split) -> Any:
+        """A split as it is trained or evaluated on; None if there is none.
+
+        The test split of a data set without one is its validation split.
+        """
+
+    @property
+    @abc.abstractmethod
+    def test_split(self) -> Split:
+        """The split that is tested on: ``"val"`` where the data set has no ``"test"``."""
+
+    @property
+    def _share(self) -> Share:
+        return ALONE if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def _seed(self) -> int:
+        """That of the run, which Lightning keeps there."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def _batches_done(self) -> int:
+        """Batches of the current epoch that were trained on already."""
+        return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _load_batches(
+        self,
+        dataset: Sized,
+        split: Split,
+        collate: Callable[[Any], Any],
+        num_workers: int,
+        blocks: np.ndarray[Any, Any] | None = None,
+        groups: np.ndarray[Any, Any] | None = None,
+    ) -> Any:
+        """A loader; ``blocks`` and ``groups`` as for :class:`TrainingBatches`."""
+        share = self._share
+        batches: Any
+        if split == "train":
+            batches = TrainingBatches(
+                len(dataset), self.batch_size, share, self._seed, blocks, groups, start=self._batches_done
+            )
+            if len(batches) == 0:
+                raise ValueError(
+                    f"batch_size must be at most the {len(dataset)} training images, got {self.batch_size}"
+                    + (f" on each of {share.of} devices" if share.of > 1 else "")
+                    + ("" if groups is None else "; the images of a batch are alike in their aspect ratio")
+                )
+        else:
+            batches = EvaluationBatches(len(dataset), self.batch_size, share)
+        return (TrainingLoader if split == "train" else DataLoader)(
+            dataset,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    @abc.abstractmethod
+    def _loader(self, split: Split) -> Any:
+        """The loader of a split; an empty list where there is none."""
+
+    def train_dataloader(self) -> Any:
+        return self._loader("train")
+
+    def val_dataloader(self) -> Any:
+        return self._loader("val")
+
+    def test_dataloader(self) -> Any:
+        return self._loader("test")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Seeds all that is drawn in the rest of a training step, and augments its batch."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        step = (self._seed, self.trainer.current_epoch, self._batches_done())
+        seed_all(derive_seed(*step, self._share.rank))
+        return self._augment(batch, derive_seed(*step))
+
+    def _augment(self, batch: Any, seed: int) -> Any:
+        """Augments a whole training batch on its device; ``seed`` is the same in all processes."""
+        return batch

@@ -1,0 +1,189 @@
+"""Faster R-CNN (arXiv 1506.01497) with a feature pyramid (arXiv 1612.03144) on any network of timm, by torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from timm.layers import GroupNormAct, convert_sync_batchnorm, freeze_batch_norm_2d
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from awconv.convert import convert as convert_layers
+from awconv.models.pretrained import weights_overlay
+
+Norm = Literal["batch", "frozen", "group", "sync"]
+_GROUPS = 32  # arXiv 1803.08494, section 3.1
+_FINEST = 4  # pixels between the positions of the finest level, which the heads are made for
+
+
+class PyramidBackbone(nn.Module):
+    """The feature maps of a network of timm, as a pyramid.
+
+    It takes the network's maps with a stride of 4 and more, and adds a coarser one by pooling.
+
+    Args:
+        network: made with ``features_only=True``.
+        out_channels: of each level.
+        norm_layer: of the pyramid's convolutions; None for none.
+
+    Raises:
+        ValueError: the network has no map of that stride.
+    """
+
+    def __init__(
+        self, network: nn.Module, out_channels: int = 256, norm_layer: Callable[..., nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        info: Any = network.feature_info
+        self.strides: list[int] = [stride for stride in info.reduction() if stride >= _FINEST]
+        if not self.strides:
+            raise ValueError(f"a backbone must have a feature map of stride {_FINEST} or more, got {info.reduction()}")
+        self.skipped = len(info.reduction()) - len(self.strides)
+        self.body = network
+        self.fpn = FeaturePyramidNetwork(
+            info.channels()[self.skipped :], out_channels, LastLevelMaxPool(), norm_layer=norm_layer
+        )
+        self.out_channels = out_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images, shape (N, channels, H, W), to levels by name, shape (N, out_channels, H / stride, W / stride)."""
+        maps = self.body(images)[self.skipped :]
+        levels: dict[str, Tensor] = self.fpn({str(index): level for index, level in enumerate(maps)})
+        return levels
+
+
+def faster_rcnn(
+    backbone: str = "aw_resnet50",
+    num_classes: int = 91,
+    *,
+    weights_backbone: bool | str | Path = False,
+    trainable_layers: int | None = None,
+    norm: Norm | None = None,
+    backbone_args: dict[str, Any] | None = None,
+    convert: dict[str, Any] | None = None,
+    out_channels: int = 256,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """torchvision's Faster R-CNN on a network of timm with a feature pyramid.
+
+    Args:
+        backbone: any network of timm that has ``features_only``, such as ``"aw_resnet101"`` or ``"seresnet50"``.
+        num_classes: with the background, which is class 0: 91 for COCO's category numbers.
+        weights_backbone: weights of a classifier that the backbone starts from: those that timm has for it (True), or a
+            file of them.
+        trainable_layers: how many of the backbone's stages are trained, counted from the last; the stem counts as one.
+            By default 3 of a backbone with weights, and all of one without.
+        norm: of the backbone: ``"batch"``, ``"sync"`` (over all devices), ``"frozen"`` (constants, in which weights
+            have left their statistics) or ``"group"`` (in place of batch norms, also in the pyramid). By default frozen
+            with weights and batch without.
+        backbone_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``.
+        convert: arguments of :func:`awconv.convert`, by which the backbone, with its weights, becomes an AW network:
+            ``{"init": "identity"}``.
+        out_channels: of each level of the pyramid.
+        **kwargs: of ``torchvision.models.detection.FasterRCNN``, such as ``min_size``, ``max_size`` or
+            ``box_score_thresh``.
+
+    Returns:
+        The detector. It takes a list of images, float from 0 to 1 of shape (channels, H, W), and in training a list of
+        dictionaries with ``boxes`` (x1, y1, x2, y2 in pixels) and ``labels``. In training it returns losses by name, in
+        evaluation a dictionary of ``boxes``, ``labels`` and ``scores`` for each image.
+
+    Raises:
+        FileNotFoundError: the file of weights is not there.
+        ValueError: the weights are those of another network, or an argument is out of its range.
+        RuntimeError: timm does not know the backbone, or has no weights for it.
+    """
+    overlay = None
+    if isinstance(weights_backbone, str | Path):
+        overlay = weights_overlay(backbone, weights_backbone, backbone_args)
+    body: nn.Module = timm.create_model(
+        backbone,
+        features_only=True,
+        pretrained=bool(weights_backbone),
+        pretrained_cfg_overlay=overlay,
+        **(backbone_args or {}),
+    )
+    if convert is not None:
+        body = convert_layers(body, **convert)
+    if norm is None:
+        norm = "frozen" if weights_backbone else "batch"
+    body = with_norm(body, norm)
+    _freeze(body, trainable_layers if trainable_layers is not None else 3 if weights_backbone else None)
+    pyramid = PyramidBackbone(body, out_channels, partial(nn.GroupNorm, _GROUPS) if norm == "group" else None)
+    strides = [*pyramid.strides, 2 * pyramid.strides[-1]]
+    if "rpn_anchor_generator" not in kwargs:
+        sizes = tuple((8 * stride,) for stride in strides)  # 32 to 512 pixels in a ResNet, as in arXiv 1612.03144
+        kwargs["rpn_anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    if "box_roi_pool" not in kwargs:
+        names = [str(index) for index in range(len(pyramid.strides))]
+        kwargs["box_roi_pool"] = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
+    cfg: Any = timm.get_pretrained_cfg(backbone)
+    return FasterRCNN(pyramid, num_classes, **(dict(image_mean=cfg.mean, image_std=cfg.std) | kwargs))
+
+
+def with_norm(network: nn.Module, norm: Norm) -> nn.Module:
+    """Replaces the batch norms of a network, those of its attention branches too.
+
+    Raises:
+        ValueError: there is no such norm.
+    """
+    if norm == "batch":
+        return network
+    if norm == "sync":
+        synchronised: nn.Module = convert_sync_batchnorm(network)
+        return synchronised
+    if norm == "frozen":
+        frozen: nn.Module = freeze_batch_norm_2d(network)
+        return frozen
+    if norm != "group":
+        raise ValueError(f"norm must be 'batch', 'frozen', 'group' or 'sync', got {norm!r}")
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, _grouped(child))
+    return network
+
+
+def _grouped(old: nn.BatchNorm2d) -> nn.GroupNorm:
+    channels = old.num_features
+    # A branch's few channels are normalised together, as in awconv.convert.
+    groups = _GROUPS if channels % _GROUPS == 0 and channels > _GROUPS else 1
+    if not hasattr(old, "act"):  # timm's norm with an activation
+        return nn.GroupNorm(groups, channels)
+    new = GroupNormAct(channels, num_groups=groups)
+    new.drop, new.act = old.drop, old.act
+    return new
+
+
+def _freeze(network: nn.Module, trainable: int | None) -> None:
+    """Leaves only the last stages of a network trainable.
+
+    Raises:
+        ValueError: it has not so many.
+    """
+    if trainable is None:
+        return
+    info: Any = network.feature_info
+    modules = list(network.named_modules())  # in the order in which they compute
+    ends = [
+        max(i for i, (name, _) in enumerate(modules) if _is_within(name, stage)) + 1 for stage in info.module_name()
+    ]
+    if not 0 <= trainable <= len(ends):
+        raise ValueError(f"trainable_layers must be from 0 to the backbone's {len(ends)} stages, got {trainable}")
+    first = ends[len(ends) - trainable - 1] if trainable < len(ends) else 0
+    for _, module in modules[:first]:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def _is_within(name: str, stage: str) -> bool:
+    """Whether a module is a stage or a part of it, in any of timm's wrappers."""
+    name = f"{name.removeprefix('model.')}."
+    return name.startswith((f"{stage}.", f"{stage.replace('.', '_')}."))

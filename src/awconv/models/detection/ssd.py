@@ -1,0 +1,93 @@
+"""SSD300 (arXiv 1512.02325) on VGG-16, by torchvision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import load_state_dict
+from torch import nn
+from torchvision.models import VGG16_Weights
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.models.detection.ssd import SSD
+
+from awconv.convert import convert as convert_layers
+
+_STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG-16
+_IMAGENET = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+
+
+def ssd300(
+    backbone: str = "aw_vgg16",
+    num_classes: int = 91,
+    *,
+    weights_backbone: bool | str | Path = False,
+    trainable_layers: int | None = None,
+    convert: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> SSD:
+    """torchvision's SSD300.
+
+    The AW-convolutions start by identity: VGG-16 has no norms, and attention that starts at random would enlarge its
+    activations in each layer.
+
+    Args:
+        backbone: ``"vgg16"``, or ``"aw_vgg16"`` with AW-convolutions in place of VGG's but the first.
+        num_classes: with the background, which is class 0: 21 for VOC.
+        weights_backbone: weights that VGG's convolutions start from: torchvision's (True), or a file of a VGG-16's
+            (safetensors, or a state dict of torch), which was trained with the usual mean and deviation.
+        trainable_layers: how many of VGG's 5 stages are trained, counted from the last. By default 4 of a backbone with
+            weights, and all of one without.
+        convert: further arguments of :func:`awconv.convert`, such as ``{"reduction": 8}``.
+        **kwargs: of ``torchvision.models.detection.SSD``, such as ``score_thresh``.
+
+    Returns:
+        The detector. It takes and returns what :func:`faster_rcnn` does.
+
+    Raises:
+        FileNotFoundError: the file of weights is not there.
+        ValueError: the backbone is another one, or the file holds another network's weights.
+    """
+    if backbone not in ("vgg16", "aw_vgg16"):
+        raise ValueError(f"backbone of ssd300 must be 'vgg16' or 'aw_vgg16', got {backbone!r}")
+    file = None if isinstance(weights_backbone, bool) else Path(weights_backbone)
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"weights_backbone must be true, false or a file of weights, got {str(file)!r}")
+    if trainable_layers is None:
+        trainable_layers = 4 if weights_backbone else len(_STAGES)
+    if not 0 <= trainable_layers <= len(_STAGES):
+        raise ValueError(f"trainable_layers must be from 0 to VGG's {len(_STAGES)} stages, got {trainable_layers}")
+    torchvisions = weights_backbone is True  # they have a normalisation of their own
+    detector = ssd300_vgg16(
+        weights=None,
+        weights_backbone=VGG16_Weights.IMAGENET1K_FEATURES if torchvisions else None,
+        num_classes=num_classes,
+        trainable_backbone_layers=len(_STAGES) if torchvisions else None,
+        **(({} if torchvisions else _IMAGENET) | kwargs),
+    )
+    modules = detector.backbone.modules()
+    vgg = [module for module in modules if isinstance(module, nn.Conv2d)][: sum(_STAGES)]
+    if file is not None:
+        _load(vgg, file)
+    if backbone == "aw_vgg16":
+        chosen = set(vgg[1:])
+        convert_layers(
+            detector.backbone, **(dict(init="identity", select=lambda name, layer: layer in chosen) | (convert or {}))
+        )
+    for convolution in vgg[: sum(_STAGES[: len(_STAGES) - trainable_layers])]:
+        convolution.weight.requires_grad_(False)
+        convolution.bias.requires_grad_(False)  # type: ignore[union-attr]  # VGG's have one
+    return detector
+
+
+def _load(convolutions: list[nn.Conv2d], file: Path) -> None:
+    state = load_state_dict(str(file))
+    names = [name for name in state if name.startswith("features.") and name.endswith(".weight")]
+    shapes = [tuple(state[name].shape) for name in names]
+    if shapes != [tuple(convolution.weight.shape) for convolution in convolutions]:
+        raise ValueError(f"{file} does not hold the weights of a VGG-16: its convolutions are {shapes}")
+    for convolution, name in zip(convolutions, names, strict=True):
+        convolution.load_state_dict(
+            {"weight": state[name], "bias": state[f"{name.removesuffix('.weight')}.bias"]}
+        )

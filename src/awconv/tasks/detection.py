@@ -1,0 +1,281 @@
+"""Training and evaluating a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
+
+from awconv.extras import require
+from awconv.models.detection import faster_rcnn, ssd300
+from awconv.models.detection.faster_rcnn import Norm
+from awconv.tasks.task import Task, check_network
+
+Detections = list[dict[str, Tensor]]
+
+class DetectionTask(Task):
+    """A detector of torchvision on a backbone of timm, judged by COCO's twelve numbers.
+
+    Its checkpoints hold all that a prediction needs: the backbone's name and arguments, and the categories.
+
+    Args:
+        classes: the names of the categories, without the background.
+        category_ids: their numbers in the data set, which written detections have.
+        detector: ``"faster_rcnn"`` with a feature pyramid, or ``"ssd300"``.
+        network: the backbone's name: any of timm that has ``features_only`` for Faster R-CNN, ``vgg16`` or ``aw_vgg16``
+            for SSD300.
+        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``.
+        pretrained: what the backbone of a training starts from: a classifier's weights that timm (or torchvision, for
+            VGG) has for it (true), or a file of them. A checkpoint needs them no more.
+        trainable_layers: how many of the backbone's stages are trained, counted from the last; None for all of a
+            backbone without pretrained weights, and the usual number of one with.
+        convert: arguments of :func:`awconv.convert`, by which the backbone, with its pretrained weights, becomes an AW
+            network: ``{"init": "identity"}``.
+        norm: of Faster R-CNN's backbone: ``"batch"``, ``"sync"``, ``"frozen"`` or ``"group"``; None for frozen with
+            pretrained weights and batch without.
+        min_size: what the shorter side of an image is resized to in Faster R-CNN, in pixels; of several, one is drawn
+            for each image in training, and the last one evaluated.
+        max_size: what the longer side is at most.
+        detector_args: further arguments of torchvision's detector, such as ``{"box_score_thresh": 0.01}``.
+        **kwargs: as for :class:`Task`.
+
+    Raises:
+        ValueError: timm does not know the backbone, or an argument is not what its taker takes.
+    """
+
+    from_data = ("classes", "category_ids")
+    same_network = (
+        "detector",
+        "network",
+        "network_args",
+        "convert",
+        "norm",
+        "min_size",
+        "max_size",
+        "detector_args",
+    )
+    score, score_name = "AP", "box AP"
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        category_ids: Sequence[int],
+        detector: Literal["faster_rcnn", "ssd300"] = "faster_rcnn",
+        network: str = "aw_resnet50",
+        network_args: dict[str, Any] | None = None,
+        pretrained: bool | str = False,
+        trainable_layers: int | None = None,
+        convert: dict[str, Any] | None = None,
+        norm: Norm | None = None,
+        min_size: int | list[int] = 800,
+        max_size: int = 1333,
+        detector_args: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        require("faster_coco_eval", extra="detection")
+        check_network(network)
+        self.classes, self.category_ids = list(classes), list(category_ids)
+        self.network = self._build(False)
+        self.evaluation: list[Evaluated] = []
+
+    def _build(self, weights: bool | str) -> nn.Module:
+        hparams = self.hparams
+        arguments: dict[str, Any] = dict(
+            num_classes=len(self.classes) + 1,
+            weights_backbone=weights,
+            # Of weights that are only loaded later, too.
+            trainable_layers=_trainable_layers(hparams),
+            convert=hparams["convert"],
+            **(hparams["detector_args"] or {}),
+        )
+        if hparams["detector"] == "faster_rcnn":
+            sizes = hparams["min_size"]
+            arguments |= dict(
+                backbone_args=hparams["network_args"],
+                norm=hparams["norm"] or ("frozen" if hparams["pretrained"] else "batch"),
+                min_size=tuple(sizes) if isinstance(sizes, Sequence) else sizes,
+                max_size=hparams["max_size"],
+            )
+        try:
+            return _DETECTORS[hparams["detector"]](hparams["network"], **arguments)
+        except TypeError as error:
+            raise ValueError(f"the arguments of a {hparams['detector']} do not fit: {error}") from error
+
+    def setup(self, stage: str) -> None:
+        """Loads the backbone's pretrained weights, where a training starts from them.
+
+        Raises:
+            FileNotFoundError: the file of weights is not there.
+            ValueError: there are no such weights, or they are those of another network.
+        """
+        if not self.loads_pretrained:
+            return
+        weights = self.hparams["pretrained"]
+        try:
+            loaded = self._build(weights)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # of timm, torch or safetensors
+            raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}") from error
+        # What comes after the backbone stays as the seed has made it.
+        self.network.backbone.load_state_dict(loaded.backbone.state_dict())  # type: ignore[union-attr,operator]
+
+    def example(self) -> tuple[list[Tensor]]:
+        """A list of one image of zeros, as large as images become."""
+        if self.hparams["detector"] == "ssd300":
+            return ([torch.zeros(3, 300, 300)],)
+        sizes = self.hparams["min_size"]
+        height = sizes[-1] if isinstance(sizes, Sequence) else sizes
+        return ([torch.zeros(3, height, self.hparams["max_size"])],)
+
+    def forward(self, images: Sequence[Tensor]) -> Detections:
+        """Images, uint8 of shape (3, H, W) and any sizes, to a dictionary for each: ``boxes`` (x1, y1, x2, y2 in its
+        pixels), ``labels`` (from 1) and ``scores``, best first."""
+        detections: Detections = self.network([image / 255 for image in images])
+        return detections
+
+    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> Tensor:
+        images, targets = batch
+        losses: dict[str, Tensor] = self.network([image / 255 for image in images], targets)
+        loss = torch.stack(list(losses.values())).sum()
+        logged: Any = {f"train/{name}": value for name, value in losses.items()}
+        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        self.log(
+            "train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images)
+        )
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluation = []
+
+    def on_test_epoch_start(self) -> None:
+        self.evaluation = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> None:
+        images, targets = batch
+        for detections, target in zip(self(images), targets, strict=True):
+            self.evaluation.append(
+                Evaluated(int(target.pop("image_id")), *({k: v.cpu() for k, v in d.items()} for d in (detections, target)))
+            )
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        figures = self._log_figures("test")
+        self.log_dict({f"test/AP/{name}": value for name, value in figures.per_class.items()})
+
+    def _log_figures(self, split: str) -> Figures:
+        self.evaluation = _gathered(self.evaluation)
+        figures = coco_figures(self.evaluation, self.classes)
+        self.log_dict({f"{split}/{name}": value for name, value in figures.overall.items()})
+        return figures
+
+
+class Evaluated(NamedTuple):
+    """An image after an evaluation.
+
+    Attributes:
+        image_id: its number in the data set.
+        detections: ``boxes`` (x1, y1, x2, y2 in its pixels), ``labels`` (from 1) and ``scores``.
+        target: ``boxes``, ``labels``, ``area`` and ``iscrowd``.
+    """
+
+    image_id: int
+    detections: dict[str, Tensor]
+    target: dict[str, Tensor]
+
+
+class Figures(NamedTuple):
+    """How good detections are.
+
+    Attributes:
+        overall: COCO's twelve numbers; -1 for one that no object is counted in.
+        per_class: the AP of each category that has objects.
+    """
+
+    overall: dict[str, float]
+    per_class: dict[str, float]
+
+
+def coco_figures(images: Sequence[Evaluated], classes: Sequence[str]) -> Figures:
+    """COCO's figures of detections, by torchmetrics and faster-coco-eval.
+
+    Args:
+        images: all that are evaluated.
+        classes: the names of the categories, without the background.
+    """
+    metric = MeanAveragePrecision(backend="faster_coco_eval", class_metrics=True, sync_on_compute=False)
+    metric.warn_on_many_detections = False  # a detector returns as many as it was told to
+    metric.update([image.detections for image in images], [image.target for image in images])
+    figures = metric.compute()
+    overall = {ours: float(figures[theirs]) for theirs, ours in _COCO_FIGURES.items()}
+    labels, values = (figures[name].reshape(-1).tolist() for name in ("classes", "map_per_class"))
+    per_class = {classes[label - 1]: value for label, value in zip(labels, values, strict=True) if value >= 0}
+    return Figures(overall, per_class)
+
+
+def coco_results(images: Sequence[Evaluated], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Detections in COCO's result format: a dictionary for each, with ``bbox`` as x, y, width and height in pixels.
+
+    Args:
+        images: after an evaluation.
+        category_ids: the data set's number of each category.
+    """
+    return [
+        {
+            "image_id": image.image_id,
+            "category_id": category_ids[label - 1],
+            "bbox": [left, top, right - left, bottom - top],
+            "score": score,
+        }
+        for image in images
+        for (left, top, right, bottom), label, score in zip(
+            image.detections["boxes"].tolist(),
+            image.detections["labels"].tolist(),
+            image.detections["scores"].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _gathered(images: list[Evaluated]) -> list[Evaluated]:
+    """Those of all processes, of which one may have had fewer."""
+    if not torch.distributed.is_initialized():
+        return images
+    shares: list[list[Evaluated]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(shares, images)
+    return [image for share in shares for image in share]
+
+
+_COCO_FIGURES = {  # torchmetrics' names of COCO's twelve numbers, and ours
+    "map": "AP",
+    "map_50": "AP50",
+    "map_75": "AP75",
+    "map_small": "AP_small",
+    "map_medium": "AP_medium",
+    "map_large": "AP_large",
+    "mar_1": "AR_1",
+    "mar_10": "AR_10",
+    "mar_100": "AR_100",
+    "mar_small": "AR_small",
+    "mar_medium": "AR_medium",
+    "mar_large": "AR_large",
+}
+_DETECTORS: dict[str, Callable[..., nn.Module]] = {"faster_rcnn": faster_rcnn, "ssd300": ssd300}
+_USUAL_LAYERS = {"faster_rcnn": 3, "ssd300": 4}  # torchvision's
+
+
+def _trainable_layers(hparams: Any) -> int | None:
+    given: int | None = hparams["trainable_layers"]
+    return _USUAL_LAYERS[hparams["detector"]] if given is None and hparams["pretrained"] else given
