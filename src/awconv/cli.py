@@ -65,10 +65,16 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return commands[command](command, arguments)
     except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
-        print(f"awconv {command}: {error}", file=sys.stderr)
+        print(f"awconv {command}: {_message(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _message(error: Exception) -> str:
+    """What an error says, without the traceback that PyTorch puts before one of a process that loads data."""
+    text = str(error)
+    return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "DataLoader worker process" in text else text
 
 
 def _function(command: str, arguments: Sequence[str]) -> int:
@@ -142,6 +148,14 @@ def _lightning(command: str, arguments: Sequence[str]) -> int:
     try:
         TrainingCLI([command, *arguments], save_config=command == "fit")
     except SIGTERMException:
-        print(f"awconv {command}: stopped by SIGTERM; the same command with --ckpt_path=last goes on", file=sys.stderr)
+        print(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit of
+            raise
+        print(f"awconv {command}: stopped by Ctrl-C; {_GOES_ON}", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+_GOES_ON = "the same command with --ckpt_path=last goes on"

@@ -1,24 +1,30 @@
-"""Classifying image files with a checkpoint."""
+"""What is in image files, by a checkpoint of a classifier or a detector."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 
 from awconv import terminal
 from awconv.data import BrokenImageError, to_uint8
 from awconv.data.images import read_image
-from awconv.tasks import ClassificationTask
+from awconv.tasks import ClassificationTask, DetectionTask, Task
+from awconv.training.checkpoints import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,45 @@ class Prediction:
     label: str
     probability: float
 
+    def cells(self) -> tuple[str, ...]:
+        """For the table."""
+        return escape(self.image), escape(self.label), f"{self.probability:.3f}"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object in an image.
+
+    Attributes:
+        label: the name of its category.
+        score: from 0 to 1.
+        box: x1, y1, x2, y2 in pixels of the image.
+    """
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """The objects in an image, the surest first.
+
+    Attributes:
+        image: its path.
+        detections: the objects.
+    """
+
+    image: str
+    detections: list[Detection]
+
+    def cells(self) -> tuple[str, ...]:
+        """For the table."""
+        counts = Counter(detection.label for detection in self.detections)
+        objects = ", ".join(f"{count} {label}" for label, count in counts.most_common())
+        best = max((detection.score for detection in self.detections), default=None)
+        return escape(self.image), escape(objects), "" if best is None else f"{best:.3f}"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -50,9 +95,14 @@ class Failure:
 
 
 def predict(
-    images: Sequence[Path], ckpt: Path, format: Literal["table", "json"] = "table", batch_size: int = 64
+    images: Sequence[Path],
+    ckpt: Path,
+    format: Literal["table", "json"] = "table",
+    batch_size: int = 64,
+    threshold: float = 0.5,
+    draw: Path | None = None,
 ) -> int:
-    """Prints the class and its probability for each image.
+    """Prints what is in each image: its class, or the objects that a detector finds.
 
     A broken image is reported by name, and the rest goes on.
 
@@ -60,19 +110,32 @@ def predict(
         images: image files, and folders that are searched for them.
         ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``.
         format: a table, or JSON with ``predictions`` and ``failures``.
-        batch_size: images that go through the network at once.
+        batch_size: images that go through a classifier at once; a detector takes one at a time.
+        threshold: the least score of an object.
+        draw: a folder for copies of the images in which a detector's boxes are drawn.
 
     Returns:
         The exit status: 0, or 1 if an image was broken.
 
     Raises:
         FileNotFoundError: the checkpoint or an image is not there, or a folder holds no image.
-        ValueError: the file is no such checkpoint.
+        ValueError: the file is no such checkpoint, the threshold is not from 0 to 1, or there are no boxes to draw.
     """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
     files = [file for path in images for file in _files(path)]
-    results = list(classify(load_task(ckpt), files, batch_size))
-    predictions = [result for result in results if isinstance(result, Prediction)]
+    task = load_task(ckpt)
+    results: list[Prediction | Detected | Failure]
+    if isinstance(task, DetectionTask):
+        columns = ("image", "objects", "best score")
+        results = list(detect(task, files, threshold, draw))
+    elif isinstance(task, ClassificationTask):
+        columns = ("image", "class", "probability")
+        if draw is not None:
+            raise ValueError(f"draw draws the boxes of a detector, and {ckpt} is of a classifier")
+        results = list(classify(task, files, batch_size))
     failures = [result for result in results if isinstance(result, Failure)]
+    predictions = [result for result in results if not isinstance(result, Failure)]
     if format == "json":
         print(
             json.dumps(
@@ -80,29 +143,28 @@ def predict(
             )
         )
     else:
-        table = Table("image", "class", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("probability", justify="right")
+        table = Table(*columns[:2], box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column(columns[2], justify="right")
         for prediction in predictions:
-            table.add_row(escape(prediction.image), escape(prediction.label), f"{prediction.probability:.3f}")
+            table.add_row(*prediction.cells())
         terminal.console().print(table)
     for failure in failures:
         print(f"broken image: {failure.error}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def load_task(ckpt: Path) -> ClassificationTask:
-    """Loads a checkpoint of a classification for prediction.
+def load_task(ckpt: Path) -> Task:
+    """Loads a checkpoint for prediction.
 
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is none.
     """
-    if not ckpt.is_file():
-        raise FileNotFoundError(f"checkpoint {ckpt} is not a file")
+    kind = DetectionTask if "detector" in read_checkpoint(ckpt)["hyper_parameters"] else ClassificationTask
     try:
-        task = ClassificationTask.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of any other kind fails in ways of its own
-        raise ValueError(f"{ckpt} is not a checkpoint of a classification by 'awconv fit': {error}") from error
+        task: Task = kind.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
+    except Exception as error:  # a checkpoint of any other network fails in ways of its own
+        raise ValueError(f"{ckpt} is not a checkpoint of 'awconv fit': {error}") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return task.eval().to(device or "cpu")
 
@@ -130,6 +192,75 @@ def classify(task: ClassificationTask, files: Sequence[Path], batch_size: int) -
             probabilities, labels = task(torch.stack(batch).to(task.device)).softmax(1).max(1)
         for name, label, probability in zip(names, labels.tolist(), probabilities.tolist(), strict=True):
             yield Prediction(name, task.classes[label], probability)
+
+
+def detect(
+    task: DetectionTask, files: Sequence[Path], threshold: float, draw: Path | None = None
+) -> Iterator[Detected | Failure]:
+    """One result for each file.
+
+    Args:
+        task: in evaluation mode.
+        files: image files.
+        threshold: the least score of an object.
+        draw: a folder for copies with boxes, as PNG; None draws nothing.
+    """
+    copies = _copies(files)
+    for file in files:
+        try:
+            image = pil_to_tensor(read_image(str(file), str(file)).convert("RGB"))
+        except BrokenImageError as error:
+            yield Failure(str(file), str(error))
+            continue
+        with torch.inference_mode():
+            (found,) = task([image.to(task.device)])
+        kept = found["scores"] >= threshold
+        boxes, labels, scores = (found[name][kept].cpu() for name in ("boxes", "labels", "scores"))
+        detections = [
+            Detection(task.classes[label - 1], score, (left, top, right, bottom))
+            for (left, top, right, bottom), label, score in zip(
+                boxes.tolist(), labels.tolist(), scores.tolist(), strict=True
+            )
+        ]
+        if draw is not None:
+            place = draw / copies[file]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _drawn(image, detections).save(place)
+        yield Detected(str(file), detections)
+
+
+def _copies(files: Sequence[Path]) -> dict[Path, Path]:
+    """Names for copies: those of the files, below the folder that all are in, so that none is written over another."""
+    parents = [str(file.resolve().parent) for file in files]
+    top = Path(os.path.commonpath(parents)) if parents else Path()
+    names = {file: file.resolve().relative_to(top) for file in files}
+    return {file: name.with_name(f"{name.name}.png") for file, name in names.items()}
+
+
+def _drawn(image: Tensor, detections: Sequence[Detection]) -> Image.Image:
+    if not detections:
+        return to_pil_image(image)
+    size = max(image.shape[1:])
+    colours = {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate({d.label: 0 for d in detections})}
+    drawn = to_pil_image(
+        draw_bounding_boxes(
+            image,
+            torch.tensor([detection.box for detection in detections]),
+            colors=[colours[detection.label] for detection in detections],
+            width=max(2, size // 250),
+        )
+    )
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(max(10, size // 45))
+    for detection in detections:
+        text = f"{detection.label} {detection.score:.2f}"
+        left, top = detection.box[0], detection.box[1]
+        ink = pen.textbbox((left, top), text, font=font)
+        pen.rectangle((ink[0] - 1, ink[1] - 1, ink[2] + 1, ink[3] + 1), fill=colours[detection.label])
+        pen.text((left, top), text, fill="white", font=font)
+    return drawn
+
+
+_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#ff7f0e")
 
 
 def _files(path: Path) -> list[Path]:

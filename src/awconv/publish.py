@@ -8,10 +8,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from awconv.compare.runs import Run
-from awconv.models.published import CARD, CONFIG, FILE, sha256
+from awconv.compare.runs import Run, recorded
+from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS, sha256
 from awconv.predict import load_task
-from awconv.training.checkpoints import find_last
+from awconv.tasks import ClassificationTask
+from awconv.training.checkpoints import find_last, read_checkpoint
 
 
 def publish(
@@ -43,7 +44,12 @@ def publish(
     last = find_last(run.with_suffix(""))
     if last is None:
         raise FileNotFoundError(f"there is no checkpoint under {run.with_suffix('')}, where the run's should be")
+    checkpoint = read_checkpoint(last)
+    if checkpoint["epoch"] + 1 != len(finished.epochs) or recorded(checkpoint) != finished.epochs:
+        raise ValueError(f"{last} is not the last checkpoint of the run {run}: train the run anew")
     task = load_task(last)
+    if not isinstance(task, ClassificationTask):
+        raise ValueError(f"only classifiers are published, and {run} is of a detector")
     if task.hparams["network_args"] or task.hparams["convert"]:
         raise ValueError("a network with network_args or convert has no name of its own under which it could be loaded")
     network = task.evaluated.cpu()
@@ -74,12 +80,14 @@ def publish(
         sha256=sha256(folder / FILE),
     )
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    (folder / CARD).write_text(_card(finished, name, data, recipe, license))
+    packaged = out.resolve() == WEIGHTS.resolve()
+    (folder / CARD).write_text(_card(finished, name, data, recipe, license, None if packaged else folder))
     print(f"{name}: {finished.test_split} accuracy {100 * finished.score:.2f} %, in {folder}")
     return 0
 
 
-def _card(run: Run, name: str, data: str, recipe: str, license: str) -> str:
+def _card(run: Run, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
+    """The model card; ``folder`` is None for weights that come with the package, which go by their name."""
     epochs, versions = len(run.epochs), ", ".join(f"{key} {value}" for key, value in run.versions.items())
     validation = run.epochs[-1].val_score
     held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
@@ -103,18 +111,21 @@ tags: [image-classification, timm, awconv]
 ```python
 import awconv, timm
 
-model = timm.create_model("{name}", pretrained=True)
+model = timm.create_model("{name if folder is None else f"local-dir:{folder}"}", pretrained=True)
 ```
 
 The figure comes from
 
-    {_command(run, name, recipe)}
+    {_command(run, name, recipe, folder)}
 
 It is that of one run; what seeds do is in the comparison that the run belongs to. A small network on small images: made
 for tests and demonstrations, not for use on pictures of another kind.
 """
 
 
-def _command(run: Run, name: str, recipe: str) -> str:
+def _command(run: Run, name: str, recipe: str, folder: Path | None) -> str:
+    weights = f"{name} --model.pretrained=true"
+    if folder is not None:
+        weights = f"{run.network} --model.pretrained={folder / FILE}"
     config = f"--config={recipe} " if recipe.endswith((".yaml", ".yml")) else ""  # the digits are the default
-    return f"awconv {run.test_split.replace('val', 'validate')} {config}--model.network={name} --model.pretrained=true"
+    return f"awconv {run.test_split.replace('val', 'validate')} {config}--model.network={weights}"

@@ -312,9 +312,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(batches: int, tmp_path: P
         plan.train(data, interrupt)
     found, expected = plan.train(data), whole.train(data)
     assert found.score == expected.score
-    assert [(e.train_loss, e.val_score) for e in found.epochs] == [
-        (e.train_loss, e.val_score) for e in expected.epochs
-    ]
+    assert [(e.train_loss, e.val_score) for e in found.epochs] == [(e.train_loss, e.val_score) for e in expected.epochs]
     other = Plan(recipe, plan.variant, 1, plan.folder, ("--model.lr=0.5",))
     assert other.train(data).epochs[0] != found.epochs[0]  # the checkpoints of other settings are left
 

@@ -374,7 +374,7 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
 
 
 def test_arguments_of_timms_transform(tmp_path: Path) -> None:
-    data = Digits(transform={"auto_augment": "rand-m9-mstd0.5", "scale": [0.5, 1.0]}, num_workers=0, image_size=16)
+    data = Digits(transform={"auto_augment": "rand-m7-mstd0.5-inc1", "scale": [0.5, 1.0]}, num_workers=0, image_size=16)
     assert isinstance(data.dataset("train"), TransformedImages)
     assert isinstance(data.dataset("val"), InMemoryImages)
     images, _ = next(iter(data.train_dataloader()))

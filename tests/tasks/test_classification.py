@@ -98,7 +98,9 @@ def test_weights_of_another_network_are_refused(kind: str, classes: int, tmp_pat
         state = {f"model.{key}": tensor for key, tensor in state.items()}
     save_file(state, path)
     network = ["--model.network=aw_resnet8_cifar"] if kind == "plain for AW" else []
-    with pytest.raises(ValueError, match=r"no pretrained weights for \w+ .*weights\.safetensors\): .* \d+ names differ"):
+    with pytest.raises(
+        ValueError, match=r"no pretrained weights for \w+ .*weights\.safetensors\): .* \d+ names differ"
+    ):
         trained(path, *network)
 
 

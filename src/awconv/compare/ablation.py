@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
+import timm
+import torch
 import yaml
 
 from awconv.compare.runs import Variant
+from awconv.convert import AW_LAYERS
 
-CHOICES = (
+_CHOICES = (
     "reduction=4 reduction=8 in_expansion=1 out_expansion=2 kernel_expansion=3 activation=tanh activation=relu "
-    "residual=false norm_layer=none select=layer3.* branch_lr_factor=0.1 branch_lr_factor=3 branch_weight_decay=0"
+    "residual=false norm_layer=none init=identity branch_lr_factor=0.1 branch_lr_factor=3 branch_weight_decay=0"
 )
 
 _LAYER = (
@@ -29,22 +33,31 @@ _LAYER = (
 _TRAINING = ("branch_lr_factor", "branch_weight_decay")
 
 
-def arms(network: str, changes: Sequence[str]) -> list[Variant]:
+def choices(network: str) -> list[str]:
+    """Some changes of each kind, the last stage alone among them."""
+    with torch.device("meta"):
+        info = timm.create_model(network).feature_info
+    return [*_CHOICES.split(), f"select={info[-1]['module']}.*"]
+
+
+def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] | None = None) -> list[Variant]:
     """One variant for each change, after the network as it is, which is called ``default``.
 
     Args:
         network: an AW network.
         changes: such as ``"reduction=4"``, or ``"reduction=4+activation=tanh"`` for both at once.
+        network_args: those of the recipe, which a change is laid over.
 
     Raises:
-        ValueError: a change is none that a branch leaves, or there twice.
+        ValueError: a change is none that a branch leaves, or there twice, or selects no layer.
     """
     if len(set(changes)) < len(changes):
         raise ValueError(f"changes must differ, got {' '.join(changes)}")
-    return [Variant("default", network=network), *(_arm(network, change) for change in changes)]
+    given = dict(network_args or {})
+    return [Variant("default", network=network), *(_arm(network, change, given) for change in changes)]
 
 
-def _arm(network: str, change: str) -> Variant:
+def _arm(network: str, change: str, network_args: dict[str, Any]) -> Variant:
     aw_args: dict[str, Any] = {}
     arguments = []
     for part in change.split("+"):
@@ -55,8 +68,22 @@ def _arm(network: str, change: str) -> Variant:
             )
         if name in _TRAINING:
             arguments.append(f"--model.{name}={text}")
+        elif name == "select":
+            aw_args[name] = _layers(network, text)
         else:
-            aw_args[name] = None if text == "none" else yaml.safe_load(text) if name != "select" else text
+            aw_args[name] = None if text == "none" else yaml.safe_load(text)
     if aw_args:
-        arguments.append(f"--model.network_args.aw_args={json.dumps(aw_args)}")
+        merged = network_args | {"aw_args": (network_args.get("aw_args") or {}) | aw_args}
+        arguments.append(f"--model.network_args={json.dumps(merged)}")
     return Variant(change.replace("*", "all").replace("/", "_"), network=network, arguments=tuple(arguments))
+
+
+def _layers(network: str, pattern: str) -> list[str]:
+    """Those of a network's AW-convolutions whose names match: a change of the places leaves out, and adds none."""
+    with torch.device("meta"):
+        modules = timm.create_model(network).named_modules()
+        names = [name for name, module in modules if isinstance(module, AW_LAYERS)]
+    chosen = [name for name in names if fnmatchcase(name, pattern)]
+    if not chosen:
+        raise ValueError(f"no AW-convolution of {network} is called {pattern!r}; there are {', '.join(names)}")
+    return chosen

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import queue
+import signal
+import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 
-import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from awconv import terminal
-from awconv.compare.ablation import CHOICES, arms
+from awconv.compare.ablation import arms, choices
+from awconv.compare.processes import train_in_turn, train_side_by_side
 from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, open_data
-from awconv.data import DataModule
+from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, parse
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
@@ -38,7 +37,7 @@ def compare(
 
     Each finished run is kept as a small JSON file. A run whose file is there is not trained again, and one that was
     interrupted goes on: Ctrl-C reports what is finished, and the same command goes on later, or elsewhere with these
-    files. The twins of a seed are trained one after the other, so that the ratio of their times is taken on a machine
+    files. A run that fails is named, and the others go on. The twins of a seed are trained one after the other, so that the ratio of their times is taken on a machine
     in the same state.
 
     Args:
@@ -53,7 +52,7 @@ def compare(
         command: what the user typed, for the report.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C.
+        The exit status: 0, 1 if a run failed, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         FileNotFoundError: there is no such recipe or variant.
@@ -72,7 +71,7 @@ def compare(
 
 def ablate(
     recipe: Path,
-    vary: str = CHOICES,
+    vary: str | None = None,
     seeds: int = 3,
     out: Path | None = None,
     jobs: int = 1,
@@ -88,7 +87,7 @@ def ablate(
         vary: what is changed, one at a time, with spaces between them: arguments of the layer such as ``reduction=4``,
             ``in_expansion=1``, ``activation=tanh``, ``residual=false``, ``norm_layer=none``; ``select=layer3.*`` for
             the stages with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for their optimisation. Several
-            changes at once are joined by ``+``: ``reduction=4+activation=tanh``.
+            changes at once are joined by ``+``: ``reduction=4+activation=tanh``. By default some of each kind.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/`` and the recipe's name with ``_ablation`` by default.
         jobs: how many runs go side by side, in processes that share the device.
@@ -96,7 +95,7 @@ def ablate(
         command: what the user typed, for the report.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C.
+        The exit status, as of :func:`compare`.
 
     Raises:
         FileNotFoundError: there is no such recipe.
@@ -106,7 +105,8 @@ def ablate(
     base = base_network(recipe, overrides)
     network = base if base.startswith("aw_") else find_variant(base, "aw").network
     assert network is not None
-    twins = arms(network, vary.split())
+    network_args = parse(recipe, *overrides, build=False).config.model.network_args or {}
+    twins = arms(network, choices(network) if vary is None else vary.split(), network_args)
     folder = out if out is not None else Path("runs") / f"{recipe.stem}_ablation"
     title = f"{network}: choices for the branch ({recipe.stem})"
     return _run(recipe, twins, seeds, folder, jobs, "val", overrides, title, command)
@@ -124,7 +124,7 @@ def demo(
         command: what the user typed, for the report.
 
     Returns:
-        The exit status: 0, or 130 after Ctrl-C.
+        The exit status, as of :func:`compare`.
     """
     return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
 
@@ -148,9 +148,10 @@ def _run(
         Plan(recipe, variant, seed, folder, tuple(overrides), split, jobs)
         for seed, variant in product(range(seeds), variants)
     ]
-    console = terminal.console()
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # of processes that train together
+    console = terminal.console() if first else Console(quiet=True)
     status, runs = _train_all(plans, console)
-    if runs:
+    if runs and first:
         order = [variant.name for variant in variants]
         runs.sort(key=lambda run: (run.seed, order.index(run.variant)))
         console.print(rich_table(summarise(runs), title))
@@ -162,6 +163,7 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
     finished = {plan: run for plan in plans if (run := plan.finished()) is not None}
     missing = [plan for plan in plans if plan not in finished]
     runs, folder = list(finished.values()), plans[0].folder
+    failures: list[tuple[Plan, str]] = []
     if runs:
         console.print(f"{len(runs)} of {len(plans)} runs are finished already, in {folder}", highlight=False)
     progress = Progress(
@@ -174,6 +176,7 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
         TimeRemainingColumn(),
         console=console,
     )
+    stopped = 0
     with progress:
         bar = progress.add_task("", total=len(missing))
         done: dict[Plan, float] = {}
@@ -183,71 +186,22 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
             epoch = min(int(epochs) + 1, of)
             progress.update(bar, description=f"{plan.name}, epoch {epoch}/{of}", completed=sum(done.values()))
 
-        def on_finished(run: Run) -> None:
-            runs.append(run)
-            console.print(
-                f"{run.variant}-seed{run.seed}: {run.test_split} {run.metric} {100 * run.score:.2f} %",
-                highlight=False,
-            )
-
+        train = train_in_turn if plans[0].jobs == 1 else train_side_by_side
         try:
-            if missing and missing[0].jobs == 1:
-                data = open_data(missing[0].recipe, missing[0].overrides, missing[0].split)
-                for plan in missing:
-                    on_finished(plan.train(data, partial(on_progress, plan)))
-            elif missing:
-                _side_by_side(missing, on_progress, on_finished)
-        except KeyboardInterrupt:
+            with closing(train(missing, on_progress)) as results:
+                for plan, result in results:
+                    if isinstance(result, Run):
+                        runs.append(result)
+                        score = f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
+                        console.print(f"{plan.name}: {score}", highlight=False)
+                    else:
+                        failures.append((plan, result))
+        except (KeyboardInterrupt, SIGTERMException) as error:
+            stopped = 130 if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM
             console.print(
                 f"Interrupted; {len(runs)} finished runs are kept in {folder}, and the same command goes on",
                 highlight=False,
             )
-            return 130, runs
-    return 0, runs
-
-
-def _side_by_side(missing: Sequence[Plan], on_progress: object, on_finished: object) -> None:
-    """Trains in processes of their own, each with its share of the cores."""
-    assert callable(on_progress)
-    assert callable(on_finished)
-    context = multiprocessing.get_context("spawn")  # a fork would share the state of threads and of CUDA
-    jobs = min(missing[0].jobs, len(missing))
-    with context.Manager() as manager:
-        reports = manager.Queue()
-        pool = ProcessPoolExecutor(
-            jobs, mp_context=context, initializer=_prepare, initargs=(max(1, (os.cpu_count() or 1) // jobs), reports)
-        )
-        waiting: set[Future[Run]] = {pool.submit(_train_apart, plan) for plan in missing}
-        try:
-            while waiting:
-                try:
-                    number, epochs, of = reports.get(timeout=0.2)
-                    on_progress(next(plan for plan in missing if plan.name == number), epochs, of)
-                except queue.Empty:
-                    pass
-                for future in [future for future in waiting if future.done()]:
-                    waiting.remove(future)
-                    on_finished(future.result())
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_reports: queue.Queue[tuple[str, float, int]]
-_data: dict[tuple[Path, tuple[str, ...]], DataModule] = {}  # decoded once in each process
-
-
-def _prepare(threads: int, reports: queue.Queue[tuple[str, float, int]]) -> None:
-    global _reports
-    _reports = reports
-    torch.set_num_threads(threads)
-
-
-def _train_apart(plan: Plan) -> Run:
-    key = (plan.recipe, plan.overrides)
-    if key not in _data:
-        _data[key] = open_data(plan.recipe, plan.overrides, plan.split)
-    return plan.train(_data[key], lambda epochs, of: _reports.put((plan.name, epochs, of)))
+    for plan, reason in failures:
+        print(f"awconv: run {plan.name} failed: {reason}", file=sys.stderr)
+    return stopped or (1 if failures else 0), runs

@@ -264,9 +264,7 @@ def _html_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) -> str:
-    each_run = [
-        (run.variant, str(run.seed), f"{100 * run.score:.2f}", f"{run.seconds_per_epoch:.2f}") for run in runs
-    ]
+    each_run = [(run.variant, str(run.seed), f"{100 * run.score:.2f}", f"{run.seconds_per_epoch:.2f}") for run in runs]
     tested_on = {"test": "the test split", "val": "the validation split"}[runs[0].test_split]
     jobs = max(run.jobs for run in runs)
     together = "trained in turn with the others" if jobs == 1 else f"where up to {jobs} runs shared the machine"

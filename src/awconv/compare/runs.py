@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import timm
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from awconv.data import DataModule
@@ -25,6 +26,7 @@ from awconv.models import TWINS
 from awconv.summary import summary
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
+from awconv.training.settings import SameSettings, differences, settings
 from awconv.version import __version__
 
 Split = Literal["test", "val"]
@@ -104,7 +106,7 @@ class Run:
             raise ValueError(f"{path} is not a run of awconv compare: {error}") from error
 
 
-_NETWORK = "--model.network="
+_NETWORK = "--model.network"
 
 
 def base_network(recipe: Path, overrides: Sequence[str]) -> str:
@@ -116,14 +118,11 @@ def base_network(recipe: Path, overrides: Sequence[str]) -> str:
     """
     if not recipe.is_file():
         raise FileNotFoundError(f"recipe {recipe} is not a file; expected a YAML file such as those under recipes/")
-    for override in reversed(overrides):
-        if override.startswith(_NETWORK):
-            return override.removeprefix(_NETWORK)
     content = yaml.safe_load(recipe.read_text())
-    try:
-        return str(content["model"]["network"])
-    except (TypeError, KeyError):
-        raise ValueError(f"recipe {recipe} must name a network under model.network") from None
+    named = isinstance(content, dict) and "network" in (content.get("model") or {})
+    if not named and not any(override.partition("=")[0] == _NETWORK for override in overrides):
+        raise ValueError(f"recipe {recipe} must name a network under model.network")
+    return str(parse(recipe, *overrides, build=False).config.model.network)
 
 
 @dataclass(frozen=True)
@@ -176,22 +175,30 @@ def _known_variants(base: str) -> list[str]:
     return ["plain", *(name.removesuffix(base).rstrip("_") for name in known)]
 
 
-def open_data(recipe: Path, overrides: Sequence[str], split: Split = "test") -> DataModule:
-    """The data of a recipe. Only the images of ``split`` are decoded yet.
-
-    Raises:
-        ValueError: there is nothing to test on.
-    """
-    data: DataModule = _parse(recipe, *overrides).datamodule
-    if data.dataset(split) is None:
-        splits = {"test": "neither a test nor a validation split", "val": "no validation split"}
-        raise ValueError(f"the data have {splits[split]}; hold one out with data.val_fraction")
-    return data
-
-
-def _parse(recipe: Path, *arguments: str, build: bool = True) -> TrainingCLI:
+def parse(recipe: Path, *arguments: str, build: bool = True) -> TrainingCLI:
+    """The settings of a recipe with further arguments, and its trainer, task and data where they are to be built."""
     _quieten_lightning()
     return TrainingCLI([f"--config={recipe}", *arguments], run=False, save_config=False, build=build)
+
+
+class OpenedData:
+    """Data sets that runs share, so that they are decoded once."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, DataModule] = {}
+
+    def of(self, cli: TrainingCLI, split: Split) -> DataModule:
+        """The data of a run.
+
+        Raises:
+            ValueError: there is nothing to test on.
+        """
+        key = cli.parser.dump(cli.config.clone(), skip_link_targets=True, format="json")
+        data = self._opened.setdefault(json.dumps(json.loads(key)["data"]), cli.datamodule)
+        if data.dataset(split) is None:
+            splits = {"test": "neither a test nor a validation split", "val": "no validation split"}
+            raise ValueError(f"the data have {splits[split]}; hold one out with data.val_fraction")
+        return data
 
 
 @dataclass(frozen=True)
@@ -229,11 +236,11 @@ class Plan:
     def parse(self, build: bool = True) -> TrainingCLI:
         """The settings of the run, and its trainer, task and data where they are to be built."""
         overlay, network = self.variant.overlay, self.variant.network
-        return _parse(
+        return parse(
             self.recipe,
             *([] if overlay is None else [f"--config={overlay}"]),
             *self.overrides,
-            *([] if network is None else [f"{_NETWORK}{network}"]),
+            *([] if network is None else [f"{_NETWORK}={network}"]),
             *self.variant.arguments,
             f"--seed_everything={self.seed}",
             f"--trainer.default_root_dir={self.folder / self.name}",
@@ -253,7 +260,8 @@ class Plan:
             return None
         run, cli = Run.load(self.file), self.parse(build=False)
         known = _completed(run.recipe, cli)
-        differing = ["its settings are no longer known"] if known is None else _differences(known, _settings(cli))
+        now = settings(cli.parser, cli.config)
+        differing = ["its settings are no longer known"] if known is None else differences(known, now)
         expected = self.split
         if (expected, run.test_split) == ("test", "val"):  # right where there is no test split
             expected = self.parse().datamodule.test_split
@@ -266,24 +274,28 @@ class Plan:
             )
         return run
 
-    def train(self, data: DataModule, on_progress: Progress = lambda epochs, of: None) -> Run:
+    def train(self, opened: OpenedData, on_progress: Progress = lambda epochs, of: None) -> Run:
         """Trains the network, from where an interrupted run was, tests it after the last epoch and keeps the run.
 
         Args:
-            data: the recipe's data, of :func:`open_data`: runs share it, and it is decoded once.
+            opened: the data of other runs, which may be those of this one.
             on_progress: called after each batch with the epochs done so far and the number of all.
 
         Raises:
             KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
+            SIGTERMException: the process is to end.
+            ValueError: there is nothing to test on.
         """
         cli = self.parse()
-        model, trainer = cli.model, cli.trainer
-        recorder = _Recorder(_settings(cli), on_progress)
+        model, trainer, data = cli.model, cli.trainer, opened.of(cli, self.split)
+        recorder = _Recorder(on_progress)
         trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]  # before checkpoints are written
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=self._interrupted(recorder))
+            trainer.fit(model, datamodule=data, ckpt_path=self._interrupted(settings(cli.parser, cli.config)))
             evaluate = trainer.test if self.split == "test" else trainer.validate
             (metrics,) = evaluate(model, datamodule=data, verbose=False)
+        except SIGTERMException:
+            raise
         except SystemExit as error:
             if trainer.interrupted:
                 raise KeyboardInterrupt from error
@@ -310,74 +322,37 @@ class Plan:
             jobs=self.jobs,
             metric=model.score_name,
         )
-        run.save(self.file)
+        if trainer.is_global_zero:
+            run.save(self.file)
         return run
 
-    def _interrupted(self, recorder: _Recorder) -> str | None:
+    def _interrupted(self, now: dict[str, str]) -> str | None:
         """The last checkpoint of this run, if it is one of the same settings."""
         last = find_last(self.folder / self.name)
         if last is None:
             return None
-        state = read_checkpoint(last).get("callbacks", {}).get(recorder.state_key, {})
-        return str(last) if state.get("settings") == recorder.settings else None
+        state = read_checkpoint(last)["callbacks"].get(SameSettings.__qualname__, {})
+        return str(last) if state.get("settings") == now else None
 
 
-# What does not change the result, or only in rounding.
-_ELSEWHERE = {
-    "trainer": (
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "default_root_dir",
-        "logger",
-        "enable_progress_bar",
-        "enable_model_summary",
-        "log_every_n_steps",
-    ),
-    "data": ("num_workers", "in_memory", "download"),
-}
-
-
-def _settings(cli: TrainingCLI, config: Any = None) -> dict[str, str]:
-    """The settings that decide what comes of a run, each by its dotted name, as text."""
-    content = yaml.safe_load(cli.parser.dump(cli.config if config is None else config, skip_link_targets=True))
-    content.pop("recent_checkpoint", None)
-    for name in _ELSEWHERE["trainer"]:
-        content["trainer"].pop(name, None)
-    for name in _ELSEWHERE["data"]:
-        content["data"].get("init_args", {}).pop(name, None)
-    flat: dict[str, str] = {}
-
-    def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                flatten(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif value not in (None, {}, []):
-            flat[prefix] = json.dumps(value)
-
-    flatten("", content)
-    return flat
+def recorded(checkpoint: dict[str, Any]) -> list[Epoch]:
+    """The learning curve of the run that a checkpoint is of."""
+    return [Epoch(**epoch) for epoch in checkpoint["callbacks"].get(_Recorder.__qualname__, {}).get("epochs", [])]
 
 
 def _completed(recipe: dict[str, Any], cli: TrainingCLI) -> dict[str, str] | None:
     """The settings of a run, with today's defaults for those that its version of awconv did not have; None if it has
     some that there are no more."""
     try:
-        return _settings(cli, cli.parser.parse_object(recipe, defaults=True))
+        return settings(cli.parser, cli.parser.parse_object(recipe, defaults=True))
     except (SystemExit, ValueError, TypeError, KeyError):
         return None
-
-
-def _differences(there: dict[str, str], now: dict[str, str]) -> list[str]:
-    names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
-    return [f"{name} is {there.get(name, 'not set')} there, {now.get(name, 'not set')} now" for name in names]
 
 
 class _Recorder(pl.Callback):
     """Keeps the learning curve, in checkpoints too, and times the batches of each epoch."""
 
-    def __init__(self, settings: dict[str, str], on_progress: Progress) -> None:
-        self.settings = settings
+    def __init__(self, on_progress: Progress) -> None:
         self.epochs: list[Epoch] = []
         self.device = "cpu"
         self._on_progress = on_progress
@@ -419,7 +394,6 @@ class _Recorder(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "settings": self.settings,
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "seconds": self._seconds,
             "losses": [loss.item() for loss in self._losses],

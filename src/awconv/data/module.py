@@ -46,7 +46,7 @@ class ImageDataModule(DataModule):
         in_memory: decode once, or at each access; None decides by the size.
         num_workers: processes that decode a set that is not in memory.
         transform: arguments of ``timm.data.create_transform`` for the training images, such as
-            ``{"auto_augment": "rand-m9-mstd0.5-inc1", "scale": [0.35, 1.0]}``. They are then decoded at each access.
+            ``{"auto_augment": "rand-m7-mstd0.5-inc1", "scale": [0.35, 1.0]}``. They are then decoded at each access.
         broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
             out, in the evaluation too, and logs its name.
         mean: mean of each channel, of values from 0 to 1.
@@ -138,7 +138,20 @@ class ImageDataModule(DataModule):
     def _source(self, split: Split) -> LabelledImages | None:
         if split not in self._sources:
             self._sources[split] = self.open(split)
+            if split == "train":
+                self._check_classes(self._sources[split])
         return self._sources[split]
+
+    def _check_classes(self, train: LabelledImages | None) -> None:
+        if train is None:
+            return
+        found = set(train.targets)
+        empty = [name for index, name in enumerate(self.classes) if index not in found]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(self.classes)} classes have no training image: {', '.join(empty[:10])}; leave "
+                "them out of the data set, or give images of them"
+            )
 
     def _select(self, split: Split) -> tuple[LabelledImages | None, list[int]]:
         source = self._source(split)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import re
 import tarfile
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -36,10 +37,12 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
     The tar files' headers and the labels are read at once; an image when it is asked for, from its place.
 
     Args:
-        pattern: a tar file, or a glob pattern of several, read in alphabetical order.
+        pattern: a tar file, or a pattern of several, read in alphabetical order: a glob (``train-*.tar``), or numbers as
+            WebDataset has them (``train-{0000..0099}.tar``).
 
     Attributes:
         targets: the class index of each image.
+        blocks: number of images in each file, so that training reads a few files at a time.
 
     Raises:
         FileNotFoundError: no file matches.
@@ -47,15 +50,19 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
     """
 
     def __init__(self, pattern: str) -> None:
-        self._shards = sorted(glob.glob(pattern, recursive=True))
+        self._shards = sorted(path for one in _expanded(pattern) for path in glob.glob(one, recursive=True))
         if not self._shards:
             raise FileNotFoundError(f"no file matches {pattern!r}; expected a tar file or a glob pattern of some")
         self._places: list[_Place] = []
+        self.blocks: list[int] = []
         self.targets: list[int] = []
         for number, shard in enumerate(self._shards):
             try:
                 with tarfile.open(shard, "r:") as tar:
+                    before = len(self.targets)
                     self._index(number, tar)
+                    self.blocks.append(len(self.targets) - before)
+                    _check_end(shard, tar.offset)
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{shard} is not a plain tar file, or a broken one: {error}") from error
         if not self._places:
@@ -100,6 +107,15 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         return read_image(content, f"{shard}, {place.name}"), self.targets[index]
 
 
+def _check_end(shard: str, offset: int) -> None:
+    """Refuses a tar file without the zeros that end one: what is behind the last member may be lost."""
+    with open(shard, "rb") as file:
+        file.seek(offset - tarfile.BLOCKSIZE)
+        end = file.read(tarfile.BLOCKSIZE)
+    if end != bytes(tarfile.BLOCKSIZE):
+        raise ValueError(f"{shard} is cut off: it does not end as a tar file does")
+
+
 def _label(content: bytes, ending: str, name: str) -> int:
     try:
         label = json.load(io.BytesIO(content))["label"] if ending == "json" else int(content)
@@ -110,11 +126,21 @@ def _label(content: bytes, ending: str, name: str) -> int:
     return label
 
 
+def _expanded(pattern: str) -> list[str]:
+    """A pattern for each number of a range in braces."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [one for number in numbers for one in _expanded(f"{before}{number:0{len(match[1])}}{after}")]
+
+
 class WebDataset(ImageDataModule):
     """Images in WebDataset shards: tar files, not compressed, on a disk.
 
     Args:
-        train: a tar file, or a glob pattern of several.
+        train: a tar file, or a pattern of several: ``train-*.tar`` or ``train-{0000..0099}.tar``.
         val: the same; None holds out ``val_fraction`` of the training split.
         test: the same; None tests on the validation split.
         class_names: by index; numbers by default.

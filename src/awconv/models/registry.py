@@ -22,7 +22,7 @@ from torch import nn
 from awconv.convert import convert
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.models.cifar_resnet import CifarResNet
-from awconv.models.published import WEIGHTS, published, verify
+from awconv.models.published import published, verify
 from awconv.models.wide_resnet import WideResNet
 
 _IMAGENET = dict(
@@ -67,7 +67,7 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
         if pretrained:
             given = {key: kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")}
             file = resolve_pretrained_cfg(name, **given).file
-            if file and Path(file).parent.parent == WEIGHTS:
+            if file:
                 verify(Path(file))
         model: nn.Module = build_model_with_cfg(build, name, pretrained, **(deepcopy(defaults) | kwargs))
         return model

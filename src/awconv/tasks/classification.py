@@ -85,6 +85,8 @@ class ClassificationTask(Task):
         self.crop_pct = crop_pct
         self.network = self._build()
         self.ema = None if ema_decay is None else ModelEmaV3(self.network, decay=ema_decay)
+        if self.ema is not None:
+            self.ema.module.requires_grad_(False)  # several processes would wait for its gradients
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.mixup = self._mixup()
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
@@ -177,8 +179,10 @@ class ClassificationTask(Task):
             images = RandomErasing(self.hparams["erasing"], mode="pixel", device=str(images.device))(images)
         smoothing = self.hparams["label_smoothing"]
         if self.mixup is not None and self.mixup.mixup_enabled:
-            if len(images) % 2:
-                raise ValueError(f"mixup pairs the images of a batch: batch_size must be even, got {len(images)}")
+            if len(images) == 1:
+                raise ValueError("mixup pairs the images of a batch: batch_size must be at least 2, got 1")
+            even = len(images) // 2 * 2  # broken images may have been left out
+            images, targets = images[:even], targets[:even]
             images, targets = self.mixup(images, targets)  # which smooths them, too
             smoothing = 0.0
         loss = F.cross_entropy(self._logits(images), targets, label_smoothing=smoothing)

@@ -16,6 +16,7 @@ from awconv.tasks.task import Task, check_network
 
 Detections = list[dict[str, Tensor]]
 
+
 class DetectionTask(Task):
     """A detector of torchvision on a backbone of timm, judged by COCO's twelve numbers.
 
@@ -165,7 +166,9 @@ class DetectionTask(Task):
         images, targets = batch
         for detections, target in zip(self(images), targets, strict=True):
             self.evaluation.append(
-                Evaluated(int(target.pop("image_id")), *({k: v.cpu() for k, v in d.items()} for d in (detections, target)))
+                Evaluated(
+                    int(target.pop("image_id")), *({k: v.cpu() for k, v in d.items()} for d in (detections, target))
+                )
             )
 
     def on_validation_epoch_end(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 RECENT = "recent.ckpt"
@@ -43,8 +43,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         ValueError: it is broken or something else.
     """
     checkpoint = _load(path, map_location)
-    if "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no state_dict")
+    missing = [name for name in ("state_dict", "hyper_parameters", "callbacks") if name not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no {' and no '.join(missing)}")
     return checkpoint
 
 
@@ -91,10 +92,6 @@ class RecentCheckpoint(Checkpoint):
         self.path = Path(RECENT)
         self._saved = 0
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        self.path = Path(trainer.strategy.broadcast(folder)) / RECENT
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -108,4 +105,8 @@ class RecentCheckpoint(Checkpoint):
             self._saved = trainer.global_step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        beside = [
+            callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)
+        ]
+        self.path = Path(beside[0] or trainer.default_root_dir) / RECENT
         self._saved = trainer.global_step

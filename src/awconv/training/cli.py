@@ -18,6 +18,7 @@ from awconv.data import DataModule, DetectionDataModule, ImageDataModule
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
+from awconv.training.settings import SameSettings, settings
 from awconv.training.watch import FiniteLoss, Pace
 
 _LOGS = "lightning_logs"
@@ -92,7 +93,7 @@ class TrainingCLI(LightningCLI):
             parser.add_lightning_class_args(DetectionFile, "detections")
         for name in self._task.from_data:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-        parser.add_lightning_class_args(RecentCheckpoint, "recent_checkpoint")
+        parser.add_class_arguments(RecentCheckpoint, "recent_checkpoint")
 
     def instantiate_classes(self) -> None:
         """Makes what the configuration describes."""
@@ -102,14 +103,19 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs for TensorBoard and as CSV, and with checkpoints that survive an interruption."""
         config = self._get(self.config_init, "trainer")
-        if config.get("logger") in (None, True):
+        ours = config.get("logger") in (None, True)
+        if ours:
             boards = TensorBoardLogger(config["default_root_dir"] or ".", name=_LOGS)
             kwargs["logger"] = [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
-        callbacks = [*_as_list(config.get("callbacks")), FiniteLoss(), Pace()]
+        now = self.config[self.subcommand] if self.subcommand else self.config
+        same = SameSettings(settings(self._parser(self.subcommand), now))
+        callbacks = [*_as_list(config.get("callbacks")), same, FiniteLoss(), Pace()]
         if config.get("enable_checkpointing") is not False:
+            callbacks.append(self._get(self.config_init, "recent_checkpoint"))
             callbacks.append(  # of the last two epochs
                 ModelCheckpoint(
+                    dirpath=None if ours else Path(config["default_root_dir"] or ".") / "checkpoints",
                     filename="{epoch}-{step}",
                     monitor="step",
                     mode="max",

@@ -88,6 +88,4 @@ def _load(convolutions: list[nn.Conv2d], file: Path) -> None:
     if shapes != [tuple(convolution.weight.shape) for convolution in convolutions]:
         raise ValueError(f"{file} does not hold the weights of a VGG-16: its convolutions are {shapes}")
     for convolution, name in zip(convolutions, names, strict=True):
-        convolution.load_state_dict(
-            {"weight": state[name], "bias": state[f"{name.removesuffix('.weight')}.bias"]}
-        )
+        convolution.load_state_dict({"weight": state[name], "bias": state[f"{name.removesuffix('.weight')}.bias"]})
