@@ -239,10 +239,11 @@ def _copies(files: Sequence[Path]) -> dict[Path, Path]:
 
 def _drawn(image: Tensor, detections: Sequence[Detection]) -> Image.Image:
     if not detections:
-        return to_pil_image(image)
+        plain: Image.Image = to_pil_image(image)
+        return plain
     size = max(image.shape[1:])
     colours = {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate({d.label: 0 for d in detections})}
-    drawn = to_pil_image(
+    drawn: Image.Image = to_pil_image(
         draw_bounding_boxes(
             image,
             torch.tensor([detection.box for detection in detections]),

@@ -36,7 +36,7 @@ _TRAINING = ("branch_lr_factor", "branch_weight_decay")
 def choices(network: str) -> list[str]:
     """Some changes of each kind, the last stage alone among them."""
     with torch.device("meta"):
-        info = timm.create_model(network).feature_info
+        info: Any = timm.create_model(network).feature_info
     return [*_CHOICES.split(), f"select={info[-1]['module']}.*"]
 
 

@@ -9,8 +9,8 @@ from contextlib import closing
 from itertools import product
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -37,8 +37,8 @@ def compare(
 
     Each finished run is kept as a small JSON file. A run whose file is there is not trained again, and one that was
     interrupted goes on: Ctrl-C reports what is finished, and the same command goes on later, or elsewhere with these
-    files. A run that fails is named, and the others go on. The twins of a seed are trained one after the other, so that the ratio of their times is taken on a machine
-    in the same state.
+    files. A run that fails is named, and the others go on. The twins of a seed are trained one after the other, so that
+    the ratio of their times is taken on a machine in the same state.
 
     Args:
         recipe: a YAML file for ``awconv fit``.

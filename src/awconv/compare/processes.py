@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -17,11 +17,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from awconv.compare.runs import OpenedData, Plan, Run
 
+Results = Generator[tuple[Plan, Run | str], None, None]
 OnProgress = Callable[[Plan, float, int], None]
 _PATIENCE = 60  # seconds in which a run that is stopped may write its checkpoint
 
 
-def train_in_turn(plans: Sequence[Plan], on_progress: OnProgress) -> Iterator[tuple[Plan, Run | str]]:
+def train_in_turn(plans: Sequence[Plan], on_progress: OnProgress) -> Results:
     """Trains runs one after the other.
 
     Args:
@@ -43,7 +44,7 @@ def _train(plan: Plan, opened: OpenedData, on_progress: Callable[[float, int], N
         return f"{type(error).__name__}: {error}"
 
 
-def train_side_by_side(plans: Sequence[Plan], on_progress: OnProgress) -> Iterator[tuple[Plan, Run | str]]:
+def train_side_by_side(plans: Sequence[Plan], on_progress: OnProgress) -> Results:
     """Trains runs in processes of their own, each with its share of the cores. They end with this one.
 
     Args:

@@ -276,9 +276,9 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
 <h1>{html.escape(title)}</h1>
 <p><code>{html.escape(command)}</code></p>
 {_html_table(headings(rows), [cells(row) for row in rows])}
-<p class="note">Score: {runs[0].metric} of the network after the last epoch on {tested_on}; mean and standard deviation over the
-seeds. Difference: in percentage points, between runs of the same seed; the interval is Student's for the mean. Time:
-median epoch of training, without evaluation; the ratio is to the first variant, {together}.</p>
+<p class="note">Score: {runs[0].metric} of the network after the last epoch on {tested_on}; mean and standard deviation
+over the seeds. Difference: in percentage points, between runs of the same seed; the interval is Student's for the mean.
+Time: median epoch of training, without evaluation; the ratio is to the first variant, {together}.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation figure by epoch, for each variant">
 <h2>Each run</h2>
 {_html_table(("variant", "seed", f"{runs[0].metric}, %", "s/epoch"), each_run)}

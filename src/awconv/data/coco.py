@@ -73,8 +73,8 @@ class Coco(DetectionDataModule):
             content = json.loads(self.files.read(path))
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"annotations {shown} are not there; give --data.annotations and --data.images if the layout is another "
-                "one than COCO's"
+                f"annotations {shown} are not there; give --data.annotations and --data.images if the layout is "
+                "another one than COCO's"
             ) from error
         except ValueError as error:
             raise ValueError(f"{shown} is no JSON: {error}") from error

@@ -62,7 +62,7 @@ class Voc(DetectionDataModule):
         lists = self.splits[split]
         if lists is None:
             return None
-        images = []
+        images: list[Annotated] = []
         for given in lists:
             year, slash, name = given.partition("/")
             if not slash:

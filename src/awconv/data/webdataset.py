@@ -37,8 +37,8 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
     The tar files' headers and the labels are read at once; an image when it is asked for, from its place.
 
     Args:
-        pattern: a tar file, or a pattern of several, read in alphabetical order: a glob (``train-*.tar``), or numbers as
-            WebDataset has them (``train-{0000..0099}.tar``).
+        pattern: a tar file, or a pattern of several, read in alphabetical order: a glob (``train-*.tar``), or numbers
+            as WebDataset has them (``train-{0000..0099}.tar``).
 
     Attributes:
         targets: the class index of each image.

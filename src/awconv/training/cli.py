@@ -155,8 +155,8 @@ class TrainingCLI(LightningCLI):
 
 
 _TASKS: dict[type[DataModule], type[Task]] = {
-    ImageDataModule: ClassificationTask,
-    DetectionDataModule: DetectionTask,
+    ImageDataModule: ClassificationTask,  # type: ignore[type-abstract]
+    DetectionDataModule: DetectionTask,  # type: ignore[type-abstract]
 }
 
 

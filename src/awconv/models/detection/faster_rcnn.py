@@ -158,7 +158,8 @@ def _grouped(old: nn.BatchNorm2d) -> nn.GroupNorm:
     if not hasattr(old, "act"):  # timm's norm with an activation
         return nn.GroupNorm(groups, channels)
     new = GroupNormAct(channels, num_groups=groups)
-    new.drop, new.act = old.drop, old.act
+    for name in ("drop", "act"):
+        setattr(new, name, getattr(old, name))
     return new
 
 

@@ -72,9 +72,8 @@ def ssd300(
         _load(vgg, file)
     if backbone == "aw_vgg16":
         chosen = set(vgg[1:])
-        convert_layers(
-            detector.backbone, **(dict(init="identity", select=lambda name, layer: layer in chosen) | (convert or {}))
-        )
+        arguments: dict[str, Any] = {"init": "identity", "select": lambda name, layer: layer in chosen}
+        convert_layers(detector.backbone, **(arguments | (convert or {})))
     for convolution in vgg[: sum(_STAGES[: len(_STAGES) - trainable_layers])]:
         convolution.weight.requires_grad_(False)
         convolution.bias.requires_grad_(False)  # type: ignore[union-attr]  # VGG's have one
