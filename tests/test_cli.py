@@ -126,7 +126,7 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
             "none.png is neither an image file nor a folder",
         ),
         (["predict", "--ckpt", "{here}/broken.ckpt", "{here}"], "holds no image file"),
-        (["predict", "--ckpt", "{here}/broken.ckpt", "{here}/broken.ckpt"], "is not a checkpoint of a classification"),
+        (["predict", "--ckpt", "{here}/broken.ckpt", "{here}/broken.ckpt"], "is broken, or not a checkpoint"),
         (["compare", "{here}/none.yaml"], "none.yaml is not a file"),
         (
             ["fit", "--model.network=resnet8_cifer"],

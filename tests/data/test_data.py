@@ -465,6 +465,8 @@ class TestWebDataset:
         for index in (0, 41, 119):
             assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
         assert sum(len(targets) for _, targets in data.test_dataloader()) == 30
+        numbered = WebDataset(str(tmp_path / "train-{1..2}.tar"), image_size=8)
+        assert numbered.open("train").targets == DIGITS.target[40:120].tolist()
         streamed = WebDataset(
             str(tmp_path / "train-*.tar"), image_size=8, batch_size=16, in_memory=False, num_workers=2, val_fraction=0
         )
@@ -477,6 +479,12 @@ class TestWebDataset:
         (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:3000])
         with pytest.raises(ValueError, match=r"cut\.tar is not a plain tar file, or a broken one"):
             WebDataset(str(tmp_path / "cut.tar")).classes  # noqa: B018
+        whole = (tmp_path / "a.tar").read_bytes()
+        end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+        for length in (end, end - 512 * 3):  # without the blocks of zeros, and with a member of which nothing is left
+            (tmp_path / "short.tar").write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=r"short\.tar is (cut off|not a plain tar file, or a broken one)"):
+                WebDataset(str(tmp_path / "short.tar")).classes  # noqa: B018
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
         with pytest.raises(ValueError, match=r"a\.tar\.gz is not a plain tar file"):
             WebDataset(str(tmp_path / "a.tar.gz")).classes  # noqa: B018

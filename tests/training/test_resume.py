@@ -137,7 +137,8 @@ def test_a_broken_last_checkpoint_is_named_and_the_one_before_it_used(
 
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder" / "a.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {"a": torch.ones(3)}}, path)
+    whole = {"state_dict": {"a": torch.ones(3)}, "hyper_parameters": {}, "callbacks": {}}
+    AtomicCheckpointIO().save_checkpoint(whole, path)
 
     def crash(checkpoint: Any, file: Any) -> None:
         file.write(b"half")

@@ -110,7 +110,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
 def _check_end(shard: str, offset: int) -> None:
     """Refuses a tar file without the zeros that end one: what is behind the last member may be lost."""
     with open(shard, "rb") as file:
-        file.seek(offset - tarfile.BLOCKSIZE)
+        file.seek(offset)  # of the header after the last member, which is the first of two blocks of zeros
         end = file.read(tarfile.BLOCKSIZE)
     if end != bytes(tarfile.BLOCKSIZE):
         raise ValueError(f"{shard} is cut off: it does not end as a tar file does")

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from lightning.pytorch.trainer.states import TrainerFn
 
 # What does not change the result, or only in rounding.
 _ELSEWHERE = {
@@ -20,7 +21,7 @@ _ELSEWHERE = {
         "log_every_n_steps",
     ),
     "data": ("root", "num_workers", "download", "inspect"),
-    "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "config"),
+    "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config"),
 }
 _PATHS = ("train", "val", "test")  # of files, which lie elsewhere on another machine
 # A longer training may go on from a shorter one; with these changed, its steps would be others.
@@ -79,13 +80,18 @@ class SameSettings(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares.
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compares, where a training goes on.
 
         Raises:
             ValueError: a setting differs that the weights or the rest of the steps depend on.
         """
-        differing = differences(_of_steps(state_dict["settings"]), _of_steps(self.settings))
+        there = checkpoint["callbacks"].get(self.state_key)
+        if trainer.state.fn != TrainerFn.FITTING or there is None:
+            return
+        differing = differences(_of_steps(there["settings"]), _of_steps(self.settings))
         if differing:
             raise ValueError(
                 f"the checkpoint is of a training with other settings: {'; '.join(differing[:3])}. Give those that it "
