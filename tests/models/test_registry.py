@@ -16,7 +16,7 @@ from awconv.model_costs import markdown_table, model_cost
 from awconv.models import TWINS, CifarResNet, WideResNet
 
 CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
-RESNETS = tuple(name for name in TWINS if name.startswith("aw_") and "mobilenet" not in name)
+RESNETS = tuple(name for name in TWINS if name.startswith("aw_") and "resnet" in name)
 SMALL = (
     "aw_resnet18",
     "aw_resnet50",
@@ -39,7 +39,7 @@ def counted(name: str) -> int:
         return count(timm.create_model(name))
 
 
-NARROW = 4  # the reduction of CIFAR ResNets; of all others the paper's 16
+NARROW = 2  # the reduction of CIFAR ResNets; of all others the paper's 16
 
 
 def branch_parameters(in_channels: int, out_channels: int, reduction: int = 16) -> int:
@@ -109,6 +109,16 @@ def test_every_depthwise_convolution_of_a_mobilenet_is_replaced_and_nothing_else
         path for path, m in convolutions.items() if m.groups > 1
     }
     assert sum(isinstance(m, AWConv2d) for m in convolutions.values()) == layers
+
+
+def test_every_convolution_of_a_vgg_but_the_first_is_replaced() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("aw_vgg16")
+    convolutions = [m for path, m in model.features.named_modules() if path.isdecimal() and isinstance(m, nn.Conv2d)]
+    assert [isinstance(m, AWConv2d) for m in convolutions] == [False] + [True] * 12
+    widths = (64, 64, 128, 128, *[256] * 3, *[512] * 6)
+    added = sum(branch_parameters(*pair) for pair in zip(widths, widths[1:], strict=False))
+    assert counted("aw_vgg16") == counted("vgg16") + added
 
 
 # Channels of the depthwise convolutions, from the tables of the architectures (arXiv 1704.04861 and 1801.04381).

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -37,6 +37,7 @@ _IMAGENET = dict(
     classifier="fc",
     license="apache-2.0",
 )
+_VGG = _IMAGENET | dict(first_conv="features.0", classifier="head.fc")
 _MOBILENET = _IMAGENET | dict(first_conv="conv_stem", classifier="classifier", interpolation="bicubic")
 _CIFAR = _IMAGENET | dict(
     num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD
@@ -46,7 +47,7 @@ _MOBILENET_FEATURES: dict[str, Any] = dict(
     feature_cfg=dict(feature_cls="getter")
 )  # stages are not modules of their own there
 
-_NARROW_REDUCTION = 4  # of networks of 16 to 64 channels, chosen on held-out images: docs/experiments.md
+_NARROW_REDUCTION = 2  # of networks of 16 to 64 channels, chosen on held-out images: docs/experiments.md
 
 TWINS: dict[str, str] = {}
 """Each network with attention and its twin without: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``."""
@@ -60,6 +61,11 @@ def in_residual_stages(name: str, module: nn.Module) -> bool:
 def is_depthwise(name: str, module: nn.Module) -> bool:
     """Selects the depthwise convolutions, in which a MobileNet looks at more than one position."""
     return getattr(module, "groups", 1) > 1
+
+
+def behind_the_first(name: str, module: nn.Module) -> bool:
+    """Selects the 3x3 convolutions of a VGG but the first."""
+    return name.startswith("features.") and name != "features.0" and getattr(module, "kernel_size", None) == (3, 3)
 
 
 def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *, paper: str, **defaults: Any) -> None:
@@ -86,9 +92,14 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
 
 
 def _register_aw(
-    plain: str, cfg: dict[str, Any], select: Callable[[str, nn.Module], bool], reduction: int = 16, **defaults: Any
+    plain: str,
+    cfg: dict[str, Any],
+    select: Callable[[str, nn.Module], bool],
+    reduction: int = 16,
+    init: Literal["fresh", "identity"] = "fresh",
+    **defaults: Any,
 ) -> None:
-    own: dict[str, Any] = dict(select=select, reduction=reduction)
+    own: dict[str, Any] = dict(select=select, reduction=reduction, init=init)
 
     def build(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         return convert(timm.create_model(plain, *args, **kwargs), **(own | (aw_args or {})))
@@ -120,6 +131,8 @@ for _plain in ("resnet18", "resnet50", "resnet101"):
             _build = partial(timm.create_model, _plain, block_args=dict(attn_layer=_scheme))
             _register(_name, _build, _IMAGENET, paper=_paper)
         _register_aw(_name, _IMAGENET, in_residual_stages)
+# VGG has no norms, and attention that starts at random would enlarge its activations in each layer.
+_register_aw("vgg16", _VGG, behind_the_first, init="identity", feature_cfg=dict(flatten_sequential=True))
 for _plain in ("mobilenetv1_100", "mobilenetv2_100"):
     _register_aw(_plain, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
     for _scheme in ("se", "cbam"):

@@ -29,8 +29,7 @@ def ssd300(
 ) -> SSD:
     """torchvision's SSD300.
 
-    The AW-convolutions start by identity: VGG-16 has no norms, and attention that starts at random would enlarge its
-    activations in each layer.
+    The AW-convolutions start by identity, as in the classifier ``aw_vgg16``.
 
     Args:
         backbone: ``"vgg16"``, or ``"aw_vgg16"`` with AW-convolutions in place of VGG's but the first.
