@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_every_convolution_of_a_vgg_but_the_first_is_replaced() -> None:
     convolutions = [m for path, m in model.features.named_modules() if path.isdecimal() and isinstance(m, nn.Conv2d)]
     assert [isinstance(m, AWConv2d) for m in convolutions] == [False] + [True] * 12
     widths = (64, 64, 128, 128, *[256] * 3, *[512] * 6)
-    added = sum(branch_parameters(*pair) for pair in zip(widths, widths[1:], strict=False))
+    added = sum(branch_parameters(*pair) for pair in pairwise(widths))
     assert counted("aw_vgg16") == counted("vgg16") + added
 
 

@@ -55,7 +55,10 @@ class Files:
             FileNotFoundError: it is not there.
         """
         if self.root.is_dir():
-            return (self.root / path).read_bytes()
+            try:
+                return (self.root / path).read_bytes()
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self.name(path)} is not a file") from None
         with self._lock:
             try:
                 return self._archive.read(self._prefix + path)
