@@ -44,7 +44,8 @@ class DetectionTask(Task):
         **kwargs: as for :class:`Task`.
 
     Raises:
-        ValueError: timm does not know the backbone, or an argument is not what its taker takes.
+        ValueError: timm does not know the backbone, its norms are frozen before they have learned, or an argument is
+            not what its taker takes.
     """
 
     from_data = ("classes", "category_ids")
@@ -79,6 +80,8 @@ class DetectionTask(Task):
         super().__init__(**kwargs)
         require("faster_coco_eval", extra="detection")
         check_network(network)
+        if norm == "frozen" and not pretrained:
+            raise ValueError("norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'")
         self.classes, self.category_ids = list(classes), list(category_ids)
         self.network = self._build(False)
         self.evaluation: list[Evaluated] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def ssd300(
 
 def _load(convolutions: list[nn.Conv2d], file: Path) -> None:
     state = load_state_dict(str(file))
-    names = [name for name in state if name.startswith("features.") and name.endswith(".weight")]
+    names = [name for name in state if re.fullmatch(r"features\.\d+\.weight", name)]
+    names.sort(key=lambda name: int(name.split(".")[1]))  # safetensors has an order of its own
     shapes = [tuple(state[name].shape) for name in names]
     if shapes != [tuple(convolution.weight.shape) for convolution in convolutions]:
         raise ValueError(f"{file} does not hold the weights of a VGG-16: its convolutions are {shapes}")
