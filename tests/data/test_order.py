@@ -17,11 +17,14 @@ def test_an_evaluation_sees_every_image_once_in_as_many_batches_everywhere(size:
     try:
         shares = [list(EvaluationBatches(size, batch, Share(rank, of))) for rank in range(of)]
     except ValueError:
-        assert size < of or batch == 1  # nothing else is refused
+        assert size < of  # nothing else is refused
         return
     assert sorted(index for share in shares for part in share for index in part) == list(range(size))
     assert len({len(share) for share in shares}) == 1
-    assert all(1 <= len(part) <= batch for share in shares for part in share)
+    # Batches of one cannot be as many everywhere, where a process has an image more than another.
+    assert all(1 <= len(part) <= max(batch, 2) for share in shares for part in share)
+    if batch > 1 or size % of == 0:
+        assert all(len(part) <= batch for share in shares for part in share)
 
 
 @given(sizes, batch_sizes, processes, st.integers(0, 3))
@@ -72,7 +75,5 @@ def test_blocks_are_read_window_by_window(stored: list[int]) -> None:
 
 
 def test_too_few_images_for_so_many_processes() -> None:
-    with pytest.raises(
-        ValueError, match=r"3 images cannot be evaluated by 4 processes.*fewer devices, or a larger batch_size"
-    ):
+    with pytest.raises(ValueError, match=r"3 images cannot be evaluated by 4 processes: take fewer devices"):
         EvaluationBatches(3, 10, Share(0, 4))

@@ -126,21 +126,19 @@ class EvaluationBatches(Sampler[list[int]]):
 
     Args:
         size: number of images.
-        batch_size: the most images of a batch.
+        batch_size: images of a batch; where the processes' shares need it, some batches have one more.
         share: the part of this process.
 
     Raises:
-        ValueError: there are too few images for so many processes.
+        ValueError: there are fewer images than processes.
     """
 
     def __init__(self, size: int, batch_size: int, share: Share = ALONE) -> None:
+        if size < share.of:
+            raise ValueError(f"{size} images cannot be evaluated by {share.of} processes: take fewer devices")
         self.indices = range(share.rank, size, share.of)
-        self.batches = math.ceil(math.ceil(size / share.of) / batch_size)
-        if size // share.of < self.batches:
-            raise ValueError(
-                f"{size} images cannot be evaluated by {share.of} processes in batches of {batch_size}, of which each "
-                "needs at least one image: take fewer devices, or a larger batch_size"
-            )
+        # No more than the smallest share has images: an empty batch is none.
+        self.batches = min(math.ceil(math.ceil(size / share.of) / batch_size), size // share.of)
 
     def __len__(self) -> int:
         return self.batches

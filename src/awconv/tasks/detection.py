@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
@@ -221,7 +222,14 @@ def coco_figures(images: Sequence[Evaluated], classes: Sequence[str]) -> Figures
         images: all that are evaluated.
         classes: the names of the categories, without the background.
     """
-    metric = MeanAveragePrecision(backend="faster_coco_eval", class_metrics=True, sync_on_compute=False)
+    metric = MeanAveragePrecision(
+        backend="faster_coco_eval",
+        class_metrics=True,
+        sync_on_compute=False,
+        # torchmetrics' own are in single precision, in which a recall of exactly 0.15 does not reach 0.15.
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
+    )
     metric.warn_on_many_detections = False  # a detector returns as many as it was told to
     metric.update([image.detections for image in images], [image.target for image in images])
     figures = metric.compute()

@@ -16,6 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from awconv.convert import convert as convert_layers
+from awconv.models.detection.arguments import check_arguments
 from awconv.models.pretrained import weights_overlay
 
 Norm = Literal["batch", "frozen", "group", "sync"]
@@ -98,8 +99,10 @@ def faster_rcnn(
     Raises:
         FileNotFoundError: the file of weights is not there.
         ValueError: the weights are those of another network, or an argument is out of its range.
+        TypeError: torchvision's detector has no such argument.
         RuntimeError: timm does not know the backbone, or has no weights for it.
     """
+    check_arguments(FasterRCNN, kwargs)
     overlay = None
     if isinstance(weights_backbone, str | Path):
         overlay = weights_overlay(backbone, weights_backbone, backbone_args)

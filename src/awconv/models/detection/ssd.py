@@ -14,6 +14,7 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.ssd import SSD
 
 from awconv.convert import convert as convert_layers
+from awconv.models.detection.arguments import check_arguments
 
 _STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG-16
 _IMAGENET = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
@@ -47,10 +48,12 @@ def ssd300(
 
     Raises:
         FileNotFoundError: the file of weights is not there.
+        TypeError: torchvision's detector has no such argument.
         ValueError: the backbone is another one, or the file holds another network's weights.
     """
     if backbone not in ("vgg16", "aw_vgg16"):
         raise ValueError(f"backbone of ssd300 must be 'vgg16' or 'aw_vgg16', got {backbone!r}")
+    check_arguments(SSD, kwargs)
     file = None if isinstance(weights_backbone, bool) else Path(weights_backbone)
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"weights_backbone must be true, false or a file of weights, got {str(file)!r}")

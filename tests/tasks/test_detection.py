@@ -1,0 +1,340 @@
+"""Training, evaluating and applying a detector, on two photographs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from awconv.cli import main
+from awconv.compare import compare
+from awconv.compare.runs import Run
+from awconv.tasks.detection import Evaluated, coco_figures, coco_results
+from awconv.training import TrainingCLI
+from awconv.training.checkpoints import find_last, read_checkpoint
+from tests.photographs import CATEGORIES, SIZE, annotations, boxes, photograph, write_coco
+
+# A detector that learns two photographs in seconds.
+TINY = (
+    "--model.norm=group",
+    "--model.min_size=106",
+    "--model.max_size=160",
+    "--model.detector_args={out_channels: 32, box_batch_size_per_image: 32, rpn_batch_size_per_image: 64, "
+    "rpn_pre_nms_top_n_train: 200, rpn_post_nms_top_n_train: 100, rpn_pre_nms_top_n_test: 200, "
+    "rpn_post_nms_top_n_test: 50}",
+    "--model.optimizer=adamw",
+    "--model.lr=0.002",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--data.num_workers=0",
+)
+
+
+def on(root: Path) -> list[str]:
+    return ["--data=Coco", f"--data.root={root}", "--data.val=train2017"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="module")
+def trained(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a detector that has learned the photographs."""
+    root = tmp_path_factory.mktemp("trained")
+    arguments = ["--model.network=aw_resnet8_cifar", "--trainer.max_epochs=80", "--trainer.limit_val_batches=0"]
+    assert main(["fit", *on(photographs), *TINY, *arguments, f"--trainer.default_root_dir={root}"]) == 0
+    last = find_last(root)
+    assert last is not None
+    return last
+
+
+def figures(root: Path) -> dict[str, float]:
+    """The last figures of each kind that a training or an evaluation logged."""
+    found: dict[str, float] = {}
+    for log in sorted(root.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
+        for row in csv.DictReader(log.open()):
+            found |= {name: float(value) for name, value in row.items() if value}
+    return found
+
+
+def test_two_photographs_are_learned(trained: Path, photographs: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found" / "detections.json"
+    arguments = [f"--ckpt_path={trained}", f"--detections.file={found}", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["test", *on(photographs), *TINY, "--model.network=aw_resnet8_cifar", *arguments]) == 0
+    logged = figures(tmp_path)
+    assert logged["test/AP50"] > 0.75  # of four boxes, one of which is 11 pixels high
+    assert logged["test/AP/temple"] > 0.5
+    assert {name.removeprefix("test/AP/") for name in logged if name.startswith("test/AP/")} == set(CATEGORIES)
+    detections = json.loads(found.read_text())
+    best = max(detections, key=lambda one: one["score"])
+    assert set(best) == {"image_id", "category_id", "bbox", "score"}
+    assert {one["category_id"] for one in detections} <= set(CATEGORIES.values())
+    assert {one["image_id"] for one in detections} == {40, 41}
+    # The written detections are those that were evaluated.
+    assert pycocotools(annotations(), detections)["AP"] == pytest.approx(logged["test/AP"], abs=1e-6)
+
+
+def test_predict_finds_draws_and_writes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pictures"
+    for name in ("china", "flower"):
+        (folder / name).mkdir(parents=True)
+        photograph(name).save(folder / name / "a.png")
+    Image.new("RGB", (160, 106)).save(folder / "black.png")
+    (folder / "cut.png").write_bytes((folder / "china" / "a.png").read_bytes()[:200])
+    arguments = ["predict", "--ckpt", str(trained), "--draw", str(tmp_path / "drawn"), str(folder)]
+    assert main([*arguments, "--format", "json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert [Path(failure["image"]).name for failure in content["failures"]] == ["cut.png"]
+    found = {str(Path(one["image"]).relative_to(folder)): one["detections"] for one in content["predictions"]}
+    assert set(found) == {"black.png", "china/a.png", "flower/a.png"}
+    temple = next(one for one in found["china/a.png"] if one["label"] == "temple")
+    assert temple["box"] == pytest.approx(boxes("china")[0][1], abs=8)  # pixels, of 160
+    assert all(one["score"] >= 0.5 for detections in found.values() for one in detections)
+    drawn = {path.relative_to(tmp_path / "drawn"): path for path in (tmp_path / "drawn").rglob("*.png")}
+    assert set(map(str, drawn)) == {"black.png.png", "china/a.png.png", "flower/a.png.png"}
+    before, after = np.asarray(photograph("china")), np.asarray(Image.open(drawn[Path("china/a.png.png")]))
+    assert before.shape == after.shape
+    changed = (before != after).any(2)
+    left, top, right, bottom = map(round, temple["box"])
+    assert changed[:, max(0, left - 2) : left + 3].sum() > (bottom - top) / 2  # the box's left edge
+    assert not changed[bottom + 4 :, right + 30 :].any()
+    assert main([*arguments, "--threshold", "0.99999"]) == 1
+    assert "best score" in capsys.readouterr().out
+    assert main([*arguments, "--threshold", "2"]) == 1
+    assert "threshold must be from 0 to 1, got 2.0" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_categories_says_so(
+    trained: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model.network=aw_resnet8_cifar", f"--ckpt_path={trained}", "--trainer.logger=false"]
+    assert main(["test", *on(photographs), *TINY, "--data.categories=[temple, tree]", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "trained with classes ['temple', 'flower', 'tree'], and the data have ['temple', 'tree']" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.detector_args={box_scoer_thresh: 0.1}", "the arguments of a faster_rcnn do not fit"),
+        ("--model.network=resnet8_cifer", "timm.create_model knows, got 'resnet8_cifer'"),
+        ("--model.norm=frozen", "norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'"),
+        ("--model.pretrained=none.pth", "weights must be a file (safetensors, or a state dict of torch)"),
+        ("--data.root=none", "none is neither a folder nor a zip archive"),
+        ("--model.detector=yolo", "yolo"),
+    ],
+)
+def test_a_users_mistake_is_named(
+    argument: str, message: str, photographs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [*on(photographs), *TINY, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    network = [] if "network" in argument else ["--model.network=resnet8_cifar"]
+    try:
+        status = main(["fit", *arguments, *network, "--trainer.max_epochs=1", argument])
+    except SystemExit as error:  # of the parser
+        status = int(error.code or 0)
+    assert status != 0
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def pycocotools(truth: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, float]:
+    with redirect_stdout(io.StringIO()):
+        dataset = COCO()
+        dataset.dataset = truth
+        dataset.createIndex()
+        evaluation = COCOeval(dataset, dataset.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+    names += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]  # of all sizes, and at most 100 detections
+    per_class = {
+        f"AP/{category['name']}": float(values[values > -1].mean())
+        for category, values in zip(truth["categories"], precision.transpose(2, 0, 1), strict=True)
+        if (values > -1).any()
+    }
+    return dict(zip(names, map(float, evaluation.stats), strict=True)) | per_class
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_figures_are_those_of_pycocotools(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    names = ["a", "b", "c", "never there"]
+    truth: dict[str, Any] = {
+        "images": [{"id": number, "width": 640, "height": 480} for number in range(12)],
+        "annotations": [],
+        "categories": [{"id": 10 * index + 3, "name": name} for index, name in enumerate(names)],
+        "info": {},
+    }
+    images = []
+    for image_id in range(12):
+        count = int(generator.integers(0, 9)) if image_id else 0  # the first has no box
+        corner = generator.uniform(0, 400, (count, 2))
+        size = 2 ** generator.uniform(3, 7.5, (count, 2))  # of 8 to 181 pixels: small, medium and large
+        labels = generator.integers(1, 4, count)
+        crowd = generator.random(count) < 0.15
+        true = np.hstack([corner, corner + size]).astype(np.float32)
+        for box, label, region in zip(true.astype(float), labels, crowd, strict=True):
+            extent = (box[2:] - box[:2]).tolist()
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": 10 * (int(label) - 1) + 3,
+                    "bbox": [*box[:2].tolist(), *extent],
+                    "area": 0.7 * extent[0] * extent[1],  # as of masks, which are smaller than boxes
+                    "iscrowd": int(region),
+                }
+            )
+        areas = [one["area"] for one in truth["annotations"] if one["image_id"] == image_id]
+        # Each box found several times, more or less displaced, some under another label, and some where nothing is.
+        drawn = np.repeat(true, 3, 0) + generator.normal(0, 6, (3 * count, 4)).astype(np.float32)
+        drawn = np.vstack([drawn, generator.uniform(0, 200, (5, 4))]).astype(np.float32)
+        drawn[:, 2:] = np.maximum(drawn[:, 2:], drawn[:, :2] + 2)
+        found = np.concatenate([np.repeat(labels, 3), generator.integers(1, 5, 5)])
+        found[generator.random(len(found)) < 0.1] = 1
+        images.append(
+            Evaluated(
+                image_id,
+                {
+                    "boxes": torch.from_numpy(drawn),
+                    "labels": torch.from_numpy(found),
+                    "scores": torch.from_numpy(generator.random(len(found)).astype(np.float32)),
+                },
+                {
+                    "boxes": torch.from_numpy(true),
+                    "labels": torch.from_numpy(labels),
+                    "area": torch.tensor(areas, dtype=torch.float32),
+                    "iscrowd": torch.from_numpy(crowd.astype(np.int64)),
+                },
+            )
+        )
+    ours = coco_figures(images, names)
+    expected = pycocotools(truth, coco_results(images, [10 * index + 3 for index in range(4)]))
+    found_figures = ours.overall | {f"AP/{name}": value for name, value in ours.per_class.items()}
+    assert found_figures.keys() == expected.keys()
+    assert 0.05 < expected["AP"] < 0.95
+    # Both count matches in double precision; torchmetrics then rounds to single.
+    assert found_figures == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_evaluation_without_detections_is_zero() -> None:
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    target = {
+        "boxes": torch.tensor([[1.0, 1, 60, 60]]),
+        "labels": torch.tensor([1]),
+        "area": torch.tensor([3481.0]),
+        "iscrowd": torch.tensor([0]),
+    }
+    figures_of = coco_figures([Evaluated(1, empty, target)], ["a", "b"])
+    assert figures_of.overall["AP"] == figures_of.overall["AR_100"] == 0
+    assert figures_of.overall["AP_small"] == -1
+    assert figures_of.per_class == {"a": 0}
+
+
+class StopError(Exception):
+    pass
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(photographs: Path, tmp_path: Path) -> None:
+    common = ["--model.network=aw_resnet8_cifar", "--trainer.limit_val_batches=0", "--data.batch_size=1"]
+    common += ["--trainer.gradient_clip_val=1", "--recent_checkpoint.every_n_steps=1", "--trainer.max_epochs=3"]
+
+    def train(root: Path, stop: int = 0) -> dict[str, Tensor]:
+        arguments = [*on(photographs), *TINY, *common, f"--trainer.default_root_dir={root}"]
+        if stop:
+            cli = TrainingCLI([*arguments, "--trainer.logger=false"], run=False, save_config=False)
+            task, original, done = cli.model, cli.model.training_step, 0
+
+            def step(batch: Any, batch_idx: int) -> Tensor:
+                nonlocal done
+                done += 1
+                if done > stop:
+                    raise StopError
+                return original(batch, batch_idx)
+
+            task.training_step = step
+            with pytest.raises(StopError):
+                cli.trainer.fit(task, datamodule=cli.datamodule)
+        assert main(["fit", *arguments, "--ckpt_path=last"]) == 0
+        last = find_last(root)
+        assert last is not None
+        return read_checkpoint(last)["state_dict"]
+
+    whole, interrupted = train(tmp_path / "whole"), train(tmp_path / "interrupted", stop=3)
+    assert all(torch.equal(interrupted[name], tensor) for name, tensor in whole.items())  # bit for bit
+
+
+def test_two_processes_train_and_evaluate_every_image_once(tmp_path: Path) -> None:
+    content = annotations()
+    content["images"].append(content["images"][0] | {"id": 7})  # an odd number of images
+    content["annotations"] += [
+        one | {"image_id": 7, "id": 50 + one["id"]} for one in content["annotations"] if one["image_id"] == 40
+    ]
+    root = write_coco(tmp_path / "data", content)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [*on(root), *TINY, "--model.network=aw_resnet8_cifar"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+    def run(command: str, folder: str, *more: str) -> dict[str, float]:
+        line = [sys.executable, "-m", "awconv", command, *arguments, f"--trainer.default_root_dir={tmp_path / folder}"]
+        done = subprocess.run([*line, *more], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return figures(tmp_path / folder)
+
+    logged = run("fit", "fit", *two, "--trainer.max_epochs=1", "--data.batch_size=1")
+    last = find_last(tmp_path / "fit")
+    assert last is not None
+    assert read_checkpoint(last)["global_step"] == 1
+    found, expected = (tmp_path / f"{name}.json" for name in ("two", "one"))
+    run("validate", "two", *two, f"--ckpt_path={last}", f"--detections.file={found}")
+    alone = run("validate", "one", f"--ckpt_path={last}", f"--detections.file={expected}")
+    for name, value in alone.items():
+        if name.startswith("val/A"):
+            assert logged[name] == pytest.approx(value, abs=1e-6), name
+    written = [sorted((d["image_id"], d["score"]) for d in json.loads(file.read_text())) for file in (found, expected)]
+    assert [image for image, _ in written[0]] == [image for image, _ in written[1]]
+    assert {image for image, _ in written[0]} == {7, 40, 41}
+    scores = [[score for _, score in detections] for detections in written]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)  # images of a batch are padded alike
+
+
+def test_twins_are_compared(photographs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        "model: {network: resnet8_cifar}\n"
+        "trainer: {max_epochs: 1}\n"
+        f"data: {{class_path: awconv.data.Coco, init_args: {{root: {photographs}, val: train2017, batch_size: 1}}}}\n"
+    )
+    assert compare(recipe, "plain,aw", seeds=1, out=tmp_path / "out", overrides=TINY) == 0
+    plain, aw = (Run.load(tmp_path / "out" / f"{name}-seed0.json") for name in ("plain", "aw"))
+    assert plain.metric == aw.metric == "box AP"
+    assert aw.parameters > plain.parameters
+    assert aw.operations is not None
+    assert plain.operations is not None
+    assert aw.operations > plain.operations
+    assert len(aw.epochs) == 1
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Score: box AP of the network after the last epoch on the validation split" in page
+    assert SIZE == (160, 106)
