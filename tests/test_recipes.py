@@ -14,9 +14,18 @@ from sklearn.datasets import load_sample_images
 
 from awconv.compare.runs import find_variant
 from awconv.training import TrainingCLI
+from tests.photographs import write_coco
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 VARIANTS = ("plain", "se", "cbam", "aw", "aw_se", "aw_cbam")
+
+
+def is_detection(recipe: Path) -> bool:
+    return yaml.safe_load(recipe.read_text())["data"]["class_path"] in ("awconv.data.Coco", "awconv.data.Voc")
+
+
+CLASSIFICATION = [recipe for recipe in RECIPES if not is_detection(recipe)]
+DETECTION = [recipe for recipe in RECIPES if is_detection(recipe)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", CLASSIFICATION, ids=lambda path: path.stem)
 def test_a_recipe_trains_its_aw_network_for_two_steps(recipe: Path, photographs: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
     network = content["model"]["network"]
@@ -70,7 +79,44 @@ def test_a_recipe_trains_its_aw_network_for_two_steps(recipe: Path, photographs:
     assert any(not torch.equal(a, b) for a, b in zip(before, cli.model.network.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", DETECTION, ids=lambda path: path.stem)
+def test_a_recipe_trains_its_aw_detector_for_two_steps(recipe: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    network = find_variant(content["model"]["network"], "aw").network
+    small = [] if content["model"].get("detector") == "ssd300" else ["--model.min_size=106", "--model.max_size=160"]
+    cli = TrainingCLI(
+        [
+            f"--config={recipe}",
+            "--data=Coco",
+            f"--data.root={write_coco(tmp_path)}",
+            "--data.val=train2017",
+            "--data.batch_size=1",
+            "--data.num_workers=0",
+            f"--data.augmentation={content['data']['init_args']['augmentation']}",
+            f"--model.network={network}",
+            "--model.pretrained=false",
+            *small,
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.max_epochs=1",
+            "--trainer.check_val_every_n_epoch=1",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+            f"--trainer.default_root_dir={tmp_path}",
+        ],
+        run=False,
+        save_config=False,
+    )
+    before = [parameter.clone() for parameter in cli.model.network.parameters()]
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert cli.trainer.global_step == 2
+    assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
+    assert 0 <= cli.trainer.callback_metrics["val/AP"] <= 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, cli.model.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("recipe", CLASSIFICATION, ids=lambda path: path.stem)
 def test_every_variant_of_a_recipe_is_one_override(recipe: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
     if content["model"].get("pretrained"):

@@ -110,6 +110,14 @@ def test_the_pyramid_has_the_networks_strides(images: list[Tensor]) -> None:
         faster_rcnn("resnet20_cifar", 3, backbone_args=dict(out_indices=(0, 1)))
 
 
+def load_around(attentive: nn.Module, plain: nn.Module) -> None:
+    """Gives a detector another's heads, which were drawn after other numbers of draws; AW's own weights stay, divided
+    by their starting attention."""
+    layers = {name for name, module in attentive.named_modules() if isinstance(module, AWConv2d)}
+    state = {key: t for key, t in plain.state_dict().items() if key.rpartition(".")[0] not in layers}
+    attentive.load_state_dict(state, strict=False)
+
+
 def save(network: nn.Module, path: Path) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
     return path
@@ -131,14 +139,19 @@ def test_a_classifiers_weights_start_the_backbone(tmp_path: Path, images: list[T
     with pytest.raises(FileNotFoundError, match=r"weights must be a file .*none\.pth"):
         faster_rcnn("resnet18", 3, weights_backbone="none.pth")
     # A plain classifier's weights, converted by identity, detect what the plain detector does.
-    plain = save(timm.create_model("resnet18"), tmp_path / "plain.safetensors")
+    network = timm.create_model("resnet18", zero_init_last=False)  # as one that has learned
+    plain = save(network, tmp_path / "plain.safetensors")
     detectors = []
     for arguments in ({}, {"convert": {"init": "identity"}}):
         torch.manual_seed(1)
         detectors.append(faster_rcnn("resnet18", 3, weights_backbone=plain, box_score_thresh=0.0, **CHEAP, **arguments))
     one, other = detectors
-    other.load_state_dict(one.state_dict(), strict=False)  # heads drawn after other numbers of draws
+    load_around(other, one)
     assert_same_detections(detect(other, images), detect(one, images))
+    sum(other.train()(images, targets()).values()).backward()
+    branches = [module.attention for module in other.backbone.body.layer4.modules() if isinstance(module, AWConv2d)]
+    assert len(branches) == 4
+    assert all(branch.conv2.weight.grad.abs().max() > 0 for branch in branches)  # they learn, with frozen norms too
 
 
 @pytest.mark.parametrize("trainable", range(6))
@@ -172,12 +185,7 @@ def test_ssd_on_an_aw_vgg_detects_as_on_a_vgg(tmp_path: Path, images: list[Tenso
     assert [m.weight.requires_grad for m in found] == [False] * 2 + [True] * 11  # torchvision's usual 4 stages
     attentive = ssd300("aw_vgg16", 4, weights_backbone=file, score_thresh=0.0, detections_per_img=50)
     assert sum(isinstance(module, AWConv2d) for module in attentive.modules()) == 12
-    state = plain.state_dict()
-    layers = {name: module for name, module in attentive.named_modules() if isinstance(module, AWConv2d)}
-    # Heads and extra layers as drawn for the other; AW's weights are divided by their starting attention.
-    attentive.load_state_dict(
-        {key: t for key, t in state.items() if key.rpartition(".")[0] not in layers}, strict=False
-    )
+    load_around(attentive, plain)
     assert_same_detections(detect(attentive, images), detect(plain, images))
     save(timm.create_model("resnet18"), file)
     with pytest.raises(ValueError, match=r"vgg\.safetensors does not hold the weights of a VGG-16"):

@@ -113,11 +113,11 @@ def faster_rcnn(
         pretrained_cfg_overlay=overlay,
         **(backbone_args or {}),
     )
-    if convert is not None:
-        body = convert_layers(body, **convert)
     if norm is None:
         norm = "frozen" if weights_backbone else "batch"
     body = with_norm(body, norm)
+    if convert is not None:  # only now: a branch must know that its norm is frozen, and has no gain to learn
+        body = convert_layers(body, **convert)
     _freeze(body, trainable_layers if trainable_layers is not None else 3 if weights_backbone else None)
     pyramid = PyramidBackbone(body, out_channels, partial(nn.GroupNorm, _GROUPS) if norm == "group" else None)
     strides = [*pyramid.strides, 2 * pyramid.strides[-1]]
