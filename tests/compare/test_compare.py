@@ -334,6 +334,19 @@ def test_runs_side_by_side_give_the_same(tmp_path: Path) -> None:
         compare(recipe, "plain", out=together, jobs=0)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_is_named_and_the_others_go_on(
+    jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, broken, out = tiny(tmp_path, epochs=1), tmp_path / "broken.yaml", tmp_path / "out"
+    broken.write_text("data: {class_path: awconv.data.ImageFolder, init_args: {root: nowhere}}\n")
+    assert compare(recipe, f"{broken},plain", seeds=1, out=out, jobs=jobs) == 1
+    printed = capsys.readouterr()
+    assert "awconv: run broken-seed0 failed: FileNotFoundError: nowhere/train is not a folder" in printed.err
+    assert set(results(out)) == {"plain-seed0"}
+    assert json.loads((out / "results.json").read_text())["runs"][0]["variant"] == "plain"
+
+
 def test_ablation_compares_choices_on_the_validation_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = tiny(tmp_path, epochs=1), tmp_path / "out"
     vary = "reduction=4+norm_layer=none select=layer3.* branch_lr_factor=0.1"

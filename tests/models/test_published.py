@@ -79,10 +79,12 @@ def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (copy / FILE).write_bytes(content)
     with pytest.raises(ValueError, match=r"is not what was published: its SHA-256 is [0-9a-f]{64}, expected"):
         published.verify(copy / FILE)
+    with pytest.raises(ValueError, match=r"is not what was published"):
+        timm.create_model(FOLDERS[0].name, pretrained=True, pretrained_cfg_overlay=dict(file=str(copy / FILE)))
 
 
 def evaluated(network: str, *arguments: str) -> TrainingCLI:
-    return TrainingCLI(["test", f"--model.network={network}", "--model.pretrained=true", *QUIET, *arguments])
+    return TrainingCLI(["test", *arguments, f"--model.network={network}", "--model.pretrained=true", *QUIET])
 
 
 def test_the_digits_reproduce_their_figure() -> None:
@@ -131,9 +133,15 @@ def test_publishing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ["test", "--model.network=aw_resnet8_cifar", f"--model.pretrained={folder / FILE}", *QUIET], save_config=False
     )  # the averaged weights, as they were tested
     assert cli.trainer.callback_metrics["test/accuracy"].item() == pytest.approx(run["score"], abs=1e-6)
-    assert f"awconv test --config={recipe} --model.network=aw_resnet8_cifar.tiny" in (folder / CARD).read_text()
+    command = f"awconv test --config={recipe} --model.network=aw_resnet8_cifar --model.pretrained={folder / FILE}"
+    assert command in (folder / CARD).read_text()
     assert main(["publish", str(tmp_path / "none.json"), *arguments]) == 1
     assert "is not a file; expected one of awconv compare" in capsys.readouterr().err
+    other = run | {"epochs": [*run["epochs"][:-1], run["epochs"][-1] | {"train_loss": 0.125}]}
+    (runs / "other-seed0.json").write_text(json.dumps(other))
+    shutil.copytree(runs / "aw-seed0", runs / "other-seed0")
+    assert main(["publish", str(runs / "other-seed0.json"), *arguments]) == 1
+    assert "is not the last checkpoint of the run" in capsys.readouterr().err
     shutil.rmtree(runs / "aw-seed0")
     assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 1
     assert "there is no checkpoint under" in capsys.readouterr().err

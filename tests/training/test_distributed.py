@@ -19,6 +19,7 @@ NETWORK = (
     "--model.convert={norm_layer: null}",
     "--data.horizontal_flip=true",
     "--data.val_fraction=0.15",
+    "--model.ema_decay=0.9",
 )
 
 

@@ -167,6 +167,9 @@ def test_checkpoints_cannot_run_code(tmp_path: Path) -> None:
     [
         ("--model.network=resnet8_cifar", r"trained with --model.network=aw_resnet8_cifar, and this .* resnet8_cifar"),
         ("--data.image_size=16", r"trained with input_size \[1, 8, 8\], and the data have \[1, 16, 16\]"),
+        ("--model.lr=0.01", r"of a training with other settings: model\.lr is 0\.1 there, 0\.01 now\. Give those"),
+        ("--seed_everything=3", r"other settings: seed_everything is 0 there, 3 now"),
+        ("--trainer.accumulate_grad_batches=1", r"other settings: trainer\.accumulate_grad_batches is 3 there, 1 now"),
         ("--model.ema_decay=null", r"trained with --model.ema_decay=0.9, and this training has None"),
     ],
 )
