@@ -24,7 +24,7 @@ usage: awconv COMMAND [ARGUMENTS]
   publish   write the weights of a finished run for others, with a model card
   predict   classify image files with a checkpoint
   models    list the models with attention, and what they cost beside their twins without
-  bench     time a layer (bench op) or networks (bench model NAME ...) beside plain ones
+  bench     time a layer (bench op), networks or detectors (bench model NAME ...) beside plain ones
 
 awconv COMMAND --help lists a command's arguments.
 """
@@ -123,20 +123,21 @@ def _function(command: str, arguments: Sequence[str]) -> int:
 
 def _bench(command: str, arguments: Sequence[str]) -> int:
     jsonargparse = require("jsonargparse", extra="train")
-    from awconv.bench import bench_model, bench_op
+    from awconv.bench import bench_detector, bench_model, bench_op
 
     parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description="Times AW-convolution beside others.")
     subcommands = parser.add_subcommands(dest="subject")
-    for name, function in (("op", bench_op), ("model", bench_model)):
+    functions: dict[str, Callable[..., int]] = {"op": bench_op, "model": bench_model, "detector": bench_detector}
+    several = {"model": "networks", "detector": "backbones"}
+    for name, function in functions.items():
         description = (function.__doc__ or "").split("\n")[0]
         subject = jsonargparse.ArgumentParser(description=description)
-        if name == "model":
-            subject.add_argument("networks", nargs="+", help="such as aw_resnet50")
-        subject.add_function_arguments(function, skip={"networks"})
+        if name in several:
+            subject.add_argument(several[name], nargs="+", help="such as aw_resnet50")
+        subject.add_function_arguments(function, skip={*several.values()})
         subcommands.add_subcommand(name, subject, help=description)
     given = parser.parse_args(list(arguments)).as_dict()
-    run: Callable[..., int] = bench_op if given["subject"] == "op" else bench_model
-    return run(**given[given["subject"]])
+    return functions[given["subject"]](**given[given["subject"]])
 
 
 def _lightning(command: str, arguments: Sequence[str]) -> int:

@@ -59,6 +59,19 @@ def test_a_network_is_timed_beside_its_rivals(capsys: pytest.CaptureFixture[str]
     assert all(row["facts"]["bytes"] > 0 for row in measured if row["work"] == "memory")
 
 
+@pytest.mark.parametrize(
+    ("detector", "backbone", "works"),
+    [("faster_rcnn", "aw_resnet18", ["forward", "step"]), ("ssd300", "aw_vgg16", ["forward"])],
+)
+def test_a_detector_is_timed_beside_its_twin(
+    detector: str, backbone: str, works: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--detector={detector}", f"--work={','.join(works)}", "--size=64x96", "--rounds=1", "--format=json"]
+    assert main(["bench", "detector", backbone, *arguments]) == 0
+    measured = [(row["work"], row["way"]) for row in rows(capsys)]
+    assert measured == [(work, way) for work in works for way in ("plain", "aw")]
+
+
 def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "op", *TINY, "--size=4", "--format=markdown"]) == 0
     table, footer = capsys.readouterr().out.split("\n\n")
@@ -78,6 +91,8 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["op", "--groups=3"], "groups must divide the channels"),
         (["op", "--plot=a.png"], "plot needs several numbers for one of channels"),
         (["op", "--device=tpu"], "device must be cpu or cuda"),
+        (["detector", "aw_resnet18", "--size=800"], "size must be a height and a width such as 800x1333, got '800'"),
+        (["detector", "resnet50"], "backbones must be AW networks with a plain twin, got 'resnet50'"),
         (["model", "resnet50"], "must be AW networks with a plain twin, got 'resnet50'"),
         (["model", "aw_resnet8_cifar", "--algorithm=fast"], "algorithm must be some of auto, .*, got 'fast'"),
         (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, memory, branch"),

@@ -60,10 +60,7 @@ def bench_model(
     works = names("work", work, ("forward", "step", "memory", "branch"))
     batches = numbers("batch", batch)
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
-    for name in networks:
-        if name not in TWINS or not name.startswith("aw_"):
-            known = ", ".join(twin for twin in TWINS if twin.startswith("aw_"))
-            raise ValueError(f"networks must be AW networks with a plain twin, got {name!r}; there are {known}")
+    check_twins("networks", networks)
     rows: list[Row] = []
     for name in networks:
         competitors = _competitors(name, algorithm, rivals)
@@ -93,6 +90,14 @@ def bench_model(
     return 0
 
 
+def check_twins(argument: str, networks: Sequence[str]) -> None:
+    """Raises a ValueError for a name that is not of an AW network with a twin without."""
+    for name in networks:
+        if name not in TWINS or not name.startswith("aw_"):
+            known = ", ".join(twin for twin in TWINS if twin.startswith("aw_"))
+            raise ValueError(f"{argument} must be AW networks with a plain twin, got {name!r}; there are {known}")
+
+
 def _competitors(name: str, algorithm: str, rivals: bool) -> dict[str, tuple[nn.Module, str | None]]:
     """The networks by what they are called in the table, with the algorithm that each is held to."""
     plain, aw = timm.create_model(TWINS[name]), timm.create_model(name)
@@ -116,8 +121,8 @@ class Side:
         input: Tensor,
         amp: str,
         device: str,
-        channels_last: bool,
-        compile: bool,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         self.network = network.to(device)
         if channels_last:

@@ -1,0 +1,106 @@
+"""``awconv bench detector``: detectors beside those with their backbone's plain twin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from awconv.bench.model import Side, check_twins
+from awconv.bench.report import Format, Row, check_device, names, numbers, print_rows
+from awconv.bench.timing import ratios
+from awconv.models.detection import faster_rcnn, ssd300
+from awconv.models.registry import TWINS
+from awconv.ops.choose import ALGORITHMS
+
+_OBJECTS = 8  # boxes an image, about COCO's mean
+
+
+def bench_detector(
+    backbones: Sequence[str],
+    size: str = "800x1333",
+    batch: str = "1",
+    work: str = "forward,step",
+    detector: Literal["faster_rcnn", "ssd300"] = "faster_rcnn",
+    algorithm: str = "auto",
+    amp: Literal["off", "bfloat16", "float16"] = "off",
+    device: str = "cpu",
+    rounds: int = 5,
+    format: Format = "table",
+) -> int:
+    """Times detectors with AW backbones in turn with those of their plain twins, at random weights.
+
+    Args:
+        backbones: their names, such as aw_resnet50.
+        size: height and width of the images, in pixels, which are not resized in Faster R-CNN.
+        batch: images; more than one number, with commas, makes rows for each.
+        work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training).
+        detector: ``faster_rcnn`` or ``ssd300``.
+        algorithm: what the AW backbones are held to, such as ``fused``; auto by default.
+        amp: dtype of autocast.
+        device: cpu or cuda.
+        rounds: how often each is timed.
+        format: a table, the same as Markdown, or JSON with all figures.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ValueError: an argument is out of place, or a backbone has no twin.
+    """
+    check_device(device)
+    check_twins("backbones", backbones)
+    works = names("work", work, ("forward", "step"))
+    names("algorithm", algorithm, ("auto", *ALGORITHMS))
+    batches = numbers("batch", batch)
+    sides = numbers("size", size.replace("x", ","))
+    if len(sides) != 2:
+        raise ValueError(f"size must be a height and a width such as 800x1333, got {size!r}")
+    height, width = sides
+    rows: list[Row] = []
+    for name in backbones:
+        build: Any = ssd300
+        arguments: dict[str, Any] = {}
+        if detector == "faster_rcnn":
+            build, arguments = faster_rcnn, dict(min_size=min(sides), max_size=max(sides))
+        detectors = {way: build(one, **arguments) for way, one in (("plain", TWINS[name]), ("aw", name))}
+        for images in batches:
+            input = torch.rand(images, 3, height, width, device=device)
+            competitors = {
+                way: DetectorSide(network, algorithm if way == "aw" else None, input, amp, device)
+                for way, network in detectors.items()
+            }
+            for kind in works:
+                timed = ratios({way: getattr(side, kind) for way, side in competitors.items()}, rounds, device)
+                subject = f"{detector}, {name}, {size}, batch {images}"
+                rows += [Row(subject, kind, way, ratio, {"batch": images}) for way, ratio in timed.items()]
+    print_rows(rows, device, format)
+    return 0
+
+
+class DetectorSide(Side):
+    """A detector with its images and some boxes, ready to be timed."""
+
+    def forward(self) -> None:
+        """In evaluation."""
+        self.network.eval()
+        with torch.inference_mode(), self.settings():
+            self.network(list(self.input))
+
+    def step(self) -> None:
+        """Forward and backward in training."""
+        self.network.train().zero_grad(set_to_none=True)
+        with self.settings():
+            losses: dict[str, Tensor] = self.network(list(self.input), [self._target() for _ in self.input])
+            torch.stack(list(losses.values())).sum().backward()
+
+    def _target(self) -> dict[str, Tensor]:
+        height, width = self.input.shape[2:]
+        corner = torch.linspace(0, 0.6, _OBJECTS, device=self.input.device)[:, None]
+        box = torch.cat([corner, corner, corner + 0.3, corner + 0.3], 1)
+        return {
+            "boxes": box * torch.tensor([width, height] * 2, device=self.input.device),
+            "labels": torch.arange(1, _OBJECTS + 1, device=self.input.device),
+        }
