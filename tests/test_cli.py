@@ -149,6 +149,10 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
             "no pretrained weights for resnet8_cifar (True): No pretrained weights exist",
         ),
         (["models", "--filter=vit*"], "no model matches 'vit*'; there are aw_resnet18, aw_resnet34"),
+        (
+            ["validate", "--model.network=aw_resnet8_cifar.digits", "--model.pretrained=true", "--data.val_fraction=0"],
+            "the data have no val split to evaluate on; name one, or give data.val_fraction",
+        ),
         (["test"], "there is nothing to evaluate: give --ckpt_path"),
         (
             ["fit", "--trainer.max_epochs=-1", "--trainer.logger=false", "--trainer.default_root_dir={here}"],
@@ -185,7 +189,7 @@ def test_models_prints_what_they_cost(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["models", "--filter=aw_resnet8*"]) == 0
     heading, row = capsys.readouterr().out.splitlines()
     assert heading.split()[0] == "name"
-    assert row.split() == ["aw_resnet8_cifar", "resnet8_cifar", "32", "79,602", "5.73", "%", "12.35", "0.88", "%"]
+    assert row.split() == ["aw_resnet8_cifar", "resnet8_cifar", "32", "83,466", "10.86", "%", "12.38", "1.16", "%"]
     assert main(["models", "--filter=aw_resnet8*", "--format=json"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)
     assert (pair["parameters"], pair["twin"]["parameters"]) == (79602, 75290)

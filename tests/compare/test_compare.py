@@ -21,7 +21,8 @@ from rich.console import Console
 from awconv.compare import ablate, compare
 from awconv.compare.ablation import arms, choices
 from awconv.compare.report import cells, markdown_table, rich_table, summarise, with_tables, write_report
-from awconv.compare.runs import Epoch, OpenedData, Plan, Run, Variant, base_network, find_variant
+from awconv.compare.runs import Epoch, OpenedData, Plan, Run, Variant, base_network, find_variant, parse
+from awconv.training.settings import differences, settings
 
 
 def run(variant: str, seed: int, accuracy: float, seconds: tuple[float, ...]) -> Run:
@@ -317,7 +318,9 @@ def test_an_interrupted_run_goes_on_to_the_same_result(batches: int, tmp_path: P
     assert found.score == expected.score
     assert [(e.train_loss, e.val_score) for e in found.epochs] == [(e.train_loss, e.val_score) for e in expected.epochs]
     other = Plan(recipe, plan.variant, 1, plan.folder, ("--model.lr=0.5",))
-    assert other.train(data).epochs[0] != found.epochs[0]  # the checkpoints of other settings are left
+    with pytest.raises(ValueError, match=r"aw-seed1 holds checkpoints of other settings: model\.lr is 0\.03"):
+        other.train(data)
+    assert plan.train(data).score == found.score
 
 
 def test_runs_side_by_side_give_the_same(tmp_path: Path) -> None:
@@ -345,6 +348,33 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert "awconv: run broken-seed0 failed: FileNotFoundError: nowhere/train is not a folder" in printed.err
     assert set(results(out)) == {"plain-seed0"}
     assert json.loads((out / "results.json").read_text())["runs"][0]["variant"] == "plain"
+
+
+def test_a_variant_that_is_no_recipe_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    overlay = tmp_path / "typo.yaml"
+    overlay.write_text("model: {lrr: 0.5}")
+    with pytest.raises(ValueError, match="the settings of variant typo are not those of a training"):
+        compare(tiny(tmp_path), f"plain,{overlay}", seeds=1, out=tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_epochs_without_an_evaluation_have_no_figure(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, epochs=4)
+    assert compare(recipe, "plain", seeds=1, out=tmp_path, overrides=["--trainer.check_val_every_n_epoch=2"]) == 0
+    scores = [epoch.val_score for epoch in Run.load(tmp_path / "plain-seed0.json").epochs]
+    assert [score is None for score in scores] == [True, False, True, False]
+
+
+def test_runs_on_other_files_are_others(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {network: resnet8_cifar}\n")
+
+    def of(file: str) -> dict[str, str]:
+        cli = parse(recipe, "--data=Parquet", f"--data.train={file}", build=False)
+        return settings(cli.parser, cli.config)
+
+    assert differences(of("data/one/train.parquet"), of("data/other/train.parquet"))
+    assert not differences(of("data/one/train.parquet"), of("/elsewhere/one/train.parquet"))
 
 
 def test_ablation_compares_choices_on_the_validation_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -465,6 +465,8 @@ class TestWebDataset:
         for index in (0, 41, 119):
             assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
         assert sum(len(targets) for _, targets in data.test_dataloader()) == 30
+        with pytest.raises(FileNotFoundError, match=r"no file matches .*train-3\.tar"):
+            WebDataset(str(tmp_path / "train-{1..3}.tar")).classes  # noqa: B018
         numbered = WebDataset(str(tmp_path / "train-{1..2}.tar"), image_size=8)
         assert numbered.open("train").targets == DIGITS.target[40:120].tolist()
         streamed = WebDataset(

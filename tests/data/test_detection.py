@@ -65,9 +65,9 @@ def test_what_cannot_be_trained_on_is_counted(tmp_path: Path) -> None:
     assert summary.crowd_regions == 2
     assert dict(summary.modes) == {"L": 1, "CMYK": 1}
     assert str(summary) == (
-        "4 images, 7 boxes; 2 empty boxes left out; 1 boxes outside their image left out; 1 boxes clipped to their "
-        "image; 2 crowd regions not trained on; 1 images without boxes; 1 images of mode CMYK converted to RGB; 1 "
-        "images of mode L converted to RGB"
+        "4 images, 7 boxes; 2 empty boxes (less than a pixel) left out; 1 boxes outside their image left out; 1 boxes "
+        "clipped to their image; 2 crowd regions not trained on; 1 images without boxes; 1 images of mode CMYK converted "
+        "to RGB; 1 images of mode L converted to RGB"
     )
     flower = next(image for image in dataset.images if image.image_id == 41)
     assert flower.boxes[-1].tolist() == [0, 0, 12, 16]
@@ -106,6 +106,7 @@ def test_cleaned_boxes_are_inside_and_counted_once(drawn: list[tuple[float, floa
     assert (cleaned.boxes[:, 2:] > cleaned.boxes[:, :2]).all()
     assert (cleaned.boxes >= 0).all()
     assert (cleaned.boxes <= [WIDTH, HEIGHT] * 2).all()
+    assert (cleaned.boxes[:, 2:] - cleaned.boxes[:, :2] >= 1).all()
     for box, label in zip(cleaned.boxes, cleaned.labels, strict=True):  # none is changed that was inside
         given_box = np.array(drawn[label - 1][:4])
         if (given_box >= 0).all() and (given_box <= [WIDTH, HEIGHT] * 2).all():
@@ -227,6 +228,22 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="annotation 1 of split train2017 names image 40 and category 99"):
         Coco(tmp_path).dataset("train")
     content = annotations()
+    del content["annotations"][1]["bbox"]
+    write_coco(tmp_path, content)
+    with pytest.raises(ValueError, match="annotation 2 of split train2017 is not in COCO's format: it has no bbox"):
+        Coco(tmp_path).dataset("train")
+    content = annotations()
+    del content["images"][0]["width"], content["images"][0]["file_name"]
+    write_coco(tmp_path, content)
+    with pytest.raises(ValueError, match=r"image 40 of split train2017 .* has no file_name and no width"):
+        Coco(tmp_path).dataset("train")
+    content = annotations()
+    for annotation in content["annotations"]:  # shares of the width and height, as others have them
+        annotation["bbox"] = [edge / WIDTH for edge in annotation["bbox"]]
+    write_coco(tmp_path, content)
+    with pytest.raises(ValueError, match=r"has a box to train on .*4 empty boxes.*boxes are counted in pixels"):
+        Coco(tmp_path, val_fraction=0).dataset("train")
+    content = annotations()
     content["categories"].pop()
     content["annotations"] = []
     write_coco(tmp_path, content, split="val2017")
@@ -261,6 +278,12 @@ def test_broken_images_are_named_and_skipped_if_wanted(damage: str, tmp_path: Pa
     ((images, targets),) = list(skipping.val_dataloader())
     assert [target["image_id"].item() for target in targets] == [40]
     assert len(images) == 1
+    alone = Coco(tmp_path, val="train2017", broken_images="skip", num_workers=0, batch_size=1)
+    assert [len(images) for images, _ in alone.val_dataloader()] == [1, 0]
+    assert [target["image_id"].item() for _, targets in alone.val_dataloader() for target in targets] == [40]
+    trained = alone.dataset("train")
+    assert trained is not None
+    assert trained[Draw(1, 0, 0)][1]["labels"].tolist() == [1, 3]  # another in its place
 
 
 def write_voc(root: Path, difficult: int = 0, drop: str = "") -> Path:
@@ -309,7 +332,7 @@ def test_mistakes_in_vocs_format_are_named(tmp_path: Path) -> None:
     write_voc(tmp_path, drop=f"<width>{WIDTH}</width>")
     with pytest.raises(ValueError, match=r"china\.xml is not in VOC's format: there is no size/width"):
         Voc(tmp_path, **lists).dataset("train")
-    with pytest.raises(FileNotFoundError, match=r"ImageSets/Main/trainval\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"Main/trainval\.txt is not a file; name the lists that are there"):
         Voc(tmp_path, train=["VOC2012/trainval"]).dataset("train")
 
 

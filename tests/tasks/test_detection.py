@@ -23,6 +23,7 @@ from torch import Tensor
 from awconv.cli import main
 from awconv.compare import compare
 from awconv.compare.runs import Run
+from awconv.tasks import DetectionTask
 from awconv.tasks.detection import Evaluated, coco_figures, coco_results
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
@@ -155,6 +156,21 @@ def test_a_users_mistake_is_named(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_pretrained_backbones_get_the_images_they_know(photographs: Path) -> None:
+    for pretrained, expected in ((True, [1 / 255] * 3), ("vgg.pth", (0.229, 0.224, 0.225))):
+        task = DetectionTask(["a"], [1], detector="ssd300", network="vgg16", pretrained=pretrained)
+        assert task.network.transform.image_std == pytest.approx(expected)  # type: ignore[union-attr]
+
+
+def test_what_was_never_trained_is_not_evaluated(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*on(photographs), *TINY, "--model.network=resnet8_cifar", "--trainer.logger=false"]
+    arguments.append(f"--trainer.default_root_dir={tmp_path}")
+    assert main(["test", *arguments, "--model.norm=batch", "--model.pretrained=weights.pth"]) == 1
+    assert "pretrained weights are of a detector's backbone alone: give --ckpt_path" in capsys.readouterr().err
 
 
 def pycocotools(truth: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, float]:

@@ -148,6 +148,8 @@ def _run(
         Plan(recipe, variant, seed, folder, tuple(overrides), split, jobs)
         for seed, variant in product(range(seeds), variants)
     ]
+    for plan in plans[: len(variants)]:
+        plan.check()
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # of processes that train together
     console = terminal.console() if first else Console(quiet=True)
     status, runs = _train_all(plans, console)

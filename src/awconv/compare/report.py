@@ -229,13 +229,21 @@ def _plot(runs: Sequence[Run], path: Path) -> None:
         colour = f"C{variant_index}"
         group = [run for run in runs if run.variant == variant]
         for axes, curves in (
-            (losses, [[epoch.train_loss for epoch in run.epochs] for run in group]),
-            (scores, [[100 * e.val_score for e in run.epochs if e.val_score is not None] for run in group]),
+            (losses, [[(number, e.train_loss) for number, e in enumerate(run.epochs, 1)] for run in group]),
+            (
+                scores,
+                [
+                    [(number, 100 * e.val_score) for number, e in enumerate(run.epochs, 1) if e.val_score is not None]
+                    for run in group
+                ],
+            ),
         ):
             for curve in curves:
-                axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.3, linewidth=1)
-            averages = [mean(values) for values in zip(*curves, strict=False)]
-            axes.plot(range(1, len(averages) + 1), averages, color=colour, linewidth=2, label=variant)
+                axes.plot(*zip(*curve, strict=True) if curve else ([], []), color=colour, alpha=0.3, linewidth=1)
+            common = list(zip(*curves, strict=False))
+            epochs = [points[0][0] for points in common]
+            averages = [mean(value for _, value in points) for points in common]
+            axes.plot(epochs, averages, color=colour, linewidth=2, label=variant)
     for axes, label in ((losses, "training loss"), (scores, f"validation {runs[0].metric}, %")):
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

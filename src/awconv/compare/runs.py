@@ -250,6 +250,13 @@ class Plan:
             build=build,
         )
 
+    def check(self) -> None:
+        """Raises a ValueError where the parser refuses the settings, after it has said why."""
+        try:
+            self.parse(build=False)
+        except SystemExit as error:
+            raise ValueError(f"the settings of variant {self.variant.name} are not those of a training") from error
+
     def finished(self) -> Run | None:
         """The run, if it is finished already.
 
@@ -284,7 +291,7 @@ class Plan:
         Raises:
             KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
             SIGTERMException: the process is to end.
-            ValueError: there is nothing to test on.
+            ValueError: there is nothing to test on, or an interrupted run was of other settings.
         """
         cli = self.parse()
         model, trainer, data = cli.model, cli.trainer, opened.of(cli, self.split)
@@ -327,12 +334,22 @@ class Plan:
         return run
 
     def _interrupted(self, now: dict[str, str]) -> str | None:
-        """The last checkpoint of this run, if it is one of the same settings."""
+        """The last checkpoint of this run.
+
+        Raises:
+            ValueError: it is of other settings.
+        """
         last = find_last(self.folder / self.name)
         if last is None:
             return None
-        state = read_checkpoint(last)["callbacks"].get(SameSettings.__qualname__, {})
-        return str(last) if state.get("settings") == now else None
+        there = read_checkpoint(last)["callbacks"].get(SameSettings.__qualname__, {}).get("settings", {})
+        differing = differences(there, now)
+        if differing:
+            raise ValueError(
+                f"{self.folder / self.name} holds checkpoints of other settings: {'; '.join(differing[:3])}. Name "
+                "another folder with --out, or remove this one to train anew"
+            )
+        return str(last)
 
 
 def recorded(checkpoint: dict[str, Any]) -> list[Epoch]:
@@ -359,9 +376,10 @@ class _Recorder(pl.Callback):
         self._begun = 0.0
         self._seconds = 0.0  # in this epoch, and before an interruption of it
         self._losses: list[Tensor] = []
+        self._score: float | None = None  # of an evaluation in this epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seconds, self._losses = 0.0, []
+        self._seconds, self._losses, self._score = 0.0, [], None
         self._begin(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -382,12 +400,15 @@ class _Recorder(pl.Callback):
         self._seconds = time.perf_counter() - self._begun
         self._on_progress(trainer.current_epoch + (batch_idx + 1) / batches, trainer.max_epochs or 0)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         score = trainer.callback_metrics.get(f"val/{pl_module.score}")
+        self._score = None if score is None else score.item()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.epochs.append(
             Epoch(
                 train_loss=torch.stack(self._losses).double().mean().item(),
-                val_score=None if score is None else score.item(),
+                val_score=self._score,
                 seconds=self._seconds,
             )
         )

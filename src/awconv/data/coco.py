@@ -108,18 +108,28 @@ class Coco(DetectionDataModule):
         known = {category["id"] for category in content["categories"]}
         marked: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
+            what = f"annotation {annotation.get('id')} of split {name}"
+            _check(annotation, ("image_id", "category_id", "bbox"), what)
             number = annotation["category_id"]
             if annotation["image_id"] not in marked or number not in known:
                 raise ValueError(
-                    f"annotation {annotation.get('id')} of split {name} names image {annotation['image_id']} and "
+                    f"{what} names image {annotation['image_id']} and "
                     f"category {number}, of which one is not in the file"
                 )
             if number in label:
                 marked[annotation["image_id"]].append(annotation)
             elif split == "train":
                 self.summary.other_boxes += 1
+        for image in content["images"]:
+            _check(image, ("file_name", "width", "height"), f"image {image['id']} of split {name}")
         folder = self.images.format(split=name)
         return [_annotated(image, marked[image["id"]], folder, label) for image in content["images"]]
+
+
+def _check(entry: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
+    missing = [name for name in names if name not in entry]
+    if missing:
+        raise ValueError(f"{what} is not in COCO's format: it has no {' and no '.join(missing)}")
 
 
 def _annotated(

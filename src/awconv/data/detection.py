@@ -26,6 +26,7 @@ from awconv.data.order import Draw, derive_seed, seed_all
 
 Target = dict[str, Tensor]
 Array = np.ndarray[Any, Any]
+_LEAST = 1.0  # pixels: what torchvision's augmentation leaves out, too
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class BoxSummary:
     Attributes:
         images: that are trained on.
         boxes: that are trained on.
-        empty_boxes: left out, because they have no width or no height.
-        outside_boxes: left out, because they lie outside their image.
+        empty_boxes: left out, because they are less than a pixel wide or high.
+        outside_boxes: left out, because less than a pixel of them lies inside their image.
         clipped_boxes: that were clipped to their image.
         crowd_regions: left out of the training.
         other_boxes: left out, because their category was not asked for.
@@ -82,7 +83,7 @@ class BoxSummary:
 
     def __str__(self) -> str:
         notes = [
-            (self.empty_boxes, "empty boxes left out"),
+            (self.empty_boxes, "empty boxes (less than a pixel) left out"),
             (self.outside_boxes, "boxes outside their image left out"),
             (self.clipped_boxes, "boxes clipped to their image"),
             (self.crowd_regions, "crowd regions not trained on"),
@@ -98,10 +99,10 @@ class BoxSummary:
 def clean(image: Annotated, counts: BoxSummary) -> Annotated:
     """The boxes of an image that can be trained on, clipped to it; what was left out is counted."""
     boxes, crowd = image.boxes, image.crowd.astype(bool)
-    empty = ((boxes[:, 2:] - boxes[:, :2]) <= 0).any(1)
+    empty = ((boxes[:, 2:] - boxes[:, :2]) < _LEAST).any(1)
     limits = np.array([image.width, image.height] * 2, boxes.dtype)
     clipped = boxes.clip(0, limits)
-    outside = ((clipped[:, 2:] - clipped[:, :2]) <= 0).any(1) & ~empty
+    outside = ((clipped[:, 2:] - clipped[:, :2]) < _LEAST).any(1) & ~empty
     kept = ~(empty | outside | crowd)
     counts.crowd_regions += int(crowd.sum())
     counts.empty_boxes += int((empty & ~crowd).sum())
@@ -125,8 +126,8 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
     """Images with boxes, decoded at each access.
 
     An item is an image, uint8 of shape (3, H, W), and a dictionary of ``boxes`` (float32, shape (K, 4): x1, y1, x2, y2
-    in pixels), ``labels`` (int64, from 1), ``area``, ``iscrowd`` and ``image_id``; None where a broken image is
-    skipped.
+    in pixels), ``labels`` (int64, from 1), ``area``, ``iscrowd`` and ``image_id``; where a broken image is skipped,
+    another one in training, and None in an evaluation.
 
     Args:
         files: where the images are.
@@ -148,16 +149,23 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         return len(self.images)
 
     def __getitem__(self, index: int | Draw) -> tuple[Tensor, Target] | None:
-        if isinstance(index, Draw):
-            seed_all(derive_seed(index.seed, index.epoch, index.image))
-            index = index.image
+        if not isinstance(index, Draw):
+            return self._read(index)
+        seed_all(derive_seed(index.seed, index.epoch, index.image))
+        for step in range(len(self)):  # in the place of a broken image, the one behind it
+            item = self._read((index.image + step) % len(self))
+            if item is not None:
+                return item
+        raise BrokenImageError(f"none of the {len(self)} images can be decoded")
+
+    def _read(self, index: int) -> tuple[Tensor, Target] | None:
         annotated = self.images[index]
         try:
             picture = read_image(self.files.read(annotated.path), self.files.name(annotated.path)).convert("RGB")
             if picture.size != (annotated.width, annotated.height):
                 raise BrokenImageError(
                     f"{self.files.name(annotated.path)}: the annotations say {annotated.width}x{annotated.height} "
-                    f"pixels, and it has {picture.width}x{picture.height}"
+                    f"pixels, and it has {picture.width}x{picture.height} (EXIF orientations are not applied)"
                 )
         except (BrokenImageError, FileNotFoundError) as error:
             log_skipped(error, self.skip_broken)
@@ -297,7 +305,9 @@ class DetectionDataModule(DataModule):
         if self.images_without_boxes == "skip":
             cleaned = [image for image in cleaned if len(image.boxes)]
         if not cleaned:
-            raise ValueError(f"no image of {self.root} has a box to train on ({self.summary})")
+            raise ValueError(
+                f"no image of {self.root} has a box to train on ({self.summary}); boxes are counted in pixels"
+            )
         self.summary.images = len(cleaned)
         if self.inspect and self._share.rank == 0:
             self._inspect(cleaned)
@@ -323,7 +333,7 @@ class DetectionDataModule(DataModule):
         elif self.augmentation == "ssd":
             grey = {tv_tensors.Image: (123, 117, 104), "others": 0}  # the mean of ImageNet's images
             steps += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=grey), v2.RandomIoUCrop()]
-        compose: Callable[[Any, Any], tuple[Any, Any]] = v2.Compose([*steps, v2.SanitizeBoundingBoxes()])
+        compose: Callable[[Any, Any], tuple[Any, Any]] = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=_LEAST)])
         return compose
 
     def _loader(self, split: Split) -> Any:
@@ -339,6 +349,4 @@ class DetectionDataModule(DataModule):
 def collate(batch: list[Any]) -> tuple[list[Tensor], list[Target]]:
     """Two lists, without the images that were left out."""
     readable = [item for item in batch if item is not None]
-    if not readable:
-        raise BrokenImageError(f"none of the {len(batch)} images of a batch can be decoded")
     return [image for image, _ in readable], [target for _, target in readable]

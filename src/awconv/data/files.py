@@ -30,8 +30,9 @@ class Files:
         if root.is_file():
             if not zipfile.is_zipfile(root):
                 raise ValueError(f"{root} is neither a folder nor a zip archive")
-            tops = {name.partition("/")[0] for name in self._archive.namelist() if "/" in name}
-            loose = any("/" not in name for name in self._archive.namelist())
+            names = [name for name in self._archive.namelist() if not name.startswith("__MACOSX/")]
+            tops = {name.partition("/")[0] for name in names if "/" in name}
+            loose = any("/" not in name for name in names)
             if len(tops) == 1 and not loose:
                 self._prefix = f"{tops.pop()}/"
         elif not root.is_dir():

@@ -67,7 +67,13 @@ class Voc(DetectionDataModule):
             year, slash, name = given.partition("/")
             if not slash:
                 raise ValueError(f"a split of VOC is YEAR/LIST, such as VOC2007/trainval, got {given!r}")
-            listed = self.files.read(f"{year}/ImageSets/Main/{name}.txt").decode().split()
+            try:
+                listed = self.files.read(f"{year}/ImageSets/Main/{name}.txt").decode().split()
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{error}; name the lists that are there, such as --data.{split}='[VOC2007/trainval]'"
+                    + ("" if split == "train" else f", or none with --data.{split}=null")
+                ) from error
             for stem in listed:
                 images.append(self._annotated(year, stem, len(images), split == "train"))
         return images

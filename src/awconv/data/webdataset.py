@@ -50,9 +50,11 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
     """
 
     def __init__(self, pattern: str) -> None:
-        self._shards = sorted(path for one in _expanded(pattern) for path in glob.glob(one, recursive=True))
-        if not self._shards:
-            raise FileNotFoundError(f"no file matches {pattern!r}; expected a tar file or a glob pattern of some")
+        found = {one: glob.glob(one, recursive=True) for one in _expanded(pattern)}
+        missing = [one for one, paths in found.items() if not paths]
+        if missing:
+            raise FileNotFoundError(f"no file matches {missing[0]!r}; expected a tar file or a glob pattern of some")
+        self._shards = sorted(path for paths in found.values() for path in paths)
         self._places: list[_Place] = []
         self.blocks: list[int] = []
         self.targets: list[int] = []
@@ -79,6 +81,11 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
             stem, _, ending = path.name.partition(".")
             key, ending = str(path.with_name(stem)), ending.lower()
             if f".{ending.rpartition('.')[2]}" in endings:
+                if key in images:
+                    raise ValueError(
+                        f"{self._shards[number]}: {images[key].name} and {member.name} are both images of {key}; "
+                        "expected one"
+                    )
                 images[key] = _Place(number, member.name, member.offset_data, member.size)
             elif ending in _LABELS:
                 content = tar.extractfile(member)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from awconv.extras import require
-from awconv.models.detection import faster_rcnn, ssd300
+from awconv.models.detection import TORCHVISIONS_INPUT, faster_rcnn, ssd300
 from awconv.models.detection.faster_rcnn import Norm
 from awconv.tasks.task import Task, check_network
 
@@ -105,6 +105,8 @@ class DetectionTask(Task):
                 min_size=tuple(sizes) if isinstance(sizes, Sequence) else sizes,
                 max_size=hparams["max_size"],
             )
+        elif hparams["pretrained"] is True:  # of weights that are only loaded later, too
+            arguments = TORCHVISIONS_INPUT | arguments
         try:
             return _DETECTORS[hparams["detector"]](hparams["network"], **arguments)
         except TypeError as error:
@@ -168,6 +170,8 @@ class DetectionTask(Task):
 
     def _evaluate(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> None:
         images, targets = batch
+        if not images:  # broken ones were left out
+            return
         for detections, target in zip(self(images), targets, strict=True):
             self.evaluation.append(
                 Evaluated(

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from awconv.data import DataModule, DetectionDataModule, ImageDataModule
+from awconv.data.loading import Split
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
@@ -137,6 +138,13 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 "there is nothing to evaluate: give --ckpt_path, a checkpoint of awconv fit, or --model.pretrained"
             )
+        if self.model.evaluates_pretrained and self._task is DetectionTask:
+            raise ValueError("pretrained weights are of a detector's backbone alone: give --ckpt_path")
+        self._check_split("test" if self.subcommand == "test" else "val")
+
+    def _check_split(self, split: Split) -> None:
+        if self.datamodule.dataset(split) is None:
+            raise ValueError(f"the data have no {split} split to evaluate on; name one, or give data.val_fraction")
 
     def before_test(self) -> None:
         """Says so where the data have no test split."""

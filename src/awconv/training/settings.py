@@ -20,12 +20,27 @@ _ELSEWHERE = {
         "enable_model_summary",
         "log_every_n_steps",
     ),
-    "data": ("root", "num_workers", "download", "inspect"),
+    "data": ("num_workers", "download", "inspect"),
     "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config"),
 }
-_PATHS = ("train", "val", "test")  # of files, which lie elsewhere on another machine
+_PATHS = {
+    "root": 1,
+    "train": 2,
+    "val": 2,
+    "test": 2,
+}  # last names that are compared of paths
 # A longer training may go on from a shorter one; with these changed, its steps would be others.
-_OF_STEPS = ("accumulate_grad_batches", "precision", "devices", "num_nodes")
+_OF_STEPS = (
+    "accumulate_grad_batches",
+    "devices",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "num_nodes",
+    "overfit_batches",
+    "precision",
+    "sync_batchnorm",
+)
 
 
 def settings(parser: Any, config: Any) -> dict[str, str]:
@@ -43,9 +58,9 @@ def settings(parser: Any, config: Any) -> dict[str, str]:
     data = content["data"].get("init_args", {})
     for name in _ELSEWHERE["data"]:
         data.pop(name, None)
-    for name in _PATHS:
+    for name, count in _PATHS.items():
         if isinstance(data.get(name), str):
-            data[name] = PurePath(data[name]).name
+            data[name] = "/".join(PurePath(data[name]).parts[-count:])
     flat: dict[str, str] = {}
 
     def flatten(prefix: str, value: Any) -> None:

@@ -27,7 +27,6 @@ class FiniteLoss(pl.Callback):
     def __init__(self) -> None:
         self._first: Tensor | None = None
         self._rates: dict[int, float] = {}
-        self._last_good: Path | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

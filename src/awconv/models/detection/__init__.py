@@ -1,6 +1,6 @@
 """Detectors of torchvision on backbones with attention."""
 
 from awconv.models.detection.faster_rcnn import PyramidBackbone, faster_rcnn
-from awconv.models.detection.ssd import ssd300
+from awconv.models.detection.ssd import TORCHVISIONS_INPUT, ssd300
 
-__all__ = ["PyramidBackbone", "faster_rcnn", "ssd300"]
+__all__ = ["TORCHVISIONS_INPUT", "PyramidBackbone", "faster_rcnn", "ssd300"]

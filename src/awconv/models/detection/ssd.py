@@ -17,7 +17,9 @@ from awconv.convert import convert as convert_layers
 from awconv.models.detection.arguments import check_arguments
 
 _STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG-16
-_IMAGENET = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+_IMAGENET: dict[str, Any] = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+TORCHVISIONS_INPUT: dict[str, Any] = dict(image_mean=[0.48235, 0.45882, 0.40784], image_std=[1 / 255] * 3)
+"""What the images of torchvision's own VGG-16 features are normalised by."""
 
 
 def ssd300(
@@ -67,7 +69,7 @@ def ssd300(
         weights_backbone=VGG16_Weights.IMAGENET1K_FEATURES if torchvisions else None,
         num_classes=num_classes,
         trainable_backbone_layers=len(_STAGES) if torchvisions else None,
-        **(({} if torchvisions else _IMAGENET) | kwargs),
+        **((TORCHVISIONS_INPUT if torchvisions else _IMAGENET) | kwargs),
     )
     modules = detector.backbone.modules()
     vgg = [module for module in modules if isinstance(module, nn.Conv2d)][: sum(_STAGES)]
