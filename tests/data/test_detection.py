@@ -66,8 +66,8 @@ def test_what_cannot_be_trained_on_is_counted(tmp_path: Path) -> None:
     assert dict(summary.modes) == {"L": 1, "CMYK": 1}
     assert str(summary) == (
         "4 images, 7 boxes; 2 empty boxes (less than a pixel) left out; 1 boxes outside their image left out; 1 boxes "
-        "clipped to their image; 2 crowd regions not trained on; 1 images without boxes; 1 images of mode CMYK converted "
-        "to RGB; 1 images of mode L converted to RGB"
+        "clipped to their image; 2 crowd regions not trained on; 1 images without boxes; 1 images of mode CMYK "
+        "converted to RGB; 1 images of mode L converted to RGB"
     )
     flower = next(image for image in dataset.images if image.image_id == 41)
     assert flower.boxes[-1].tolist() == [0, 0, 12, 16]
