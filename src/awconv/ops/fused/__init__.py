@@ -147,8 +147,16 @@ class _Fused(torch.autograd.Function):
     backward = staticmethod(_grads)
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        output: Tensor = torch.ops.awconv.fused(*arguments)
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        gain: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
+        output: Tensor = torch.ops.awconv.fused(input, weight, gain, stride, padding, dilation, groups)
         return output
 
 
