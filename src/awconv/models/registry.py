@@ -132,7 +132,8 @@ for _plain in ("resnet18", "resnet50", "resnet101"):
             _register(_name, _build, _IMAGENET, paper=_paper)
         _register_aw(_name, _IMAGENET, in_residual_stages)
 # VGG has no norms, and attention that starts at random would enlarge its activations in each layer.
-_register_aw("vgg16", _VGG, behind_the_first, init="identity", feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(6))))
+_VGG_FEATURES: dict[str, Any] = dict(feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(6))))
+_register_aw("vgg16", _VGG, behind_the_first, init="identity", **_VGG_FEATURES)
 for _plain in ("mobilenetv1_100", "mobilenetv2_100"):
     _register_aw(_plain, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
     for _scheme in ("se", "cbam"):
