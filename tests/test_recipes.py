@@ -28,6 +28,16 @@ CLASSIFICATION = [recipe for recipe in RECIPES if not is_detection(recipe)]
 DETECTION = [recipe for recipe in RECIPES if is_detection(recipe)]
 
 
+QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+def take_two_steps(cli: TrainingCLI) -> None:
+    before = [parameter.clone() for parameter in cli.model.network.parameters()]
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert cli.trainer.global_step == 2
+    assert any(not torch.equal(a, b) for a, b in zip(before, cli.model.network.parameters(), strict=True))
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Parts of two photographs, as two classes."""
@@ -64,19 +74,14 @@ def test_a_recipe_trains_its_aw_network_for_two_steps(recipe: Path, photographs:
             "--trainer.limit_train_batches=2",
             "--trainer.max_epochs=1",
             "--trainer.limit_val_batches=1",
-            "--trainer.logger=false",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
+            *QUIET,
             f"--trainer.default_root_dir={tmp_path}",
         ],
         run=False,
         save_config=False,
     )
-    before = [parameter.clone() for parameter in cli.model.network.parameters()]
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    assert cli.trainer.global_step == 2
+    take_two_steps(cli)
     assert math.isfinite(cli.trainer.callback_metrics["val/loss"])
-    assert any(not torch.equal(a, b) for a, b in zip(before, cli.model.network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("recipe", DETECTION, ids=lambda path: path.stem)
@@ -100,20 +105,15 @@ def test_a_recipe_trains_its_aw_detector_for_two_steps(recipe: Path, tmp_path: P
             "--trainer.devices=1",
             "--trainer.max_epochs=1",
             "--trainer.check_val_every_n_epoch=1",
-            "--trainer.logger=false",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
+            *QUIET,
             f"--trainer.default_root_dir={tmp_path}",
         ],
         run=False,
         save_config=False,
     )
-    before = [parameter.clone() for parameter in cli.model.network.parameters()]
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    assert cli.trainer.global_step == 2
+    take_two_steps(cli)
     assert math.isfinite(cli.trainer.callback_metrics["train/loss"])
     assert 0 <= cli.trainer.callback_metrics["val/AP"] <= 1
-    assert any(not torch.equal(a, b) for a, b in zip(before, cli.model.network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("recipe", CLASSIFICATION, ids=lambda path: path.stem)

@@ -22,9 +22,9 @@ usage: awconv COMMAND [ARGUMENTS]
   compare   train the variants of a recipe over seeds, and report how they compare
   ablate    the same over the choices that an AW branch leaves, on the validation split
   publish   write the weights of a finished run for others, with a model card
-  predict   classify image files with a checkpoint
+  predict   classify image files with a checkpoint, or find the objects in them
   models    list the models with attention, and what they cost beside their twins without
-  bench     time a layer (bench op), networks or detectors (bench model NAME ...) beside plain ones
+  bench     time a layer (bench op), networks (bench model NAME ...) or detectors (bench detector) beside plain ones
 
 awconv COMMAND --help lists a command's arguments.
 """

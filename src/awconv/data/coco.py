@@ -113,8 +113,8 @@ class Coco(DetectionDataModule):
             number = annotation["category_id"]
             if annotation["image_id"] not in marked or number not in known:
                 raise ValueError(
-                    f"{what} names image {annotation['image_id']} and "
-                    f"category {number}, of which one is not in the file"
+                    f"{what} names image {annotation['image_id']} and category {number}, of which one is not in the "
+                    "file"
                 )
             if number in label:
                 marked[annotation["image_id"]].append(annotation)

@@ -23,12 +23,8 @@ _ELSEWHERE = {
     "data": ("num_workers", "download", "inspect"),
     "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config"),
 }
-_PATHS = {
-    "root": 1,
-    "train": 2,
-    "val": 2,
-    "test": 2,
-}  # last names that are compared of paths
+# How many of a path's last names are compared: it begins otherwise on another machine.
+_PATHS = {"root": 1, "train": 2, "val": 2, "test": 2}
 # A longer training may go on from a shorter one; with these changed, its steps would be others.
 _OF_STEPS = (
     "accumulate_grad_batches",

@@ -147,7 +147,7 @@ class _Fused(torch.autograd.Function):
     backward = staticmethod(_grads)
 
     @staticmethod
-    def forward(
+    def forward(  # torch.compile would put its context among variable arguments
         input: Tensor,
         weight: Tensor,
         gain: Tensor,
