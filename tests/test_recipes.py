@@ -87,18 +87,22 @@ def test_a_recipe_trains_its_aw_network_for_two_steps(recipe: Path, photographs:
 @pytest.mark.parametrize("recipe", DETECTION, ids=lambda path: path.stem)
 def test_a_recipe_trains_its_aw_detector_for_two_steps(recipe: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
-    network = find_variant(content["model"]["network"], "aw").network
+    network = content["model"]["network"]
+    if timm.is_model(f"aw_{network}"):
+        attention = [f"--model.network=aw_{network}"]
+    else:
+        attention = [f"--config={recipe.parent / 'variants' / 'aw_identity.yaml'}"]
     small = [] if content["model"].get("detector") == "ssd300" else ["--model.min_size=106", "--model.max_size=160"]
     cli = TrainingCLI(
         [
             f"--config={recipe}",
+            *attention,
             "--data=Coco",
             f"--data.root={write_coco(tmp_path)}",
             "--data.val=train2017",
             "--data.batch_size=1",
             "--data.num_workers=0",
             f"--data.augmentation={content['data']['init_args']['augmentation']}",
-            f"--model.network={network}",
             "--model.pretrained=false",
             *small,
             "--trainer.accelerator=cpu",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from awconv.bench.detector import twin_detectors
 from awconv.bench.rivals import RoutedCondConv2d, with_condconv
 from awconv.bench.roofline import work_of
 from awconv.bench.timing import peak_memory, ratios
@@ -17,6 +20,7 @@ from awconv.cli import main
 from awconv.ops.choose import ALGORITHMS, forced
 from awconv.ops.problem import describe
 from tests.ops.problems import TYPICAL
+from tests.photographs import photograph
 
 TINY = ["--channels=4", "--batch=2", "--rounds=1"]
 
@@ -70,6 +74,24 @@ def test_a_detector_is_timed_beside_its_twin(
     assert main(["bench", "detector", backbone, *arguments]) == 0
     measured = [(row["work"], row["way"]) for row in rows(capsys)]
     assert measured == [(work, way) for work in works for way in ("plain", "aw")]
+
+
+@pytest.mark.parametrize(
+    ("detector", "backbone", "arguments"),
+    [
+        ("faster_rcnn", "aw_resnet18", dict(min_size=96, max_size=160, box_score_thresh=0.0)),
+        ("ssd300", "aw_vgg16", dict(score_thresh=0.0)),
+    ],
+)
+def test_both_detectors_have_the_same_to_do(detector: Any, backbone: str, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    detectors = twin_detectors(detector, backbone, **arguments)
+    image = pil_to_tensor(photograph("china")) / 255
+    with torch.no_grad():
+        plain, aw = (detectors[way].eval()([image])[0] for way in ("plain", "aw"))
+    assert len(plain["boxes"]) == len(aw["boxes"]) > 10
+    # Single precision through up to 18 layers; the order of scores that lie close together is not compared.
+    torch.testing.assert_close(aw["scores"], plain["scores"], rtol=1e-3, atol=1e-4)
 
 
 def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from awconv.compare import ablate, compare
 from awconv.compare.ablation import arms, choices
-from awconv.compare.report import cells, markdown_table, rich_table, summarise, with_tables, write_report
+from awconv.compare.report import cells, headings, markdown_table, rich_table, summarise, with_tables, write_report
 from awconv.compare.runs import Epoch, OpenedData, Plan, Run, Variant, base_network, find_variant, parse
 from awconv.training.settings import differences, settings
 
@@ -99,6 +99,17 @@ def test_the_tables_show_every_cell() -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(rich_table(rows, "title"))
     assert "92.00 ± 2.83" in console.export_text()
+
+
+def test_further_figures_have_columns() -> None:
+    def of(seed: int, small: float) -> Run:
+        return replace(RUNS[0], seed=seed, metric="box AP", figures={"AP50": 0.5 + 0.1 * seed, "AP_small": small})
+
+    rows = summarise([of(0, 0.25), of(1, 0.35)])
+    assert headings(rows)[4:7] == ("box AP, %", "AP50", "AP_small")
+    assert cells(rows[0])[5:7] == ("55.00", "30.00")
+    assert markdown_table(rows).splitlines()[1].count("---") == len(headings(rows))
+    assert cells(*summarise([of(0, -1.0)]))[5:7] == ("50.00", "")  # there was no small object
 
 
 def test_the_report_folder_holds_json_curves_and_a_page(tmp_path: Path) -> None:

@@ -346,6 +346,8 @@ def test_twins_are_compared(photographs: Path, tmp_path: Path) -> None:
     assert compare(recipe, "plain,aw", seeds=1, out=tmp_path / "out", overrides=TINY) == 0
     plain, aw = (Run.load(tmp_path / "out" / f"{name}-seed0.json") for name in ("plain", "aw"))
     assert plain.metric == aw.metric == "box AP"
+    assert aw.figures.keys() == {"AP50", "AP75", "AP_small", "AP_medium", "AP_large"}
+    assert 0 <= aw.score <= aw.figures["AP50"] <= 1
     assert aw.parameters > plain.parameters
     assert aw.operations is not None
     assert plain.operations is not None

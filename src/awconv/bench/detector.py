@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from awconv.bench.model import Side, check_twins
 from awconv.bench.report import Format, Row, check_device, names, numbers, print_rows
 from awconv.bench.timing import ratios
+from awconv.convert import AW_LAYERS
 from awconv.models.detection import faster_rcnn, ssd300
 from awconv.models.registry import TWINS
 from awconv.ops.choose import ALGORITHMS
 
 _OBJECTS = 8  # boxes an image, about COCO's mean
+_FINE_TUNED = {"faster_rcnn": dict(norm="frozen", trainable_layers=3), "ssd300": dict(trainable_layers=4)}
 
 
 def bench_detector(
@@ -30,7 +32,10 @@ def bench_detector(
     rounds: int = 5,
     format: Format = "table",
 ) -> int:
-    """Times detectors with AW backbones in turn with those of their plain twins, at random weights.
+    """Times detectors with AW backbones in turn with those of their plain twins.
+
+    Weights are random, and the AW detector computes what the plain one does (``init="identity"``): both have as many
+    proposals. Norms are frozen and the first stages not trained, as in fine-tuning.
 
     Args:
         backbones: their names, such as aw_resnet50.
@@ -59,13 +64,10 @@ def bench_detector(
     if len(sides) != 2:
         raise ValueError(f"size must be a height and a width such as 800x1333, got {size!r}")
     height, width = sides
+    arguments = dict(min_size=min(sides), max_size=max(sides)) if detector == "faster_rcnn" else {}
     rows: list[Row] = []
     for name in backbones:
-        build: Any = ssd300
-        arguments: dict[str, Any] = {}
-        if detector == "faster_rcnn":
-            build, arguments = faster_rcnn, dict(min_size=min(sides), max_size=max(sides))
-        detectors = {way: build(one, **arguments) for way, one in (("plain", TWINS[name]), ("aw", name))}
+        detectors = twin_detectors(detector, name, **arguments)
         for images in batches:
             input = torch.rand(images, 3, height, width, device=device)
             competitors = {
@@ -78,6 +80,23 @@ def bench_detector(
                 rows += [Row(subject, kind, way, ratio, {"batch": images}) for way, ratio in timed.items()]
     print_rows(rows, device, format)
     return 0
+
+
+def twin_detectors(detector: Literal["faster_rcnn", "ssd300"], backbone: str, **arguments: Any) -> dict[str, nn.Module]:
+    """The detectors ``"plain"`` and ``"aw"``, of the same random weights, which detect the same to rounding.
+
+    Args:
+        detector: ``faster_rcnn`` or ``ssd300``.
+        backbone: an AW network with a plain twin.
+        **arguments: of the detector.
+    """
+    build: Any = {"faster_rcnn": faster_rcnn, "ssd300": ssd300}[detector]
+    plain, aw = (build(name, **(_FINE_TUNED[detector] | arguments)) for name in (TWINS[backbone], backbone))
+    aw.load_state_dict(plain.state_dict(), strict=False)  # all but the branches
+    for layer in aw.modules():
+        if isinstance(layer, AW_LAYERS):
+            layer.weight.data /= layer.start_constant()
+    return {"plain": plain, "aw": aw}
 
 
 class DetectorSide(Side):

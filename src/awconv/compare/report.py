@@ -50,6 +50,7 @@ class Row:
         metric: what the score is, such as ``"accuracy"``.
         score: mean over the seeds, in percent.
         spread: standard deviation over the seeds, in percentage points; None for one seed.
+        figures: means of others, in percent, such as ``AP50``; None where there is nothing to judge by.
         difference: to the twin; None for the first variant, and without common seeds.
         seconds_per_epoch: median over the runs.
         ratio: ``seconds_per_epoch`` over that of the first variant.
@@ -63,6 +64,7 @@ class Row:
     metric: str
     score: float
     spread: float | None
+    figures: dict[str, float | None]
     difference: Difference | None
     seconds_per_epoch: float
     ratio: float
@@ -76,6 +78,7 @@ def headings(rows: Sequence[Row]) -> tuple[str, ...]:
         "parameters",
         "multiply-adds, M",
         f"{rows[0].metric}, %",
+        *rows[0].figures,
         "seeds",
         "paired difference (95 % interval)",
         "time ratio",
@@ -102,12 +105,18 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
                 metric=group[0].metric,
                 score=mean(scores),
                 spread=stdev(scores) if len(scores) > 1 else None,
+                figures=_figures(group),
                 difference=None if twin == variant else paired_difference(group, by_variant[twin]),
                 seconds_per_epoch=seconds,
                 ratio=seconds / rows[0].seconds_per_epoch if rows else 1.0,
             )
         )
     return rows
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, float | None]:
+    every = {name: [100 * run.figures[name] for run in runs] for name in runs[0].figures}
+    return {name: mean(values) if min(values) >= 0 else None for name, values in every.items()}
 
 
 def _twin(run: Run, by_variant: Mapping[str, Sequence[Run]]) -> str:
@@ -142,6 +151,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.parameters:,}",
         "" if row.operations is None else f"{row.operations / 1e6:,.2f}",
         f"{row.score:.2f}{spread}",
+        *("" if value is None else f"{value:.2f}" for value in row.figures.values()),
         str(row.seeds),
         "" if gain is None else f"{gain.mean:+.2f}{interval} to {gain.to}",
         f"{row.ratio:.2f}",

@@ -9,7 +9,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -66,6 +66,7 @@ class Run:
         operations: multiply-adds for one image; None in runs of versions that did not count them.
         jobs: how many runs shared the device.
         metric: ``"accuracy"``, the share of images that were classified rightly, or ``"box AP"`` (COCO's).
+        figures: others by name, from 0 to 1, such as ``AP50``; negative where there is nothing to judge by.
     """
 
     variant: str
@@ -80,6 +81,7 @@ class Run:
     operations: int | None = None
     jobs: int = 1
     metric: str = "accuracy"
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -328,6 +330,7 @@ class Plan:
             },
             jobs=self.jobs,
             metric=model.score_name,
+            figures={name: metrics[f"{self.split}/{name}"] for name in model.further_figures},
         )
         if trainer.is_global_zero:
             run.save(self.file)

@@ -186,7 +186,7 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
 
-Augmentation = Literal["flip", "scale_jitter", "ssd"]
+Augmentation = Literal["none", "flip", "scale_jitter", "ssd"]
 
 
 class DetectionDataModule(DataModule):
@@ -205,7 +205,8 @@ class DetectionDataModule(DataModule):
         images_without_boxes: ``"skip"`` leaves them out of the training, as is usual for COCO; ``"keep"`` trains on
             them as background. They are always evaluated.
         augmentation: ``"flip"`` mirrors half of the images; ``"scale_jitter"`` also enlarges or shrinks them at random
-            and crops (arXiv 2012.07177); ``"ssd"`` distorts colours, zooms out and crops (arXiv 1512.02325).
+            and crops (arXiv 2012.07177); ``"ssd"`` distorts colours, zooms out and crops (arXiv 1512.02325);
+            ``"none"`` leaves them as they are.
         jitter_size: height and width that the scale jitter crops to, in pixels.
         inspect: open every training image before the training, to count those that are not RGB and to find missing and
             broken ones.
@@ -326,7 +327,7 @@ class DetectionDataModule(DataModule):
             self.summary.modes.update(name for name in pool.map(mode, images) if name != "RGB")
 
     def _transform(self) -> Callable[[Any, Any], tuple[Any, Any]]:
-        steps: list[Any] = [v2.RandomHorizontalFlip(0.5)]
+        steps: list[Any] = [] if self.augmentation == "none" else [v2.RandomHorizontalFlip(0.5)]
         if self.augmentation == "scale_jitter":
             size = (self.jitter_size, self.jitter_size)
             steps += [v2.ScaleJitter(size, antialias=True), v2.RandomCrop(size, pad_if_needed=True)]

@@ -61,6 +61,7 @@ class DetectionTask(Task):
         "detector_args",
     )
     score, score_name = "AP", "box AP"
+    further_figures = ("AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ class Task(pl.LightningModule):
     """The figure by which networks are compared, a share of 1 that grows; it is logged as ``SPLIT/score``."""
     score_name: ClassVar[str]
     """What a table calls it, in percent."""
+    further_figures: ClassVar[tuple[str, ...]] = ()
+    """Others of that kind which a table gives beside it; negative where there is nothing to judge by."""
 
     network: nn.Module
 
