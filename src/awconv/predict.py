@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -53,7 +53,7 @@ class Detection:
     Attributes:
         label: the name of its category.
         score: from 0 to 1.
-        box: x1, y1, x2, y2 in pixels of the image.
+        box: x1, y1, x2, y2 in pixels of the image, as it stands upright.
     """
 
     label: str
@@ -104,7 +104,7 @@ def predict(
 ) -> int:
     """Prints what is in each image: its class, or the objects that a detector finds.
 
-    A broken image is reported by name, and the rest goes on.
+    A broken image is reported by name, and the rest goes on. Images with an EXIF orientation are turned upright first.
 
     Args:
         images: image files, and folders that are searched for them.
@@ -182,7 +182,7 @@ def classify(task: ClassificationTask, files: Sequence[Path], batch_size: int) -
         names, batch = [], []
         for file in files[start : start + batch_size]:
             try:
-                batch.append(to_uint8(read_image(str(file), str(file)), channels, size, task.crop_pct))
+                batch.append(to_uint8(read_image(str(file), str(file), upright=True), channels, size, task.crop_pct))
                 names.append(str(file))
             except BrokenImageError as error:
                 yield Failure(str(file), str(error))
@@ -206,9 +206,11 @@ def detect(
         draw: a folder for copies with boxes, as PNG; None draws nothing.
     """
     copies = _copies(files)
+    limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
+    limited.score_thresh = min(limited.score_thresh, threshold)
     for file in files:
         try:
-            image = pil_to_tensor(read_image(str(file), str(file)).convert("RGB"))
+            image = pil_to_tensor(read_image(str(file), str(file), upright=True).convert("RGB"))
         except BrokenImageError as error:
             yield Failure(str(file), str(error))
             continue
@@ -254,10 +256,14 @@ def _drawn(image: Tensor, detections: Sequence[Detection]) -> Image.Image:
     pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(max(10, size // 45))
     for detection in detections:
         text = f"{detection.label} {detection.score:.2f}"
-        left, top = detection.box[0], detection.box[1]
-        ink = pen.textbbox((left, top), text, font=font)
+        _, _, width, height = pen.textbbox((0, 0), text, font=font)
+        corner = (  # of the box, or as near as the whole label fits on the image
+            max(0, min(detection.box[0], drawn.width - width - 1)),
+            max(0, min(detection.box[1], drawn.height - height - 1)),
+        )
+        ink = pen.textbbox(corner, text, font=font)
         pen.rectangle((ink[0] - 1, ink[1] - 1, ink[2] + 1, ink[3] + 1), fill=colours[detection.label])
-        pen.text((left, top), text, fill="white", font=font)
+        pen.text(corner, text, fill="white", font=font)
     return drawn
 
 

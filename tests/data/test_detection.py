@@ -160,6 +160,14 @@ def test_the_images_of_a_batch_lie_or_stand_alike(tmp_path: Path) -> None:
     data = Coco(tmp_path, val_fraction=0, batch_size=4, num_workers=0, augmentation="flip")
     seen = [[image.shape[1] > image.shape[2] for image in images] for images, _ in data.train_dataloader()]
     assert sorted(map(sum, seen)) == [0, 0, 0, 0, 4]  # of 16 lying and 7 upright images
+    # Too few upright images for a batch of their own are seen all the same, with others.
+    few = Coco(tmp_path, val_fraction=0, batch_size=11, num_workers=0)
+    assert sorted(sum(i.shape[1] > i.shape[2] for i in images) for images, _ in few.train_dataloader()) in (
+        [0, 6],
+        [0, 7],
+    )
+    mixed = Coco(tmp_path, val_fraction=0, batch_size=4, num_workers=0, augmentation="scale_jitter", jitter_size=64)
+    assert {image.shape for images, _ in mixed.train_dataloader() for image in images} == {(3, 64, 64)}
     held_out = Coco(tmp_path, val_fraction=0.25, batch_size=4, num_workers=0)
     assert sum(len(images) for images, _ in held_out.val_dataloader()) == 6
     assert len(held_out.dataset("train") or ()) == 17
@@ -183,6 +191,32 @@ def test_a_flip_moves_boxes_with_what_they_mark(tmp_path: Path) -> None:
         again, _ = dataset[Draw(1, 0, number)]  # type: ignore[misc]
         assert torch.equal(again, image)
     assert flipped == {True, False}
+
+
+def test_without_augmentation_images_are_as_they_are(tmp_path: Path) -> None:
+    dataset = Coco(write_coco(tmp_path), val_fraction=0, augmentation="none").dataset("train")
+    assert dataset is not None
+    for number in range(6):
+        image, target = dataset[Draw(1, 0, number)]  # type: ignore[misc]
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(photograph("flower")))
+        torch.testing.assert_close(target["boxes"], corners("flower"))
+
+
+@pytest.mark.parametrize("annotated_as", ["seen", "stored"])
+def test_boxes_are_of_the_upright_image_unless_its_size_says_otherwise(annotated_as: str, tmp_path: Path) -> None:
+    content = annotations()
+    if annotated_as == "stored":
+        content["images"][0] |= {"width": HEIGHT, "height": WIDTH}
+    write_coco(tmp_path, content)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    stored = photograph("china").transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "train2017" / "china.png", exif=exif)
+    data = Coco(tmp_path, val="train2017")
+    assert len(data.dataset("train") or ()) == 2  # the look at the headers minds neither
+    image, _ = (data.dataset("val") or ())[0]  # type: ignore[misc]
+    expected = photograph("china") if annotated_as == "seen" else stored
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
 @pytest.mark.parametrize("augmentation", ["flip", "scale_jitter", "ssd"])
@@ -227,6 +261,29 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
     write_coco(tmp_path, content)
     with pytest.raises(ValueError, match="annotation 1 of split train2017 names image 40 and category 99"):
         Coco(tmp_path).dataset("train")
+    for part, entry, mistake, message in (
+        ("images", 0, {"width": "160"}, "image 40 of .*: width must be a whole number, got '160'"),
+        ("images", 1, {"id": "a"}, "image a of .*: id must be a whole number, got 'a'"),
+        ("images", 1, {"id": 40}, "2 images have the id 40, of which there must be one"),
+        ("categories", 0, {"name": 7}, "category 3 of .*: name must be text, got 7"),
+        ("categories", 0, {"name": "tree"}, "2 categories have the name 'tree'"),
+        ("annotations", 0, {"bbox": [1, 2, 3]}, r"annotation 1 of .*: bbox must be x, y, .*, got \[1, 2, 3\]"),
+        ("annotations", 0, {"bbox": [1, 2, 3, float("nan")]}, "bbox must be x, y, width and height"),
+        ("annotations", 0, {"bbox": None}, "bbox must be a list, got None"),
+    ):
+        content = annotations()
+        content[part][entry] |= mistake
+        write_coco(tmp_path, content)
+        with pytest.raises(ValueError, match=message):
+            Coco(tmp_path).dataset("train")
+    content = annotations()
+    del content["images"][1]["id"]
+    write_coco(tmp_path, content)
+    with pytest.raises(ValueError, match=r"image at position 1 of split train2017 .* it has no id"):
+        Coco(tmp_path).dataset("train")
+    write_coco(tmp_path, annotations() | {"annotations": None})
+    with pytest.raises(ValueError, match="annotations must be a list, got None"):
+        Coco(tmp_path).dataset("train")
     content = annotations()
     del content["annotations"][1]["bbox"]
     write_coco(tmp_path, content)
@@ -258,6 +315,15 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
             Coco(tmp_path, **{name: value})  # type: ignore[arg-type]
 
 
+def test_objects_without_an_area_have_that_of_their_box(tmp_path: Path) -> None:
+    content = annotations()
+    content["annotations"][0]["area"] = 0
+    del content["annotations"][1]["area"]
+    dataset = Coco(write_coco(tmp_path, content), val="train2017").dataset("val")
+    assert dataset is not None
+    torch.testing.assert_close(dataset[0][1]["area"], (corners("china")[:, 2:] - corners("china")[:, :2]).prod(1))  # type: ignore[index]
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone", "resized"])
 def test_broken_images_are_named_and_skipped_if_wanted(damage: str, tmp_path: Path) -> None:
     write_coco(tmp_path)
@@ -271,8 +337,9 @@ def test_broken_images_are_named_and_skipped_if_wanted(damage: str, tmp_path: Pa
     data = Coco(tmp_path, val="train2017", inspect=False, num_workers=0)
     with pytest.raises(BrokenImageError, match=r"flower\.png.*--data\.broken_images=skip leaves broken images out"):
         list(data.val_dataloader())
-    if damage == "gone":
-        with pytest.raises(BrokenImageError, match=r"flower\.png is not a file; --data\.broken_images=skip"):
+    found_early = {"gone": "is not a file", "resized": "the annotations say 160x106 pixels, and it has 20x20"}
+    if damage in found_early:
+        with pytest.raises(BrokenImageError, match=rf"flower\.png.*{found_early[damage]}.*--data\.broken_images=skip"):
             Coco(tmp_path, val_fraction=0).dataset("train")
     skipping = Coco(tmp_path, val="train2017", broken_images="skip", num_workers=0)
     ((images, targets),) = list(skipping.val_dataloader())
@@ -312,6 +379,10 @@ def test_voc_counts_pixels_from_one(tmp_path: Path) -> None:
     torch.testing.assert_close(targets[0]["boxes"], corners("china"))
     assert targets[0]["labels"].tolist() == [1, 3]
     assert len(Voc(tmp_path).classes) == 20
+    archive = Path(shutil.make_archive(str(tmp_path / "voc"), "zip", tmp_path, "VOC2007"))  # one folder at the top
+    packed = Voc(archive, train=["VOC2007/trainval"], categories=list(CATEGORIES)).dataset("test")
+    assert packed is not None
+    assert torch.equal(packed[0][0], images[0])  # type: ignore[index]
     difficult = Voc(
         write_voc(tmp_path / "difficult", difficult=1), ["VOC2007/trainval"], categories=["temple", "flower"]
     )
@@ -332,6 +403,11 @@ def test_mistakes_in_vocs_format_are_named(tmp_path: Path) -> None:
     write_voc(tmp_path, drop=f"<width>{WIDTH}</width>")
     with pytest.raises(ValueError, match=r"china\.xml is not in VOC's format: there is no size/width"):
         Voc(tmp_path, **lists).dataset("train")
+    write_voc(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no object of VOC2007/trainval is of the category tulip; there are flower, t"
+    ):
+        Voc(tmp_path, train=["VOC2007/trainval"], categories=["flower", "tulip"]).dataset("train")
     with pytest.raises(FileNotFoundError, match=r"Main/trainval\.txt is not a file; name the lists that are there"):
         Voc(tmp_path, train=["VOC2012/trainval"]).dataset("train")
 

@@ -110,6 +110,24 @@ def test_the_pyramid_has_the_networks_strides(images: list[Tensor]) -> None:
         faster_rcnn("resnet20_cifar", 3, backbone_args=dict(out_indices=(0, 1)))
 
 
+@pytest.mark.parametrize("stage_names", ["modules", "hooks", "channels last"])
+def test_networks_whose_stages_differ_are_backbones(stage_names: str, images: list[Tensor]) -> None:
+    backbone, arguments = {
+        "modules": ("resnet18", {}),
+        "hooks": ("xception41", {}),
+        "channels last": ("swin_tiny_patch4_window7_224", {"strict_img_size": False}),
+    }[stage_names]
+    model = faster_rcnn(backbone, 3, trainable_layers="usual", backbone_args=arguments, norm="frozen", **CHEAP)
+    trained = [p.requires_grad for p in model.backbone.body.parameters()]
+    assert all(trained) == (stage_names == "hooks")
+    assert trained[-1]
+    if stage_names == "hooks":
+        with pytest.raises(ValueError, match=r"trainable_layers must be 5, for all, got 2: .* are not modules of"):
+            faster_rcnn(backbone, 3, trainable_layers=2)
+    sum(model.train()(images, targets()).values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def load_around(attentive: nn.Module, plain: nn.Module) -> None:
     """Gives a detector another's heads, which were drawn after other numbers of draws; AW's own weights stay, divided
     by their starting attention."""
@@ -185,6 +203,8 @@ def test_ssd_on_an_aw_vgg_detects_as_on_a_vgg(tmp_path: Path, images: list[Tenso
     assert [m.weight.requires_grad for m in found] == [False] * 2 + [True] * 11  # torchvision's usual 4 stages
     attentive = ssd300("aw_vgg16", 4, weights_backbone=file, score_thresh=0.0, detections_per_img=50)
     assert sum(isinstance(module, AWConv2d) for module in attentive.modules()) == 12
+    converted = ssd300("vgg16", 4, weights_backbone=file, convert={"reduction": 8})
+    assert [m.reduction for m in converted.modules() if isinstance(m, AWConv2d)] == [8] * 12
     load_around(attentive, plain)
     assert_same_detections(detect(attentive, images), detect(plain, images))
     save(timm.create_model("resnet18"), file)

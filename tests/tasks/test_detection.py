@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from awconv import AWConv2d
 from awconv.cli import main
 from awconv.compare import compare
 from awconv.compare.runs import Run
@@ -27,7 +29,7 @@ from awconv.tasks import DetectionTask
 from awconv.tasks.detection import Evaluated, coco_figures, coco_results
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
-from tests.photographs import CATEGORIES, SIZE, annotations, boxes, photograph, write_coco
+from tests.photographs import CATEGORIES, annotations, boxes, photograph, write_coco
 
 # A detector that learns two photographs in seconds.
 TINY = (
@@ -116,6 +118,18 @@ def test_predict_finds_draws_and_writes(trained: Path, tmp_path: Path, capsys: p
     left, top, right, bottom = map(round, temple["box"])
     assert changed[:, max(0, left - 2) : left + 3].sum() > (bottom - top) / 2  # the box's left edge
     assert not changed[bottom + 4 :, right + 30 :].any()
+    # A photograph that a camera held sideways is the same.
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned by a quarter, anticlockwise
+    sideways = tmp_path / "sideways.png"
+    photograph("china").transpose(Image.Transpose.ROTATE_270).save(sideways, exif=exif)
+    # A threshold below the detector's own of 0.05 finds more.
+    line = ["predict", "--ckpt", str(trained), "--format", "json", "--threshold", "0.001", str(sideways)]
+    assert main([*line, "--draw", str(tmp_path / "turned")]) == 0
+    ((turned,),) = [[one["detections"] for one in json.loads(capsys.readouterr().out)["predictions"]]]
+    assert turned[0]["box"] == pytest.approx(found["china/a.png"][0]["box"], abs=0.01)
+    assert min(one["score"] for one in turned) < 0.05
+    assert Image.open(tmp_path / "turned" / "sideways.png.png").size == photograph("china").size
     assert main([*arguments, "--threshold", "0.99999"]) == 1
     assert "best score" in capsys.readouterr().out
     assert main([*arguments, "--threshold", "2"]) == 1
@@ -136,6 +150,8 @@ def test_a_checkpoint_of_other_categories_says_so(
     ("argument", "message"),
     [
         ("--model.detector_args={box_scoer_thresh: 0.1}", "the arguments of a faster_rcnn do not fit"),
+        ("--model.detector_args={min_size: 320}", "detector_args must leave min_size to --model.min_size"),
+        ("--model.detector_args={num_classes: 3}", "detector_args must leave num_classes to the data"),
         ("--model.network=resnet8_cifer", "timm.create_model knows, got 'resnet8_cifer'"),
         ("--model.norm=frozen", "norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'"),
         ("--model.pretrained=none.pth", "weights must be a file (safetensors, or a state dict of torch)"),
@@ -158,10 +174,52 @@ def test_a_users_mistake_is_named(
     assert "Traceback" not in error
 
 
-def test_pretrained_backbones_get_the_images_they_know(photographs: Path) -> None:
+def test_pretrained_backbones_get_the_images_they_know() -> None:
     for pretrained, expected in ((True, [1 / 255] * 3), ("vgg.pth", (0.229, 0.224, 0.225))):
         task = DetectionTask(["a"], [1], detector="ssd300", network="vgg16", pretrained=pretrained)
         assert task.network.transform.image_std == pytest.approx(expected)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "reductions"),
+    [
+        ("vgg16", {}, []),
+        ("vgg16", {"convert": {"init": "identity", "reduction": 8}}, [8] * 12),
+        ("aw_vgg16", {}, [16] * 12),
+        ("aw_vgg16", {"network_args": {"aw_args": {"reduction": 4}}}, [4] * 12),
+    ],
+)
+def test_what_is_asked_of_ssd_is_done(network: str, arguments: dict[str, Any], reductions: list[int]) -> None:
+    task = DetectionTask(["a"], [1], detector="ssd300", network=network, **arguments)
+    assert [layer.reduction for layer in task.modules() if isinstance(layer, AWConv2d)] == reductions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norm": "group", "min_size": 512}, "norm, min_size must be left out with ssd300"),
+        ({"network_args": {"drop_rate": 0.1}}, r"network_args\.drop_rate must be left out with ssd300"),
+        ({"network_args": {"aw_args": {}}}, r"network_args\.aw_args needs the network aw_vgg16, got vgg16"),
+    ],
+)
+def test_what_ssd_cannot_do_is_said(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DetectionTask(["a"], [1], detector="ssd300", network="vgg16", **arguments)
+
+
+def test_an_evaluation_of_broken_images_alone_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_coco(tmp_path)
+    arguments = [*on(root), *TINY, "--model.network=aw_resnet8_cifar", "--data.broken_images=skip"]
+    arguments += ["--data.inspect=false", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    (root / "train2017" / "china.png").unlink()
+    # Of the first batch nothing is left, of all images something is.
+    few = ["--data.batch_size=1", "--trainer.num_sanity_val_steps=1", "--trainer.max_epochs=1"]
+    assert main(["fit", *arguments, *few]) == 0
+    (root / "train2017" / "flower.png").unlink()
+    assert main(["validate", *arguments, f"--ckpt_path={trained}"]) == 1
+    assert "none of the images that were to be evaluated (val) can be decoded" in capsys.readouterr().err
 
 
 def test_what_was_never_trained_is_not_evaluated(
@@ -253,6 +311,36 @@ def test_the_figures_are_those_of_pycocotools(seed: int) -> None:
     assert 0.05 < expected["AP"] < 0.95
     # Both count matches in double precision; torchmetrics then rounds to single.
     assert found_figures == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_scores_count_in_the_order_of_the_images_numbers() -> None:
+    box, far = torch.tensor([[1.0, 1, 60, 60]]), torch.tensor([[200.0, 200, 260, 260]])
+    label, score = torch.tensor([1]), torch.tensor([0.5])
+    target = {"boxes": box, "labels": label, "area": torch.tensor([3481.0]), "iscrowd": torch.tensor([0])}
+    right, wrong = ({"boxes": where, "labels": label, "scores": score} for where in (box, far))
+    in_the_files_order = [Evaluated(9, right, target), Evaluated(2, wrong, target), Evaluated(5, right, target)]
+    truth = {
+        "images": [{"id": image.image_id, "width": 640, "height": 480} for image in in_the_files_order],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "bbox": [1, 1, 59, 59], "area": 3481, "iscrowd": 0}
+            for n in (9, 2, 5)
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+        "info": {},
+    }
+    task = DetectionTask(["a"], [1], network="resnet8_cifar")
+    task.evaluation = in_the_files_order
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.sanity_checking = True
+    task.trainer = trainer
+    logged: dict[str, float] = {}
+    task.log_dict = lambda values: logged.update(values)  # type: ignore[method-assign,assignment]
+    task.on_validation_epoch_end()
+    expected = pycocotools(truth, coco_results(in_the_files_order, [1]))
+    assert logged["val/AP50"] == pytest.approx(expected["AP50"], abs=1e-6)
+    # (0.67 at the two recalls that come after the wrong one, and 0.83 with that one behind.)
+    unordered = coco_figures(in_the_files_order, ["a"]).overall["AP50"]
+    assert abs(unordered - expected["AP50"]) > 0.01
 
 
 def test_an_evaluation_without_detections_is_zero() -> None:
@@ -355,4 +443,3 @@ def test_twins_are_compared(photographs: Path, tmp_path: Path) -> None:
     assert len(aw.epochs) == 1
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Score: box AP of the network after the last epoch on the validation split" in page
-    assert SIZE == (160, 106)

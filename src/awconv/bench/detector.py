@@ -17,7 +17,10 @@ from awconv.models.registry import TWINS
 from awconv.ops.choose import ALGORITHMS
 
 _OBJECTS = 8  # boxes an image, about COCO's mean
-_FINE_TUNED = {"faster_rcnn": dict(norm="frozen", trainable_layers=3), "ssd300": dict(trainable_layers=4)}
+_FINE_TUNED: dict[str, dict[str, Any]] = {
+    "faster_rcnn": dict(norm="frozen", trainable_layers="usual"),
+    "ssd300": dict(trainable_layers="usual"),
+}
 
 
 def bench_detector(

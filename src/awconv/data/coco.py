@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,18 @@ import numpy as np
 from awconv.data.detection import Annotated, DetectionDataModule
 from awconv.data.loading import Split
 
-_PARTS = ("images", "annotations", "categories")
+_FIELDS: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str, "width": int, "height": int},
+    "annotations": {"image_id": int, "category_id": int, "bbox": list},
+    "categories": {"id": int, "name": str},
+}
+_SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
+_KINDS = {int: "a whole number", str: "text", list: "a list"}
 
 
 class Coco(DetectionDataModule):
     """Images with boxes in COCO's format, by default in COCO's own layout: ``root/train2017/*.jpg`` and
-    ``root/annotations/instances_train2017.json``.
+    ``root/annotations/instances_train2017.json``. An annotation without an area has that of its box.
 
     Args:
         root: the folder, or a zip archive of it.
@@ -31,7 +39,8 @@ class Coco(DetectionDataModule):
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
-        ValueError: a file is not in COCO's format, or splits have different categories.
+        ValueError: a file is not in COCO's format, splits have different categories, or one that is asked for is not
+            there.
     """
 
     def __init__(
@@ -49,24 +58,52 @@ class Coco(DetectionDataModule):
         self.images, self.annotations = images, annotations
 
     @cached_property
-    def _training(self) -> dict[str, Any]:
+    def _training(self) -> tuple[dict[str, int], list[Annotated]]:
         assert self.splits["train"] is not None
         return self._read(self.splits["train"])
 
-    @cached_property
-    def _named(self) -> dict[str, int]:
-        """The numbers of the categories that are wanted, by their names."""
-        return self._wanted(self._training)
-
     @property
     def classes(self) -> list[str]:
-        return list(self._named)
+        return list(self._training[0])
 
     @property
     def category_ids(self) -> list[int]:
-        return list(self._named.values())
+        return list(self._training[0].values())
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def open(self, split: Split) -> list[Annotated] | None:
+        name = self.splits[split]
+        if name is None:
+            return None
+        if split == "train":
+            return self._training[1]
+        (expected, _), (named, images) = self._training, self._read(name)
+        if named != expected:
+            differing = sorted(set(named.items()) ^ set(expected.items()))
+            raise ValueError(
+                f"split {name} must have the categories of {self.splits['train']}; these are only in one of them, or "
+                f"have another number there: {', '.join(f'{name} ({number})' for name, number in differing[:10])}"
+            )
+        return images
+
+    def _read(self, name: str) -> tuple[dict[str, int], list[Annotated]]:
+        """The numbers of the categories that are wanted, by their names, and the images of a split."""
+        content = self._content(name)
+        named = self._wanted(content["categories"])
+        label = {number: index + 1 for index, number in enumerate(named.values())}
+        known = {category["id"] for category in content["categories"]}
+        marked: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            number = annotation["category_id"]
+            if annotation["image_id"] not in marked or number not in known:
+                raise ValueError(
+                    f"annotation {annotation.get('id')} of split {name} names image {annotation['image_id']} and "
+                    f"category {number}, of which one is not in the file"
+                )
+            marked[annotation["image_id"]].append(annotation)
+        folder = self.images.format(split=name)
+        return named, [_annotated(image, marked[image["id"]], folder, label) for image in content["images"]]
+
+    def _content(self, name: str) -> dict[str, list[dict[str, Any]]]:
         path = self.annotations.format(split=name)
         shown = self.files.name(path)
         try:
@@ -78,13 +115,19 @@ class Coco(DetectionDataModule):
             ) from error
         except ValueError as error:
             raise ValueError(f"{shown} is no JSON: {error}") from error
-        missing = [part for part in _PARTS if not isinstance(content, dict) or part not in content]
+        missing = [part for part in _FIELDS if not isinstance(content, dict) or part not in content]
         if missing:
             raise ValueError(f"{shown} is not in COCO's format: it has no {' and no '.join(missing)}")
+        for part, fields in _FIELDS.items():
+            _check_entries(content[part], part, fields, name)
+        for part, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
+            ((value, count),) = Counter(entry[key] for entry in content[part]).most_common(1) or [("", 0)]
+            if count > 1:
+                raise ValueError(f"split {name}: {count} {part} have the {key} {value!r}, of which there must be one")
         return dict(content)
 
-    def _wanted(self, content: Mapping[str, Any]) -> dict[str, int]:
-        named = {category["name"]: category["id"] for category in sorted(content["categories"], key=lambda c: c["id"])}
+    def _wanted(self, categories: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        named = {category["name"]: category["id"] for category in sorted(categories, key=lambda c: c["id"])}
         if self.categories is None:
             return named
         unknown = [name for name in self.categories if name not in named]
@@ -92,51 +135,37 @@ class Coco(DetectionDataModule):
             raise ValueError(f"there is no category {', '.join(unknown)}; there are {', '.join(named)}")
         return {name: named[name] for name in self.categories}
 
-    def open(self, split: Split) -> list[Annotated] | None:
-        name = self.splits[split]
-        if name is None:
-            return None
-        content = self._training if split == "train" else self._read(name)
-        named = self._wanted(content)
-        if named != self._named:
-            differing = sorted(set(named.items()) ^ set(self._named.items()))
-            raise ValueError(
-                f"split {name} must have the categories of {self.splits['train']}; these are only in one of them, or "
-                f"have another number there: {', '.join(f'{name} ({number})' for name, number in differing[:10])}"
-            )
-        label = {number: index + 1 for index, number in enumerate(named.values())}
-        known = {category["id"] for category in content["categories"]}
-        marked: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            what = f"annotation {annotation.get('id')} of split {name}"
-            _check(annotation, ("image_id", "category_id", "bbox"), what)
-            number = annotation["category_id"]
-            if annotation["image_id"] not in marked or number not in known:
-                raise ValueError(
-                    f"{what} names image {annotation['image_id']} and category {number}, of which one is not in the "
-                    "file"
-                )
-            if number in label:
-                marked[annotation["image_id"]].append(annotation)
-            elif split == "train":
-                self.summary.other_boxes += 1
-        for image in content["images"]:
-            _check(image, ("file_name", "width", "height"), f"image {image['id']} of split {name}")
-        folder = self.images.format(split=name)
-        return [_annotated(image, marked[image["id"]], folder, label) for image in content["images"]]
+
+def _check_entries(entries: Any, part: str, fields: Mapping[str, type], split: str) -> None:
+    """Raises a ValueError that names what is not in COCO's format."""
+    if not isinstance(entries, list):
+        raise ValueError(f"split {split} is not in COCO's format: {part} must be a list, got {entries!r:.40}")
+    for position, entry in enumerate(entries):
+        number = entry.get("id", f"at position {position}") if isinstance(entry, dict) else f"at position {position}"
+        what = f"{_SINGULAR[part]} {number} of split {split} is not in COCO's format"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{what}: it must be an object, got {entry!r:.40}")
+        missing = [name for name in fields if name not in entry]
+        if missing:
+            raise ValueError(f"{what}: it has no {' and no '.join(missing)}")
+        for name, kind in fields.items():
+            if not isinstance(entry[name], kind):
+                raise ValueError(f"{what}: {name} must be {_KINDS[kind]}, got {entry[name]!r:.40}")
+        if part == "annotations" and not (len(entry["bbox"]) == 4 and all(map(_is_finite, entry["bbox"]))):
+            raise ValueError(f"{what}: bbox must be x, y, width and height in pixels, got {entry['bbox']!r:.80}")
 
 
-def _check(entry: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
-    missing = [name for name in names if name not in entry]
-    if missing:
-        raise ValueError(f"{what} is not in COCO's format: it has no {' and no '.join(missing)}")
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _annotated(
     image: Mapping[str, Any], marked: list[Mapping[str, Any]], folder: str, label: Mapping[int, int]
 ) -> Annotated:
-    boxes = np.array([annotation["bbox"] for annotation in marked], float).reshape(-1, 4)
-    areas = [annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]) for annotation in marked]
+    wanted = [annotation for annotation in marked if annotation["category_id"] in label]
+    boxes = np.array([annotation["bbox"] for annotation in wanted], float).reshape(-1, 4)
+    given: list[Any] = [annotation.get("area") for annotation in wanted]
+    areas = [area if _is_finite(area) and area > 0 else w * h for area, (_, _, w, h) in zip(given, boxes, strict=True)]
     boxes[:, 2:] += boxes[:, :2]
     return Annotated(
         path=f"{folder}/{image['file_name']}" if folder else image["file_name"],
@@ -144,7 +173,8 @@ def _annotated(
         width=image["width"],
         height=image["height"],
         boxes=boxes,
-        labels=np.array([label[annotation["category_id"]] for annotation in marked], int),
+        labels=np.array([label[annotation["category_id"]] for annotation in wanted], int),
         areas=np.array(areas, float),
-        crowd=np.array([annotation.get("iscrowd", 0) for annotation in marked], bool),
+        crowd=np.array([annotation.get("iscrowd", 0) for annotation in wanted], bool),
+        others=len(marked) - len(wanted),
     )

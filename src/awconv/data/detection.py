@@ -6,7 +6,7 @@ import abc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from awconv.data.files import Files
-from awconv.data.images import BrokenImageError, log_skipped, read_image, read_mode
+from awconv.data.images import BrokenImageError, log_skipped, read_header, read_image
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import Draw, derive_seed, seed_all
 
@@ -43,6 +43,7 @@ class Annotated:
         areas: float64, shape (K,), in square pixels, of the object, by which an evaluation calls it small or large.
         crowd: bool, shape (K,): regions that hold any number of objects (COCO), or are too difficult (VOC). They are
             not trained on, and detections in them are not counted as wrong.
+        others: number of boxes of categories that were not asked for, which are not here.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Annotated:
     labels: Array
     areas: Array
     crowd: Array
+    others: int = 0
 
 
 @dataclass
@@ -110,16 +112,8 @@ def clean(image: Annotated, counts: BoxSummary) -> Annotated:
     counts.clipped_boxes += int((kept & (clipped != boxes).any(1)).sum())
     counts.boxes += int(kept.sum())
     counts.images_without_boxes += not kept.any()
-    return Annotated(
-        image.path,
-        image.image_id,
-        image.width,
-        image.height,
-        clipped[kept],
-        image.labels[kept],
-        image.areas[kept],
-        crowd[kept],
-    )
+    counts.other_boxes += image.others
+    return replace(image, boxes=clipped[kept], labels=image.labels[kept], areas=image.areas[kept], crowd=crowd[kept])
 
 
 class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
@@ -161,16 +155,15 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
     def _read(self, index: int) -> tuple[Tensor, Target] | None:
         annotated = self.images[index]
         try:
-            picture = read_image(self.files.read(annotated.path), self.files.name(annotated.path)).convert("RGB")
+            content, name = self.files.read(annotated.path), self.files.name(annotated.path)
+            picture = read_image(content, name, upright=True)
             if picture.size != (annotated.width, annotated.height):
-                raise BrokenImageError(
-                    f"{self.files.name(annotated.path)}: the annotations say {annotated.width}x{annotated.height} "
-                    f"pixels, and it has {picture.width}x{picture.height} (EXIF orientations are not applied)"
-                )
+                picture = read_image(content, name)  # annotated as it is stored
+            _check_size(annotated, picture.size, name)
         except (BrokenImageError, FileNotFoundError) as error:
             log_skipped(error, self.skip_broken)
             return None
-        image: Tensor = v2.functional.pil_to_tensor(picture)
+        image: Tensor = v2.functional.pil_to_tensor(picture.convert("RGB"))
         target: dict[str, Any] = {
             "boxes": torch.as_tensor(annotated.boxes, dtype=torch.float32).reshape(-1, 4),
             "labels": torch.as_tensor(annotated.labels, dtype=torch.int64),
@@ -186,6 +179,15 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
 
+def _check_size(annotated: Annotated, size: tuple[int, int], name: str) -> None:
+    """Raises a BrokenImageError for an image that is not as large as its annotations say."""
+    if size != (annotated.width, annotated.height):
+        raise BrokenImageError(
+            f"{name}: the annotations say {annotated.width}x{annotated.height} pixels, and it has "
+            f"{size[0]}x{size[1]}; annotate the image as it is, or resize it"
+        )
+
+
 Augmentation = Literal["none", "flip", "scale_jitter", "ssd"]
 
 
@@ -194,7 +196,9 @@ class DetectionDataModule(DataModule):
 
     Images are uint8, of sizes of their own. For the training, boxes are clipped to their image; empty boxes, those
     outside and crowd regions are left out, and all of it is counted in :attr:`summary`. An evaluation takes the
-    annotations as they are. The images of a training batch are all upright or all lying, so that little is padded.
+    annotations as they are. The images of a training batch are all upright or all lying, so that little is padded; the
+    last batches of an epoch take what is left of both. An image with an EXIF orientation is turned upright, unless its
+    annotations fit only the pixels as they are stored.
 
     Args:
         root: the folder, or the zip archive, that the data set lies in.
@@ -208,8 +212,8 @@ class DetectionDataModule(DataModule):
             and crops (arXiv 2012.07177); ``"ssd"`` distorts colours, zooms out and crops (arXiv 1512.02325);
             ``"none"`` leaves them as they are.
         jitter_size: height and width that the scale jitter crops to, in pixels.
-        inspect: open every training image before the training, to count those that are not RGB and to find missing and
-            broken ones.
+        inspect: read the header of every training image before the training, to count those that are not RGB, and to
+            find those that are missing, no images, or of another size than their annotations say.
         broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
             out, in the evaluation too, and logs its name.
         num_workers: processes that decode images.
@@ -254,8 +258,7 @@ class DetectionDataModule(DataModule):
 
     @abc.abstractmethod
     def open(self, split: Split) -> list[Annotated] | None:
-        """The data set's own split, or None if it has none of that name. Boxes of other categories than those that are
-        wanted are counted in :attr:`summary`, if it is the training split.
+        """The data set's own split, or None if it has none of that name.
 
         Raises:
             FileNotFoundError: the data is not there.
@@ -317,11 +320,16 @@ class DetectionDataModule(DataModule):
 
     def _inspect(self, images: list[Annotated]) -> None:
         def mode(image: Annotated) -> str:
+            name = self.files.name(image.path)
             try:
-                return read_mode(self.files.read(image.path), self.files.name(image.path))
+                with self.files.open(image.path) as file:
+                    found, size = read_header(file, name)
+                if size != (image.height, image.width):  # which may be turned upright
+                    _check_size(image, size, name)
             except (BrokenImageError, FileNotFoundError) as error:
                 log_skipped(error, self.broken_images == "skip")
                 return "RGB"
+            return found
 
         with ThreadPoolExecutor(4) as pool:
             self.summary.modes.update(name for name in pool.map(mode, images) if name != "RGB")
@@ -341,10 +349,10 @@ class DetectionDataModule(DataModule):
         dataset = self.dataset(split)
         if dataset is None:
             return []
-        upright = np.array([image.height > image.width for image in dataset.images], int)
-        return self._load_batches(
-            dataset, split, collate, self.num_workers, groups=upright if split == "train" else None
-        )
+        groups = None
+        if split == "train" and self.augmentation in ("none", "flip"):  # the others leave images of one size
+            groups = np.array([image.height > image.width for image in dataset.images], int)
+        return self._load_batches(dataset, split, collate, self.num_workers, groups=groups)
 
 
 def collate(batch: list[Any]) -> tuple[list[Tensor], list[Target]]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class Files:
     """What lies under a folder, or in a zip archive, by paths relative to it.
 
-    An archive in which all lies in one folder counts from that folder. It is opened anew in each process that reads it.
+    Of an archive with a single folder at its top, paths may leave out that folder. It is opened anew in each process
+    that reads it.
 
     Args:
         root: the folder or the archive.
@@ -24,17 +27,15 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._prefix = ""
+        self._prefixes = [""]
         self._lock = threading.Lock()
         self._opened: dict[int, zipfile.ZipFile] = {}  # by process: forked ones would share a position in the file
         if root.is_file():
             if not zipfile.is_zipfile(root):
                 raise ValueError(f"{root} is neither a folder nor a zip archive")
-            names = [name for name in self._archive.namelist() if not name.startswith("__MACOSX/")]
-            tops = {name.partition("/")[0] for name in names if "/" in name}
-            loose = any("/" not in name for name in names)
-            if len(tops) == 1 and not loose:
-                self._prefix = f"{tops.pop()}/"
+            tops = {name.partition("/")[0] for name in self._archive.namelist() if "/" in name} - {"__MACOSX"}
+            if len(tops) == 1:
+                self._prefixes.append(f"{tops.pop()}/")
         elif not root.is_dir():
             raise FileNotFoundError(f"{root} is neither a folder nor a zip archive")
 
@@ -49,25 +50,37 @@ class Files:
         """What messages call a file."""
         return str(self.root / path)
 
+    @contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        """A file to read from; of an archive, one at a time.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if self.root.is_dir():
+            if not (self.root / path).is_file():
+                raise FileNotFoundError(f"{self.name(path)} is not a file")
+            with (self.root / path).open("rb") as file:
+                yield file
+            return
+        with self._lock:
+            names = [prefix + path for prefix in self._prefixes if prefix + path in self._archive.NameToInfo]
+            if not names:
+                raise FileNotFoundError(f"{self.name(path)} is not in the archive")
+            with self._archive.open(names[0]) as file:
+                yield file
+
     def read(self, path: str) -> bytes:
         """A file's content.
 
         Raises:
             FileNotFoundError: it is not there.
         """
-        if self.root.is_dir():
-            try:
-                return (self.root / path).read_bytes()
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{self.name(path)} is not a file") from None
-        with self._lock:
-            try:
-                return self._archive.read(self._prefix + path)
-            except KeyError:
-                raise FileNotFoundError(f"{self.name(path)} is not in the archive") from None
+        with self.open(path) as file:
+            return file.read()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_prefix": self._prefix}
+        return {"root": self.root, "_prefixes": self._prefixes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _opened={})

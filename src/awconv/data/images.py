@@ -6,11 +6,11 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
@@ -36,18 +36,21 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
 
 
-def read_image(source: bytes | str, name: str) -> Image.Image:
+def read_image(source: bytes | str, name: str, upright: bool = False) -> Image.Image:
     """Decodes an image wholly, to grey (mode L) or colour (RGB).
 
     Args:
         source: the file's content, or its path.
         name: what an error calls it.
+        upright: turn it as its EXIF orientation says; otherwise its pixels stay where they are stored.
 
     Raises:
         BrokenImageError: it cannot be read, decoded or converted.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):  # which convert() would clip at 255
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
@@ -55,19 +58,19 @@ def read_image(source: bytes | str, name: str) -> Image.Image:
         raise BrokenImageError(f"{name}: {error}") from error
 
 
-def read_mode(source: bytes, name: str) -> str:
-    """Pillow's mode of an image, of which only the header is read.
+def read_header(source: IO[bytes], name: str) -> tuple[str, tuple[int, int]]:
+    """Pillow's mode of an image, and its width and height in pixels; only the header is read.
 
     Args:
-        source: the file's content.
+        source: the file.
         name: what an error calls it.
 
     Raises:
         BrokenImageError: it is no image.
     """
     try:
-        with Image.open(io.BytesIO(source)) as image:
-            return image.mode
+        with Image.open(source) as image:
+            return image.mode, image.size
     except Exception as error:  # Pillow's formats raise errors of many kinds
         raise BrokenImageError(f"{name}: {error}") from error
 

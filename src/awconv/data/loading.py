@@ -104,7 +104,6 @@ class DataModule(pl.LightningDataModule, abc.ABC):
                 raise ValueError(
                     f"batch_size must be at most the {len(dataset)} training images, got {self.batch_size}"
                     + (f" on each of {share.of} devices" if share.of > 1 else "")
-                    + ("" if groups is None else "; the images of a batch are alike in their aspect ratio")
                 )
         else:
             batches = EvaluationBatches(len(dataset), self.batch_size, share)

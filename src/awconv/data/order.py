@@ -67,8 +67,8 @@ class TrainingBatches(Sampler[list[Draw]]):
         seed: of the orders and the augmentation.
         blocks: for each image the number of the block that it is stored in. Blocks are then shuffled, and images within
             :data:`WINDOW` blocks, so that each block is read once. By default all images are shuffled.
-        groups: for each image the number of its group. The images of a batch are then of one group, and of each group
-            those that do not fill a batch are left out.
+        groups: for each image the number of its group. The images of a batch are then of one group, but for the last
+            batches of an epoch, of images that fill no batch with their own group.
         start: called at the beginning of each epoch: the number of batches to leave out, which were trained on before
             an interruption.
     """
@@ -88,8 +88,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         self.sampler = Epoch()  # under the name where Lightning looks for set_epoch
 
     def __len__(self) -> int:
-        sizes = [self.size] if self.groups is None else np.bincount(self.groups).tolist()
-        return sum(size // (self.batch_size * self.share.of) for size in sizes)
+        return self.size // (self.batch_size * self.share.of)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, together = self.sampler.number, self.batch_size * self.share.of
@@ -118,7 +117,7 @@ class TrainingBatches(Sampler[list[Draw]]):
             batch.append(index)
             if len(batch) == together:
                 full += waiting.pop(int(groups[index]))
-        return full
+        return full + [index for batch in waiting.values() for index in batch]
 
 
 class EvaluationBatches(Sampler[list[int]]):

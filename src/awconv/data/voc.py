@@ -30,12 +30,13 @@ class Voc(DetectionDataModule):
         train: the years and lists of the training split.
         val: the same; None holds out ``val_fraction`` of the training split.
         test: the same; None tests on the validation split.
-        categories: names of those that are wanted; None for VOC's 20.
+        categories: names of those that are wanted, which may be other ones than VOC's; None for VOC's 20.
         **kwargs: as for :class:`DetectionDataModule`.
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
-        ValueError: an annotation is not in VOC's format.
+        ValueError: an annotation is not in VOC's format, or no object of the training split is of a category that is
+            asked for.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Voc(DetectionDataModule):
         if lists is None:
             return None
         images: list[Annotated] = []
+        seen: set[str] = set()
         for given in lists:
             year, slash, name = given.partition("/")
             if not slash:
@@ -75,19 +77,26 @@ class Voc(DetectionDataModule):
                     + ("" if split == "train" else f", or none with --data.{split}=null")
                 ) from error
             for stem in listed:
-                images.append(self._annotated(year, stem, len(images), split == "train"))
+                images.append(self._annotated(year, stem, len(images), seen))
+        unknown = [name for name in self.classes if name not in seen and name not in CATEGORIES]
+        if unknown and split == "train":
+            raise ValueError(
+                f"no object of {', '.join(lists)} is of the category {', '.join(unknown)}; there are "
+                f"{', '.join(sorted(seen)) or 'none'}"
+            )
         return images
 
-    def _annotated(self, year: str, stem: str, image_id: int, counted: bool) -> Annotated:
+    def _annotated(self, year: str, stem: str, image_id: int, seen: set[str]) -> Annotated:
         path = f"{year}/Annotations/{stem}.xml"
-        boxes, labels, difficult = [], [], []
+        boxes, labels, difficult, others = [], [], [], 0
         try:
             root = ElementTree.fromstring(self.files.read(path))
             width, height = (int(_text(root, f"size/{side}")) for side in ("width", "height"))
             for marked in root.iter("object"):
                 name = _text(marked, "name")
+                seen.add(name)
                 if name not in self.classes:
-                    self.summary.other_boxes += counted
+                    others += 1
                     continue
                 left, top, right, bottom = (
                     float(_text(marked, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")
@@ -107,6 +116,7 @@ class Voc(DetectionDataModule):
             labels=np.array(labels, int),
             areas=(corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1]),
             crowd=np.array(difficult, bool),
+            others=others,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from awconv.data import BrokenImageError
 from awconv.extras import require
 from awconv.models.detection import TORCHVISIONS_INPUT, faster_rcnn, ssd300
 from awconv.models.detection.faster_rcnn import Norm
@@ -29,7 +30,8 @@ class DetectionTask(Task):
         detector: ``"faster_rcnn"`` with a feature pyramid, or ``"ssd300"``.
         network: the backbone's name: any of timm that has ``features_only`` for Faster R-CNN, ``vgg16`` or ``aw_vgg16``
             for SSD300.
-        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``.
+        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``; SSD300's take only
+            ``aw_args``.
         pretrained: what the backbone of a training starts from: a classifier's weights that timm (or torchvision, for
             VGG) has for it (true), or a file of them. A checkpoint needs them no more.
         trainable_layers: how many of the backbone's stages are trained, counted from the last; None for all of a
@@ -90,13 +92,18 @@ class DetectionTask(Task):
 
     def _build(self, weights: bool | str) -> nn.Module:
         hparams = self.hparams
-        arguments: dict[str, Any] = dict(
+        trainable, own = hparams["trainable_layers"], hparams["detector_args"] or {}
+        taken = [name for name in own if name in _OPTIONS]
+        if taken:
+            raise ValueError(
+                f"detector_args must leave {', '.join(taken)} to {', '.join(_OPTIONS[name] for name in taken)}"
+            )
+        arguments: dict[str, Any] = own | dict(
             num_classes=len(self.classes) + 1,
             weights_backbone=weights,
             # Of weights that are only loaded later, too.
-            trainable_layers=_trainable_layers(hparams),
+            trainable_layers="usual" if trainable is None and hparams["pretrained"] else trainable,
             convert=hparams["convert"],
-            **(hparams["detector_args"] or {}),
         )
         if hparams["detector"] == "faster_rcnn":
             sizes = hparams["min_size"]
@@ -106,12 +113,33 @@ class DetectionTask(Task):
                 min_size=tuple(sizes) if isinstance(sizes, Sequence) else sizes,
                 max_size=hparams["max_size"],
             )
-        elif hparams["pretrained"] is True:  # of weights that are only loaded later, too
-            arguments = TORCHVISIONS_INPUT | arguments
+        else:
+            arguments["convert"] = self._ssd_conversion()
+            if hparams["pretrained"] is True:  # of weights that are only loaded later, too
+                arguments = TORCHVISIONS_INPUT | arguments
         try:
             return _DETECTORS[hparams["detector"]](hparams["network"], **arguments)
         except TypeError as error:
             raise ValueError(f"the arguments of a {hparams['detector']} do not fit: {error}") from error
+
+    def _ssd_conversion(self) -> dict[str, Any] | None:
+        """What is to be converted of SSD300's VGG, which is not a network of timm.
+
+        Raises:
+            ValueError: an option was given that only Faster R-CNN has.
+        """
+        hparams = self.hparams
+        others = {"norm": None, "min_size": 800, "max_size": 1333}
+        given = [name for name, default in others.items() if hparams[name] != default]
+        given += [f"network_args.{name}" for name in hparams["network_args"] or {} if name != "aw_args"]
+        if given:
+            raise ValueError(f"{', '.join(given)} must be left out with ssd300, which has no such option")
+        aw_args, conversion = (hparams["network_args"] or {}).get("aw_args"), hparams["convert"]
+        if aw_args is None:
+            return None if conversion is None else dict(conversion)
+        if hparams["network"] != "aw_vgg16":
+            raise ValueError(f"network_args.aw_args needs the network aw_vgg16, got {hparams['network']}")
+        return {**aw_args, **(conversion or {})}
 
     def setup(self, stage: str) -> None:
         """Loads the backbone's pretrained weights, where a training starts from them.
@@ -189,7 +217,9 @@ class DetectionTask(Task):
 
     def _log_figures(self, split: str) -> Figures:
         self.evaluation = _gathered(self.evaluation)
-        figures = coco_figures(self.evaluation, self.classes)
+        if not self.evaluation and not self.trainer.sanity_checking:
+            raise BrokenImageError(f"none of the images that were to be evaluated ({split}) can be decoded")
+        figures = coco_figures(self.evaluation, self.classes, per_class=split == "test")
         self.log_dict({f"{split}/{name}": value for name, value in figures.overall.items()})
         return figures
 
@@ -213,23 +243,26 @@ class Figures(NamedTuple):
 
     Attributes:
         overall: COCO's twelve numbers; -1 for one that no object is counted in.
-        per_class: the AP of each category that has objects.
+        per_class: the AP of each category that has objects, if it was asked for.
     """
 
     overall: dict[str, float]
     per_class: dict[str, float]
 
 
-def coco_figures(images: Sequence[Evaluated], classes: Sequence[str]) -> Figures:
+def coco_figures(images: Sequence[Evaluated], classes: Sequence[str], per_class: bool = True) -> Figures:
     """COCO's figures of detections, by torchmetrics and faster-coco-eval.
 
     Args:
-        images: all that are evaluated.
+        images: all that are evaluated; among equal scores, the order of the images counts.
         classes: the names of the categories, without the background.
+        per_class: also the AP of each category.
     """
+    if not images:
+        return Figures(dict.fromkeys(_COCO_FIGURES.values(), -1.0), {})
     metric = MeanAveragePrecision(
         backend="faster_coco_eval",
-        class_metrics=True,
+        class_metrics=per_class,
         sync_on_compute=False,
         # torchmetrics' own are in single precision, in which a recall of exactly 0.15 does not reach 0.15.
         iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
@@ -239,9 +272,11 @@ def coco_figures(images: Sequence[Evaluated], classes: Sequence[str]) -> Figures
     metric.update([image.detections for image in images], [image.target for image in images])
     figures = metric.compute()
     overall = {ours: float(figures[theirs]) for theirs, ours in _COCO_FIGURES.items()}
+    if not per_class:
+        return Figures(overall, {})
     labels, values = (figures[name].reshape(-1).tolist() for name in ("classes", "map_per_class"))
-    per_class = {classes[label - 1]: value for label, value in zip(labels, values, strict=True) if value >= 0}
-    return Figures(overall, per_class)
+    by_name = {classes[label - 1]: value for label, value in zip(labels, values, strict=True) if value >= 0}
+    return Figures(overall, by_name)
 
 
 def coco_results(images: Sequence[Evaluated], category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -269,12 +304,12 @@ def coco_results(images: Sequence[Evaluated], category_ids: Sequence[int]) -> li
 
 
 def _gathered(images: list[Evaluated]) -> list[Evaluated]:
-    """Those of all processes, of which one may have had fewer."""
-    if not torch.distributed.is_initialized():
-        return images
-    shares: list[list[Evaluated]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(shares, images)
-    return [image for share in shares for image in share]
+    """Those of all processes, of which one may have had fewer, in COCO's order: by their numbers."""
+    shares = [images]
+    if torch.distributed.is_initialized():
+        shares = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(shares, images)
+    return sorted((image for share in shares for image in share), key=lambda image: image.image_id)
 
 
 _COCO_FIGURES = {  # torchmetrics' names of COCO's twelve numbers, and ours
@@ -292,9 +327,10 @@ _COCO_FIGURES = {  # torchmetrics' names of COCO's twelve numbers, and ours
     "mar_large": "AR_large",
 }
 _DETECTORS: dict[str, Callable[..., nn.Module]] = {"faster_rcnn": faster_rcnn, "ssd300": ssd300}
-_USUAL_LAYERS = {"faster_rcnn": 3, "ssd300": 4}  # torchvision's
-
-
-def _trainable_layers(hparams: Any) -> int | None:
-    given: int | None = hparams["trainable_layers"]
-    return _USUAL_LAYERS[hparams["detector"]] if given is None and hparams["pretrained"] else given
+_OPTIONS = {  # what torchvision's arguments are given by
+    "num_classes": "the data",
+    "backbone": "--model.network",
+    "backbone_args": "--model.network_args",
+    "weights_backbone": "--model.pretrained",
+    **{name: f"--model.{name}" for name in ("trainable_layers", "convert", "norm", "min_size", "max_size")},
+}

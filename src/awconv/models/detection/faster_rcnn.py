@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-from timm.layers import GroupNormAct, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import Format, GroupNormAct, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -21,6 +21,7 @@ from awconv.models.pretrained import weights_overlay
 
 Norm = Literal["batch", "frozen", "group", "sync"]
 _GROUPS = 32  # arXiv 1803.08494, section 3.1
+_USUAL_LAYERS = 3
 _FINEST = 4  # pixels between the positions of the finest level, which the heads are made for
 
 
@@ -48,6 +49,7 @@ class PyramidBackbone(nn.Module):
             raise ValueError(f"a backbone must have a feature map of stride {_FINEST} or more, got {info.reduction()}")
         self.skipped = len(info.reduction()) - len(self.strides)
         self.body = network
+        self.channels_are_last = getattr(network, "output_fmt", None) is Format.NHWC  # as in Swin
         self.fpn = FeaturePyramidNetwork(
             info.channels()[self.skipped :], out_channels, LastLevelMaxPool(), norm_layer=norm_layer
         )
@@ -56,6 +58,8 @@ class PyramidBackbone(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images, shape (N, channels, H, W), to levels by name, shape (N, out_channels, H / stride, W / stride)."""
         maps = self.body(images)[self.skipped :]
+        if self.channels_are_last:
+            maps = [level.permute(0, 3, 1, 2) for level in maps]
         levels: dict[str, Tensor] = self.fpn({str(index): level for index, level in enumerate(maps)})
         return levels
 
@@ -65,7 +69,7 @@ def faster_rcnn(
     num_classes: int = 91,
     *,
     weights_backbone: bool | str | Path = False,
-    trainable_layers: int | None = None,
+    trainable_layers: int | Literal["usual"] | None = None,
     norm: Norm | None = None,
     backbone_args: dict[str, Any] | None = None,
     convert: dict[str, Any] | None = None,
@@ -80,11 +84,13 @@ def faster_rcnn(
         weights_backbone: weights of a classifier that the backbone starts from: those that timm has for it (True), or a
             file of them.
         trainable_layers: how many of the backbone's stages are trained, counted from the last; the stem counts as one.
-            By default 3 of a backbone with weights, and all of one without.
+            ``"usual"``: 3, or all where it has fewer, or its stages are not modules of their own. By default the usual
+            ones of a backbone with weights, and all of one without.
         norm: of the backbone: ``"batch"``, ``"sync"`` (over all devices), ``"frozen"`` (constants, in which weights
             have left their statistics) or ``"group"`` (in place of batch norms, also in the pyramid). By default frozen
             with weights and batch without.
-        backbone_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``.
+        backbone_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``; those that it needs
+            to take images of any size, such as ``{"strict_img_size": False}`` for a Swin, too.
         convert: arguments of :func:`awconv.convert`, by which the backbone, with its weights, becomes an AW network:
             ``{"init": "identity"}``.
         out_channels: of each level of the pyramid.
@@ -98,7 +104,8 @@ def faster_rcnn(
 
     Raises:
         FileNotFoundError: the file of weights is not there.
-        ValueError: the weights are those of another network, or an argument is out of its range.
+        ValueError: the weights are those of another network, an argument is out of its range, or the stages that are to
+            be trained cannot be told apart.
         TypeError: torchvision's detector has no such argument.
         RuntimeError: timm does not know the backbone, or has no weights for it.
     """
@@ -118,7 +125,7 @@ def faster_rcnn(
     body = with_norm(body, norm)
     if convert is not None:  # only now: a branch must know that its norm is frozen, and has no gain to learn
         body = convert_layers(body, **convert)
-    _freeze(body, trainable_layers if trainable_layers is not None else 3 if weights_backbone else None)
+    _freeze(body, "usual" if trainable_layers is None and weights_backbone else trainable_layers)
     pyramid = PyramidBackbone(body, out_channels, partial(nn.GroupNorm, _GROUPS) if norm == "group" else None)
     strides = [*pyramid.strides, 2 * pyramid.strides[-1]]
     if "rpn_anchor_generator" not in kwargs:
@@ -166,23 +173,30 @@ def _grouped(old: nn.BatchNorm2d) -> nn.GroupNorm:
     return new
 
 
-def _freeze(network: nn.Module, trainable: int | None) -> None:
+def _freeze(network: nn.Module, trainable: int | Literal["usual"] | None) -> None:
     """Leaves only the last stages of a network trainable.
 
     Raises:
-        ValueError: it has not so many.
+        ValueError: it has not so many, or they are not modules of their own.
     """
     if trainable is None:
         return
     info: Any = network.feature_info
     modules = list(network.named_modules())  # in the order in which they compute
-    ends = [
-        max(i for i, (name, _) in enumerate(modules) if _is_within(name, stage)) + 1 for stage in info.module_name()
-    ]
-    if not 0 <= trainable <= len(ends):
-        raise ValueError(f"trainable_layers must be from 0 to the backbone's {len(ends)} stages, got {trainable}")
-    first = ends[len(ends) - trainable - 1] if trainable < len(ends) else 0
-    for _, module in modules[:first]:
+    parts = [[i for i, (name, _) in enumerate(modules) if _is_within(name, stage)] for stage in info.module_name()]
+    told_apart = all(parts)
+    if trainable == "usual":
+        trainable = min(_USUAL_LAYERS, len(parts)) if told_apart else len(parts)
+    if not 0 <= trainable <= len(parts):
+        raise ValueError(f"trainable_layers must be from 0 to the backbone's {len(parts)} stages, got {trainable}")
+    if trainable == len(parts):
+        return
+    if not told_apart:
+        raise ValueError(
+            f"trainable_layers must be {len(parts)}, for all, got {trainable}: this backbone's stages "
+            f"({', '.join(info.module_name())}) are not modules of their own"
+        )
+    for _, module in modules[: max(parts[len(parts) - trainable - 1]) + 1]:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
@@ -17,6 +17,7 @@ from awconv.convert import convert as convert_layers
 from awconv.models.detection.arguments import check_arguments
 
 _STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG-16
+_USUAL_LAYERS = 4
 _IMAGENET: dict[str, Any] = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
 TORCHVISIONS_INPUT: dict[str, Any] = dict(image_mean=[0.48235, 0.45882, 0.40784], image_std=[1 / 255] * 3)
 """What the images of torchvision's own VGG-16 features are normalised by."""
@@ -27,7 +28,7 @@ def ssd300(
     num_classes: int = 91,
     *,
     weights_backbone: bool | str | Path = False,
-    trainable_layers: int | None = None,
+    trainable_layers: int | Literal["usual"] | None = None,
     convert: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> SSD:
@@ -40,9 +41,10 @@ def ssd300(
         num_classes: with the background, which is class 0: 21 for VOC.
         weights_backbone: weights that VGG's convolutions start from: torchvision's (True), or a file of a VGG-16's
             (safetensors, or a state dict of torch), which was trained with the usual mean and deviation.
-        trainable_layers: how many of VGG's 5 stages are trained, counted from the last. By default 4 of a backbone with
-            weights, and all of one without.
-        convert: further arguments of :func:`awconv.convert`, such as ``{"reduction": 8}``.
+        trainable_layers: how many of VGG's 5 stages are trained, counted from the last; ``"usual"`` for 4. By default
+            the usual ones of a backbone with weights, and all of one without.
+        convert: arguments of :func:`awconv.convert`, such as ``{"reduction": 8}``, which also make ``"vgg16"`` an AW
+            network.
         **kwargs: of ``torchvision.models.detection.SSD``, such as ``score_thresh``.
 
     Returns:
@@ -60,7 +62,9 @@ def ssd300(
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"weights_backbone must be true, false or a file of weights, got {str(file)!r}")
     if trainable_layers is None:
-        trainable_layers = 4 if weights_backbone else len(_STAGES)
+        trainable_layers = "usual" if weights_backbone else len(_STAGES)
+    if trainable_layers == "usual":
+        trainable_layers = _USUAL_LAYERS
     if not 0 <= trainable_layers <= len(_STAGES):
         raise ValueError(f"trainable_layers must be from 0 to VGG's {len(_STAGES)} stages, got {trainable_layers}")
     torchvisions = weights_backbone is True  # they have a normalisation of their own
@@ -75,7 +79,7 @@ def ssd300(
     vgg = [module for module in modules if isinstance(module, nn.Conv2d)][: sum(_STAGES)]
     if file is not None:
         _load(vgg, file)
-    if backbone == "aw_vgg16":
+    if backbone == "aw_vgg16" or convert is not None:
         chosen = set(vgg[1:])
         arguments: dict[str, Any] = {"init": "identity", "select": lambda name, layer: layer in chosen}
         convert_layers(detector.backbone, **(arguments | (convert or {})))
