@@ -34,13 +34,25 @@ def test_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
 
 
-def test_every_file_that_is_named_exists() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    named = re.findall(r"(?:recipes|benchmarks|docs|tests)/[\w/]+\.\w+", README)
-    assert links
-    assert named
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    text = page.read_text()
+    links = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)[^):]*\)", text)]
+    named = [ROOT / path for path in re.findall(r"(?:recipes|benchmarks|docs|tests)/[\w/]+\.\w+", text)]
+    assert links or named
     for path in (*links, *named):
-        assert (ROOT / path).exists(), path
+        assert path.exists(), path
+
+
+def test_the_tables_of_recipes_hold_each_of_them() -> None:
+    tables = [table for page in PAGES for table in re.findall(r"(?m)^\| recipe \|.*(?:\n\|.*)+", page.read_text())]
+    named = [
+        name for table in tables for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
 def test_make_has_the_commands_of_the_first_screen() -> None:
@@ -64,7 +76,7 @@ def test_variants_are_laid_over_a_recipe(variant: Path, capsys: pytest.CaptureFi
     assert "init:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_nothing_is_left_to_fill_in(path: Path) -> None:
     assert "@@" not in path.read_text()
 

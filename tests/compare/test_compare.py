@@ -217,7 +217,13 @@ def test_nothing_to_test_on_is_said_before_anything_is_trained(
 def test_ctrl_c_keeps_and_reports_what_is_finished(delay: float, tmp_path: Path) -> None:
     out = tmp_path / "report"
     command = [sys.executable, "-m", "awconv", "demo", "--out", str(out), "--", "--trainer.max_epochs=3"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )
     deadline = time.monotonic() + 240
     while not (out / "plain-seed0.json").exists():
         assert process.poll() is None, process.communicate()[0]
@@ -227,12 +233,13 @@ def test_ctrl_c_keeps_and_reports_what_is_finished(delay: float, tmp_path: Path)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
-    assert "Interrupted; 1 finished runs are kept" in printed
+    finished = json.loads((out / "results.json").read_text())["runs"]
+    assert 1 <= len(finished) < 6  # as the machine is fast
+    assert f"Interrupted; {len(finished)} finished runs are kept" in printed
     assert "Traceback" not in printed
-    (finished,) = json.loads((out / "results.json").read_text())["runs"]
-    assert (finished["variant"], finished["seed"], len(finished["epochs"])) == ("plain", 0, 3)
+    assert ("plain", 0) in [(run["variant"], run["seed"]) for run in finished]
+    assert all(len(run["epochs"]) == 3 and timm.is_model(run["network"]) for run in finished)
     assert (out / "index.html").exists()
-    assert timm.is_model(finished["network"])
 
 
 def tiny(folder: Path, epochs: int = 2) -> Path:
