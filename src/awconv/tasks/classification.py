@@ -144,10 +144,8 @@ class ClassificationTask(Task):
             known: Any = network.pretrained_cfg
             if whole and known.get("num_classes") != len(self.classes):
                 raise ValueError(f"they are of {known.get('num_classes')} classes, the data of {len(self.classes)}")
-        except FileNotFoundError:
-            raise
         except Exception as error:  # of timm, torch or safetensors
-            raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}") from error
+            self.refuse_weights(weights, error)
         self.network.load_state_dict(network.state_dict())
         if self.ema is not None:
             self.ema.set(self.network)

@@ -44,6 +44,8 @@ class DetectionTask(Task):
             for each image in training, and the last one evaluated.
         max_size: what the longer side is at most.
         detector_args: further arguments of torchvision's detector, such as ``{"box_score_thresh": 0.01}``.
+        lr: the highest learning rate; the usual one for a step of 2 images, 0.02 for 16.
+        weight_decay: of the optimizer.
         **kwargs: as for :class:`Task`.
 
     Raises:
@@ -79,9 +81,11 @@ class DetectionTask(Task):
         min_size: int | list[int] = 800,
         max_size: int = 1333,
         detector_args: dict[str, Any] | None = None,
+        lr: float = 0.0025,
+        weight_decay: float = 1e-4,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(lr=lr, weight_decay=weight_decay, **kwargs)
         require("faster_coco_eval", extra="detection")
         check_network(network)
         if norm == "frozen" and not pretrained:
@@ -153,10 +157,8 @@ class DetectionTask(Task):
         weights = self.hparams["pretrained"]
         try:
             loaded = self._build(weights)
-        except FileNotFoundError:
-            raise
         except Exception as error:  # of timm, torch or safetensors
-            raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}") from error
+            self.refuse_weights(weights, error)
         # What comes after the backbone stays as the seed has made it.
         self.network.backbone.load_state_dict(loaded.backbone.state_dict())  # type: ignore[union-attr,operator]
 

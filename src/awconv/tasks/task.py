@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 import timm
@@ -82,6 +82,18 @@ class Task(pl.LightningModule):
         if not self.hparams["pretrained"] or self.trainer.ckpt_path:
             return False
         return bool(self.trainer.training) or self.evaluates_pretrained
+
+    def refuse_weights(self, weights: bool | str, error: Exception) -> NoReturn:
+        """Says that pretrained weights could not be loaded.
+
+        Raises:
+            FileNotFoundError: their file is not there.
+            ValueError: anything else was in the way, such as a hub that cannot be reached.
+        """
+        if isinstance(error, FileNotFoundError) and weights is not True:
+            raise error
+        mend = "; --model.pretrained=FILE takes them from a file" if weights is True else ""
+        raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}{mend}") from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights of another network, and those that were trained on other classes or other images.
