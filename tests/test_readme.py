@@ -43,6 +43,7 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
     links = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)[^):]*\)", text)]
     named = [ROOT / path for path in re.findall(r"(?:recipes|benchmarks|docs|tests)/[\w/]+\.\w+", text)]
     assert links or named
+    assert (links and named) or page.name != "README.md"
     for path in (*links, *named):
         assert path.exists(), path
 

@@ -213,8 +213,9 @@ def test_nothing_to_test_on_is_said_before_anything_is_trained(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("delay", [0.0, 2.0])  # between two runs, and in one
-def test_ctrl_c_keeps_and_reports_what_is_finished(delay: float, tmp_path: Path) -> None:
+# Between two runs, and in one.
+@pytest.mark.parametrize("awaited", ["plain-seed0.json", "aw-seed0/checkpoints/*.ckpt"])
+def test_ctrl_c_keeps_and_reports_what_is_finished(awaited: str, tmp_path: Path) -> None:
     out = tmp_path / "report"
     command = [sys.executable, "-m", "awconv", "demo", "--out", str(out), "--", "--trainer.max_epochs=3"]
     process = subprocess.Popen(
@@ -225,21 +226,19 @@ def test_ctrl_c_keeps_and_reports_what_is_finished(delay: float, tmp_path: Path)
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
     deadline = time.monotonic() + 240
-    while not (out / "plain-seed0.json").exists():
+    while not list(out.glob(awaited)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(delay)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
-    finished = json.loads((out / "results.json").read_text())["runs"]
-    assert 1 <= len(finished) < 6  # as the machine is fast
-    assert f"Interrupted; {len(finished)} finished runs are kept" in printed
+    assert "Interrupted; 1 finished runs are kept" in printed
     assert "Traceback" not in printed
-    assert ("plain", 0) in [(run["variant"], run["seed"]) for run in finished]
-    assert all(len(run["epochs"]) == 3 and timm.is_model(run["network"]) for run in finished)
+    (finished,) = json.loads((out / "results.json").read_text())["runs"]
+    assert (finished["variant"], finished["seed"], len(finished["epochs"])) == ("plain", 0, 3)
     assert (out / "index.html").exists()
+    assert timm.is_model(finished["network"])
 
 
 def tiny(folder: Path, epochs: int = 2) -> Path:

@@ -269,7 +269,7 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
         ("categories", 0, {"name": "tree"}, "2 categories have the name 'tree'"),
         ("annotations", 0, {"bbox": [1, 2, 3]}, r"annotation 1 of .*: bbox must be x, y, .*, got \[1, 2, 3\]"),
         ("annotations", 0, {"bbox": [1, 2, 3, float("nan")]}, "bbox must be x, y, width and height"),
-        ("annotations", 0, {"bbox": None}, "bbox must be a list, got None"),
+        ("annotations", 0, {"bbox": None}, "bbox must be x, y, width and height in pixels, got None"),
     ):
         content = annotations()
         content[part][entry] |= mistake

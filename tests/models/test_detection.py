@@ -110,10 +110,9 @@ def test_the_pyramid_has_the_networks_strides(images: list[Tensor]) -> None:
         faster_rcnn("resnet20_cifar", 3, backbone_args=dict(out_indices=(0, 1)))
 
 
-@pytest.mark.parametrize("stage_names", ["modules", "hooks", "channels last"])
+@pytest.mark.parametrize("stage_names", ["hooks", "channels last"])
 def test_networks_whose_stages_differ_are_backbones(stage_names: str, images: list[Tensor]) -> None:
     backbone, arguments = {
-        "modules": ("resnet18", {}),
         "hooks": ("xception41", {}),
         "channels last": ("swin_tiny_patch4_window7_224", {"strict_img_size": False}),
     }[stage_names]

@@ -12,15 +12,11 @@ from awconv.bench.model import Side, check_twins
 from awconv.bench.report import Format, Row, check_device, names, numbers, print_rows
 from awconv.bench.timing import ratios
 from awconv.convert import AW_LAYERS
-from awconv.models.detection import faster_rcnn, ssd300
+from awconv.models.detection import DETECTORS
 from awconv.models.registry import TWINS
 from awconv.ops.choose import ALGORITHMS
 
 _OBJECTS = 8  # boxes an image, about COCO's mean
-_FINE_TUNED: dict[str, dict[str, Any]] = {
-    "faster_rcnn": dict(norm="frozen", trainable_layers="usual"),
-    "ssd300": dict(trainable_layers="usual"),
-}
 
 
 def bench_detector(
@@ -67,7 +63,9 @@ def bench_detector(
     if len(sides) != 2:
         raise ValueError(f"size must be a height and a width such as 800x1333, got {size!r}")
     height, width = sides
-    arguments = dict(min_size=min(sides), max_size=max(sides)) if detector == "faster_rcnn" else {}
+    arguments: dict[str, Any] = dict(trainable_layers="usual")
+    if detector == "faster_rcnn":
+        arguments |= dict(norm="frozen", min_size=min(sides), max_size=max(sides))
     rows: list[Row] = []
     for name in backbones:
         detectors = twin_detectors(detector, name, **arguments)
@@ -93,8 +91,7 @@ def twin_detectors(detector: Literal["faster_rcnn", "ssd300"], backbone: str, **
         backbone: an AW network with a plain twin.
         **arguments: of the detector.
     """
-    build: Any = {"faster_rcnn": faster_rcnn, "ssd300": ssd300}[detector]
-    plain, aw = (build(name, **(_FINE_TUNED[detector] | arguments)) for name in (TWINS[backbone], backbone))
+    plain, aw = (DETECTORS[detector](name, **arguments) for name in (TWINS[backbone], backbone))
     aw.load_state_dict(plain.state_dict(), strict=False)  # all but the branches
     for layer in aw.modules():
         if isinstance(layer, AW_LAYERS):

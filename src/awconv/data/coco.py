@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,23 @@ import numpy as np
 from awconv.data.detection import Annotated, DetectionDataModule
 from awconv.data.loading import Split
 
-_FIELDS: dict[str, dict[str, type]] = {
-    "images": {"id": int, "file_name": str, "width": int, "height": int},
-    "annotations": {"image_id": int, "category_id": int, "bbox": list},
-    "categories": {"id": int, "name": str},
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+_Kind = tuple[Callable[[Any], bool], str]
+_NUMBER: _Kind = (lambda value: isinstance(value, int), "a whole number")
+_TEXT: _Kind = (lambda value: isinstance(value, str), "text")
+_BOX: _Kind = (
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)),
+    "x, y, width and height in pixels",
+)
+_FIELDS: dict[str, dict[str, _Kind]] = {
+    "images": {"id": _NUMBER, "file_name": _TEXT, "width": _NUMBER, "height": _NUMBER},
+    "annotations": {"image_id": _NUMBER, "category_id": _NUMBER, "bbox": _BOX},
+    "categories": {"id": _NUMBER, "name": _TEXT},
 }
-_SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
-_KINDS = {int: "a whole number", str: "text", list: "a list"}
 
 
 class Coco(DetectionDataModule):
@@ -118,8 +128,8 @@ class Coco(DetectionDataModule):
         missing = [part for part in _FIELDS if not isinstance(content, dict) or part not in content]
         if missing:
             raise ValueError(f"{shown} is not in COCO's format: it has no {' and no '.join(missing)}")
-        for part, fields in _FIELDS.items():
-            _check_entries(content[part], part, fields, name)
+        for part in _FIELDS:
+            _check_entries(content[part], part, name)
         for part, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
             ((value, count),) = Counter(entry[key] for entry in content[part]).most_common(1) or [("", 0)]
             if count > 1:
@@ -136,27 +146,22 @@ class Coco(DetectionDataModule):
         return {name: named[name] for name in self.categories}
 
 
-def _check_entries(entries: Any, part: str, fields: Mapping[str, type], split: str) -> None:
+def _check_entries(entries: Any, part: str, split: str) -> None:
     """Raises a ValueError that names what is not in COCO's format."""
     if not isinstance(entries, list):
         raise ValueError(f"split {split} is not in COCO's format: {part} must be a list, got {entries!r:.40}")
+    one = {"images": "image", "annotations": "annotation", "categories": "category"}[part]
     for position, entry in enumerate(entries):
         number = entry.get("id", f"at position {position}") if isinstance(entry, dict) else f"at position {position}"
-        what = f"{_SINGULAR[part]} {number} of split {split} is not in COCO's format"
+        what = f"{one} {number} of split {split} is not in COCO's format"
         if not isinstance(entry, dict):
             raise ValueError(f"{what}: it must be an object, got {entry!r:.40}")
-        missing = [name for name in fields if name not in entry]
+        missing = [name for name in _FIELDS[part] if name not in entry]
         if missing:
             raise ValueError(f"{what}: it has no {' and no '.join(missing)}")
-        for name, kind in fields.items():
-            if not isinstance(entry[name], kind):
-                raise ValueError(f"{what}: {name} must be {_KINDS[kind]}, got {entry[name]!r:.40}")
-        if part == "annotations" and not (len(entry["bbox"]) == 4 and all(map(_is_finite, entry["bbox"]))):
-            raise ValueError(f"{what}: bbox must be x, y, width and height in pixels, got {entry['bbox']!r:.80}")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+        for name, (is_right, kind) in _FIELDS[part].items():
+            if not is_right(entry[name]):
+                raise ValueError(f"{what}: {name} must be {kind}, got {entry[name]!r:.80}")
 
 
 def _annotated(

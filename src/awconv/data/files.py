@@ -64,11 +64,15 @@ class Files:
                 yield file
             return
         with self._lock:
-            names = [prefix + path for prefix in self._prefixes if prefix + path in self._archive.NameToInfo]
-            if not names:
-                raise FileNotFoundError(f"{self.name(path)} is not in the archive")
-            with self._archive.open(names[0]) as file:
-                yield file
+            for prefix in self._prefixes:
+                try:
+                    member = self._archive.open(prefix + path)
+                except KeyError:
+                    continue
+                with member:
+                    yield member
+                return
+            raise FileNotFoundError(f"{self.name(path)} is not in the archive")
 
     def read(self, path: str) -> bytes:
         """A file's content.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,11 +13,12 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from awconv.data import BrokenImageError
 from awconv.extras import require
-from awconv.models.detection import TORCHVISIONS_INPUT, faster_rcnn, ssd300
+from awconv.models.detection import DETECTORS, TORCHVISIONS_INPUT
 from awconv.models.detection.faster_rcnn import Norm
 from awconv.tasks.task import Task, check_network
 
 Detections = list[dict[str, Tensor]]
+_FASTER_RCNNS = ("norm", "min_size", "max_size")  # options that SSD300 has not
 
 
 class DetectionTask(Task):
@@ -107,43 +109,27 @@ class DetectionTask(Task):
             weights_backbone=weights,
             # Of weights that are only loaded later, too.
             trainable_layers="usual" if trainable is None and hparams["pretrained"] else trainable,
+            backbone_args=hparams["network_args"],
             convert=hparams["convert"],
         )
         if hparams["detector"] == "faster_rcnn":
             sizes = hparams["min_size"]
             arguments |= dict(
-                backbone_args=hparams["network_args"],
                 norm=hparams["norm"] or ("frozen" if hparams["pretrained"] else "batch"),
                 min_size=tuple(sizes) if isinstance(sizes, Sequence) else sizes,
                 max_size=hparams["max_size"],
             )
         else:
-            arguments["convert"] = self._ssd_conversion()
+            defaults = inspect.signature(DetectionTask).parameters
+            given = [name for name in _FASTER_RCNNS if hparams[name] != defaults[name].default]
+            if given:
+                raise ValueError(f"{', '.join(given)} must be left out with ssd300, which has no such option")
             if hparams["pretrained"] is True:  # of weights that are only loaded later, too
                 arguments = TORCHVISIONS_INPUT | arguments
         try:
-            return _DETECTORS[hparams["detector"]](hparams["network"], **arguments)
+            return DETECTORS[hparams["detector"]](hparams["network"], **arguments)
         except TypeError as error:
             raise ValueError(f"the arguments of a {hparams['detector']} do not fit: {error}") from error
-
-    def _ssd_conversion(self) -> dict[str, Any] | None:
-        """What is to be converted of SSD300's VGG, which is not a network of timm.
-
-        Raises:
-            ValueError: an option was given that only Faster R-CNN has.
-        """
-        hparams = self.hparams
-        others = {"norm": None, "min_size": 800, "max_size": 1333}
-        given = [name for name, default in others.items() if hparams[name] != default]
-        given += [f"network_args.{name}" for name in hparams["network_args"] or {} if name != "aw_args"]
-        if given:
-            raise ValueError(f"{', '.join(given)} must be left out with ssd300, which has no such option")
-        aw_args, conversion = (hparams["network_args"] or {}).get("aw_args"), hparams["convert"]
-        if aw_args is None:
-            return None if conversion is None else dict(conversion)
-        if hparams["network"] != "aw_vgg16":
-            raise ValueError(f"network_args.aw_args needs the network aw_vgg16, got {hparams['network']}")
-        return {**aw_args, **(conversion or {})}
 
     def setup(self, stage: str) -> None:
         """Loads the backbone's pretrained weights, where a training starts from them.
@@ -220,7 +206,9 @@ class DetectionTask(Task):
     def _log_figures(self, split: str) -> Figures:
         self.evaluation = _gathered(self.evaluation)
         if not self.evaluation and not self.trainer.sanity_checking:
-            raise BrokenImageError(f"none of the images that were to be evaluated ({split}) can be decoded")
+            raise BrokenImageError(
+                f"none of the images that were to be evaluated ({split}) can be decoded; the log names them"
+            )
         figures = coco_figures(self.evaluation, self.classes, per_class=split == "test")
         self.log_dict({f"{split}/{name}": value for name, value in figures.overall.items()})
         return figures
@@ -328,7 +316,6 @@ _COCO_FIGURES = {  # torchmetrics' names of COCO's twelve numbers, and ours
     "mar_medium": "AR_medium",
     "mar_large": "AR_large",
 }
-_DETECTORS: dict[str, Callable[..., nn.Module]] = {"faster_rcnn": faster_rcnn, "ssd300": ssd300}
 _OPTIONS = {  # what torchvision's arguments are given by
     "num_classes": "the data",
     "backbone": "--model.network",

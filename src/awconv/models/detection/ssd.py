@@ -29,6 +29,7 @@ def ssd300(
     *,
     weights_backbone: bool | str | Path = False,
     trainable_layers: int | Literal["usual"] | None = None,
+    backbone_args: dict[str, Any] | None = None,
     convert: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> SSD:
@@ -43,6 +44,7 @@ def ssd300(
             (safetensors, or a state dict of torch), which was trained with the usual mean and deviation.
         trainable_layers: how many of VGG's 5 stages are trained, counted from the last; ``"usual"`` for 4. By default
             the usual ones of a backbone with weights, and all of one without.
+        backbone_args: ``{"aw_args": {"reduction": 8}}`` is all that ``"aw_vgg16"`` takes, and ``"vgg16"`` takes none.
         convert: arguments of :func:`awconv.convert`, such as ``{"reduction": 8}``, which also make ``"vgg16"`` an AW
             network.
         **kwargs: of ``torchvision.models.detection.SSD``, such as ``score_thresh``.
@@ -52,12 +54,16 @@ def ssd300(
 
     Raises:
         FileNotFoundError: the file of weights is not there.
-        TypeError: torchvision's detector has no such argument.
+        TypeError: torchvision's detector, or the backbone, has no such argument.
         ValueError: the backbone is another one, or the file holds another network's weights.
     """
     if backbone not in ("vgg16", "aw_vgg16"):
         raise ValueError(f"backbone of ssd300 must be 'vgg16' or 'aw_vgg16', got {backbone!r}")
     check_arguments(SSD, kwargs)
+    backbone_args = backbone_args or {}
+    unknown = [name for name in backbone_args if (backbone, name) != ("aw_vgg16", "aw_args")]
+    if unknown:
+        raise TypeError(f"{backbone} has no {', '.join(unknown)}; aw_vgg16 has aw_args")
     file = None if isinstance(weights_backbone, bool) else Path(weights_backbone)
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"weights_backbone must be true, false or a file of weights, got {str(file)!r}")
@@ -82,7 +88,7 @@ def ssd300(
     if backbone == "aw_vgg16" or convert is not None:
         chosen = set(vgg[1:])
         arguments: dict[str, Any] = {"init": "identity", "select": lambda name, layer: layer in chosen}
-        convert_layers(detector.backbone, **(arguments | (convert or {})))
+        convert_layers(detector.backbone, **(arguments | (backbone_args.get("aw_args") or {}) | (convert or {})))
     for convolution in vgg[: sum(_STAGES[: len(_STAGES) - trainable_layers])]:
         convolution.weight.requires_grad_(False)
         convolution.bias.requires_grad_(False)  # type: ignore[union-attr]  # VGG's have one
