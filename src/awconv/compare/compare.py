@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from awconv.compare.ablation import arms, choices
 from awconv.compare.processes import train_in_turn, train_side_by_side
 from awconv.compare.report import rich_table, summarise, write_report
 from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, parse
+from awconv.training.lock import locked
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
@@ -143,7 +144,7 @@ def _run(
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    folder.mkdir(parents=True, exist_ok=True)
+    jobs = min(jobs, seeds * len(variants))
     plans = [
         Plan(recipe, variant, seed, folder, tuple(overrides), split, jobs)
         for seed, variant in product(range(seeds), variants)
@@ -152,12 +153,13 @@ def _run(
         plan.check()
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # of processes that train together
     console = terminal.console() if first else Console(quiet=True)
-    status, runs = _train_all(plans, console)
-    if runs and first:
-        order = [variant.name for variant in variants]
-        runs.sort(key=lambda run: (run.seed, order.index(run.variant)))
-        console.print(rich_table(summarise(runs), title))
-        console.print(f"Report: {write_report(runs, folder, title, command)}")
+    with locked(folder) if first else nullcontext():
+        status, runs = _train_all(plans, console)
+        if runs and first:
+            order = [variant.name for variant in variants]
+            runs.sort(key=lambda run: (run.seed, order.index(run.variant)))
+            console.print(rich_table(summarise(runs), title))
+            console.print(f"Report: {write_report(runs, folder, title, command)}")
     return status
 
 

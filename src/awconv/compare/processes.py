@@ -32,12 +32,14 @@ def train_in_turn(plans: Sequence[Plan], on_progress: OnProgress) -> Results:
     Yields:
         Each run, or the reason why it failed.
     """
-    opened = OpenedData()
+    opened, threads = OpenedData(), torch.get_num_threads()
     for plan in plans:
-        yield plan, _train(plan, opened, partial(on_progress, plan))
+        yield plan, _train(plan, opened, threads, partial(on_progress, plan))
 
 
-def _train(plan: Plan, opened: OpenedData, on_progress: Callable[[float, int], None]) -> Run | str:
+def _train(plan: Plan, opened: OpenedData, threads: int, on_progress: Callable[[float, int], None]) -> Run | str:
+    """Trains a run with some threads, or those that it was begun with."""
+    torch.set_num_threads(threads)
     try:
         return plan.train(opened, on_progress)
     except Exception as error:  # a user's, or of any library below; the other runs go on
@@ -57,8 +59,9 @@ def train_side_by_side(plans: Sequence[Plan], on_progress: OnProgress) -> Result
     if not plans:
         return
     context = multiprocessing.get_context("spawn")  # a fork would share the state of threads and of CUDA
+    # Of all runs, and not only of those that are missing: the number of threads must not depend on an interruption.
+    threads = max(1, (os.cpu_count() or 1) // plans[0].jobs)
     jobs = min(plans[0].jobs, len(plans))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(reversed(plans))
     working: dict[Connection, tuple[BaseProcess, Plan]] = {}
 
@@ -121,11 +124,10 @@ def _terminate(*_: Any) -> None:
 def _work(connection: Connection, threads: int) -> None:
     """Trains what the other process sends, until it sends nothing more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
-    torch.set_num_threads(threads)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     opened = OpenedData()
     while (plan := connection.recv()) is not None:
-        connection.send(_train(plan, opened, lambda epochs, of: connection.send((epochs, of))))
+        connection.send(_train(plan, opened, threads, lambda epochs, of: connection.send((epochs, of))))
 
 
 def _end_with_the_parent() -> None:

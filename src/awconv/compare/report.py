@@ -171,9 +171,14 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table for a README."""
     titles = headings(rows)
-    lines = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines = [_markdown_line(titles), "| --- | --- |" + " ---: |" * (len(titles) - 2)]
+    lines += [_markdown_line(cells(row)) for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    # A file of runs may be somebody else's, and its texts anything.
+    return "| " + " | ".join(html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|") for cell in cells) + " |"
 
 
 _GENERATED = re.compile(r"<!-- runs: (\S+) (\S+) -->\n.*?<!-- end of runs -->", re.DOTALL)
@@ -213,6 +218,8 @@ def write_report(runs: Sequence[Run], folder: Path, title: str, command: str) ->
     Returns:
         The page.
     """
+    import matplotlib
+
     rows = summarise(runs)
     content = {
         "title": title,
@@ -222,7 +229,8 @@ def write_report(runs: Sequence[Run], folder: Path, title: str, command: str) ->
     }
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / "table.md").write_text(markdown_table(rows))
-    _plot(runs, folder / "curves.svg")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold dollars
+        _plot(runs, folder / "curves.svg")
     page = folder / "index.html"
     page.write_text(_page(runs, rows, title, command))
     return page
@@ -294,7 +302,7 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
 <h1>{html.escape(title)}</h1>
 <p><code>{html.escape(command)}</code></p>
 {_html_table(headings(rows), [cells(row) for row in rows])}
-<p class="note">Score: {runs[0].metric} of the network after the last epoch on {tested_on}; mean and standard deviation
+<p class="note">Score: {html.escape(runs[0].metric)} of the network after the last epoch on {tested_on}; mean and standard deviation
 over the seeds. Difference: in percentage points, between runs of the same seed; the interval is Student's for the mean.
 Time: median epoch of training, without evaluation; the ratio is to the first variant, {together}.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation figure by epoch, for each variant">

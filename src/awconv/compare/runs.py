@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import lightning.pytorch as pl
 import timm
 import torch
-import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
@@ -26,7 +27,8 @@ from awconv.models import TWINS
 from awconv.summary import summary
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
-from awconv.training.settings import SameSettings, differences, settings
+from awconv.training.recipes import read_recipe
+from awconv.training.settings import SameSettings, completed, differences, settings, written
 from awconv.version import __version__
 
 Split = Literal["test", "val"]
@@ -91,7 +93,7 @@ class Run:
     def save(self, path: Path) -> None:
         """Writes the run as JSON, wholly or not at all."""
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         os.replace(partial, path)
 
     @classmethod
@@ -102,10 +104,39 @@ class Run:
             ValueError: the file is something else.
         """
         try:
-            content = json.loads(path.read_text())
-            return cls(**(content | {"epochs": [Epoch(**epoch) for epoch in content["epochs"]]}))
-        except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+            content = json.loads(path.read_text(), parse_constant=_refuse)
+            run = cls(**(content | {"epochs": [Epoch(**epoch) for epoch in content["epochs"]]}))
+            for part in (run, *run.epochs):
+                _check_types(part)
+        except (ValueError, TypeError, KeyError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a run of awconv compare: {error}") from error
+        return run
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _check_types(part: Any) -> None:
+    """Raises a TypeError for an attribute of a dataclass whose value is not of its type, or no finite number."""
+    types = get_type_hints(type(part))
+    for one in fields(part):
+        value = getattr(part, one.name)
+        if not _is_a(value, types[one.name]):
+            raise TypeError(f"{one.name} cannot be {str(value)[:80]!r}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if get_origin(kind) is dict:
+        names, values = get_args(kind)
+        return isinstance(value, dict) and all(_is_a(k, names) and _is_a(v, values) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, get_origin(kind) or kind)
 
 
 _NETWORK = "--model.network"
@@ -118,10 +149,7 @@ def base_network(recipe: Path, overrides: Sequence[str]) -> str:
         FileNotFoundError: there is no such recipe.
         ValueError: the recipe names no network.
     """
-    if not recipe.is_file():
-        raise FileNotFoundError(f"recipe {recipe} is not a file; expected a YAML file such as those under recipes/")
-    content = yaml.safe_load(recipe.read_text())
-    named = isinstance(content, dict) and "network" in (content.get("model") or {})
+    named = read_recipe(recipe).get("model", {}).get("network") is not None
     if not named and not any(override.partition("=")[0] == _NETWORK for override in overrides):
         raise ValueError(f"recipe {recipe} must name a network under model.network")
     return str(parse(recipe, *overrides, build=False).config.model.network)
@@ -268,9 +296,9 @@ class Plan:
         if not self.file.is_file():
             return None
         run, cli = Run.load(self.file), self.parse(build=False)
-        known = _completed(run.recipe, cli)
-        now = settings(cli.parser, cli.config)
-        differing = ["its settings are no longer known"] if known is None else differences(known, now)
+        now = written(cli.parser, cli.config)
+        known = completed(run.recipe, now, written(cli.parser, cli.parser.get_defaults(skip_validation=True)))
+        differing = ["its settings are no longer known"] if known is None else differences(known, settings(now))
         expected = self.split
         if (expected, run.test_split) == ("test", "val"):  # right where there is no test split
             expected = self.parse().datamodule.test_split
@@ -300,7 +328,8 @@ class Plan:
         recorder = _Recorder(on_progress)
         trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]  # before checkpoints are written
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=self._interrupted(settings(cli.parser, cli.config)))
+            content = written(cli.parser, cli.config)
+            trainer.fit(model, datamodule=data, ckpt_path=self._interrupted(settings(content)))
             evaluate = trainer.test if self.split == "test" else trainer.validate
             (metrics,) = evaluate(model, datamodule=data, verbose=False)
         except SIGTERMException:
@@ -319,7 +348,7 @@ class Plan:
             test_split=data.test_split if self.split == "test" else self.split,
             score=metrics[f"{self.split}/{model.score}"],
             epochs=recorder.epochs,
-            recipe=yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=True)),
+            recipe=content,
             versions={
                 "awconv": __version__,
                 "torch": torch.__version__,
@@ -358,15 +387,6 @@ class Plan:
 def recorded(checkpoint: dict[str, Any]) -> list[Epoch]:
     """The learning curve of the run that a checkpoint is of."""
     return [Epoch(**epoch) for epoch in checkpoint["callbacks"].get(_Recorder.__qualname__, {}).get("epochs", [])]
-
-
-def _completed(recipe: dict[str, Any], cli: TrainingCLI) -> dict[str, str] | None:
-    """The settings of a run, with today's defaults for those that its version of awconv did not have; None if it has
-    some that there are no more."""
-    try:
-        return settings(cli.parser, cli.parser.parse_object(recipe, defaults=True))
-    except (SystemExit, ValueError, TypeError, KeyError):
-        return None
 
 
 class _Recorder(pl.Callback):

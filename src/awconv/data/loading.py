@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import signal
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -23,6 +24,8 @@ from awconv.data.order import (
 )
 
 Split = Literal["train", "val", "test"]
+_WORKERS_PER_CORE = 8
+_WORKER_SECONDS = 12  # what a worker outlives a SIGTERM by: longer than the training that it loads for
 
 
 class Sized(Protocol):
@@ -52,6 +55,12 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        most = _WORKERS_PER_CORE * (os.cpu_count() or 1)
+        if num_workers > most:
+            raise ValueError(
+                f"num_workers must be at most {most}, {_WORKERS_PER_CORE} for each core of this machine, "
+                f"got {num_workers}"
+            )
         self.batch_size, self.num_workers = batch_size, num_workers
 
     @property
@@ -98,7 +107,14 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         batches: Any
         if split == "train":
             batches = TrainingBatches(
-                len(dataset), self.batch_size, share, self._seed, blocks, groups, start=self._batches_done
+                len(dataset),
+                self.batch_size,
+                share,
+                self._seed,
+                blocks,
+                groups,
+                start=self._batches_done,
+                same=self.trainer is not None and self.trainer.overfit_batches > 0,
             )
             if len(batches) == 0:
                 raise ValueError(
@@ -112,6 +128,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=_outlive_sigterm,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -140,3 +157,8 @@ class DataModule(pl.LightningDataModule, abc.ABC):
     def _augment(self, batch: Any, seed: int) -> Any:
         """Augments a whole training batch on its device; ``seed`` is the same in all processes."""
         return batch
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """SIGTERM may reach a whole group of processes, and a training needs its next batch to end well."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_SECONDS))

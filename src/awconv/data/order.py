@@ -71,6 +71,7 @@ class TrainingBatches(Sampler[list[Draw]]):
             batches of an epoch, of images that fill no batch with their own group.
         start: called at the beginning of each epoch: the number of batches to leave out, which were trained on before
             an interruption.
+        same: draw the order of the first epoch again in each, to fit a few batches as ``overfit_batches`` does.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class TrainingBatches(Sampler[list[Draw]]):
         blocks: np.ndarray[Any, Any] | None = None,
         groups: np.ndarray[Any, Any] | None = None,
         start: Callable[[], int] = lambda: 0,
+        same: bool = False,
     ) -> None:
         self.size, self.batch_size, self.share, self.seed = size, batch_size, share, seed
-        self.blocks, self.groups, self.start = blocks, groups, start
+        self.blocks, self.groups, self.start, self.same = blocks, groups, start, same
         self.sampler = Epoch()  # under the name where Lightning looks for set_epoch
 
     def __len__(self) -> int:
@@ -92,7 +94,7 @@ class TrainingBatches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, together = self.sampler.number, self.batch_size * self.share.of
-        order = self._order(epoch)
+        order = self._order(0 if self.same else epoch)
         for step in range(self.start(), len(self)):
             batch = order[step * together : (step + 1) * together]
             yield [Draw(image, epoch, self.seed) for image in batch[self.share.rank :: self.share.of]]

@@ -26,7 +26,7 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"weights must be a file (safetensors, or a state dict of torch), got {str(file)!r}")
-    state = load_state_dict(str(file))
+    state = load_state_dict(str(file), weights_only=True)
     plain = timm.create_model(network, **(network_args or {}))
     classifier = f"{plain.pretrained_cfg['classifier']}."  # type: ignore[index]  # a dictionary of timm's
     found, expected = (

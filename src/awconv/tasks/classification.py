@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from awconv.models.pretrained import weights_overlay
-from awconv.tasks.task import Task, check_network, convert
+from awconv.tasks.task import Task, check_network, check_numbers, convert
 
 
 class ClassificationTask(Task):
@@ -79,7 +79,8 @@ class ClassificationTask(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_network(network)
+        check_network(network, network_args)
+        check_numbers(label_smoothing=(label_smoothing, 0, 1), erasing=(erasing, 0, 1), ema_decay=(ema_decay, 0, 1))
         self.classes = list(classes)
         self.input_size = list(input_size)
         self.crop_pct = crop_pct
@@ -98,13 +99,21 @@ class ClassificationTask(Task):
 
     def _build(self, **pretrained: Any) -> nn.Module:
         hparams = self.hparams
-        network: nn.Module = timm.create_model(
-            hparams["network"],
-            num_classes=len(self.classes),
-            in_chans=self.input_size[0],
-            **pretrained,
-            **(hparams["network_args"] or {}),
-        )
+        arguments = hparams["network_args"] or {}
+        try:
+            network: nn.Module = timm.create_model(
+                hparams["network"],
+                num_classes=len(self.classes),
+                in_chans=self.input_size[0],
+                **pretrained,
+                **arguments,
+            )
+        except Exception as error:  # of any network
+            if pretrained:
+                raise
+            raise ValueError(
+                f"network {hparams['network']} cannot be built with network_args {arguments}: {error}"
+            ) from error
         return convert(network, hparams["convert"])
 
     def _mixup(self) -> Mixup | None:
@@ -116,7 +125,7 @@ class ClassificationTask(Task):
                 num_classes=len(self.classes),
                 label_smoothing=self.hparams["label_smoothing"],
             )
-        except TypeError as error:
+        except Exception as error:  # timm's asserts, too
             raise ValueError(
                 f"mixup must hold arguments of timm.data.Mixup, got {self.hparams['mixup']}: {error}"
             ) from error
@@ -129,6 +138,7 @@ class ClassificationTask(Task):
             FileNotFoundError: the file of weights is not there.
             ValueError: there are no such weights, or they are those of another network.
         """
+        super().setup(stage)
         if self.loads_pretrained:
             self._load_pretrained(self.hparams["pretrained"], whole=stage != "fit")
         self.network.to(memory_format=self.memory_format)

@@ -89,7 +89,7 @@ class DetectionTask(Task):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, **kwargs)
         require("faster_coco_eval", extra="detection")
-        check_network(network)
+        check_network(network, network_args)
         if norm == "frozen" and not pretrained:
             raise ValueError("norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'")
         self.classes, self.category_ids = list(classes), list(category_ids)
@@ -128,8 +128,12 @@ class DetectionTask(Task):
                 arguments = TORCHVISIONS_INPUT | arguments
         try:
             return DETECTORS[hparams["detector"]](hparams["network"], **arguments)
-        except TypeError as error:
-            raise ValueError(f"the arguments of a {hparams['detector']} do not fit: {error}") from error
+        except Exception as error:  # of torchvision, timm or any network
+            if weights:
+                raise
+            raise ValueError(
+                f"the arguments of a {hparams['detector']} on {hparams['network']} do not fit: {error}"
+            ) from error
 
     def setup(self, stage: str) -> None:
         """Loads the backbone's pretrained weights, where a training starts from them.
@@ -138,6 +142,7 @@ class DetectionTask(Task):
             FileNotFoundError: the file of weights is not there.
             ValueError: there are no such weights, or they are those of another network.
         """
+        super().setup(stage)
         if not self.loads_pretrained:
             return
         weights = self.hparams["pretrained"]

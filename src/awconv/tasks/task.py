@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 import timm
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from torch import nn
+from timm.models import build_model_with_cfg
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import awconv  # which also registers its models with timm
 from awconv.parameter_groups import branch_parameters
+
+# What timm takes beside a network's own arguments: where weights come from, and how a network is built. A checkpoint
+# of somebody else's must not decide it.
+_NOT_THE_NETWORKS = {
+    name
+    for function in (timm.create_model, build_model_with_cfg)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+} | {"num_classes", "in_chans", "features_only"}
 
 
 class Task(pl.LightningModule):
@@ -64,6 +75,16 @@ class Task(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # those of the subclass, too
+        check_numbers(
+            lr=(lr, 0, math.inf),
+            branch_lr_factor=(branch_lr_factor, 0, math.inf),
+            momentum=(momentum, 0, 1),
+            weight_decay=(weight_decay, 0, math.inf),
+            branch_weight_decay=(branch_weight_decay, 0, math.inf),
+            warmup_epochs=(warmup_epochs, 0, math.inf),
+            decay_rate=(decay_rate, 0, math.inf),
+            **{f"decay_epochs[{index}]": (epoch, 0, math.inf) for index, epoch in enumerate(decay_epochs)},
+        )
         self.evaluates_pretrained = False  # set by the command line: a test right after a training must not load them
 
     @property
@@ -95,12 +116,25 @@ class Task(pl.LightningModule):
         mend = "; --model.pretrained=FILE takes them from a file" if weights is True else ""
         raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}{mend}") from error
 
+    def setup(self, stage: str) -> None:
+        """Takes the precision of the training before weights are loaded, which would be rounded to single else."""
+        if self.trainer.precision == "64-true":
+            self.double()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another network, and those that were trained on other classes or other images.
+        """Refuses weights of another network, those that were trained on other classes or other images, and those that
+        are no numbers.
 
         Raises:
-            ValueError: the checkpoint and this task differ in what the data decide, or in the network.
+            ValueError: the checkpoint and this task differ in what the data decide, or in the network, or its weights
+                are infinite or NaN.
         """
+        broken = not_finite(checkpoint["state_dict"], self.state_dict())
+        if broken:
+            raise ValueError(
+                f"the checkpoint has weights that are infinite or not a number, such as {', '.join(broken[:3])}; take "
+                "an earlier one"
+            )
         trained = checkpoint["hyper_parameters"]
         for name in self.from_data:
             if name in trained and not _equal(trained[name], self.hparams[name]):
@@ -138,13 +172,20 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         hparams = self.hparams
-        optimizer = create_optimizer_v2(
-            self._parameter_groups(),
-            opt=hparams["optimizer"],
-            lr=hparams["lr"],
-            momentum=hparams["momentum"],
-            **(hparams["optimizer_args"] or {}),
-        )
+        arguments = hparams["optimizer_args"] or {}
+        try:
+            optimizer = create_optimizer_v2(
+                self._parameter_groups(),
+                opt=hparams["optimizer"],
+                lr=hparams["lr"],
+                momentum=hparams["momentum"],
+                **arguments,
+            )
+        except Exception as error:  # of timm, or of any optimizer
+            raise ValueError(
+                f"optimizer must be a name of timm.optim.list_optimizers(), and optimizer_args its arguments, got "
+                f"{hparams['optimizer']!r} and {arguments}: {error}"
+            ) from error
         steps_per_epoch, steps = self._count_steps()
         if hparams["decay_epochs"]:
             boundaries = [epoch * steps_per_epoch for epoch in hparams["decay_epochs"]]
@@ -178,8 +219,43 @@ class Task(pl.LightningModule):
         return per_epoch, min(per_epoch * epochs, steps)
 
 
-def check_network(name: str) -> None:
-    """Raises a ValueError that names near ones where timm knows no such network, or no such weights of it."""
+def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
+    """Raises a ValueError for a number that is not finite, or out of its range.
+
+    Args:
+        **numbers: by the argument's name: the number, or None for one that is not given; the least and the largest.
+    """
+    for name, (number, least, most) in numbers.items():
+        if number is not None and not (math.isfinite(number) and least <= number <= most):
+            expected = f"at least {least}" if math.isinf(most) else f"from {least} to {most}"
+            raise ValueError(f"{name} must be a finite number {expected}, got {number}")
+
+
+def not_finite(there: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that hold NaN or an infinity, by name, where those of a new network hold none.
+
+    Args:
+        there: a state dict.
+        expected: the new network's.
+    """
+    return [
+        name
+        for name, tensor in there.items()
+        if tensor.is_floating_point()
+        and not tensor.isfinite().all()
+        and (name not in expected or bool(expected[name].isfinite().all()))
+    ]
+
+
+def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None:
+    """Raises a ValueError that names near ones where timm knows no such network, or no such weights of it, or where an
+    argument is not the network's own."""
+    taken = sorted(key for key in arguments or {} if key in _NOT_THE_NETWORKS or str(key).startswith("pretrained"))
+    if taken:
+        raise ValueError(
+            f"network_args must be the network's own arguments, got {', '.join(taken)}; weights are given by "
+            "--model.pretrained, the classes by the data"
+        )
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.removeprefix('aw_').split('_')[0]}*")[:8]
         raise ValueError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,51 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from awconv.training.lock import PARTIAL, locked
+from awconv.training.stop import StopOnSigterm, ends_step
 
 RECENT = "recent.ckpt"
+# Of what a checkpoint holds, the types that are relied on.
+_PARTS: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "callbacks": dict,
+    "epoch": int,
+    "global_step": int,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+_NEEDED = ("state_dict", "hyper_parameters", "callbacks")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, to the disk, and then moves it there; reads plain values and tensors only.
 
     Lightning's own writes to the folder for temporary files and copies from there where that is another disk.
+
+    Attributes:
+        writing: a checkpoint is being written.
     """
+
+    def __init__(self) -> None:
+        self.writing = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial = path.with_name(f"{path.name}{PARTIAL}")
+        self.writing = True
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            self.writing = False
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return _load(Path(path), map_location)
@@ -43,9 +71,13 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         ValueError: it is broken or something else.
     """
     checkpoint = _load(path, map_location)
-    missing = [name for name in ("state_dict", "hyper_parameters", "callbacks") if name not in checkpoint]
+    missing = [name for name in _NEEDED if name not in checkpoint]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no {' and no '.join(missing)}")
+    wrong = [name for name, kind in _PARTS.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
+    wrong += [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(f"{path} is not a checkpoint of awconv fit: its {', '.join(map(str, wrong[:4]))} cannot be")
     return checkpoint
 
 
@@ -53,6 +85,7 @@ def _load(path: Path, map_location: Any) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} is not a file")
     try:
+        check_archive(path)
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
@@ -60,6 +93,19 @@ def _load(path: Path, map_location: Any) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {path} is broken, or not a checkpoint: {reason}") from error
     return checkpoint
+
+
+def check_archive(path: Path) -> None:
+    """Compares what :func:`torch.save` wrote with the checksums in it, at which torch does not look.
+
+    Raises:
+        ValueError: a part has changed since, or is compressed, which torch never does.
+        zipfile.BadZipFile: it is no such file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        changed = archive.testzip() if all(not part.compress_type for part in archive.infolist()) else "compression"
+    if changed is not None:
+        raise ValueError(f"it has changed since it was written ({changed})")
 
 
 def find_last(*folders: Path) -> Path | None:
@@ -78,7 +124,8 @@ def find_last(*folders: Path) -> Path | None:
 class RecentCheckpoint(Checkpoint):
     """Keeps one more checkpoint within long epochs, and writes it on SIGTERM.
 
-    It is written between steps of the optimizer only, so that nothing of an accumulated gradient is lost.
+    It is written between steps of the optimizer only, so that nothing of an accumulated gradient is lost. While a
+    training writes to a folder, no other may.
 
     Args:
         every_n_steps: how many steps of the optimizer lie between two.
@@ -90,17 +137,17 @@ class RecentCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.path = Path(RECENT)
+        self.stop: StopOnSigterm | None = None
         self._saved = 0
+        self._lock = ExitStack()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        if accumulating or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if not ends_step(trainer, batch_idx) or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the end of an epoch has a checkpoint of its own
         due = trainer.global_step - self._saved >= self.every_n_steps
-        # Several processes get a signal at different steps, and would wait for one another.
-        if due or (trainer.received_sigterm and trainer.world_size == 1):
+        if due or (self.stop is not None and self.stop.agreed):
             trainer.save_checkpoint(self.path)
             self._saved = trainer.global_step
 
@@ -110,3 +157,11 @@ class RecentCheckpoint(Checkpoint):
         ]
         self.path = Path(beside[0] or trainer.default_root_dir) / RECENT
         self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            self._lock.enter_context(locked(self.path.parent))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._lock.close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._lock.close()

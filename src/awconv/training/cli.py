@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from awconv.data.loading import Split
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
-from awconv.training.settings import SameSettings, settings
-from awconv.training.watch import FiniteLoss, Pace
+from awconv.training.lock import clear
+from awconv.training.recipes import read_recipe
+from awconv.training.settings import SameSettings, SameThreads, settings, written
+from awconv.training.stop import StopOnSigterm
+from awconv.training.watch import FiniteTraining, Pace
 
 _LOGS = "lightning_logs"
 
@@ -69,9 +73,14 @@ class TrainingCLI(LightningCLI):
             self._find_checkpoint(self.config[command], command)
 
     def _find_checkpoint(self, config: Any, command: str) -> None:
+        root = Path(config.trainer.default_root_dir or ".")
+        folders = (root / _LOGS, root / "checkpoints")
+        if command == "fit":
+            _check_lengths(config.trainer)
+            for folder in folders:
+                clear(folder)
         if config.ckpt_path == "last":
-            root = Path(config.trainer.default_root_dir or ".")
-            found = find_last(root / _LOGS, root / "checkpoints")
+            found = find_last(*folders)
             config.ckpt_path = None if found is None else str(found)
             if found is None and command == "fit":
                 print(f"awconv fit: there is no checkpoint under {root} yet; starting anew", file=sys.stderr)
@@ -110,10 +119,13 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
-        same = SameSettings(settings(self._parser(self.subcommand), now))
-        callbacks = [*_as_list(config.get("callbacks")), same, FiniteLoss(), Pace()]
+        same = SameSettings(settings(written(self._parser(self.subcommand), now)))
+        stop = StopOnSigterm()
+        callbacks = [*_as_list(config.get("callbacks")), same, SameThreads(), FiniteTraining(), Pace(), stop]
         if config.get("enable_checkpointing") is not False:
-            callbacks.append(self._get(self.config_init, "recent_checkpoint"))
+            recent = self._get(self.config_init, "recent_checkpoint")
+            recent.stop = stop
+            callbacks.append(recent)
             callbacks.append(  # of the last two epochs
                 ModelCheckpoint(
                     dirpath=None if ours else Path(config["default_root_dir"] or ".") / "checkpoints",
@@ -182,7 +194,8 @@ def _find_task(args: Sequence[str]) -> tuple[type[Task], type[DataModule]]:
         else:
             given = value
     if isinstance(given, str) and given.lstrip().startswith("{"):
-        given = yaml.safe_load(given).get("class_path", "")
+        with suppress(yaml.YAMLError, AttributeError):  # which the parser will refuse
+            given = yaml.safe_load(given).get("class_path")
     for kind, task in _TASKS.items():
         if given and str(given).rpartition(".")[2] in _names(kind):
             return task, kind
@@ -194,13 +207,16 @@ def _names(kind: type[Any]) -> set[str]:
 
 
 def _data_of(config: str) -> Any:
-    """The class of the data in a recipe; None where it names none, or is one that the parser will refuse."""
-    try:
-        content = yaml.safe_load(Path(config).read_text())
-        data = content.get("data")
-    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        return None
+    """The class of the data in a recipe; None where it names none."""
+    data = read_recipe(Path(config)).get("data")
     return data.get("class_path") if isinstance(data, dict) else data
+
+
+def _check_lengths(trainer: Any) -> None:
+    """Raises a ValueError where nothing would be trained."""
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if trainer.get(name) == 0:
+            raise ValueError(f"trainer.{name} must be more than 0 to train anything, got 0")
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pydoc
 from pathlib import PurePath
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -39,24 +42,33 @@ _OF_STEPS = (
 )
 
 
-def settings(parser: Any, config: Any) -> dict[str, str]:
-    """The settings that decide what comes of a run, each by its dotted name, as text.
+def written(parser: Any, config: Any) -> dict[str, Any]:
+    """What a run's file keeps of a configuration: plain values.
 
     Args:
         parser: of ``awconv fit``.
         config: what it parsed.
     """
-    content = yaml.safe_load(parser.dump(config, skip_link_targets=True))
-    for name in _ELSEWHERE[""]:
-        content.pop(name, None)
+    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True))
+    return content
+
+
+def settings(content: dict[str, Any]) -> dict[str, str]:
+    """The settings that decide what comes of a run, each by its dotted name, as text.
+
+    Args:
+        content: by :func:`written`.
+    """
+    content = {name: value for name, value in content.items() if name not in _ELSEWHERE[""]}
+    trainer, data = dict(content.get("trainer") or {}), _data(content)
     for name in _ELSEWHERE["trainer"]:
-        content["trainer"].pop(name, None)
-    data = content["data"].get("init_args", {})
+        trainer.pop(name, None)
+    arguments = dict(data["init_args"])
     for name in _ELSEWHERE["data"]:
-        data.pop(name, None)
+        arguments.pop(name, None)
     for name, count in _PATHS.items():
-        if isinstance(data.get(name), str):
-            data[name] = "/".join(PurePath(data[name]).parts[-count:])
+        if isinstance(arguments.get(name), str):
+            arguments[name] = "/".join(PurePath(arguments[name]).parts[-count:])
     flat: dict[str, str] = {}
 
     def flatten(prefix: str, value: Any) -> None:
@@ -66,14 +78,85 @@ def settings(parser: Any, config: Any) -> dict[str, str]:
         elif value not in (None, {}, []):
             flat[prefix] = json.dumps(value)
 
-    flatten("", content)
+    flatten("", content | {"trainer": trainer, "data": data | {"init_args": arguments}})
     return flat
+
+
+def completed(there: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, str] | None:
+    """The settings of a run's file, with today's defaults for those that its version of awconv did not have.
+
+    The file may be somebody else's: what it names is compared, and not imported.
+
+    Args:
+        there: the content of the file's recipe.
+        now: the configuration that it is compared with, by :func:`written`.
+        defaults: those of the parser, by :func:`written`.
+
+    Returns:
+        None if it has settings that there are no more.
+    """
+    filled: dict[str, Any] = {name: value for name, value in there.items() if name not in _ELSEWHERE[""]}
+    for section in ("model", "trainer"):
+        own = filled.get(section) or {}
+        if not isinstance(own, dict) or _lost(own, now[section]):
+            return None
+        filled[section] = defaults[section] | own
+    data, expected = _data(filled), _data(now)
+    if data["class_path"] == expected["class_path"]:
+        if not isinstance(data["init_args"], dict) or _lost(data["init_args"], expected["init_args"]):
+            return None
+        data = data | {"init_args": _defaults_of(expected["class_path"]) | data["init_args"]}
+    return settings({"seed_everything": defaults.get("seed_everything")} | filled | {"data": data})
+
+
+def _data(content: dict[str, Any]) -> dict[str, Any]:
+    data = content.get("data") or {}
+    return {"class_path": None, "init_args": {}} | (data if isinstance(data, dict) else {"class_path": data})
+
+
+def _lost(there: dict[str, Any], now: dict[str, Any]) -> bool:
+    return any(value is not None and name not in now for name, value in there.items())
+
+
+def _defaults_of(data: str) -> dict[str, Any]:
+    """The defaults of the arguments of a class of data, as they are written."""
+    found: dict[str, Any] = {}
+    for kind in reversed(inspect.getmro(pydoc.locate(data))):  # type: ignore[arg-type]  # the parser has found it
+        if "__init__" in vars(kind):
+            for name, parameter in inspect.signature(kind.__init__).parameters.items():  # type: ignore[misc]
+                if parameter.default is not parameter.empty:
+                    found[name] = parameter.default
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
 
 
 def differences(there: dict[str, str], now: dict[str, str]) -> list[str]:
     """What differs between two trainings, a phrase for each setting."""
     names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
     return [f"{name} is {there.get(name, 'not set')} there, {now.get(name, 'not set')} now" for name in names]
+
+
+class SameThreads(pl.Callback):
+    """Keeps the number of threads in checkpoints, and goes on with as many: sums of more parts round otherwise.
+
+    Attributes:
+        threads: that this training computes with.
+    """
+
+    def __init__(self) -> None:
+        self.threads = torch.get_num_threads()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"threads": self.threads}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes the number of the training that goes on."""
+        there = checkpoint["callbacks"].get(self.state_key)
+        if trainer.state.fn == TrainerFn.FITTING and there is not None:
+            self.threads = there["threads"]
+            torch.set_num_threads(self.threads)
 
 
 class SameSettings(pl.Callback):

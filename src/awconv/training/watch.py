@@ -8,18 +8,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from awconv.tasks.task import not_finite
 
 
 class DivergedError(ValueError):
-    """The loss became infinite or not a number."""
+    """The loss or the weights became infinite or not a number."""
 
 
-class FiniteLoss(pl.Callback):
-    """Stops a training whose loss is infinite or not a number, before a checkpoint is written of it.
+class FiniteTraining(pl.Callback):
+    """Stops a training whose loss or weights are infinite or not a number, before a checkpoint is written of it.
 
     The first such step is noted on the device, and looked at each ``log_every_n_steps`` steps, so that the device need
-    not be waited for in each step.
+    not be waited for in each step. The weights, and their average where there is one, are looked at when they are
+    written; a validation loss is only warned of.
     """
 
     _NEVER = torch.iinfo(torch.int64).max
@@ -27,6 +31,10 @@ class FiniteLoss(pl.Callback):
     def __init__(self) -> None:
         self._first: Tensor | None = None
         self._rates: dict[int, float] = {}
+        self._infinite: set[str] = set()  # in the new network, such as a mask
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._infinite = set(not_finite(pl_module.state_dict(), {}))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,6 +55,17 @@ class FiniteLoss(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._look(trainer)
+        broken = [name for name in not_finite(checkpoint["state_dict"], {}) if name not in self._infinite]
+        if broken:
+            raise DivergedError(
+                f"weights became infinite or not a number by step {trainer.global_step}: {', '.join(broken[:3])}; "
+                f"{_last_good(trainer)}. {_MEND}"
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if loss is not None and not loss.isfinite():
+            rank_zero_warn(f"the validation loss of epoch {trainer.current_epoch} is {loss.item()}")
 
     def _look(self, trainer: pl.Trainer) -> None:
         if self._first is None:
@@ -55,15 +74,20 @@ class FiniteLoss(pl.Callback):
         if step == self._NEVER:
             self._rates.clear()
             return
-        folders = {Path(path).parent for c in trainer.checkpoint_callbacks if (path := _path(c))}
-        written = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt")]
-        last = max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
         raise DivergedError(
             f"the loss became infinite or not a number in step {step} (epoch {trainer.current_epoch}), at a learning "
-            f"rate of {self._rates[step]:.6g}; "
-            + (f"the last good checkpoint is {last}. " if last else "there is no checkpoint yet. ")
-            + "A lower model.lr, a longer model.warmup_epochs or trainer.gradient_clip_val=1 may help"
+            f"rate of {self._rates[step]:.6g}; {_last_good(trainer)}. {_MEND}"
         )
+
+
+_MEND = "A lower model.lr, a longer model.warmup_epochs or trainer.gradient_clip_val=1 may help"
+
+
+def _last_good(trainer: pl.Trainer) -> str:
+    folders = {Path(path).parent for c in trainer.checkpoint_callbacks if (path := _path(c))}
+    written = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt")]
+    last = max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
 def _interval(trainer: pl.Trainer) -> int:

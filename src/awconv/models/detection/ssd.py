@@ -96,7 +96,7 @@ def ssd300(
 
 
 def _load(convolutions: list[nn.Conv2d], file: Path) -> None:
-    state = load_state_dict(str(file))
+    state = load_state_dict(str(file), weights_only=True)
     names = [name for name in state if re.fullmatch(r"features\.\d+\.weight", name)]
     names.sort(key=lambda name: int(name.split(".")[1]))  # safetensors has an order of its own
     shapes = [tuple(state[name].shape) for name in names]

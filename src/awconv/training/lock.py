@@ -1,0 +1,64 @@
+"""One process at a time in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_LOCK, _OWNER = ".lock", ".lock.json"
+_SECONDS = 10.0  # what is waited for a process that is about to end
+PARTIAL = ".partial"
+
+
+@contextmanager
+def locked(folder: Path, seconds: float = _SECONDS) -> Iterator[None]:
+    """Keeps a folder for this process, and removes what killed ones left half written in it.
+
+    The operating system frees the folder when the process ends, however it ends.
+
+    Args:
+        folder: made where it is missing.
+        seconds: how long to wait for another process that has it.
+
+    Raises:
+        ValueError: another process has it; the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / _OWNER
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise ValueError(
+            f"{folder} is in use by {_described(owner)}; wait until it has ended, or give another folder"
+        ) from None
+    try:
+        for partial in folder.glob(f"*{PARTIAL}"):
+            partial.unlink()
+        now = datetime.now().isoformat(" ", "seconds")
+        owner.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now}) + "\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def clear(folder: Path) -> None:
+    """Removes what killed processes left half written below a folder, but where another process is at work."""
+    for parent in {partial.parent for partial in folder.rglob(f"*{PARTIAL}")}:
+        with suppress(ValueError), locked(parent, seconds=0):
+            pass
+
+
+def _described(owner: Path) -> str:
+    try:
+        return ", ".join(f"{name} {value}" for name, value in json.loads(owner.read_text()).items())
+    except (OSError, ValueError, AttributeError):  # it has only just begun, or ended
+        return "another process"

@@ -1,0 +1,66 @@
+"""Recipes: YAML files, checked before the parser reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_BYTES = 2**20
+_VALUES = 100_000  # with those that aliases repeat
+_SECTIONS = ("model", "trainer", "recent_checkpoint", "detections")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of settings; what it names is not imported.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no YAML, no mapping of settings, or becomes too large.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path} is not a file; expected a YAML file such as those under recipes/")
+    if path.stat().st_size > _BYTES:
+        raise ValueError(f"recipe {path} must have at most {_BYTES:,} bytes, got {path.stat().st_size:,}")
+    try:
+        text = path.read_text()
+        _check_size(yaml.compose(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"recipe {path} cannot be read as YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"recipe {path} cannot be read as YAML: it is nested too deeply") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} must be a mapping such as 'model: {{lr: 0.1}}', got {type(content).__name__}")
+    for section in _SECTIONS:
+        if section in content and not isinstance(content[section], dict):
+            raise ValueError(
+                f"recipe {path}: {section} must be a mapping of settings, got {str(content[section])[:80]!r}"
+            )
+    return content
+
+
+def _check_size(root: yaml.Node | None) -> None:
+    """Raises a ValueError for a document that its aliases make huge or endless."""
+    sizes: dict[int, int] = {}
+    open_: set[int] = set()
+
+    def size(node: Any) -> int:
+        if id(node) in open_:
+            raise ValueError("an alias stands within what it names")
+        if id(node) not in sizes:
+            open_.add(id(node))
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            sizes[id(node)] = 1 + sum(
+                size(part) for item in inner for part in (item if isinstance(item, tuple) else (item,))
+            )
+            open_.remove(id(node))
+        if sizes[id(node)] > _VALUES:
+            raise ValueError(f"its aliases make more than {_VALUES:,} values of it")
+        return sizes[id(node)]
+
+    if root is not None:
+        size(root)

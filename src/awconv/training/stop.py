@@ -1,0 +1,125 @@
+"""Ending on SIGTERM: soon, in all processes at the same step, with a checkpoint and without a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
+
+STATUS = 128 + signal.SIGTERM
+_SECONDS = 8.0  # within which all ends well; schedulers kill after 10 seconds and more
+_WRITING_SECONDS = 60.0  # more, for a checkpoint that is being written
+
+
+def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer made a step with a batch of training."""
+    last: bool = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class StopOnSigterm(pl.Callback):
+    """Ends a training after the step in which SIGTERM came, and an evaluation at once.
+
+    Several processes agree on the step: each of them has one, in which all see that one of them is to end. What takes
+    longer than 8 seconds, such as a long evaluation, is cut off; the last checkpoint remains.
+
+    Attributes:
+        agreed: all processes know that this is their last step.
+    """
+
+    def __init__(self) -> None:
+        self.agreed = False
+        self._received = False
+        self._over = threading.Event()
+        self._trainer: pl.Trainer | None = None
+        self._group: Any = None
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen(trainer)
+        if trainer.world_size > 1:  # on CPUs: a device need not be waited for
+            self._group = distributed.new_group(backend="gloo")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen(trainer)
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # else the epoch's checkpoint comes after it
+            self._end_if_agreed()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen(trainer)
+
+    def _listen(self, trainer: pl.Trainer) -> None:
+        """Takes SIGTERM from Lightning, whose handler talks to other processes that may be elsewhere."""
+        self._trainer = trainer
+        if threading.current_thread() is threading.main_thread():  # which alone may handle signals
+            signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
+            return
+        self._received = True
+        assert self._trainer is not None
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None and hasattr(launcher, "kill"):
+            launcher.kill(number)  # hands it on to the processes that this one has started
+        threading.Thread(target=self._end_in_time, daemon=True).start()
+        if self._trainer.sanity_checking or self._trainer.state.fn != TrainerFn.FITTING:
+            raise SIGTERMException  # there is nothing to keep
+
+    def _end_in_time(self) -> None:
+        if self._over.wait(_SECONDS):
+            return
+        assert self._trainer is not None
+        until = time.monotonic() + _WRITING_SECONDS
+        while getattr(self._trainer.strategy.checkpoint_io, "writing", False) and time.monotonic() < until:
+            time.sleep(0.1)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            print("awconv: stopped by SIGTERM within a step; the last checkpoint remains", file=sys.stderr, flush=True)
+        os._exit(STATUS)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not ends_step(trainer, batch_idx):
+            return  # only a step of the optimizer brings all processes to the same place
+        self.agreed = self._received
+        if trainer.world_size > 1:
+            flag = torch.tensor(int(self._received))
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group)
+            self.agreed = bool(flag)
+
+    # The callbacks that write checkpoints are called after this one, and so the training ends in the next hook.
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._end_if_agreed()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_if_agreed()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_if_agreed()
+
+    def _end_if_agreed(self) -> None:
+        if self.agreed:
+            raise SIGTERMException
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._over.set()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._over.set()
+
