@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -62,19 +64,52 @@ def main(args: Sequence[str] | None = None) -> int:
     if command not in commands:
         print(f"awconv: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
         return commands[command](command, arguments)
-    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
-        print(f"awconv {command}: {_message(error)}", file=sys.stderr)
+    except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+        print(f"awconv {command}: {_printable(_message(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    except SystemExit as error:
+        if error.code == _TERMINATED:
+            print(f"awconv {command}: stopped by SIGTERM", file=sys.stderr)
+            return _TERMINATED
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+_TERMINATED = 128 + signal.SIGTERM
+
+
+def _end(*_: object) -> None:
+    sys.exit(_TERMINATED)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # which alone may handle signals
 
 
 def _message(error: Exception) -> str:
     """What an error says, without the traceback that PyTorch puts before one of a process that loads data."""
+    if isinstance(error, RecursionError):
+        return "an argument or a file is nested too deeply"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory: {error}"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {os.strerror(error.errno)}; give another place, or mend this one"
     text = str(error)
     return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "DataLoader worker process" in text else text
+
+
+def _printable(message: str) -> str:
+    """A message of several lines, in which nothing that came with a file does more than be read."""
+    from awconv import terminal
+
+    return "\n".join(terminal.printable(line) for line in message.splitlines())
 
 
 def _function(command: str, arguments: Sequence[str]) -> int:
@@ -142,6 +177,7 @@ def _bench(command: str, arguments: Sequence[str]) -> int:
 
 def _lightning(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
+    from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from awconv.training import TrainingCLI
@@ -149,8 +185,9 @@ def _lightning(command: str, arguments: Sequence[str]) -> int:
     try:
         TrainingCLI([command, *arguments], save_config=command == "fit")
     except SIGTERMException:
-        print(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # of processes that train together
+            print(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}", file=sys.stderr)
+        return _TERMINATED
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit of
             raise

@@ -164,7 +164,7 @@ def load_task(ckpt: Path) -> Task:
     try:
         task: Task = kind.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
     except Exception as error:  # a checkpoint of any other network fails in ways of its own
-        raise ValueError(f"{ckpt} is not a checkpoint of 'awconv fit': {error}") from error
+        raise ValueError(f"{ckpt} cannot be used, or is not a checkpoint of 'awconv fit': {error}") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return task.eval().to(device or "cpu")
 

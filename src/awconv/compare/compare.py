@@ -159,7 +159,7 @@ def _run(
             order = [variant.name for variant in variants]
             runs.sort(key=lambda run: (run.seed, order.index(run.variant)))
             console.print(rich_table(summarise(runs), title))
-            console.print(f"Report: {write_report(runs, folder, title, command)}")
+            console.print(f"Report: {write_report(runs, folder, title, command)}", markup=False)
     return status
 
 
@@ -169,9 +169,11 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
     runs, folder = list(finished.values()), plans[0].folder
     failures: list[tuple[Plan, str]] = []
     if runs:
-        console.print(f"{len(runs)} of {len(plans)} runs are finished already, in {folder}", highlight=False)
+        console.print(
+            f"{len(runs)} of {len(plans)} runs are finished already, in {folder}", markup=False, highlight=False
+        )
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TextColumn("elapsed"),
@@ -197,13 +199,14 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
                     if isinstance(result, Run):
                         runs.append(result)
                         score = f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
-                        console.print(f"{plan.name}: {score}", highlight=False)
+                        console.print(f"{plan.name}: {score}", markup=False, highlight=False)
                     else:
                         failures.append((plan, result))
         except (KeyboardInterrupt, SIGTERMException) as error:
             stopped = 130 if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM
             console.print(
                 f"Interrupted; {len(runs)} finished runs are kept in {folder}, and the same command goes on",
+                markup=False,
                 highlight=False,
             )
     for plan, reason in failures:

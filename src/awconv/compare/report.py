@@ -12,8 +12,10 @@ from statistics import mean, median, stdev
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from scipy.stats import t as student_t
 
+from awconv import terminal
 from awconv.compare.runs import Run
 from awconv.models import TWINS
 
@@ -160,11 +162,11 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def rich_table(rows: Sequence[Row], title: str) -> Table:
     """The table for a terminal."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(terminal.printable(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for position, heading in enumerate(headings(rows)):
-        table.add_column(heading, justify="left" if position < 2 else "right")
+        table.add_column(Text(terminal.printable(heading)), justify="left" if position < 2 else "right")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*(Text(terminal.printable(cell)) for cell in cells(row)))
     return table
 
 
@@ -178,7 +180,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def _markdown_line(cells: Sequence[str]) -> str:
     # A file of runs may be somebody else's, and its texts anything.
-    return "| " + " | ".join(html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|") for cell in cells) + " |"
+    escaped = (html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(escaped) + " |"
 
 
 _GENERATED = re.compile(r"<!-- runs: (\S+) (\S+) -->\n.*?<!-- end of runs -->", re.DOTALL)
@@ -302,9 +305,10 @@ def _page(runs: Sequence[Run], rows: Sequence[Row], title: str, command: str) ->
 <h1>{html.escape(title)}</h1>
 <p><code>{html.escape(command)}</code></p>
 {_html_table(headings(rows), [cells(row) for row in rows])}
-<p class="note">Score: {html.escape(runs[0].metric)} of the network after the last epoch on {tested_on}; mean and standard deviation
-over the seeds. Difference: in percentage points, between runs of the same seed; the interval is Student's for the mean.
-Time: median epoch of training, without evaluation; the ratio is to the first variant, {together}.</p>
+<p class="note">Score: {html.escape(runs[0].metric)} of the network after the last epoch on {tested_on}; mean and
+standard deviation over the seeds. Difference: in percentage points, between runs of the same seed; the interval is
+Student's for the mean. Time: median epoch of training, without evaluation; the ratio is to the first variant,
+{together}.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation figure by epoch, for each variant">
 <h2>Each run</h2>
 {_html_table(("variant", "seed", f"{runs[0].metric}, %", "s/epoch"), each_run)}

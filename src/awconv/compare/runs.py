@@ -28,7 +28,7 @@ from awconv.summary import summary
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.training.recipes import read_recipe
-from awconv.training.settings import SameSettings, completed, differences, settings, written
+from awconv.training.settings import SameSettings, completed, defaults, differences, settings, written
 from awconv.version import __version__
 
 Split = Literal["test", "val"]
@@ -297,7 +297,7 @@ class Plan:
             return None
         run, cli = Run.load(self.file), self.parse(build=False)
         now = written(cli.parser, cli.config)
-        known = completed(run.recipe, now, written(cli.parser, cli.parser.get_defaults(skip_validation=True)))
+        known = completed(run.recipe, now, defaults(cli.parser))
         differing = ["its settings are no longer known"] if known is None else differences(known, settings(now))
         expected = self.split
         if (expected, run.test_split) == ("test", "val"):  # right where there is no test split

@@ -114,7 +114,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
                 blocks,
                 groups,
                 start=self._batches_done,
-                same=self.trainer is not None and self.trainer.overfit_batches > 0,
+                same=getattr(self.trainer, "overfit_batches", 0) > 0,
             )
             if len(batches) == 0:
                 raise ValueError(

@@ -132,7 +132,7 @@ class DetectionTask(Task):
             if weights:
                 raise
             raise ValueError(
-                f"the arguments of a {hparams['detector']} on {hparams['network']} do not fit: {error}"
+                f"the arguments of a {hparams['detector']} do not fit (on {hparams['network']}): {error}"
             ) from error
 
     def setup(self, stage: str) -> None:
@@ -164,12 +164,12 @@ class DetectionTask(Task):
     def forward(self, images: Sequence[Tensor]) -> Detections:
         """Images, uint8 of shape (3, H, W) and any sizes, to a dictionary for each: ``boxes`` (x1, y1, x2, y2 in its
         pixels), ``labels`` (from 1) and ``scores``, best first."""
-        detections: Detections = self.network([image / 255 for image in images])
+        detections: Detections = self.network(list(images))
         return detections
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> Tensor:
         images, targets = batch
-        losses: dict[str, Tensor] = self.network([image / 255 for image in images], targets)
+        losses: dict[str, Tensor] = self.network(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         logged: Any = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 import timm
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.models import build_model_with_cfg
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -25,6 +25,8 @@ _NOT_THE_NETWORKS = {
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD
 } | {"num_classes", "in_chans", "features_only"}
+
+_MOST = 1e18  # products of two such numbers are finite in single precision
 
 
 class Task(pl.LightningModule):
@@ -76,14 +78,14 @@ class Task(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()  # those of the subclass, too
         check_numbers(
-            lr=(lr, 0, math.inf),
-            branch_lr_factor=(branch_lr_factor, 0, math.inf),
+            lr=(lr, 0, _MOST),
+            branch_lr_factor=(branch_lr_factor, 0, _MOST),
             momentum=(momentum, 0, 1),
-            weight_decay=(weight_decay, 0, math.inf),
-            branch_weight_decay=(branch_weight_decay, 0, math.inf),
-            warmup_epochs=(warmup_epochs, 0, math.inf),
-            decay_rate=(decay_rate, 0, math.inf),
-            **{f"decay_epochs[{index}]": (epoch, 0, math.inf) for index, epoch in enumerate(decay_epochs)},
+            weight_decay=(weight_decay, 0, _MOST),
+            branch_weight_decay=(branch_weight_decay, 0, _MOST),
+            warmup_epochs=(warmup_epochs, 0, _MOST),
+            decay_rate=(decay_rate, 0, _MOST),
+            **{f"decay_epochs[{index}]": (epoch, 0, _MOST) for index, epoch in enumerate(decay_epochs)},
         )
         self.evaluates_pretrained = False  # set by the command line: a test right after a training must not load them
 
@@ -227,8 +229,7 @@ def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
     """
     for name, (number, least, most) in numbers.items():
         if number is not None and not (math.isfinite(number) and least <= number <= most):
-            expected = f"at least {least}" if math.isinf(most) else f"from {least} to {most}"
-            raise ValueError(f"{name} must be a finite number {expected}, got {number}")
+            raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {number}")
 
 
 def not_finite(there: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

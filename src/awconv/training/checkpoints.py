@@ -75,7 +75,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no {' and no '.join(missing)}")
     wrong = [name for name, kind in _PARTS.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
-    wrong += [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
+    if not wrong:
+        wrong += [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
+        # Lightning would import what a name with an underscore says.
+        wrong += [name for name in checkpoint["hyper_parameters"] if not str(name).isidentifier() or name[0] == "_"]
     if wrong:
         raise ValueError(f"{path} is not a checkpoint of awconv fit: its {', '.join(map(str, wrong[:4]))} cannot be")
     return checkpoint

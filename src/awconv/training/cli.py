@@ -119,9 +119,9 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
-        same = SameSettings(settings(written(self._parser(self.subcommand), now)))
+        self._same = SameSettings(settings(written(self._parser(self.subcommand), now)))
         stop = StopOnSigterm()
-        callbacks = [*_as_list(config.get("callbacks")), same, SameThreads(), FiniteTraining(), Pace(), stop]
+        callbacks = [*_as_list(config.get("callbacks")), self._same, SameThreads(), FiniteTraining(), Pace(), stop]
         if config.get("enable_checkpointing") is not False:
             recent = self._get(self.config_init, "recent_checkpoint")
             recent.stop = stop
@@ -138,6 +138,15 @@ class TrainingCLI(LightningCLI):
                 )
             )
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            ckpt_path = self._get(self.config, "ckpt_path")
+            if self._same.restoring and ckpt_path:
+                raise ValueError(f"{ckpt_path} is no checkpoint to go on from: {error!r}") from error
+            raise
 
     def before_fit(self) -> None:
         """Silences a warning that is not true of our loaders."""

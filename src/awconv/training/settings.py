@@ -42,15 +42,25 @@ _OF_STEPS = (
 )
 
 
-def written(parser: Any, config: Any) -> dict[str, Any]:
+def written(parser: Any, config: Any, none: bool = False) -> dict[str, Any]:
     """What a run's file keeps of a configuration: plain values.
 
     Args:
         parser: of ``awconv fit``.
         config: what it parsed.
+        none: also what is not set.
     """
-    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True))
+    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True, skip_none=not none))
     return content
+
+
+def defaults(parser: Any) -> dict[str, Any]:
+    """The settings that there are, with what they are by default.
+
+    Args:
+        parser: of ``awconv fit``.
+    """
+    return written(parser, parser.get_defaults(skip_validation=True), none=True)
 
 
 def settings(content: dict[str, Any]) -> dict[str, str]:
@@ -90,7 +100,7 @@ def completed(there: dict[str, Any], now: dict[str, Any], defaults: dict[str, An
     Args:
         there: the content of the file's recipe.
         now: the configuration that it is compared with, by :func:`written`.
-        defaults: those of the parser, by :func:`written`.
+        defaults: by :func:`defaults`.
 
     Returns:
         None if it has settings that there are no more.
@@ -98,14 +108,15 @@ def completed(there: dict[str, Any], now: dict[str, Any], defaults: dict[str, An
     filled: dict[str, Any] = {name: value for name, value in there.items() if name not in _ELSEWHERE[""]}
     for section in ("model", "trainer"):
         own = filled.get(section) or {}
-        if not isinstance(own, dict) or _lost(own, now[section]):
+        if not isinstance(own, dict) or _lost(own, defaults[section]):
             return None
         filled[section] = defaults[section] | own
     data, expected = _data(filled), _data(now)
     if data["class_path"] == expected["class_path"]:
-        if not isinstance(data["init_args"], dict) or _lost(data["init_args"], expected["init_args"]):
+        own, usual = data["init_args"], _defaults_of(expected["class_path"])
+        if not isinstance(own, dict) or _lost(own, usual | expected["init_args"]):
             return None
-        data = data | {"init_args": _defaults_of(expected["class_path"]) | data["init_args"]}
+        data = data | {"init_args": usual | own}
     return settings({"seed_everything": defaults.get("seed_everything")} | filled | {"data": data})
 
 
@@ -114,8 +125,8 @@ def _data(content: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": None, "init_args": {}} | (data if isinstance(data, dict) else {"class_path": data})
 
 
-def _lost(there: dict[str, Any], now: dict[str, Any]) -> bool:
-    return any(value is not None and name not in now for name, value in there.items())
+def _lost(there: dict[str, Any], known: dict[str, Any]) -> bool:
+    return any(value is not None and name not in known for name, value in there.items())
 
 
 def _defaults_of(data: str) -> dict[str, Any]:
@@ -155,8 +166,8 @@ class SameThreads(pl.Callback):
         """Takes the number of the training that goes on."""
         there = checkpoint["callbacks"].get(self.state_key)
         if trainer.state.fn == TrainerFn.FITTING and there is not None:
+            torch.set_num_threads(there["threads"])
             self.threads = there["threads"]
-            torch.set_num_threads(self.threads)
 
 
 class SameSettings(pl.Callback):
@@ -166,10 +177,23 @@ class SameSettings(pl.Callback):
 
     Args:
         settings: of this training.
+
+    Attributes:
+        restoring: the training is being set up, from a checkpoint where there is one.
     """
 
     def __init__(self, settings: dict[str, str]) -> None:
         self.settings = settings
+        self.restoring = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.restoring = stage == "fit"
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restoring = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restoring = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings}

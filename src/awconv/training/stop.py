@@ -122,4 +122,3 @@ class StopOnSigterm(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._over.set()
-

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.layers import Format, GroupNormAct, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -17,6 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from awconv.convert import convert as convert_layers
 from awconv.models.detection.arguments import check_arguments
+from awconv.models.detection.transform import take_uint8
 from awconv.models.pretrained import weights_overlay
 
 Norm = Literal["batch", "frozen", "group", "sync"]
@@ -98,9 +100,9 @@ def faster_rcnn(
             ``box_score_thresh``.
 
     Returns:
-        The detector. It takes a list of images, float from 0 to 1 of shape (channels, H, W), and in training a list of
-        dictionaries with ``boxes`` (x1, y1, x2, y2 in pixels) and ``labels``. In training it returns losses by name, in
-        evaluation a dictionary of ``boxes``, ``labels`` and ``scores`` for each image.
+        The detector. It takes a list of images, uint8 or float from 0 to 1 of shape (channels, H, W), and in training a
+        list of dictionaries with ``boxes`` (x1, y1, x2, y2 in pixels) and ``labels``. In training it returns losses by
+        name, in evaluation a dictionary of ``boxes``, ``labels`` and ``scores`` for each image.
 
     Raises:
         FileNotFoundError: the file of weights is not there.
@@ -134,8 +136,21 @@ def faster_rcnn(
     if "box_roi_pool" not in kwargs:
         names = [str(index) for index in range(len(pyramid.strides))]
         kwargs["box_roi_pool"] = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
+        _set_scales(kwargs["box_roi_pool"], pyramid.strides)
     cfg: Any = timm.get_pretrained_cfg(backbone)
-    return FasterRCNN(pyramid, num_classes, **(dict(image_mean=cfg.mean, image_std=cfg.std) | kwargs))
+    detector = FasterRCNN(pyramid, num_classes, **(dict(image_mean=cfg.mean, image_std=cfg.std) | kwargs))
+    take_uint8(detector)
+    return detector
+
+
+def _set_scales(pool: MultiScaleRoIAlign, strides: list[int]) -> None:
+    """Gives a pooling the scales of its levels. It would infer them from the first images that it sees, and keep them:
+    those of a long strip are others than a photograph's."""
+    side = 8 * max(strides)
+    levels = {
+        name: torch.zeros(1, 1, side // s, side // s) for name, s in zip(pool.featmap_names, strides, strict=True)
+    }
+    pool(levels, [torch.zeros(0, 4)], [(side, side)])
 
 
 def with_norm(network: nn.Module, norm: Norm) -> nn.Module:

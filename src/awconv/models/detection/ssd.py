@@ -15,6 +15,7 @@ from torchvision.models.detection.ssd import SSD
 
 from awconv.convert import convert as convert_layers
 from awconv.models.detection.arguments import check_arguments
+from awconv.models.detection.transform import take_uint8
 
 _STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG-16
 _USUAL_LAYERS = 4
@@ -83,6 +84,7 @@ def ssd300(
     )
     modules = detector.backbone.modules()
     vgg = [module for module in modules if isinstance(module, nn.Conv2d)][: sum(_STAGES)]
+    take_uint8(detector)
     if file is not None:
         _load(vgg, file)
     if backbone == "aw_vgg16" or convert is not None:

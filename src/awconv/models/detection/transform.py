@@ -1,0 +1,47 @@
+"""What torchvision's detectors do to images first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+
+class Uint8Transform(GeneralizedRCNNTransform):
+    """torchvision's transform, which also takes uint8, with a third of the memory, and says which image is too narrow.
+
+    Raises:
+        ValueError: an image would have no pixel left across after resizing.
+    """
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Images of 0 to 1, or uint8, in the units that the backbone was trained with."""
+        if image.dtype != torch.uint8:
+            normalised: Tensor = super().normalize(image)
+            return normalised
+        mean, std = (
+            torch.tensor(values, device=image.device)[:, None, None] for values in (self.image_mean, self.image_std)
+        )
+        return (image / 255).sub_(mean).div_(std)  # a large photograph takes a gigabyte
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """To the size that the detector works at."""
+        height, width = image.shape[-2:]
+        if self.fixed_size is None and min(height, width) * self.max_size < max(height, width):
+            raise ValueError(
+                f"an image of {width}x{height} pixels would be less than a pixel across with a longer side of "
+                f"{self.max_size}; crop it"
+            )
+        resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
+        return resized
+
+
+def take_uint8(detector: GeneralizedRCNN | SSD) -> None:
+    """Gives a detector of torchvision the transform of this file."""
+    old: Any = detector.transform
+    names = ("min_size", "max_size", "image_mean", "image_std", "size_divisible", "fixed_size", "_skip_resize")
+    detector.transform = Uint8Transform(**{name: getattr(old, name) for name in names})
