@@ -218,3 +218,36 @@ def test_ssd_trains_its_branches(images: list[Tensor]) -> None:
     convolutions = [m for m in model.backbone.modules() if isinstance(m, AWConv2d)]
     assert [m.attention.conv2.weight.grad is not None for m in convolutions[-3:]] == [True] * 3
     assert [m.weight.grad is not None for m in convolutions] == [False] * 9 + [True] * 3
+
+
+def strip(image: Tensor) -> Tensor:
+    """A panorama, of which a detector sees a few lines."""
+    return image[:, :16].repeat(1, 1, 4)
+
+
+def test_detections_do_not_depend_on_the_first_image(images: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = faster_rcnn("resnet18", 3, box_score_thresh=0.0, **CHEAP)
+    twin = copy.deepcopy(model)
+    detect(model, [strip(images[0])])
+    for name, found in detect(model, images[:1])[0].items():
+        # bit for bit: both compute the same
+        assert torch.equal(found, detect(twin, images[:1])[0][name]), name
+
+
+def test_uint8_images_are_those_of_0_to_1(images: list[Tensor]) -> None:
+    """Memory for a large photograph is a third, and no bit is another."""
+    torch.manual_seed(0)
+    model = faster_rcnn("resnet18", 3, box_score_thresh=0.0, **CHEAP)
+    whole = [(image * 255).round().to(torch.uint8) for image in images]
+    before = [image.clone() for image in whole]
+    for found, expected in zip(detect(model, whole), detect(model, [image / 255 for image in whole]), strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(image, kept) for image, kept in zip(whole, before, strict=True))
+
+
+def test_an_image_too_narrow_to_be_seen_is_refused(images: list[Tensor]) -> None:
+    model = faster_rcnn("resnet18", 3, **CHEAP)
+    with pytest.raises(ValueError, match="an image of 2000x3 pixels would be less than a pixel across"):
+        detect(model, [torch.zeros(3, 3, 2000)])
+    detect(model, [torch.zeros(3, 13, 2000)])
