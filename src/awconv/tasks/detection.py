@@ -132,7 +132,7 @@ class DetectionTask(Task):
             if weights:
                 raise
             raise ValueError(
-                f"the arguments of a {hparams['detector']} do not fit (on {hparams['network']}): {error}"
+                f"the arguments of a {hparams['detector']} do not fit: {error}"
             ) from error
 
     def setup(self, stage: str) -> None:
