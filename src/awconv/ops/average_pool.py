@@ -16,6 +16,7 @@ from awconv.ops.problem import product
 _SOURCE = Path(__file__).with_suffix(".c")
 _AXES = 3
 _MAX_BINS = 64  # of the C code, along an axis
+_SIZES = (ctypes.c_int64 * _AXES,) * 2
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -89,10 +90,13 @@ def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: 
     source, built = source.contiguous(), library(_SOURCE, source.dtype)
     if isinstance(built, str):  # a traced program can come to a machine without a compiler
         raise RuntimeError(f"awconv::average_pool cannot run here: {built}")
-    sizes, threads = (_axes(size), _axes(bins)), ctypes.c_int64(torch.get_num_threads())
-    workspace = source.new_empty(built.workspace_elements(*sizes, threads))
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, result, workspace))
-    getattr(built, name)(ctypes.c_int64(product(source.shape[:2])), *sizes, threads, *pointers)
+    run, workspace_elements = getattr(built, name), built.workspace_elements
+    if run.argtypes is None:
+        workspace_elements.argtypes, workspace_elements.restype = [*_SIZES, ctypes.c_int64], ctypes.c_int64
+        run.argtypes, run.restype = [ctypes.c_int64, *_SIZES, ctypes.c_int64, *[ctypes.c_void_p] * 3], None
+    sizes, threads = (_axes(size), _axes(bins)), torch.get_num_threads()
+    workspace = source.new_empty(workspace_elements(*sizes, threads))
+    run(product(source.shape[:2]), *sizes, threads, *(tensor.data_ptr() for tensor in (source, result, workspace)))
     return result
 
 
