@@ -32,6 +32,8 @@ class Drawn:
     problem: Problem
     tensors: tuple[Tensor, ...]  # input, weight, attention, rounded to the problem's dtype
     wanted: tuple[bool, ...]  # gradients
+    stride: tuple[int, ...]  # as it was asked for, where a problem leaves out what sees nothing
+    padding: tuple[tuple[int, int], ...]
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(NAMES, self.tensors, strict=True))
@@ -65,8 +67,9 @@ def draw(seed: int) -> Drawn:
         size.append(extent)
     group_in, group_out = channels(), channels()
     groups = 1 if group_in * group_out > 100 else number(1, 5)
-    positions = np.prod([(n + b + a - r) // s + 1 for n, b, a, r, s in zip(size, before, after, reach, stride)])
-    while positions * group_in * group_out * groups * np.prod(kernel) > MOST_WORK:
+    axes = zip(size, before, after, reach, stride, strict=True)
+    positions = tuple((extent + b + a - r) // s + 1 for extent, b, a, r, s in axes)
+    while np.prod(positions) * group_in * group_out * groups * np.prod(kernel) > MOST_WORK:
         if group_in >= group_out:
             group_in = -(-group_in // 2)
         else:
@@ -85,19 +88,21 @@ def draw(seed: int) -> Drawn:
     padding = before if before == after else even
     problem = describe(dims, *tensors, None, stride, padding, dilation, groups, bool(random.random() < 0.8))
     if before != after:
-        positions = tuple((n + b + a - r) // s + 1 for n, b, a, r, s in zip(size, before, after, reach, stride))
         pairs = tuple(zip(before, after, strict=True))
         problem = replace(problem, stride=stride, padding=pairs, out_size=positions, unseeing=((0, 0),) * dims)
     wanted = (True,) * 3 if random.random() < 0.8 else tuple(bool(b) for b in random.random(3) < 0.5)
-    return Drawn(seed, problem, tensors, wanted if any(wanted) else (True, False, False))
+    pairs = tuple(zip(before, after, strict=True))
+    return Drawn(seed, problem, tensors, wanted if any(wanted) else (True, False, False), stride, pairs)
 
 
-def expected_output(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+def expected_output(drawn: Drawn, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     """The paper's sum, one tap after another; all in float64."""
+    problem = drawn.problem
     for axis in range(1, attention.dim()):
         attention = attention.repeat_interleave(weight.shape[axis - 1] // attention.shape[axis], axis)
     weights = attention * weight + (weight if problem.residual else 0)
-    padded = F.pad(input, [amount for pair in reversed(problem.padding) for amount in pair])
+    padded = F.pad(input, [amount for pair in reversed(drawn.padding) for amount in pair])
+    reached = [d * (k - 1) for d, k in zip(problem.dilation, problem.kernel, strict=True)]
     padded = padded.unflatten(1, (problem.groups, -1))
     weights = weights.unflatten(1, (problem.groups, -1))
     total: Any = 0
@@ -106,20 +111,23 @@ def expected_output(problem: Problem, input: Tensor, weight: Tensor, attention: 
             (
                 ...,
                 *(
-                    slice(t * d, t * d + s * (n - 1) + 1, s)
-                    for t, d, s, n in zip(tap, problem.dilation, problem.stride, problem.out_size, strict=True)
+                    slice(t * d, extent - reach + t * d, s)
+                    for t, d, s, extent, reach in zip(
+                        tap, problem.dilation, drawn.stride, padded.shape[3:], reached, strict=True
+                    )
                 ),
             )
         ]
         total = total + torch.einsum("ngpc,ngc...->ngp...", weights[(..., *tap)], seen)
-    return problem.with_unseeing(total.flatten(1, 2))
+    output: Tensor = total.flatten(1, 2)
+    return output
 
 
 def results(drawn: Drawn, run: Callable[..., Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The output, the gradients of a fixed sum of it that are wanted, and those of a fixed sum of these."""
     tensors = [t.to(dtype).requires_grad_(w) for t, w in zip(drawn.tensors, drawn.wanted, strict=True)]
     leaves = {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor.requires_grad}
-    output = run(drawn.problem, *tensors)
+    output = run(drawn, *tensors)
     generator = torch.Generator().manual_seed(drawn.seed)
 
     def random_like(tensor: Tensor) -> Tensor:
@@ -155,8 +163,8 @@ def check(seed: int) -> Counter[str]:
         if algorithm.obstacle(drawn.problem) is not None:
             continue
 
-        def run(problem: Problem, *tensors: Tensor, algorithm: Any = algorithm) -> Tensor:
-            return problem.with_unseeing(algorithm.run(problem, *tensors))
+        def run(drawn: Drawn, *tensors: Tensor, algorithm: Any = algorithm) -> Tensor:
+            return drawn.problem.with_unseeing(algorithm.run(drawn.problem, *tensors))
 
         again = f"CC={os.environ.get('CC', '')!r} python -m tests.ops.campaign {seed}"
         try:

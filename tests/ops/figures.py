@@ -1,4 +1,4 @@
-"""A plugin of pytest, ``-p tests.ops.figures``: adds up the numbers that tests recorded as properties, and prints them."""
+"""A plugin of pytest, ``-p tests.ops.figures``: adds up numbers that tests recorded as properties, and prints them."""
 
 from __future__ import annotations
 
