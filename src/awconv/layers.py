@@ -226,18 +226,18 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         state_dict: Any,
         prefix: str,
         local_metadata: Any,
-        strict: bool,
+        strict: bool,  # always true, whatever load_state_dict was asked for
         missing_keys: list[str],
         *lists: list[str],
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
         plain = f"{prefix}weight" in state_dict and not any(key.startswith(f"{prefix}attention.") for key in state_dict)
         told = any("attention." in key for key in missing_keys)  # of another layer of the network that is being loaded
-        if plain and not strict and not told:
+        if plain and not told:
             _log.warning(
                 "plain weights were loaded into AW-convolutions (the first is %r), whose branches keep what they were: "
-                "the network computes with weight * (1 + a), not with these weights. To start from what the plain network "
-                'computes, load them into the plain network, and then call awconv.convert(network, init="identity")',
+                "the network computes with weight * (1 + a), not with these weights. To start from what the plain "
+                'network computes, load them into that, and then call awconv.convert(network, init="identity")',
                 prefix.rstrip("."),
             )
 
