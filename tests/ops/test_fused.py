@@ -20,6 +20,11 @@ CASES = {
     "a partial vector": Case(2, 2, (9, 29), (17, 5, 3, 3), (17, 1, 3, 3), padding=1),
     "strides": Case(2, 2, (12, 31), (18, 20, 3, 3), (18, 1, 3, 3), stride=(2, 3), padding=(1, 0)),
     "a stride that skips pixels": Case(2, 2, (9, 9), (8, 8, 2, 1), (8, 1, 2, 1), stride=3),
+    "padding before in the place of what the stride leaves": Case(
+        2, 2, (27, 27), (32, 32, 3, 3), (32, 1, 3, 3), stride=3, padding=1
+    ),
+    "the same along one of three axes": Case(3, 2, (2, 8, 3), (12, 4, 1, 3, 1), (12, 2, 1, 3, 1), stride=(1, 4, 1)),
+    "a stride beyond the padded input": Case(2, 2, (5, 6), (16, 8, 3, 3), (16, 1, 3, 3), stride=9, padding=2),
     "dilation": Case(2, 2, (13, 12), (16, 16, 3, 3), (16, 1, 3, 3), padding=2, dilation=2, stride=2),
     "padding beyond the kernel": Case(2, 2, (5, 4), (8, 8, 2, 2), (8, 1, 2, 2), padding=3),
     "input channels in blocks": Case(2, 2, (8, 8), (12, 36, 3, 3), (12, 4, 3, 3), padding=1),

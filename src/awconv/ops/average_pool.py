@@ -38,7 +38,8 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     if max(output_size) <= _MAX_BINS and _has_c_code(input):
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
         return pooled
-    if input.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if input.device.type == "cpu" and not traced:
         return _by_slices(input, output_size)
     return _by_matrices(input, output_size)
 
