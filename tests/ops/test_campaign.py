@@ -56,7 +56,7 @@ def test_every_algorithm_and_gradient_is_right(seeds: range, instructions: None,
 
 
 @pytest.mark.campaign
-@parts(FIRST, max(FIRST, PROBLEMS))
+@parts(0, PROBLEMS)
 def test_campaign(seeds: range, instructions: None, record_property: Any) -> None:
     check_all(seeds, record_property)
 
