@@ -1,15 +1,20 @@
 # make demo, make test and make lint set up what they need in .venv, once for each pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
+PROBLEMS := 10000
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test campaign lint format clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest -n auto --maxprocesses 4
+
+# Random problems and damaged inputs, half an hour on 2 cores: with PROBLEMS=500, as many of the operator's.
+campaign: $(INSTALLED)
+	OMP_NUM_THREADS=1 AWCONV_CAMPAIGN_PROBLEMS=$(PROBLEMS) $(VENV)/bin/python -m pytest -m campaign -n auto --maxprocesses 4 -p tests.ops.figures
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

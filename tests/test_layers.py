@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awconv import AWConv1d, AWConv2d, AWConv3d
+from awconv import AWConv1d, AWConv2d, AWConv3d, convert
+from awconv.ops import aw_conv2d
 
 LAYERS = {1: (AWConv1d, nn.Conv1d), 2: (AWConv2d, nn.Conv2d), 3: (AWConv3d, nn.Conv3d)}
 
@@ -221,3 +222,36 @@ def test_the_layer_compiles_without_breaks_and_exports_with_dynamic_sizes(strict
     for shape in ((1, 8, 9, 9), (7, 8, 12, 5)):
         input = torch.randn(shape)
         torch.testing.assert_close(exported(input), layer(input))
+
+
+def warnings_about_plain_weights(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "plain weights were loaded" in record.getMessage()]
+
+
+@pytest.mark.parametrize("init", ["fresh", "identity"])
+def test_plain_weights_in_aw_layers_are_logged_once(init: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3)))
+    model = convert(copy.deepcopy(plain), init=init)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    (message,) = warnings_about_plain_weights(caplog)
+    assert "the first is '1'" in message
+    assert 'awconv.convert(network, init="identity")' in message
+
+
+def test_whole_and_other_states_load_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    model.load_state_dict(model.state_dict())
+    model.load_state_dict(model.state_dict(), strict=False)
+    model.load_state_dict({"0.bias": torch.zeros(4)}, strict=False)  # no weight of an AW layer
+    assert not warnings_about_plain_weights(caplog)
+
+
+def test_lora_merged_into_the_weight_is_another_function() -> None:
+    # What the docstring says of it: beside the layer it adds, in the weight it is multiplied by 1 + a.
+    layer, delta, input = AWConv2d(4, 8, 3).eval(), torch.randn(8, 4, 3, 3), torch.randn(2, 4, 6, 6)
+    beside = layer(input) + F.conv2d(input, delta)
+    attention = layer.attention(input)
+    with torch.no_grad():
+        layer.weight += delta
+    assert (layer(input) - beside).abs().max() > 0.1
+    torch.testing.assert_close(layer(input) - beside, aw_conv2d(input, delta, attention, residual=False))

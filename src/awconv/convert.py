@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from timm.layers import Conv2dSame
@@ -45,6 +46,8 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+# Methods without arguments that make one plain convolution of several layers: timm's, RepVGG's, RepLKNet's, peft's.
+_FOLDING = ("reparameterize", "fuse", "switch_to_deploy", "merge_kernel", "merge")
 _log = logging.getLogger(__name__)
 
 
@@ -62,6 +65,11 @@ def convert(
     ``requires_grad``, and their training mode. A module that occurs in several places is replaced by one layer in all
     of them. A convolution that cannot be replaced exactly (a subclass with a computation of its own, one with hooks, a
     parametrised or shared weight) is left and logged; :func:`awconv.summary` lists them all.
+
+    Modules that can be folded into one plain convolution (RepVGG, MobileOne, RepViT, FastViT: methods without arguments
+    called ``reparameterize``, ``fuse``, ``switch_to_deploy``, ``merge_kernel`` or ``merge``) would lose the attention
+    that way: from the conversion on these methods raise a ValueError. A network that is folded first can be converted
+    afterwards.
 
     Args:
         model: any module.
@@ -121,11 +129,47 @@ def convert(
 
     if model in twins:
         return twins[model]
+    _refuse_folding(model, set(twins))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in twins:
                 parent._modules[name] = twins[child]
     return model
+
+
+def _refuse_folding(model: nn.Module, replaced: set[nn.Module]) -> None:
+    """Makes an error of each method that would fold a replaced convolution below its module into a plain one."""
+    refused = set()
+    for module in model.modules():
+        methods = [method for method in _FOLDING if _is_called_without_arguments(module, method)]
+        if methods and not replaced.isdisjoint(module.modules()):
+            for method in methods:
+                name = f"{type(module).__name__}.{method}"
+                setattr(module, method, functools.partial(_lose_attention, name))  # stays in copies and pickles
+                refused.add(f"{name}()")
+    if refused:
+        _log.warning(
+            "convert: %s would lose the attention, and now raises an error; to fold a network, do it before conversion",
+            ", ".join(sorted(refused)),
+        )
+
+
+def _is_called_without_arguments(module: nn.Module, method: str) -> bool:
+    function = getattr(type(module), method, None)
+    if not inspect.isfunction(function):
+        return False
+    try:
+        inspect.signature(function).bind(module)
+    except TypeError:  # something else of that name, which forward may call
+        return False
+    return True
+
+
+def _lose_attention(name: str) -> NoReturn:
+    raise ValueError(
+        f"{name}() would make a plain convolution of AW-convolutions, and lose their attention. Fold the plain network "
+        "first (with timm.utils.reparameterize_model, for one), then call awconv.convert"
+    )
 
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:

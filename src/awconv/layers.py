@@ -3,6 +3,7 @@ arXiv 2108.08205."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ _START = {
 _AW_CONV = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MIN_HIDDEN = 4
+_log = logging.getLogger(__name__)
 
 
 class AttentionBranch(nn.Module):
@@ -219,6 +221,26 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         )
         return _without_batch_like(output, input)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,  # always true, whatever load_state_dict was asked for
+        missing_keys: list[str],
+        *lists: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+        plain = f"{prefix}weight" in state_dict and not any(key.startswith(f"{prefix}attention.") for key in state_dict)
+        told = any("attention." in key for key in missing_keys)  # of another layer of the network that is being loaded
+        if plain and not told:
+            _log.warning(
+                "plain weights were loaded into AW-convolutions (the first is %r), whose branches keep what they were: "
+                "the network computes with weight * (1 + a), not with these weights. To start from what the plain "
+                'network computes, load them into that, and then call awconv.convert(network, init="identity")',
+                prefix.rstrip("."),
+            )
+
     def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
         """The input with the padding that the operator does not know, and the padding that is left to it."""
         if self.padding_mode == "zeros":
@@ -281,8 +303,16 @@ class AWConv1d(_AWConvNd, nn.Conv1d):
     """An AW-convolution over sequences, in the place of ``nn.Conv1d``.
 
     ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
-    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`). ``weight`` and ``bias`` are those of
-    ``nn.Conv1d``, whose state dict loads with ``strict=False``; ``layer.attention(input)`` is the map before Expand.
+    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`); ``layer.attention(input)`` is the map
+    before Expand. ``weight`` and ``bias`` are those of ``nn.Conv1d``, whose state dict loads with ``strict=False``, but
+    ``weight`` alone is not what the layer computes with: that is ``weight * (1 + a)``. So
+
+    - plain weights loaded into the layer keep their function only if 1 + a is 1, which is logged. To keep it, load them
+      into the plain network first and then call ``awconv.convert(network, init="identity")``.
+    - what folds layers into one plain convolution (RepVGG's, MobileOne's and RepViT's ``reparameterize`` and ``fuse``)
+      would lose the attention: fold first, then convert. Norms after the layer may be folded into it.
+    - LoRA beside the layer is right as long as it is apart, ``layer(x) + delta(x)``. Merged into ``weight``, delta is
+      multiplied by 1 + a as well, and the layer cannot notice: never merge it (peft's ``merge_and_unload``).
 
     Args:
         in_channels: C1.
@@ -352,8 +382,16 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
     """An AW-convolution, in the place of ``nn.Conv2d``.
 
     ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
-    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`). ``weight`` and ``bias`` are those of
-    ``nn.Conv2d``, whose state dict loads with ``strict=False``; ``layer.attention(input)`` is the map before Expand.
+    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`); ``layer.attention(input)`` is the map
+    before Expand. ``weight`` and ``bias`` are those of ``nn.Conv2d``, whose state dict loads with ``strict=False``, but
+    ``weight`` alone is not what the layer computes with: that is ``weight * (1 + a)``. So
+
+    - plain weights loaded into the layer keep their function only if 1 + a is 1, which is logged. To keep it, load them
+      into the plain network first and then call ``awconv.convert(network, init="identity")``.
+    - what folds layers into one plain convolution (RepVGG's, MobileOne's and RepViT's ``reparameterize`` and ``fuse``)
+      would lose the attention: fold first, then convert. Norms after the layer may be folded into it.
+    - LoRA beside the layer is right as long as it is apart, ``layer(x) + delta(x)``. Merged into ``weight``, delta is
+      multiplied by 1 + a as well, and the layer cannot notice: never merge it (peft's ``merge_and_unload``).
 
     Args:
         in_channels: C1.
@@ -435,8 +473,16 @@ class AWConv3d(_AWConvNd, nn.Conv3d):
     """An AW-convolution over volumes, in the place of ``nn.Conv3d``.
 
     ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
-    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`). ``weight`` and ``bias`` are those of
-    ``nn.Conv3d``, whose state dict loads with ``strict=False``; ``layer.attention(input)`` is the map before Expand.
+    from the sample itself by the branch ``attention`` (:class:`AttentionBranch`); ``layer.attention(input)`` is the map
+    before Expand. ``weight`` and ``bias`` are those of ``nn.Conv3d``, whose state dict loads with ``strict=False``, but
+    ``weight`` alone is not what the layer computes with: that is ``weight * (1 + a)``. So
+
+    - plain weights loaded into the layer keep their function only if 1 + a is 1, which is logged. To keep it, load them
+      into the plain network first and then call ``awconv.convert(network, init="identity")``.
+    - what folds layers into one plain convolution (RepVGG's, MobileOne's and RepViT's ``reparameterize`` and ``fuse``)
+      would lose the attention: fold first, then convert. Norms after the layer may be folded into it.
+    - LoRA beside the layer is right as long as it is apart, ``layer(x) + delta(x)``. Merged into ``weight``, delta is
+      multiplied by 1 + a as well, and the layer cannot notice: never merge it (peft's ``merge_and_unload``).
 
     Args:
         in_channels: C1.

@@ -76,27 +76,27 @@ def divisors(number: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, dims: tuple[int, ...] = (1, 2, 3), least_batch: int = 0) -> Case:
+def cases(draw: st.DrawFn, dims: tuple[int, ...] = (1, 2, 3), least_batch: int = 0, most_channels: int = 4) -> Case:
     axes = draw(st.sampled_from(dims))
     largest_kernel = 4 if axes < 3 else 2
-    groups = draw(st.integers(1, 3))
-    group_in, group_out = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    group_in, group_out = draw(st.integers(1, most_channels)), draw(st.integers(1, max(3, most_channels - 1)))
+    groups = draw(st.integers(1, 3)) if group_in * group_out < 100 else 1
     kernel = tuple(draw(st.integers(1, largest_kernel)) for _ in range(axes))
 
     def number(least: int, most: int) -> Any:
         return draw(st.one_of(st.integers(least, most), st.tuples(*[st.integers(least, most)] * axes)))
 
     padding = draw(st.sampled_from(["number", "number", "number", "same", "valid"]))
-    stride = 1 if padding == "same" else number(1, 3)
+    stride = 1 if padding == "same" else number(1, 4)
     dilation = number(1, 2)
-    padding = number(0, 2) if padding == "number" else padding
+    padding = number(0, 3) if padding == "number" else padding
     dilations = (dilation,) * axes if isinstance(dilation, int) else dilation
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     weight_shape = (group_out * groups, group_in, *kernel)
     return Case(
         dims=axes,
         batch=draw(st.integers(least_batch, 3)),
-        size=tuple(draw(st.integers(r, r + 3)) for r in reach),
+        size=tuple(draw(st.integers(r, r + 5)) for r in reach),
         weight_shape=weight_shape,
         attention_shape=tuple(draw(st.one_of(st.just(1), divisors(size), st.just(size))) for size in weight_shape),
         groups=groups,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from awconv.ops import aw_conv2d, build
+from tests.ops.conftest import INSTRUCTIONS
 from tests.ops.problems import TYPICAL, Case
-
-INSTRUCTIONS = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
 
 # Whole and partial vectors and blocks of channels, tiles of all widths, several phases of a stride, each way to share a
 # gain among input channels.
@@ -22,6 +20,11 @@ CASES = {
     "a partial vector": Case(2, 2, (9, 29), (17, 5, 3, 3), (17, 1, 3, 3), padding=1),
     "strides": Case(2, 2, (12, 31), (18, 20, 3, 3), (18, 1, 3, 3), stride=(2, 3), padding=(1, 0)),
     "a stride that skips pixels": Case(2, 2, (9, 9), (8, 8, 2, 1), (8, 1, 2, 1), stride=3),
+    "padding before in the place of what the stride leaves": Case(
+        2, 2, (27, 27), (32, 32, 3, 3), (32, 1, 3, 3), stride=3, padding=1
+    ),
+    "the same along one of three axes": Case(3, 2, (2, 8, 3), (12, 4, 1, 3, 1), (12, 2, 1, 3, 1), stride=(1, 4, 1)),
+    "a stride beyond the padded input": Case(2, 2, (5, 6), (16, 8, 3, 3), (16, 1, 3, 3), stride=9, padding=2),
     "dilation": Case(2, 2, (13, 12), (16, 16, 3, 3), (16, 1, 3, 3), padding=2, dilation=2, stride=2),
     "padding beyond the kernel": Case(2, 2, (5, 4), (8, 8, 2, 2), (8, 1, 2, 2), padding=3),
     "input channels in blocks": Case(2, 2, (8, 8), (12, 36, 3, 3), (12, 4, 3, 3), padding=1),
@@ -45,16 +48,7 @@ def results(case: Case, algorithm: str, dtype: torch.dtype) -> tuple[Tensor, ...
     return (output, *torch.autograd.grad((output * weights).sum(), tuple(tensors.values())))
 
 
-@pytest.fixture(params=INSTRUCTIONS)
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The C code built with fewer of the processor's instructions."""
-    monkeypatch.setenv("CC", f"cc {request.param}")
-    build.library.cache_clear()
-    yield
-    monkeypatch.undo()
-    build.library.cache_clear()
-
-
+@pytest.mark.parametrize("instructions", INSTRUCTIONS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_equals_the_definition_with_vectors_of_every_length(instructions: None, dtype: torch.dtype) -> None:
     for name, case in CASES.items():
@@ -113,7 +107,12 @@ def test_without_a_compiler_other_algorithms_give_the_same(
 def test_what_was_built_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     builds = []
     built = build._build
-    monkeypatch.setattr(build, "_build", lambda *arguments: (builds.append(arguments), built(*arguments)))
+
+    def counted(*arguments: Any) -> bytes:
+        builds.append(arguments)
+        return built(*arguments)
+
+    monkeypatch.setattr(build, "_build", counted)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(2):
         build.library.cache_clear()

@@ -124,6 +124,18 @@ def test_half_precision_does_not_overflow_where_the_result_does_not(device: str)
     assert torch.equal(output.cpu(), torch.zeros(2, 16, 4, 4, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+def test_a_gain_that_is_not_finite_leaves_other_samples_alone(number: float, device: str) -> None:
+    input, weight, gain = torch.randn(2, 16, 4, 4), torch.randn(16, 16, 1, 1), torch.rand(2, 16, 1, 1)
+    gain[0, 3] = number
+    tensors = [tensor.to(device, torch.float16) for tensor in (input, weight, gain)]
+    arguments = ([1, 1], [0] * 4, [1, 1], 1)
+    grad_output = torch.randn(2, 16, 4, 4).to(device, torch.float16)
+    grad_input, *_ = cuda.backward(grad_output, *tensors, *arguments, [True, False, False])
+    assert grad_input[1].isfinite().all()
+    assert not grad_input[0].isfinite().any()
+
+
 def test_the_same_bits_twice(device: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:

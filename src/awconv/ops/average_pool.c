@@ -84,96 +84,106 @@ static void multiply(int64_t planes, int64_t inner, int64_t outer, int64_t threa
     }
 }
 
-/* Large planes: the rows of a bin are added up first, a vector of columns at a time. */
-static void forward_rows(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *input, real *output,
-             real *workspace) {
-    const int64_t width = size[2], plane = size[0] * size[1] * width, results = bins[0] * bins[1] * bins[2];
+/* A plane bin by bin: the rows of a bin are added up first, a vector of columns at a time. */
+static void forward_plane(const axis_t *axes, const real *from, real *to, real *row) {
+    const int64_t height = axes[1].size, width = axes[2].size;
+    for (int64_t a = 0; a < axes[0].bins; a++)
+        for (int64_t b = 0; b < axes[1].bins; b++) {
+            for (int64_t x = 0; x < width; x++) row[x] = 0;
+            for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
+                for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++) {
+                    const real *line = from + (z * height + y) * width;
+                    for (int64_t x = 0; x < width; x++) row[x] += line[x];
+                }
+            for (int64_t c = 0; c < axes[2].bins; c++) {
+                real sum = 0;
+                for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++) sum += row[x];
+                *to++ = sum * share_of(axes, a, b, c);
+            }
+        }
+}
+
+static void backward_plane(const axis_t *axes, const real *from, real *to, real *rows) {
+    const int64_t height = axes[1].size, width = axes[2].size;
+    real *row = rows;
+    for (int64_t a = 0; a < axes[0].bins; a++)
+        for (int64_t b = 0; b < axes[1].bins; b++, row += width) {
+            for (int64_t x = 0; x < width; x++) row[x] = 0;
+            for (int64_t c = 0; c < axes[2].bins; c++) {
+                const real share = *from++ * share_of(axes, a, b, c);
+                for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++) row[x] += share;
+            }
+        }
+    for (int64_t i = 0; i < axes[0].size * height * width; i++) to[i] = 0;
+    row = rows;
+    for (int64_t a = 0; a < axes[0].bins; a++)
+        for (int64_t b = 0; b < axes[1].bins; b++, row += width)
+            for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
+                for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++) {
+                    real *line = to + (z * height + y) * width;
+                    for (int64_t x = 0; x < width; x++) line[x] += row[x];
+                }
+}
+
+static int all_finite(const real *numbers, int64_t count) {
+    int finite = 1; /* not a number minus itself, nor infinity minus itself, is zero */
+    for (int64_t i = 0; i < count; i++) finite &= numbers[i] - numbers[i] == 0;
+    return finite;
+}
+
+typedef void plane_function(const axis_t *, const real *, real *, real *);
+
+/* Planes one by one: all, or those whose result by a matrix is not finite. A share of zero times infinity is not zero, so
+ * that one such number spoils a whole product, and not only the bins that cover it. */
+static void by_planes(plane_function *run, int only_spoilt, int64_t planes, const int64_t *size, const int64_t *bins,
+                      int64_t threads, int64_t source_plane, const real *source, int64_t result_plane, real *result,
+                      int64_t room, real *workspace) {
 #pragma omp parallel num_threads(threads)
     {
         axis_t axes[3];
         for (int axis = 0; axis < 3; axis++) bin(size[axis], bins[axis], &axes[axis]);
-        real *row = workspace + thread_number() * width;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < planes; i++) {
-            const real *from = input + i * plane;
-            real *to = output + i * results;
-            for (int64_t a = 0; a < bins[0]; a++)
-                for (int64_t b = 0; b < bins[1]; b++) {
-                    for (int64_t x = 0; x < width; x++) row[x] = 0;
-                    for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
-                        for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++) {
-                            const real *line = from + (z * size[1] + y) * width;
-                            for (int64_t x = 0; x < width; x++) row[x] += line[x];
-                        }
-                    for (int64_t c = 0; c < bins[2]; c++) {
-                        real sum = 0;
-                        for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++) sum += row[x];
-                        *to++ = sum * share_of(axes, a, b, c);
-                    }
-                }
-        }
+        for (int64_t i = 0; i < planes; i++)
+            if (!only_spoilt || !all_finite(result + i * result_plane, result_plane))
+                run(axes, source + i * source_plane, result + i * result_plane, workspace + thread_number() * room);
     }
 }
 
-static void backward_rows(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *grad_output,
-              real *grad_input, real *workspace) {
-    const int64_t width = size[2], plane = size[0] * size[1] * width, results = bins[0] * bins[1] * bins[2];
-#pragma omp parallel num_threads(threads)
-    {
-        axis_t axes[3];
-        for (int axis = 0; axis < 3; axis++) bin(size[axis], bins[axis], &axes[axis]);
-        real *rows = workspace + thread_number() * bins[0] * bins[1] * width;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < planes; i++) {
-            const real *from = grad_output + i * results;
-            real *row = rows, *to = grad_input + i * plane;
-            for (int64_t a = 0; a < bins[0]; a++)
-                for (int64_t b = 0; b < bins[1]; b++, row += width) {
-                    for (int64_t x = 0; x < width; x++) row[x] = 0;
-                    for (int64_t c = 0; c < bins[2]; c++) {
-                        const real share = *from++ * share_of(axes, a, b, c);
-                        for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++) row[x] += share;
-                    }
-                }
-            for (int64_t j = 0; j < plane; j++) to[j] = 0;
-            row = rows;
-            for (int64_t a = 0; a < bins[0]; a++)
-                for (int64_t b = 0; b < bins[1]; b++, row += width)
-                    for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
-                        for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++) {
-                            real *line = to + (z * size[1] + y) * width;
-                            for (int64_t x = 0; x < width; x++) line[x] += row[x];
-                        }
-        }
-    }
+static int64_t product(const int64_t *sizes) { return sizes[0] * sizes[1] * sizes[2]; }
+static int is_small(const int64_t *size) { return product(size) <= SMALL; }
+static int64_t matrix_elements(const int64_t *size, const int64_t *bins) {
+    return is_small(size) ? padded(product(size)) * padded(product(bins)) : 0;
 }
 
-static int is_small(const int64_t *size) { return size[0] * size[1] * size[2] <= SMALL; }
+/* Room of a thread: rows of columns. */
+static int64_t rows_elements(const int64_t *size, const int64_t *bins) { return bins[0] * bins[1] * size[2]; }
 
 /* Room that both directions need. */
 int64_t workspace_elements(const int64_t *size, const int64_t *bins, int64_t threads) {
-    const int64_t positions = size[0] * size[1] * size[2], results = bins[0] * bins[1] * bins[2];
-    return is_small(size) ? padded(positions) * padded(results) : threads * bins[0] * bins[1] * size[2];
+    return matrix_elements(size, bins) + threads * rows_elements(size, bins);
+}
+
+/* From planes of the input to those of the output, or back. */
+static void run(plane_function *plane, int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads,
+                const real *source, real *result, real *workspace) {
+    const int forward = plane == forward_plane, small = is_small(size);
+    const int64_t inner = product(forward ? size : bins), outer = product(forward ? bins : size);
+    if (small) {
+        fill(size, bins, forward, workspace);
+        multiply(planes, inner, outer, threads, source, workspace, result);
+    }
+    by_planes(plane, small, planes, size, bins, threads, inner, source, outer, result, rows_elements(size, bins),
+              workspace + matrix_elements(size, bins));
 }
 
 /* Input planes x size to output planes x bins. */
 void forward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *input, real *output,
              real *workspace) {
-    if (!is_small(size)) {
-        forward_rows(planes, size, bins, threads, input, output, workspace);
-        return;
-    }
-    fill(size, bins, 1, workspace);
-    multiply(planes, size[0] * size[1] * size[2], bins[0] * bins[1] * bins[2], threads, input, workspace, output);
+    run(forward_plane, planes, size, bins, threads, input, output, workspace);
 }
 
 /* The gradient of the input from that of the output. */
 void backward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *grad_output,
               real *grad_input, real *workspace) {
-    if (!is_small(size)) {
-        backward_rows(planes, size, bins, threads, grad_output, grad_input, workspace);
-        return;
-    }
-    fill(size, bins, 0, workspace);
-    multiply(planes, bins[0] * bins[1] * bins[2], size[0] * size[1] * size[2], threads, grad_output, workspace, grad_input);
+    run(backward_plane, planes, size, bins, threads, grad_output, grad_input, workspace);
 }

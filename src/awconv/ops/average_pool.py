@@ -16,13 +16,16 @@ from awconv.ops.problem import product
 _SOURCE = Path(__file__).with_suffix(".c")
 _AXES = 3
 _MAX_BINS = 64  # of the C code, along an axis
+_SIZES = (ctypes.c_int64 * _AXES,) * 2
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     r"""Adaptive average pooling in one pass over the input: by C code on a CPU, or as a product with a small matrix.
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
-    device (pytorch issue 50198).
+    device (pytorch issue 50198). A number that is not finite spoils the bins that cover it. In a product with a matrix,
+    which GPUs and compiled or exported graphs use, it spoils every bin of its channel and sample: zero times infinity
+    is no zero, and what would tell them apart reads the input once more for each bin, or has other sizes baked in.
 
     Args:
         input: shape (N, C, \*size), with as many spatial axes as ``output_size`` has numbers.
@@ -35,6 +38,9 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     if max(output_size) <= _MAX_BINS and _has_c_code(input):
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
         return pooled
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if input.device.type == "cpu" and not traced:
+        return _by_slices(input, output_size)
     return _by_matrices(input, output_size)
 
 
@@ -89,16 +95,29 @@ def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: 
     source, built = source.contiguous(), library(_SOURCE, source.dtype)
     if isinstance(built, str):  # a traced program can come to a machine without a compiler
         raise RuntimeError(f"awconv::average_pool cannot run here: {built}")
-    sizes, threads = (_axes(size), _axes(bins)), ctypes.c_int64(torch.get_num_threads())
-    workspace = source.new_empty(built.workspace_elements(*sizes, threads))
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, result, workspace))
-    getattr(built, name)(ctypes.c_int64(product(source.shape[:2])), *sizes, threads, *pointers)
+    run, workspace_elements = getattr(built, name), built.workspace_elements
+    if run.argtypes is None:
+        workspace_elements.argtypes, workspace_elements.restype = [*_SIZES, ctypes.c_int64], ctypes.c_int64
+        run.argtypes, run.restype = [ctypes.c_int64, *_SIZES, ctypes.c_int64, *[ctypes.c_void_p] * 3], None
+    sizes, threads = (_axes(size), _axes(bins)), torch.get_num_threads()
+    workspace = source.new_empty(workspace_elements(*sizes, threads))
+    run(product(source.shape[:2]), *sizes, threads, *(tensor.data_ptr() for tensor in (source, result, workspace)))
     return result
 
 
 def _axes(sizes: Sequence[int]) -> Any:
     """One and two axes as the last ones of three."""
     return (ctypes.c_int64 * _AXES)(*[1] * (_AXES - len(sizes)), *sizes)
+
+
+def _by_slices(input: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Means along one axis after another; the backward writes the input once for each bin of an axis."""
+    for axis, bins in enumerate(output_size, start=2):
+        size = input.shape[axis]
+        edges = [(index * size // bins, -(-(index + 1) * size // bins)) for index in range(bins)]
+        means = [input.narrow(axis, start, stop - start).mean(axis, keepdim=True) for start, stop in edges]
+        input = torch.cat(means, axis)
+    return input
 
 
 def _by_matrices(input: Tensor, output_size: Sequence[int]) -> Tensor:

@@ -36,7 +36,7 @@ def _aw_conv(
         algorithm, dims, input, weight, attention, bias, stride, padding, dilation, groups, residual
     )
     with without_autocast(problem.device):
-        output = chosen.run(problem, input, weight, attention)
+        output = problem.with_unseeing(chosen.run(problem, input, weight, attention))
         if bias is not None:
             output = output + bias.unflatten(0, (-1,) + (1,) * dims)
     channels_last = _CHANNELS_LAST.get(dims)

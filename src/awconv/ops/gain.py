@@ -2,7 +2,8 @@
 
 Without structure along the kernel and the input channels, ``sum (1 + a[p]) K[p, c, i, j] I[c, ...]`` is ``1 + a[p]``
 times the plain output. Without structure along the kernel and the output channels of a group, it is the plain
-convolution of ``(1 + a[c]) I[c]``.
+convolution of ``(1 + a[c]) I[c]``. The whole input is scaled: infinity in a pixel that the stride skips makes the
+gain's gradient NaN, and nothing else.
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ _CHUNK_ELEMENTS = 2**24  # 64 MiB in single precision
 def _obstacle(problem: Problem) -> str | None:
     if problem.forward_mode:
         return "it has no forward-mode derivative"
-    if problem.attention_blocks[1] == 1:
-        return None
-    return "the attention must have size 1 along the input channels"
+    if problem.attention_blocks[1] != 1:
+        return "the attention must have size 1 along the input channels"
+    if reason := problem.padding_obstacle:
+        return f"it copies the input with its padding, {reason}"
+    return None
 
 
 def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
@@ -181,7 +183,8 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 def _cost(problem: Problem, machine: Machine) -> float:
     # Each tap copies the window that it sees, and writes, reads and adds its partial product.
     moved = 2 * problem.in_channels * product(problem.out_size) + 4 * problem.out_elements
-    return problem.multiply_adds + problem.taps * (machine.element * moved + machine.call)
+    padding = problem.padded_elements - problem.in_elements
+    return problem.multiply_adds + problem.taps * (machine.element * moved + machine.call) + machine.element * padding
 
 
 ALGORITHM = Algorithm("per_tap", _per_tap, _obstacle, _cost, constant_weights=True)

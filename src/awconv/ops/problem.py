@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+# What an algorithm that makes the padding explicit may hold for a sample: this many elements (16 MiB in single
+# precision), or this many times the input and the output.
+_MOST_PADDED = 2**22
+_MOST_TIMES = 4
 
 SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 
@@ -26,9 +33,10 @@ class Problem:
         groups: number of groups of the convolution.
         kernel: kernel size along each spatial axis.
         size: input size along each spatial axis, before padding.
-        out_size: output size along each spatial axis.
-        stride: one number for each spatial axis.
-        padding: zeros added ``(before, after)`` each spatial axis.
+        out_size: output size along each spatial axis, without positions that see nothing but padding.
+        unseeing: positions ``(before, after)`` these along each spatial axis, whose output is zero.
+        stride: one number for each spatial axis; where there is one position, as long as the input at the most.
+        padding: zeros added ``(before, after)`` each spatial axis, without what only positions left out see.
         dilation: one number for each spatial axis.
         rates: how often ``Expand`` repeats the attention along C2, C1/groups and each kernel axis (r_C2, r_C1, r_hw).
         residual: K + A * K if true, A * K otherwise.
@@ -44,6 +52,7 @@ class Problem:
     kernel: tuple[int, ...]
     size: tuple[int, ...]
     out_size: tuple[int, ...]
+    unseeing: tuple[tuple[int, int], ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
@@ -79,6 +88,34 @@ class Problem:
         return self.out_elements * self.group_in_channels * self.taps
 
     @property
+    def in_elements(self) -> int:
+        """Elements of the input of one sample."""
+        return self.in_channels * product(self.size)
+
+    @property
+    def padded_elements(self) -> int:
+        """Elements of the input of one sample with as much of its padding as the kernel reaches."""
+        reached = [
+            stride * (positions - 1) + dilation * (kernel - 1) + 1
+            for positions, stride, dilation, kernel in zip(
+                self.out_size, self.stride, self.dilation, self.kernel, strict=True
+            )
+        ]
+        return self.in_channels * product(reached)
+
+    @property
+    def padding_obstacle(self) -> str | None:
+        """Why an algorithm that makes the padding explicit should not run; None if it may.
+
+        A plain convolution skips its padding, which can be any multiple of the input.
+        """
+        padded, plain = self.padded_elements, self.in_elements + self.out_elements
+        # Sizes that are symbols pass: a bound would narrow what an exported graph takes.
+        if statically_known_true(padded > _MOST_PADDED) and statically_known_true(padded > _MOST_TIMES * plain):
+            return f"{padded:,} elements a sample where input and output have {plain:,}"
+        return None
+
+    @property
     def attention_blocks(self) -> tuple[int, ...]:
         """The sizes of the attention map before Expand, without the batch."""
         return tuple(
@@ -94,6 +131,12 @@ class Problem:
     def flat_padding(self) -> list[int]:
         """The padding in the order that ``torch.nn.functional.pad`` takes: last axis first."""
         return [amount for pair in reversed(self.padding) for amount in pair]
+
+    def with_unseeing(self, output: Tensor) -> Tensor:
+        """The whole output, from that of the positions that see some of the input."""
+        if all(pair == (0, 0) for pair in self.unseeing):
+            return output
+        return F.pad(output, [positions for pair in reversed(self.unseeing) for positions in pair])
 
 
 def product(sizes: Sequence[int]) -> int:
@@ -184,7 +227,7 @@ def describe(
     strides = _per_axis(name, "stride", stride, dims, least=1)
     dilations = _per_axis(name, "dilation", dilation, dims, least=1)
     paddings = _paddings(name, padding, kernel, strides, dilations)
-    out_size = []
+    axes = []
     for axis in range(dims):
         padded = size[axis] + paddings[axis][0] + paddings[axis][1]
         reach = dilations[axis] * (kernel[axis] - 1) + 1
@@ -193,7 +236,8 @@ def describe(
                 f"{name}: input is too small along axis {SPATIAL_NAMES[dims][axis]}: {size[axis]} with padding "
                 f"{paddings[axis]} makes {padded}, and the dilated kernel reaches over {reach}; pad the input"
             )
-        out_size.append((padded - reach) // strides[axis] + 1)
+        axes.append(_seeing(size[axis], reach, strides[axis], *paddings[axis]))
+    out_size, unseeing, strides, paddings = zip(*axes, strict=True)
     return Problem(
         empty=bool(input.shape[0] == 0),
         out_channels=out_channels,
@@ -201,7 +245,8 @@ def describe(
         groups=groups,
         kernel=kernel,
         size=tuple(size),
-        out_size=tuple(out_size),
+        out_size=out_size,
+        unseeing=unseeing,
         stride=strides,
         padding=paddings,
         dilation=dilations,
@@ -211,6 +256,35 @@ def describe(
         dtype=input.dtype,
         forward_mode=not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0,
     )
+
+
+def _seeing(
+    size: int, reach: int, stride: int, before: int, after: int
+) -> tuple[int, tuple[int, int], int, tuple[int, int]]:
+    """One axis of a problem without the positions that see nothing but padding: with absurd strides and paddings these
+    can be nearly all, and what computes them takes minutes (PyTorch's own backward, too, or it crashes).
+
+    Returns:
+        Positions that see something, positions (before, after) these that do not, stride, padding (before, after).
+    """
+    positions = (size + before + after - reach) // stride + 1
+    skipped = 0
+    if min(before, after) >= reach and not statically_known_true(size == 0):
+        skipped = (before - reach + 1) // stride
+        # One more, where as much padding on both sides still reaches all that see something.
+        tight = min(-(-(before - reach + 1) // stride), before // stride)
+        left, needed = before - tight * stride, -(-(size + before) // stride) - tight
+        if statically_known_true(size + 2 * left >= reach) and statically_known_true(
+            (size + 2 * left - reach) // stride + 1 >= needed
+        ):
+            skipped = tight
+        before -= skipped * stride
+        after = min(after, before)
+    longest = size + before + after - reach + 1
+    seeing = (longest - 1) // stride + 1
+    if statically_known_true(stride > longest):
+        stride = longest
+    return seeing, (skipped, positions - skipped - seeing), stride, (before, after)
 
 
 def _rates(name: str, kernel_names: str, input: Tensor, weight: Tensor, attention: Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awconv.ops.algorithm import Algorithm, Machine
+from awconv.ops.algorithm import Algorithm, Machine, split_padding
 from awconv.ops.fused import cpu, cuda
 from awconv.ops.problem import Problem
 
@@ -176,19 +176,18 @@ def _differentiable_backward(
     blocked = weight.reshape(out_channels, blocks, -1, gain.shape[3])
     scale = gain.unsqueeze(3)
     weights = (blocked * scale).reshape(batch * out_channels, *weight.shape[1:])
-    flat = [amount for axis in reversed(range(len(stride))) for amount in padding[2 * axis : 2 * axis + 2]]
+    both, flat = split_padding(list(zip(padding[::2], padding[1::2], strict=True)))
     padded = F.pad(input, flat)
-    none = [0] * len(stride)
     grad_padded, grad_weights, _ = torch.ops.aten.convolution_backward(
         grad_output.reshape(1, -1, *grad_output.shape[2:]),
         padded.reshape(1, -1, *padded.shape[2:]),
         weights,
         None,
         stride,
-        none,
+        both,
         dilation,
         False,
-        none,
+        [0] * len(stride),
         batch * groups,
         [needs[0], needs[1] or needs[2], False],
     )
@@ -243,6 +242,7 @@ torch.library.register_vmap("awconv::fused_backward", _vmap_backward, lib=_LIBRA
 
 _SCALED = 3  # multiply-adds in whose time a weight is packed and scaled
 _GROUP = 1000  # multiply-adds in whose time the work of a group of one sample is set up
+_PADDED = 1  # multiply-adds in whose time an element of padding is written and read
 _BFLOAT16 = 2  # what the C code's single precision costs where a plain convolution has instructions for bfloat16
 
 
@@ -251,7 +251,8 @@ def _cost(problem: Problem, machine: Machine) -> float:
     multiply_adds = machine.fused * problem.multiply_adds
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
         multiply_adds = _BFLOAT16 * multiply_adds
-    return multiply_adds + _SCALED * weights + _GROUP * problem.groups
+    padding = 0 if problem.device == "cuda" else problem.padded_elements - problem.in_elements
+    return multiply_adds + _SCALED * weights + _GROUP * problem.groups + _PADDED * padding
 
 
 ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost, portable=False)

@@ -48,6 +48,7 @@ typedef REAL real;
 #define INLINE static inline __attribute__((always_inline))
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef __typeof__((vec){0} < (vec){0}) mask; /* of integers: all bits of a lane are set, or none */
 
 /* What the copies of the samples at hand may hold, so that they stay in the cache (1 MiB in single precision). */
 enum { CACHED_ELEMENTS = 1 << 18 };
@@ -69,7 +70,6 @@ static int64_t floor_div(int64_t a, int64_t b) { return -ceil_div(-a, b); }
 /* The transpose of a square of LANES vectors, in registers: at each step, halves (quarters, ...) change places. */
 INLINE void transpose_square(vec *rows) {
 #if defined(__GNUC__) && !defined(__clang__)
-    typedef __typeof__(rows[0] < rows[0]) mask;
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2) {
         mask low, high;
@@ -360,7 +360,7 @@ static layout_t layout_of(const problem_t *problem, int transposed) {
         }
     }
     layout.channels = transposed ? problem->group_out : problem->group_in;
-    layout.phases = transposed ? 1 : problem->stride[2];
+    layout.phases = transposed ? 1 : least(problem->stride[2], layout.padded[2]);
     layout.pitch = ceil_div(layout.padded[2], layout.phases);
     layout.row = layout.phases * layout.channels * layout.pitch;
     layout.plane = layout.padded[1] * layout.row;
@@ -368,19 +368,26 @@ static layout_t layout_of(const problem_t *problem, int transposed) {
     return layout;
 }
 
-/* A transposed convolution is one convolution for each phase of the stride. */
-static int64_t phases_of(const problem_t *problem, int transposed) { return transposed ? product(problem->stride) : 1; }
+/* Phases of the stride along an axis that a position of the input has; the first positions have one each. */
+static int64_t phases_along(const problem_t *problem, int axis) {
+    return least(problem->stride[axis], problem->size[axis]);
+}
 
-/* The axes and the taps of a phase; false if it has no position. */
-static int start_phase(const problem_t *problem, int transposed, const layout_t *layout, int64_t phase, axis_t *axes,
-                       tile_t *shape) {
-    for (int axis = 0; axis < 3; axis++) {
-        if (transposed)
-            transposed_axis(problem, axis, phase % problem->stride[axis], &axes[axis]);
-        else
+/* A transposed convolution is one convolution for each phase of the stride. */
+static int64_t phases_of(const problem_t *problem, int transposed) {
+    return transposed ? phases_along(problem, 0) * phases_along(problem, 1) * phases_along(problem, 2) : 1;
+}
+
+/* The axes and the taps of a phase. */
+static void start_phase(const problem_t *problem, int transposed, const layout_t *layout, int64_t phase, axis_t *axes,
+                        tile_t *shape) {
+    for (int axis = 0; axis < 3; axis++)
+        if (transposed) {
+            const int64_t position = phase % phases_along(problem, axis);
+            phase /= phases_along(problem, axis);
+            transposed_axis(problem, axis, (position + problem->padding[axis]) % problem->stride[axis], &axes[axis]);
+        } else
             forward_axis(problem, axis, &axes[axis]);
-        phase /= problem->stride[axis];
-    }
     shape->reduced = layout->channels, shape->pitch = layout->pitch, shape->step = axes[2].result_step;
     shape->plane = product(transposed ? problem->size : problem->out_size);
     shape->taps = 0;
@@ -393,7 +400,6 @@ static int start_phase(const problem_t *problem, int transposed, const layout_t 
                     place(layout, axes[0].source_start + axes[0].delta[i], axes[1].source_start + axes[1].delta[j],
                           axes[2].source_start + axes[2].delta[k]);
             }
-    return axes[0].count > 0 && axes[1].count > 0 && axes[2].count > 0;
 }
 
 /* Where a row of a phase's positions is read from and written to. */
@@ -447,7 +453,7 @@ static void correlate_block(const problem_t *problem, int transposed, const layo
     tile_t shape;
     result += first * product(result_size);
     for (int64_t phase = 0; phase < phases_of(problem, transposed); phase++) {
-        if (!start_phase(problem, transposed, layout, phase, axes, &shape)) continue;
+        start_phase(problem, transposed, layout, phase, axes, &shape);
         scale_block(problem, transposed, packed, gain, &shape, block, scratch, scaled);
         int64_t rows = axes[0].count * axes[1].count;
         for (int64_t row = rows * segment / segments; row < rows * (segment + 1) / segments; row++) {
@@ -535,9 +541,9 @@ static void transpose_rows(const layout_t *layout, const real *from, real *to) {
     int64_t plane = product(layout->size), channels = layout->channels;
     int64_t width = least(layout->size[2], layout->pitch - layout->before[2]);
     const real *end = from + channels * plane;
-    int padded = 0;
-    for (int axis = 0; axis < 3; axis++) padded |= layout->padded[axis] != layout->size[axis];
-    if (!padded) {
+    int same = 1; /* padding before can take the place of as many positions at the end that no tap sees */
+    for (int axis = 0; axis < 3; axis++) same &= layout->before[axis] == 0 && layout->padded[axis] == layout->size[axis];
+    if (same) {
         transpose(from, plane, channels, plane, end, to, channels);
         return;
     }
@@ -716,7 +722,7 @@ static void correlate_lines(const problem_t *problem, int transposed, const real
         axis_t axes[3];
         tile_t shape;
         for (int64_t phase = 0; phase < phases; phase++) {
-            if (!start_phase(problem, transposed, &layout, phase, axes, &shape)) continue;
+            start_phase(problem, transposed, &layout, phase, axes, &shape);
 #pragma omp for schedule(static) nowait
             for (int64_t start = 0; start < planes; start += at_once) {
                 const int64_t stop = least(start + at_once, planes);
@@ -761,20 +767,30 @@ static int64_t sum_line_scratch(const problem_t *problem) {
     return layout_of(problem, 0).group + LANES + rows * padded_channels(problem->out_size[2]);
 }
 
-/* Sums over all positions, for some taps from the first on. */
+/* Sums over all positions, for some taps from the first on. The last vector of a row reaches beyond it, to what belongs
+ * to the next row or channel: there, the gradient is zero, and what is seen is taken for zero by the mask of the row's
+ * end, since zero times infinity is no zero. */
 INLINE void sum_line(const int taps, const layout_t *layout, const axis_t *axes, const int64_t *offset,
-                     const real *grad_output, const real *input, int64_t pitch, real *sums) {
+                     const real *grad_output, const real *input, int64_t pitch, mask row_end, real *sums) {
     vec partial[TOGETHER];
 #pragma GCC unroll 4
     for (int tap = 0; tap < taps; tap++) partial[tap] = (vec){0};
     for (int64_t z = 0; z < axes[0].count; z++)
         for (int64_t y = 0; y < axes[1].count; y++) {
             const real *from = source_row(layout, axes, input, z, y);
-            for (int64_t x = 0; x < pitch; x += LANES, grad_output += LANES) {
+            int64_t x = 0;
+            for (; x < pitch - LANES; x += LANES, grad_output += LANES) {
                 const vec grad = *(const vec *)grad_output;
 #pragma GCC unroll 4
                 for (int tap = 0; tap < taps; tap++) partial[tap] += grad * *(const vec *)(from + offset[tap] + x);
             }
+            const vec grad = *(const vec *)grad_output;
+#pragma GCC unroll 4
+            for (int tap = 0; tap < taps; tap++) {
+                const vec seen = *(const vec *)(from + offset[tap] + x);
+                partial[tap] += grad * (vec)((mask)seen & row_end);
+            }
+            grad_output += LANES;
         }
 #pragma GCC unroll 4
     for (int tap = 0; tap < taps; tap++) {
@@ -798,6 +814,8 @@ static void sum_lines(const problem_t *problem, const real *grad_output, const r
         axis_t axes[3];
         tile_t shape;
         start_phase(problem, 0, &layout, 0, axes, &shape);
+        mask row_end;
+        for (int lane = 0; lane < LANES; lane++) row_end[lane] = pitch - LANES + lane < width ? -1 : 0;
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; group++) {
             memset(grad_weight + group * out * in * taps, 0, out * in * taps * sizeof(real));
@@ -815,10 +833,10 @@ static void sum_lines(const problem_t *problem, const real *grad_output, const r
                             real sums[TOGETHER];
                             together = least(TOGETHER, taps - tap);
                             switch (together) {
-                                case 1: sum_line(1, &layout, axes, offset, grads, from, pitch, sums); break;
-                                case 2: sum_line(2, &layout, axes, offset, grads, from, pitch, sums); break;
-                                case 3: sum_line(3, &layout, axes, offset, grads, from, pitch, sums); break;
-                                default: sum_line(4, &layout, axes, offset, grads, from, pitch, sums);
+                                case 1: sum_line(1, &layout, axes, offset, grads, from, pitch, row_end, sums); break;
+                                case 2: sum_line(2, &layout, axes, offset, grads, from, pitch, row_end, sums); break;
+                                case 3: sum_line(3, &layout, axes, offset, grads, from, pitch, row_end, sums); break;
+                                default: sum_line(4, &layout, axes, offset, grads, from, pitch, row_end, sums);
                             }
                             for (int64_t k = 0; k < together; k++) {
                                 const int64_t at = ((group * out + p) * in + c) * taps + tap + k;

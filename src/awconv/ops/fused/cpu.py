@@ -29,12 +29,22 @@ class _Sizes(ctypes.Structure):
     )
 
 
+# Of cpu.c: name, types of the arguments, type of the result.
+_FUNCTIONS: tuple[tuple[str, list[Any], Any], ...] = (
+    ("workspace_elements", [ctypes.POINTER(_Sizes), ctypes.c_int], ctypes.c_int64),
+    ("forward", [ctypes.POINTER(_Sizes), *[ctypes.c_void_p] * 5], None),
+    ("backward", [ctypes.POINTER(_Sizes), *[ctypes.c_void_p] * 8], None),
+)
+
+
 def obstacle(problem: Problem) -> str | None:
     """Why the C code cannot run a problem; building it is tried at the first call."""
     if problem.taps > _MAX_TAPS:
         return f"its C code takes kernels of {_MAX_TAPS} taps at the most"
-    reason: str | None = _why_not_built(_computed_in(problem.dtype))
-    return reason
+    if reason := problem.padding_obstacle:
+        return f"its C code copies the input with its padding, {reason}"
+    why: str | None = _why_not_built(_computed_in(problem.dtype))
+    return why
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -53,7 +63,10 @@ def _loaded(dtype: torch.dtype) -> ctypes.CDLL:
     built = library(_SOURCE, dtype)
     if isinstance(built, str):  # an exported program can come to a machine without a compiler
         raise RuntimeError(f"awconv::fused cannot run here: {built}")
-    built.workspace_elements.restype = ctypes.c_int64
+    if built.forward.argtypes is None:
+        for name, arguments, result in _FUNCTIONS:
+            function = getattr(built, name)
+            function.argtypes, function.restype = arguments, result
     return built
 
 
@@ -162,5 +175,5 @@ def _prepared(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

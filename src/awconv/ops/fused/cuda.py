@@ -149,7 +149,8 @@ def _grad_input(
     weights = weight.permute((2, 3, 1, 0) if depthwise else (2, 3, 0, 1)).contiguous()
     unit = None
     if source.dtype == torch.float16 and not depthwise:
-        unit = gains.abs().amax().float().clamp(min=1).reciprocal()  # brings the gains within one
+        largest = gains.abs().nan_to_num(nan=0, posinf=0).amax()  # one sample's infinity is not another's
+        unit = largest.float().clamp(min=1).reciprocal()  # brings the gains within one
     for phase_y, phase_x in itertools.product(filter(None, phases_y), filter(None, phases_x)):
         (pixels_y, taps_y, *from_y), (pixels_x, taps_x, *from_x) = phase_y, phase_x
         start, reach = zip(from_y, from_x, strict=True)
