@@ -52,9 +52,9 @@ _OPTIONS = {
         "transform broken_images mean std"
     ),
     "trainer": (
-        "max_epochs max_steps limit_train_batches limit_val_batches precision accumulate_grad_batches gradient_clip_val "
-        "gradient_clip_algorithm overfit_batches check_val_every_n_epoch val_check_interval log_every_n_steps "
-        "num_sanity_val_steps max_time min_epochs"
+        "max_epochs max_steps limit_train_batches limit_val_batches precision accumulate_grad_batches "
+        "gradient_clip_val gradient_clip_algorithm overfit_batches check_val_every_n_epoch val_check_interval "
+        "log_every_n_steps num_sanity_val_steps max_time min_epochs"
     ),
     "recent_checkpoint": "every_n_steps",
 }
