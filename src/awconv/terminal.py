@@ -12,3 +12,20 @@ _UNBOUNDED = 10_000  # columns
 def console() -> Console:
     """A console that wraps at the width of a terminal, and nowhere where the output goes to a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, such as a file's name, that can do no more to a terminal than be read.
+
+    Control characters (an escape sequence may hide lines or retitle the window), those that turn the direction of
+    writing, bytes of a name that are not UTF-8, and what the output's encoding lacks are written as Python escapes them.
+    rich would take brackets for its markup: hand it ``rich.text.Text(printable(name))``.
+    """
+    shown = "".join(character if character.isprintable() else _escaped(character) for character in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # as which Python keeps a byte that is not UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()

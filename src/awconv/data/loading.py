@@ -52,6 +52,8 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if num_workers > (most := max(32, 4 * (os.cpu_count() or 1))):
+            raise ValueError(f"num_workers must be at most {most} (4 for each core, or 32), got {num_workers}")
         self.batch_size, self.num_workers = batch_size, num_workers
 
     @property
