@@ -27,7 +27,7 @@ _LEFTOVERS = frozenset(
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of this name is a program's own and none of a data set: hidden ones, such as
     ``.ipynb_checkpoints`` and the ``._x.jpg`` that a Mac writes beside ``x.jpg``, and those of Windows and of NAS."""
-    return name.startswith(".") or name in _LEFTOVERS
+    return (name.startswith(".") and name != "..") or name in _LEFTOVERS
 
 
 def walk(folder: Path) -> list[Path]:

@@ -168,7 +168,7 @@ def _white(image: Image.Image) -> int | None:
     """White's value in grey images of more than 8 bits, which ``convert`` would clip at 255; None for others."""
     if image.mode.startswith("I;16"):
         bits = image.tag_v2.get(_BITS_PER_SAMPLE, 16) if image.format == "TIFF" else 16  # type: ignore[attr-defined]
-        return 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
+        return (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # which Pillow scales to 16 bits
         return 65535
     if image.mode in ("I", "F"):

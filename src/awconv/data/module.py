@@ -137,8 +137,8 @@ class ImageDataModule(DataModule):
             raise ValueError("in_memory and transform exclude each other: a transform decodes images at each access")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            least = 0 if name == "std" else -math.inf
-            if len(values) != self.channels or not all(least < value < math.inf for value in values):
+            above = 0.0 if name == "std" else -math.inf
+            if len(values) != self.channels or not all(above < value < math.inf for value in values):
                 kind = "positive numbers" if name == "std" else "numbers"
                 raise ValueError(f"{name} must be {self.channels} {kind}, one for each channel, got {values}")
         check_batch(self.batch_size, self.channels, self.image_size)

@@ -90,9 +90,9 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                 f"{pattern} must have the {len(training.classes)} classes of {training.files[0]}, "
                 f"{_described(*training._kind)}; got {_described(*self._kind)}"
             )
-        self.classes = _classes(shards, pattern) if training is None else training.classes
+        self.classes: list[str] = _classes(shards, pattern) if training is None else training.classes
         self.targets: list[int] = [target for shard in shards for target in _targets(shard, self.classes)]
-        self.files = [shard.path for shard in shards]
+        self.files: list[str] = [shard.path for shard in shards]
         self._groups = [(shard.path, group) for shard in shards for group in range(len(shard.groups))]
         self.blocks = [count for shard in shards for count in shard.groups]
         self._ends = list(accumulate(self.blocks))
@@ -188,8 +188,8 @@ def _check_columns(schema: Any, file: str, image_column: str, label_column: str)
         right = _is(images, "binary", "large_binary", "string", "large_string")
     if not right:
         raise ValueError(
-            f"{file}: column {image_column!r} must hold the content of image files, paths of them (text), or structs with "
-            f"fields 'bytes' and 'path', got {images}"
+            f"{file}: column {image_column!r} must hold the content of image files, paths of them (text), or "
+            f"structs with the fields 'bytes' and 'path', got {images}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -88,27 +89,23 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
             stem, _, ending = path.name.partition(".")
             key, ending = str(path.with_name(stem)), ending.lower()
             is_image = f".{ending.rpartition('.')[2]}" in ENDINGS
-            if (is_image or ending in _LABELS) and (not member.isfile() or member.issparse()):
-                raise ValueError(
-                    f"{shard}: {member.name} is a link or sparse; write the tar file with plain copies of it"
-                )
-            if is_image:
-                if key in images:
-                    raise ValueError(
-                        f"{shard}: {images[key].name} and {member.name} are both images of {key}; expected one"
-                    )
-                images[key] = _Place(number, member.name, member.offset_data, member.size)
-            elif ending in _LABELS:
-                label = _label(tar, member, ending, shard)
-                if label is None:
-                    notes[key] = member.name
-                elif labels.setdefault(key, (label, member.name))[0] != label:
-                    other, name = labels[key]
-                    raise ValueError(
-                        f"{shard}: {name} says that the label of {key} is {other}, and {member.name} {label}"
-                    )
-            else:
+            if not is_image and ending not in _LABELS:
                 unused[f"not named as images ({path.suffix or path.name})"] += 1
+                continue
+            if not member.isfile() or member.issparse():
+                raise ValueError(f"{shard}: {member.name} is a link or sparse; the tar file must hold a plain copy")
+            if is_image:
+                place = _Place(number, member.name, member.offset_data, member.size)
+                if images.setdefault(key, place) is not place:
+                    names = f"{images[key].name} and {member.name}"
+                    raise ValueError(f"{shard}: {names} are both images of {key}; expected one")
+                continue
+            label = _label(tar, member, ending, shard)
+            if label is None:
+                notes[key] = member.name
+            elif labels.setdefault(key, (label, member.name))[0] != label:
+                other, name = labels[key]
+                raise ValueError(f"{shard}: the label of {key} is {other} in {name}, and {label} in {member.name}")
         for key, place in images.items():
             if key not in labels:
                 raise ValueError(
@@ -140,8 +137,9 @@ def _check_end(shard: str, offset: int) -> None:
     """Refuses a tar file without the zeros that end one: what is behind the last member may be lost."""
     with open(shard, "rb") as file:
         file.seek(offset)  # of the header after the last member, which is the first of two blocks of zeros
-        end = file.read(tarfile.BLOCKSIZE)
-    if end != bytes(tarfile.BLOCKSIZE):
+        end = file.read(2 * tarfile.BLOCKSIZE)
+        size = file.seek(0, os.SEEK_END)
+    if end != bytes(2 * tarfile.BLOCKSIZE) or size % tarfile.BLOCKSIZE:
         raise ValueError(f"{shard} is cut off: it does not end as a tar file does")
 
 
