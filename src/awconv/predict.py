@@ -280,8 +280,8 @@ def _check_proportions(task: DetectionTask, image: Tensor, file: Path) -> None:
     shorter, longer = sorted(image.shape[1:])
     if transform.fixed_size is None and shorter * transform.max_size < longer:
         raise BrokenImageError(
-            f"{file}: {image.shape[2]}x{image.shape[1]} pixels are reduced to less than one in width or height where the "
-            f"longer side is {transform.max_size}, the network's max_size; cut the image into parts"
+            f"{file}: of {image.shape[2]}x{image.shape[1]} pixels less than one is left in width or height where the "
+            f"longer side is reduced to {transform.max_size}, the network's max_size; cut the image into parts"
         )
 
 
