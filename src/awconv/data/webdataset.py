@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -68,21 +69,22 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
             try:
                 with tarfile.open(shard, "r:") as tar:
                     before = len(self.targets)
-                    self._index(number, tar)
+                    members = tar.getmembers()
+                    _check_end(shard, tar.offset)  # before a label is missed that was cut off
+                    self._index(number, tar, members)
                     self.blocks.append(len(self.targets) - before)
-                    _check_end(shard, tar.offset)
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{shard} is not a plain tar file, or a broken one: {error}") from error
         if not self._places:
             raise ValueError(f"{pattern}: the tar files hold no images beside labels ({' or '.join(_LABELS)})")
 
-    def _index(self, number: int, tar: tarfile.TarFile) -> None:
+    def _index(self, number: int, tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> None:
         shard = self._shards[number]
         images: dict[str, _Place] = {}
         labels: dict[str, tuple[int, str]] = {}  # with the file that it is from
         notes: dict[str, str] = {}  # JSON without a label
         unused: Counter[str] = Counter()
-        for member in tar:
+        for member in members:
             path = PurePosixPath(member.name)
             if member.isdir() or any(map(is_leftover, path.parts)):
                 continue
