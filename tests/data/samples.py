@@ -58,3 +58,13 @@ def write_shard(path: Path, indices: range, label: str = "cls", pax: bool = Fals
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+
+
+def write_tar(path: Path, content: dict[str, bytes | str]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, what in content.items():
+            data = what.encode() if isinstance(what, str) else what
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)

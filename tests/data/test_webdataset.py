@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from awconv.data import WebDataset
-from tests.data.samples import DIGITS, digit, png, write_shard
+from tests.data.samples import DIGITS, digit, png, write_shard, write_tar
 
 
 class TestWebDataset:
@@ -77,16 +77,6 @@ class TestWebDataset:
         (tmp_path / "95.tar").write_bytes(whole[: int(0.95 * end)])
         with pytest.raises(ValueError, match=r"95\.tar is (not a plain tar file, or a broken one|cut off)"):
             WebDataset(str(tmp_path / "95.tar")).classes  # noqa: B018
-
-
-def write_tar(path: Path, content: dict[str, bytes | str]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, what in content.items():
-            data = what.encode() if isinstance(what, str) else what
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(path)
 
 
 A, B = png(digit(0)), png(digit(1))
