@@ -311,10 +311,10 @@ def _copies(files: Sequence[Path], draw: Path) -> dict[Path, Path]:
         copy = draw / name.with_name(f"{name.name}.png")
         if copy.resolve() in inputs:
             raise ValueError(f"the copy of {file} would be written over {inputs[copy.resolve()]}; {way_out}")
-        links = [one for one in (copy, *copy.parents) if one.is_symlink() and one != draw and draw in one.parents]
+        links = [one for one in (copy, *copy.parents) if draw in one.parents and os.path.islink(one)]
         if links:
             raise ValueError(f"the copy of {file} would be written through the link {links[0]}; {way_out}")
-        if copy.exists() and not _is_copy(copy):
+        if os.path.exists(copy) and not _is_copy(copy):
             raise ValueError(f"{copy} is there and no copy of a former 'awconv predict --draw'; {way_out}")
         copies[file] = copy
     return copies

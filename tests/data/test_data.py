@@ -73,6 +73,18 @@ class TestArguments:
             (dict(batch_size=0), "batch_size must be at least 1, got 0"),
             (dict(image_size=0), "image_size must be at least 1, got 0"),
             (dict(crop_padding=-1), "crop_padding must be at least 0, got -1"),
+            (dict(crop_padding=8), "crop_padding must be less than image_size = 8, got 8"),
+            (dict(crop_pct=1e-320), "crop_pct must be at least 0.01 and at most 1"),
+            (dict(max_pixels=0), "max_pixels must be at least 1, got 0"),
+            (
+                dict(image_size=30_000),
+                r"128 images of 1 channels and 30000x30000 pixels take 429\.2 GiB .* may have 4; take",
+            ),
+            (dict(batch_size=10**9), r"1000000000 images of .* take 238\.4 GiB as float32"),
+            (dict(num_workers=5000), r"num_workers must be at most \d+ .4 for each core, or 32., got 5000"),
+            (dict(mean=[0.5, 0.5]), r"mean must be 1 numbers, one for each channel, got \[0\.5, 0\.5\]"),
+            (dict(std=[0.0]), r"std must be 1 positive numbers, one for each channel, got \[0\.0\]"),
+            (dict(mean=[float("nan")]), "mean must be 1 numbers"),
         ],
     )
     def test_numbers_out_of_range_are_refused(self, arguments: dict[str, Any], message: str) -> None:

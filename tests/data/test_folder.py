@@ -177,10 +177,12 @@ class TestLayouts:
         assert data.open("test") is None
         assert f"not used: {tmp_path}/test, which has no folder for each class" in caplog.text
         assert f"not used: extra\\x1b[2J in {tmp_path}" in caplog.text
-        for count in (
-            "1 beside the folders of the classes (.png)", "1 not named as images (.heic)", "1 not named as images (.txt)"
-        ):  # fmt: skip
-            assert count in caplog.text
+        for why in (
+            "beside the folders of the classes (.png)",
+            "not named as images (.heic)",
+            "not named as images (.txt)",
+        ):
+            assert f"1 {why}" in caplog.text
 
     @pytest.mark.parametrize(
         ("paths", "message"),
