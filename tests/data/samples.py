@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +68,16 @@ def write_tar(path: Path, content: dict[str, bytes | str]) -> str:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return str(path)
+
+
+def spoilt(content: bytes, count: int, behind: int = 0) -> Iterator[bytes]:
+    """The content with a few bytes changed, at places from ``behind`` on, or cut off."""
+    generator = np.random.default_rng(0)
+    for turn in range(count):
+        damaged = bytearray(content)
+        if turn % 5 == 0:
+            yield content[: generator.integers(len(content))]
+            continue
+        for position in generator.integers(behind if turn % 2 else 0, len(content), generator.choice([1, 3, 20])):
+            damaged[position] = generator.integers(256)
+        yield bytes(damaged)

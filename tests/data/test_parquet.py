@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from awconv.data import BrokenImageError, Parquet
-from tests.data.samples import DIGITS, digit, png, write_parquet
+from tests.data.samples import DIGITS, digit, png, spoilt, write_parquet
 
 
 class TestParquet:
@@ -219,6 +219,36 @@ class TestLayouts:
         assert len(data.classes) == 3
         assert f"{tmp_path}/train.parquet: columns not used: caption" in caplog.text
         assert f"files not used by any split: {tmp_path}/test.parquet, 1 in all" in caplog.text
+
+
+class TestSpoiledFiles:
+    def test_are_read_or_named(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "a.parquet", range(20))
+        images = [png(digit(index)) for index in range(20)]
+        write_rows(tmp_path / "b.parquet", images, [f"name {index % 3}" for index in range(20)])
+        spoiled, refused = tmp_path / "spoiled.parquet", 0
+        for content in ((tmp_path / name).read_bytes() for name in ("a.parquet", "b.parquet")):
+            for damaged in spoilt(content, 80, behind=len(content) - 2500):
+                spoiled.write_bytes(damaged)
+                try:
+                    Parquet(str(spoiled), image_size=8, val_fraction=0).dataset("train")
+                except ValueError as error:
+                    assert str(spoiled) in str(error)  # noqa: PT017  # some bytes say nothing
+                    refused += 1
+        assert refused > 50
+
+    def test_a_checksum_is_heeded_where_there_is_one(self, tmp_path: Path) -> None:
+        labels = pa.array([0, 1] * 500, pa.int32())
+        table = pa.table({"image": [b"x"] * 1000, "label": labels})
+        options: Any = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+        pq.write_table(table, tmp_path / "a.parquet", **options)
+        content = (tmp_path / "a.parquet").read_bytes()
+        values = labels.to_numpy().tobytes()
+        place = content.index(values)
+        changed = b"\1" + values[1:]  # the first label
+        (tmp_path / "a.parquet").write_bytes(content[:place] + changed + content[place + len(values) :])
+        with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file, or a broken one: .*CRC"):
+            Parquet(str(tmp_path / "a.parquet")).classes  # noqa: B018
 
 
 class TestFilesThatDisagree:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from awconv.data import WebDataset
-from tests.data.samples import DIGITS, digit, png, write_shard, write_tar
+from tests.data.samples import DIGITS, digit, png, spoilt, write_shard, write_tar
 
 
 class TestWebDataset:
@@ -81,6 +81,19 @@ class TestWebDataset:
 
 A, B = png(digit(0)), png(digit(1))
 PLAIN: dict[str, bytes | str] = {"a.png": A, "a.cls": "0", "b.png": B, "b.cls": "1"}
+
+
+def test_spoiled_files_are_read_or_named(tmp_path: Path) -> None:
+    content = Path(write_tar(tmp_path / "a.tar", PLAIN)).read_bytes()
+    spoiled, refused = tmp_path / "spoiled.tar", 0
+    for damaged in spoilt(content[:8192], 150):
+        spoiled.write_bytes(damaged + content[8192:])
+        try:
+            WebDataset(str(spoiled), image_size=8, val_fraction=0).dataset("train")
+        except ValueError as error:
+            assert str(spoiled) in str(error)  # noqa: PT017  # some bytes say nothing
+            refused += 1
+    assert refused > 50
 
 
 class TestLayouts:

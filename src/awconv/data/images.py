@@ -157,8 +157,9 @@ def _kind(file: str | IO[bytes]) -> str:
     for start, kind in _OTHERS:
         if head.startswith(start):
             return f"cannot identify an image: the file is {kind}"
-    for format, (factory, accepts) in Image.OPEN.items():
-        if format not in FORMATS and accepts is not None and accepts(head[:16]) is True:
+    prefix = head[:16]
+    for format, (factory, accepts) in Image.OPEN.items() if len(prefix) == 16 else ():  # what Pillow hands them
+        if format not in FORMATS and accepts is not None and accepts(prefix) is True:
             description = getattr(factory, "format_description", None) or format
             return f"it is a file of {description} ({format}), which is not read"
     return "cannot identify an image: its header is damaged, or its pixels are of a kind that Pillow does not know"

@@ -105,8 +105,12 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         group = bisect.bisect_right(self._ends, index)
         file, number = self._groups[group]
         row = index - (self._ends[group] - self.blocks[group])
-        value = self._read(group)[row].as_py()
         name = f"{file}, row {row + sum(self.blocks[group - number : group])}"
+        image = self._read(group)[row]
+        try:
+            value = image.as_py()
+        except ValueError as error:  # a path that is not UTF-8
+            raise BrokenImageError(f"{name}: {error}") from error
         content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(content, str):
             content, path = None, content
@@ -126,8 +130,11 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                 parquet = require("pyarrow.parquet", extra="parquet")
                 file, number = self._groups[group]
                 try:
-                    with parquet.ParquetFile(file) as opened:
-                        self._kept[group] = opened.read_row_group(number, columns=[self._column]).column(0)
+                    with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+                        images = opened.read_row_group(number, columns=[self._column]).column(0)
+                    if len(images) != self.blocks[group]:
+                        raise ValueError(f"it has {len(images)} rows, and should have {self.blocks[group]}")
+                    self._kept[group] = images
                 except Exception as error:  # pyarrow raises errors of many kinds
                     raise BrokenImageError(f"{file}: row group {number} is broken: {error}") from error
                 if len(self._kept) > WINDOW:
@@ -151,12 +158,15 @@ def _read_shard(file: str, image_column: str, label_column: str) -> _Shard:
     pyarrow = require("pyarrow", extra="parquet")
     parquet = require("pyarrow.parquet", extra="parquet")
     try:
-        with parquet.ParquetFile(file) as opened:
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
             groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             _check_columns(schema, file, image_column, label_column)
             labels = opened.read(columns=[label_column]).column(0)
-    except (pyarrow.ArrowException, OSError) as error:
+            if len(labels) != sum(groups):
+                raise OSError(f"it has {len(labels)} labels for {sum(groups)} rows")
+            listed = labels.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file} is not a Parquet file, or a broken one: {error}") from error
     if pyarrow.types.is_dictionary(labels.type):  # as pandas writes its categories
         labels = labels.cast(labels.type.value_type)
@@ -169,7 +179,7 @@ def _read_shard(file: str, image_column: str, label_column: str) -> _Shard:
     unused = [name for name in schema.names if name not in (image_column, label_column)]
     if unused:
         rank_zero_info(printable(f"{file}: columns not used: {', '.join(unused[:20])}"))
-    return _Shard(file, groups, labels.to_pylist(), texts, _class_names(schema, label_column, file))
+    return _Shard(file, groups, listed, texts, _class_names(schema, label_column, file))
 
 
 def _check_columns(schema: Any, file: str, image_column: str, label_column: str) -> None:
