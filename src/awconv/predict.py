@@ -379,7 +379,7 @@ def _files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
     for given in images:
         path = Path(os.path.expanduser(given))
         if path.is_dir():
-            inside = sorted(file for file in walk(path) if file.suffix.lower() in ENDINGS and file.is_file())
+            inside = sorted(file for file in map(Path, walk(path)) if file.suffix.lower() in ENDINGS and file.is_file())
             if draw is not None:
                 inside = [file for file in inside if draw.resolve() not in file.resolve().parents or not _is_copy(file)]
             if not inside:

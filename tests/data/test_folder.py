@@ -176,7 +176,7 @@ class TestLayouts:
         assert len(data.open("train")) == 4
         assert data.open("test") is None
         assert f"not used: {tmp_path}/test, which has no folder for each class" in caplog.text
-        assert f"not used: extra\\x1b[2J in {tmp_path}" in caplog.text
+        assert f"not used: extra\\x1b[2J, notes.txt in {tmp_path}" in caplog.text
         for why in (
             "beside the folders of the classes (.png)",
             "not named as images (.heic)",

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
-from awconv.data import BrokenImageError, to_uint8
+from awconv.data import BrokenImageError, Coco, to_uint8
 from awconv.data.images import read_header, read_image
 from tests.data.samples import digit, png
+from tests.photographs import SIZE, write_coco
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -255,3 +256,20 @@ def test_the_part_of_the_shorter_side_that_is_kept() -> None:
     assert torch.equal(
         to_uint8(Image.fromarray(ring), 1, 12, crop_pct=0.75), torch.full((1, 12, 12), 200, dtype=torch.uint8)
     )
+
+
+def test_a_detectors_images_are_read_alike(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    limit = SIZE[0] * SIZE[1]
+    assert Coco(root, max_pixels=limit, val_fraction=0).dataset("train")[0] is not None
+    with pytest.raises(
+        BrokenImageError, match=r"china\.png: its pixels are more than max_pixels = "
+    ):  # as it is inspected
+        Coco(root, max_pixels=limit - 1, val_fraction=0).dataset("train")
+    with pytest.raises(BrokenImageError, match="more than max_pixels"):
+        Coco(root, max_pixels=limit - 1, val_fraction=0, inspect=False).dataset("train")[0]
+    with pytest.raises(ValueError, match="max_pixels must be at least 1, got 0"):
+        Coco(root, max_pixels=0)
+    (root / "train2017" / "china.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(BrokenImageError, match=r"china\.png: it is a file of Encapsulated Postscript"):
+        Coco(root, val_fraction=0).dataset("train")

@@ -30,9 +30,10 @@ def is_leftover(name: str) -> bool:
     return (name.startswith(".") and name != "..") or name in _LEFTOVERS
 
 
-def walk(folder: Path) -> list[Path]:
-    """All files below a folder but leftovers, sorted by their folders and then by their names. Links are followed,
-    but no folder is entered twice.
+def walk(folder: Path) -> list[str]:
+    """Paths of all files below a folder but leftovers, sorted by their folders and then by their names.
+
+    Links are followed, but no folder is entered twice.
 
     Raises:
         ValueError: a folder cannot be read.
@@ -41,7 +42,7 @@ def walk(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ValueError(f"folder {error.filename} cannot be read: {error.strerror}") from error
 
-    found: list[Path] = []
+    found: list[tuple[str, str]] = []
     entered: set[tuple[int, int]] = set()
     for top, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         place = os.stat(top)
@@ -50,8 +51,8 @@ def walk(folder: Path) -> list[Path]:
             continue
         entered.add((place.st_dev, place.st_ino))
         folders[:] = sorted(name for name in folders if not is_leftover(name))
-        found += [Path(top, name) for name in files if not is_leftover(name)]
-    return sorted(found, key=lambda path: (str(path.parent), path.name))
+        found += [(top, name) for name in files if not is_leftover(name)]
+    return [os.path.join(top, name) for top, name in sorted(found)]
 
 
 def matching(pattern: str, kind: str) -> list[str]:

@@ -52,17 +52,18 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         self.files: list[str] = []
         self.targets: list[int] = []
         self.unused: Counter[str] = Counter()
-        for path in folder.iterdir():
-            if path.is_file() and not is_leftover(path.name):
-                self.unused[f"beside the folders of the classes ({path.suffix or path.name})"] += 1
+        for one in folder.iterdir():
+            if one.is_file() and not is_leftover(one.name):
+                self.unused[f"beside the folders of the classes ({one.suffix or one.name})"] += 1
         empty = []
         for target, name in enumerate(self.classes):
             count = len(self.files)
             for path in walk(folder / name):
-                if path.suffix.lower() in ENDINGS:
-                    self.files.append(str(path))
+                _, ending = os.path.splitext(path)
+                if ending.lower() in ENDINGS:
+                    self.files.append(path)
                 else:
-                    self.unused[f"not named as images ({path.suffix or path.name})"] += 1
+                    self.unused[f"not named as images ({ending or os.path.basename(path)})"] += 1
             self.targets += [target] * (len(self.files) - count)
             if len(self.files) == count:
                 empty.append(name)
@@ -125,7 +126,8 @@ class ImageFolder(ImageDataModule):
         for split, folder in flat.items():
             rank_zero_info(f"not used: {folder}, which has no folder for each class ('awconv predict' needs none)")
             del folders[split]
-        others = [one.name for one in inside if one not in (*folders.values(), *flat.values())]
+        used = (*folders.values(), *flat.values())
+        others = sorted(one.name for one in self.root.iterdir() if one not in used and not is_leftover(one.name))
         if others:
             rank_zero_info(f"not used: {printable(', '.join(others[:10]))} in {self.root}")
         return folders
