@@ -152,7 +152,7 @@ def _kind(file: str | IO[bytes]) -> str:
         head = file.read(32)
     if not head:
         return "cannot identify an image in an empty file"
-    if head[4:8] == b"ftyp":
+    if head[4:8] == b"ftyp" and not (head[8:11] == b"avi" and "AVIF" in _READABLE):
         return f"it is a file of the HEIF family ({head[8:12].decode('latin-1')}), which is not read"
     for start, kind in _OTHERS:
         if head.startswith(start):
