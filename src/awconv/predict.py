@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,16 +14,19 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from awconv import terminal
 from awconv.data import BrokenImageError, to_uint8
-from awconv.data.images import read_image
+from awconv.data.files import walk
+from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
+from awconv.data.module import check_batch
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import read_checkpoint
 
@@ -43,7 +47,7 @@ class Prediction:
 
     def cells(self) -> tuple[str, ...]:
         """For the table."""
-        return escape(self.image), escape(self.label), f"{self.probability:.3f}"
+        return self.image, self.label, f"{self.probability:.3f}"
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,12 @@ class Detected:
         counts = Counter(detection.label for detection in self.detections)
         objects = ", ".join(f"{count} {label}" for label, count in counts.most_common())
         best = max((detection.score for detection in self.detections), default=None)
-        return escape(self.image), escape(objects), "" if best is None else f"{best:.3f}"
+        return self.image, objects, "" if best is None else f"{best:.3f}"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be read.
+    """An image that could not be read, or of which no copy could be drawn.
 
     Attributes:
         image: its path.
@@ -101,55 +105,62 @@ def predict(
     batch_size: int = 64,
     threshold: float = 0.5,
     draw: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Prints what is in each image: its class, or the objects that a detector finds.
 
     A broken image is reported by name, and the rest goes on. Images with an EXIF orientation are turned upright first.
 
     Args:
-        images: image files, and folders that are searched for them.
+        images: image files, and folders that are searched for them. An image that is named twice is predicted once.
         ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``.
         format: a table, or JSON with ``predictions`` and ``failures``.
         batch_size: images that go through a classifier at once; a detector takes one at a time.
         threshold: the least score of an object.
-        draw: a folder for copies of the images in which a detector's boxes are drawn.
+        draw: a folder for copies of the images in which a detector's boxes are drawn. No file is overwritten but the
+            copies of a former run.
+        max_pixels: an image file with more pixels is reported as a broken one: it would take too much memory.
 
     Returns:
         The exit status: 0, or 1 if an image was broken.
 
     Raises:
         FileNotFoundError: the checkpoint or an image is not there, or a folder holds no image.
-        ValueError: the file is no such checkpoint, the threshold is not from 0 to 1, or there are no boxes to draw.
+        ValueError: the file is no such checkpoint, a number is out of its range, there are no boxes to draw, a copy
+            would be written over another file, or the network's outputs are not finite.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
-    files = [file for path in images for file in _files(path)]
-    task = load_task(ckpt)
+    for argument, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, got {value}")
+    draw = None if draw is None else Path(os.path.expanduser(draw))
+    files = _files(images, draw)
+    task = load_task(Path(os.path.expanduser(ckpt)))
     results: list[Prediction | Detected | Failure]
     if isinstance(task, DetectionTask):
         columns = ("image", "objects", "best score")
-        results = list(detect(task, files, threshold, draw))
+        results = list(detect(task, files, threshold, draw, max_pixels))
     elif isinstance(task, ClassificationTask):
         columns = ("image", "class", "probability")
         if draw is not None:
             raise ValueError(f"draw draws the boxes of a detector, and {ckpt} is of a classifier")
-        results = list(classify(task, files, batch_size))
+        results = list(classify(task, files, batch_size, max_pixels))
     failures = [result for result in results if isinstance(result, Failure)]
     predictions = [result for result in results if not isinstance(result, Failure)]
     if format == "json":
-        print(
-            json.dumps(
-                {"predictions": [asdict(p) for p in predictions], "failures": [asdict(f) for f in failures]}, indent=1
-            )
-        )
+        content = {"predictions": [asdict(p) for p in predictions], "failures": [asdict(f) for f in failures]}
+        print(json.dumps(content, indent=1, allow_nan=False))
     else:
         table = Table(*columns[:2], box=SIMPLE_HEAD, pad_edge=False)
         table.add_column(columns[2], justify="right")
         for prediction in predictions:
-            table.add_row(*prediction.cells())
+            table.add_row(*(Text(terminal.printable(cell)) for cell in prediction.cells()))
         terminal.console().print(table)
+    predicted = {result.image for result in predictions}
     for failure in failures:
-        print(f"broken image: {failure.error}", file=sys.stderr)
+        kind = "" if failure.image in predicted else "broken image: "
+        print(f"{kind}{terminal.printable(failure.error)}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -169,33 +180,47 @@ def load_task(ckpt: Path) -> Task:
     return task.eval().to(device or "cpu")
 
 
-def classify(task: ClassificationTask, files: Sequence[Path], batch_size: int) -> Iterator[Prediction | Failure]:
+def classify(
+    task: ClassificationTask, files: Sequence[Path], batch_size: int, max_pixels: int = MAX_PIXELS
+) -> Iterator[Prediction | Failure]:
     """One result for each file, in their order within a batch; broken ones come first.
 
     Args:
         task: in evaluation mode.
         files: image files.
         batch_size: images that go through the network at once.
+        max_pixels: the most that an image may have.
+
+    Raises:
+        ValueError: the network's outputs are not finite, or a batch takes too much memory.
     """
     channels, size, _ = task.input_size
+    check_batch(min(batch_size, len(files)), channels, size)
     for start in range(0, len(files), batch_size):
         names, batch = [], []
         for file in files[start : start + batch_size]:
             try:
-                batch.append(to_uint8(read_image(str(file), str(file), upright=True), channels, size, task.crop_pct))
+                image = read_image(str(file), str(file), max_pixels=max_pixels)
+                batch.append(to_uint8(image, channels, size, task.crop_pct))
                 names.append(str(file))
             except BrokenImageError as error:
                 yield Failure(str(file), str(error))
         if not batch:
             continue
         with torch.inference_mode():
-            probabilities, labels = task(torch.stack(batch).to(task.device)).softmax(1).max(1)
+            logits = task(torch.stack(batch).to(task.device))
+        _check_finite(logits, names)
+        probabilities, labels = logits.softmax(1).max(1)
         for name, label, probability in zip(names, labels.tolist(), probabilities.tolist(), strict=True):
             yield Prediction(name, task.classes[label], probability)
 
 
 def detect(
-    task: DetectionTask, files: Sequence[Path], threshold: float, draw: Path | None = None
+    task: DetectionTask,
+    files: Sequence[Path],
+    threshold: float,
+    draw: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Detected | Failure]:
     """One result for each file.
 
@@ -204,18 +229,25 @@ def detect(
         files: image files.
         threshold: the least score of an object.
         draw: a folder for copies with boxes, as PNG; None draws nothing.
+        max_pixels: the most that an image may have.
+
+    Raises:
+        ValueError: the network's outputs are not finite, or a copy cannot be written or would overwrite another file.
     """
-    copies = _copies(files)
+    copies = {} if draw is None else _copies(files, draw)
     limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
     limited.score_thresh = min(limited.score_thresh, threshold)
     for file in files:
         try:
-            image = pil_to_tensor(read_image(str(file), str(file), upright=True).convert("RGB"))
+            image = pil_to_tensor(read_image(str(file), str(file), max_pixels=max_pixels).convert("RGB"))
+            _check_proportions(task, image, file)
         except BrokenImageError as error:
             yield Failure(str(file), str(error))
             continue
         with torch.inference_mode():
             (found,) = task([image.to(task.device)])
+        for name in ("boxes", "scores"):
+            _check_finite(found[name], [str(file)] * len(found[name]))
         kept = found["scores"] >= threshold
         boxes, labels, scores = (found[name][kept].cpu() for name in ("boxes", "labels", "scores"))
         detections = [
@@ -224,19 +256,90 @@ def detect(
                 boxes.tolist(), labels.tolist(), scores.tolist(), strict=True
             )
         ]
-        if draw is not None:
-            place = draw / copies[file]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _drawn(image, detections).save(place)
         yield Detected(str(file), detections)
+        if draw is not None:
+            try:
+                _write_copy(_drawn(image, detections), copies[file])
+            except OSError as error:
+                yield Failure(str(file), f"{file}: its copy {copies[file]} cannot be written: {error.strerror}")
 
 
-def _copies(files: Sequence[Path]) -> dict[Path, Path]:
-    """Names for copies: those of the files, below the folder that all are in, so that none is written over another."""
-    parents = [str(file.resolve().parent) for file in files]
-    top = Path(os.path.commonpath(parents)) if parents else Path()
-    names = {file: file.resolve().relative_to(top) for file in files}
-    return {file: name.with_name(f"{name.name}.png") for file, name in names.items()}
+def _check_finite(outputs: Tensor, names: Sequence[str]) -> None:
+    """Raises a ValueError that names the first image of a batch for which an output is NaN or infinite."""
+    finite = outputs.isfinite().flatten(1).all(1) if outputs.dim() > 1 else outputs.isfinite()
+    if not finite.all():
+        first = names[int((~finite).nonzero()[0])]
+        raise ValueError(
+            f"the network's outputs for {first} are not finite; the checkpoint is damaged, or its training diverged"
+        )
+
+
+def _check_proportions(task: DetectionTask, image: Tensor, file: Path) -> None:
+    """Raises a BrokenImageError for an image of which nothing is left when its longer side fits the network."""
+    transform: Any = task.network.transform
+    shorter, longer = sorted(image.shape[1:])
+    if transform.fixed_size is None and shorter * transform.max_size < longer:
+        raise BrokenImageError(
+            f"{file}: of {image.shape[2]}x{image.shape[1]} pixels less than one is left in width or height where the "
+            f"longer side is reduced to {transform.max_size}, the network's max_size; cut the image into parts"
+        )
+
+
+_SOFTWARE = "awconv predict --draw"  # in a copy's PNG, by which a later run knows it
+
+
+def _copies(files: Sequence[Path], draw: Path) -> dict[Path, Path]:
+    """Where copies are written: below a folder, named as the files are below the folder that all of them are in, so
+    that none is written over another.
+
+    Raises:
+        ValueError: they cannot be written there, or would overwrite what is no copy of a former run.
+    """
+    way_out = "give draw another folder"
+    try:
+        draw.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"draw must be a folder, and {draw} cannot be made one: {error.strerror}") from error
+    if not os.access(draw, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written into {draw}; {way_out}")
+    resolved = {file: file.resolve() for file in files}
+    top = Path(os.path.commonpath([str(file.parent) for file in resolved.values()]))
+    inputs = {file: name for name, file in resolved.items()}
+    copies: dict[Path, Path] = {}
+    for file, real in resolved.items():
+        name = real.relative_to(top)
+        copy = draw / name.with_name(f"{name.name}.png")
+        if copy.resolve() in inputs:
+            raise ValueError(f"the copy of {file} would be written over {inputs[copy.resolve()]}; {way_out}")
+        links = [one for one in (copy, *copy.parents) if draw in one.parents and os.path.islink(one)]
+        if links:
+            raise ValueError(f"the copy of {file} would be written through the link {links[0]}; {way_out}")
+        if os.path.exists(copy) and not _is_copy(copy):
+            raise ValueError(f"{copy} is there and no copy of a former 'awconv predict --draw'; {way_out}")
+        copies[file] = copy
+    return copies
+
+
+def _is_copy(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def _write_copy(image: Image.Image, place: Path) -> None:
+    """Writes a whole file or none, and through no link that came there in the meantime."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    notes = PngInfo()
+    notes.add_text("Software", _SOFTWARE)
+    partial = place.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as file:
+            image.save(file, "PNG", pnginfo=notes)
+        os.replace(partial, place)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _drawn(image: Tensor, detections: Sequence[Detection]) -> Image.Image:
@@ -270,13 +373,21 @@ def _drawn(image: Tensor, detections: Sequence[Detection]) -> Image.Image:
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#ff7f0e")
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        endings = Image.registered_extensions()
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
-        if not found:
-            raise FileNotFoundError(f"folder {path} holds no image file")
-        return found
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is neither an image file nor a folder")
-    return [path]
+def _files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
+    """The image files that are named, and those in the folders that are, each once, but for copies in ``draw``."""
+    found: dict[Path, Path] = {}
+    for given in images:
+        path = Path(os.path.expanduser(given))
+        if path.is_dir():
+            inside = sorted(file for file in map(Path, walk(path)) if file.suffix.lower() in ENDINGS and file.is_file())
+            if draw is not None:
+                inside = [file for file in inside if draw.resolve() not in file.resolve().parents or not _is_copy(file)]
+            if not inside:
+                raise FileNotFoundError(f"folder {path} holds no image file ({', '.join(sorted(ENDINGS))})")
+        elif path.is_file():
+            inside = [path]
+        else:
+            raise FileNotFoundError(f"{path} is neither an image file nor a folder")
+        for file in inside:
+            found.setdefault(file.parent.resolve() / file.name, file)
+    return list(found.values())

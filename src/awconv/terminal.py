@@ -22,7 +22,8 @@ def printable(text: str) -> str:
     """Text from elsewhere, such as a file's name, that can do no more to a terminal than be read.
 
     Control characters (an escape sequence may hide lines or retitle the window), those that turn the direction of
-    writing, bytes of a name that are not UTF-8, and what the output's encoding lacks are written as escapes of Python.
+    writing, bytes of a name that are not UTF-8, and what the output's encoding lacks are written as Python escapes
+    them.
     rich would take brackets for its markup: hand it ``rich.text.Text(printable(name))``.
     """
     shown = "".join(character if character.isprintable() else _escaped(character) for character in text)

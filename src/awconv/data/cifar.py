@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Cifar10(ImageDataModule):
 
     def __init__(self, root: Path = Path("data"), download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = root
+        self.root = Path(os.path.expanduser(root))
         self.download = download
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from awconv.data.files import Files
-from awconv.data.images import BrokenImageError, log_skipped, read_header, read_image
+from awconv.data.images import MAX_PIXELS, BrokenImageError, log_skipped, read_header, read_image
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import Draw, derive_seed, seed_all
 
@@ -128,6 +129,7 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         images: what is marked in them.
         transform: of an image and a dictionary with ``boxes`` and ``labels`` as torchvision's tensors.
         skip_broken: leave out images that cannot be decoded, and log their names.
+        max_pixels: the most that an image may have.
     """
 
     def __init__(
@@ -136,8 +138,10 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         images: Sequence[Annotated],
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         skip_broken: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.files, self.images, self.transform, self.skip_broken = files, images, transform, skip_broken
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -156,9 +160,9 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         annotated = self.images[index]
         try:
             content, name = self.files.read(annotated.path), self.files.name(annotated.path)
-            picture = read_image(content, name, upright=True)
+            picture = read_image(content, name, max_pixels=self.max_pixels)
             if picture.size != (annotated.width, annotated.height):
-                picture = read_image(content, name)  # annotated as it is stored
+                picture = read_image(content, name, upright=False, max_pixels=self.max_pixels)  # annotated as stored
             _check_size(annotated, picture.size, name)
         except (BrokenImageError, FileNotFoundError) as error:
             log_skipped(error, self.skip_broken)
@@ -217,6 +221,7 @@ class DetectionDataModule(DataModule):
         broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
             out, in the evaluation too, and logs its name.
         num_workers: processes that decode images.
+        max_pixels: an image file with more pixels is as a broken one: it would take too much memory.
 
     Raises:
         FileNotFoundError: the data set is not there.
@@ -236,18 +241,20 @@ class DetectionDataModule(DataModule):
         inspect: bool = True,
         broken_images: Literal["refuse", "skip"] = "refuse",
         num_workers: int = 4,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(batch_size, num_workers)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and less than 1, got {val_fraction}")
-        if jitter_size < 1:
-            raise ValueError(f"jitter_size must be at least 1, got {jitter_size}")
-        self.root = Path(root)
+        for what, value in (("jitter_size", jitter_size), ("max_pixels", max_pixels)):
+            if value < 1:
+                raise ValueError(f"{what} must be at least 1, got {value}")
+        self.root = Path(os.path.expanduser(root))
         self.categories = None if categories is None else list(categories)
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.images_without_boxes = images_without_boxes
         self.augmentation, self.jitter_size = augmentation, jitter_size
-        self.inspect, self.broken_images = inspect, broken_images
+        self.inspect, self.broken_images, self.max_pixels = inspect, broken_images, max_pixels
         self.summary = BoxSummary()
         self._datasets: dict[Split, AnnotatedImages | None] = {}
 
@@ -280,7 +287,8 @@ class DetectionDataModule(DataModule):
                 images = self._clean(images)
             transform = self._transform() if split == "train" else None
             skip = self.broken_images == "skip"
-            self._datasets[split] = AnnotatedImages(self.files, images, transform, skip) if images else None
+            annotated = AnnotatedImages(self.files, images, transform, skip, self.max_pixels) if images else None
+            self._datasets[split] = annotated
         return self._datasets[split]
 
     @cached_property
@@ -323,7 +331,7 @@ class DetectionDataModule(DataModule):
             name = self.files.name(image.path)
             try:
                 with self.files.open(image.path) as file:
-                    found, size = read_header(file, name)
+                    found, size = read_header(file, name, max_pixels=self.max_pixels)
                 if size != (image.height, image.width):  # which may be turned upright
                     _check_size(image, size, name)
             except (BrokenImageError, FileNotFoundError) as error:

@@ -2,20 +2,92 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torchvision.datasets import ImageFolder as _ImageFolder
+from torch.utils.data import Dataset
 
-from awconv.data.images import read_image
+from awconv.data.files import is_leftover, walk
+from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.data.loading import Split
 from awconv.data.module import ImageDataModule
+from awconv.terminal import printable
+
+_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+_EXPECTED = "expected images in {root}/train/CLASS/, and optionally val and test, or in {root}/CLASS/"
+
+
+class FolderImages(Dataset[tuple[Image.Image, int]]):
+    """The image files below the folders in a folder, each of which is a class.
+
+    Args:
+        folder: that holds the folders of the classes.
+        max_pixels: the most that an image may have.
+
+    Attributes:
+        classes: the names of the folders.
+        files: the paths of the images, by class.
+        targets: the class index of each.
+        unused: number of files that are no images of a class, by why.
+
+    Raises:
+        FileNotFoundError: there is no folder in it, or one that holds no images.
+        ValueError: a folder cannot be read.
+    """
+
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
+        self._max_pixels = max_pixels
+        self.classes = [one.name for one in _subfolders(folder)]
+        if not self.classes:
+            raise FileNotFoundError(f"{folder}: there is no folder in it. Expected images in a folder for each class")
+        self.files: list[str] = []
+        self.targets: list[int] = []
+        self.unused: Counter[str] = Counter()
+        for one in folder.iterdir():
+            if one.is_file() and not is_leftover(one.name):
+                self.unused[f"beside the folders of the classes ({one.suffix or one.name})"] += 1
+        empty = []
+        for target, name in enumerate(self.classes):
+            count = len(self.files)
+            for path in walk(folder / name):
+                _, ending = os.path.splitext(path)
+                if ending.lower() in ENDINGS:
+                    self.files.append(path)
+                else:
+                    self.unused[f"not named as images ({ending or os.path.basename(path)})"] += 1
+            self.targets += [target] * (len(self.files) - count)
+            if len(self.files) == count:
+                empty.append(name)
+        if empty:
+            raise FileNotFoundError(
+                f"{folder}: no image file is in the folder of {len(empty)} of {len(self.classes)} classes: "
+                f"{', '.join(empty[:10])}. Expected images ({', '.join(sorted(ENDINGS))}) in a folder for each class; "
+                "remove empty ones"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path = self.files[index]
+        return read_image(path, path, max_pixels=self._max_pixels), self.targets[index]
 
 
 class ImageFolder(ImageDataModule):
     """Images under ``root/train/CLASS/`` and, where they exist, ``root/val/CLASS/`` and ``root/test/CLASS/``.
+
+    The splits' folders may also be called ``training``, ``valid``, ``validation`` and ``testing``, in capitals too.
+    Where there is none of them, each folder in ``root`` is a class. What programs leave behind (``.ipynb_checkpoints``,
+    ``__MACOSX``, ``._x.jpg``, ``@eaDir`` and the like) is passed over, and what else is not used is logged.
 
     Args:
         root: the folder that holds ``train``.
@@ -23,48 +95,82 @@ class ImageFolder(ImageDataModule):
 
     Raises:
         FileNotFoundError: a folder is missing, or the folder of a class holds no images; the message names it.
-        ValueError: splits have different classes.
+        ValueError: splits have different classes, there is only one class, or two folders are the same split.
     """
 
     def __init__(self, root: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root)
+        self.root = Path(os.path.expanduser(root))
 
     @cached_property
-    def _train(self) -> _ImageFolder:
-        return self._open("train")
+    def _folders(self) -> dict[Split, Path]:
+        """The folder of each split that there is."""
+        expected = _EXPECTED.format(root=self.root)
+        if not self.root.is_dir():
+            hint = "; unpack it, if it is an archive" if self.root.is_file() else ""
+            raise FileNotFoundError(f"{self.root / 'train'} is not a folder; {expected}{hint}")
+        inside = _subfolders(self.root)
+        named = {split: [one for one in inside if one.name.lower() in names] for split, names in _NAMES.items()}
+        for split, found in named.items():
+            if len(found) > 1:
+                raise ValueError(f"{' and '.join(map(str, found))} are both {split} splits; expected one")
+        folders = {split: found[0] for split, found in named.items() if found}
+        if not folders and inside:
+            rank_zero_info(f"{self.root} has no folder 'train': each folder in it is a class of the training images")
+            return {"train": self.root}
+        if "train" not in folders:
+            raise FileNotFoundError(f"{self.root / 'train'} is not a folder; {expected}")
+        if not _subfolders(folders["train"]):
+            raise FileNotFoundError(f"{folders['train']} holds no folder for each class; {expected}")
+        flat = {split: folder for split, folder in folders.items() if not _subfolders(folder)}
+        for split, folder in flat.items():
+            rank_zero_info(f"not used: {folder}, which has no folder for each class ('awconv predict' needs none)")
+            del folders[split]
+        used = (*folders.values(), *flat.values())
+        others = sorted(one.name for one in self.root.iterdir() if one not in used and not is_leftover(one.name))
+        if others:
+            rank_zero_info(f"not used: {printable(', '.join(others[:10]))} in {self.root}")
+        return folders
 
-    def _open(self, split: Split) -> _ImageFolder:
-        folder = self.root / split
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not a folder; expected images in {self.root}/train/CLASS/, and optionally val and test"
+    @cached_property
+    def _train(self) -> FolderImages:
+        train = self._open("train")
+        if len(train.classes) < 2:  # perhaps it is the folder above the data set's
+            raise ValueError(
+                f"a classification needs at least two classes, and {self._folders['train']} has one folder, "
+                f"{train.classes[0]}; {_EXPECTED.format(root=self.root)}"
             )
-        try:
-            return _ImageFolder(str(folder), loader=_load)
-        except FileNotFoundError as error:  # of torchvision: no classes, or empty ones, by their names
-            raise FileNotFoundError(
-                f"{folder}: {error}. Expected images in a folder for each class; remove empty ones"
-            ) from error
+        return train
+
+    def _open(self, split: Split) -> FolderImages:
+        folder = self._folders[split]
+        dataset = FolderImages(folder, self.max_pixels)
+        if dataset.unused:
+            counts = ", ".join(f"{count} {why}" for why, count in dataset.unused.most_common(10))
+            rank_zero_info(printable(f"{folder}: not used: {counts}"))
+        return dataset
 
     @property
     def classes(self) -> list[str]:
         return list(self._train.classes)
 
-    def open(self, split: Split) -> _ImageFolder | None:
+    def open(self, split: Split) -> FolderImages | None:
         if split == "train":
             return self._train
-        if not (self.root / split).is_dir():
+        if split not in self._folders:
             return None
         dataset = self._open(split)
         if dataset.classes != self._train.classes:
             differing = sorted(set(dataset.classes) ^ set(self._train.classes))
             raise ValueError(
-                f"{self.root / split} must have the classes of {self.root / 'train'}; these are only in one of them: "
-                f"{', '.join(differing[:10])}"
+                f"{self._folders[split]} must have the classes of {self._folders['train']}; these are only in one of "
+                f"them: {', '.join(differing[:10])}"
             )
         return dataset
 
 
-def _load(path: str) -> Image.Image:
-    return read_image(path, path)
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(one for one in folder.iterdir() if one.is_dir() and not is_leftover(one.name))
+    except PermissionError as error:
+        raise ValueError(f"folder {folder} cannot be read: {error.strerror}") from error

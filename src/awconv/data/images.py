@@ -4,20 +4,58 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from awconv.data.order import Draw, derive_seed, seed_all
+from awconv.terminal import printable
 
+FORMATS = {  # by Pillow's names, with the endings of their files. Others are refused: some run programs (PostScript)
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
+MAX_PIXELS = 2**26  # 8192x8192
+_RESIZED_WHOLE = 2**24  # pixels: a result up to this size is computed before its centre is cropped
+
+Image.init()
+_READABLE = [name for name in FORMATS if name in Image.OPEN]  # a build of Pillow may lack some
 _MODES = {1: "L", 3: "RGB"}
+_GREY = ("1", "L", "LA", "La")
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OTHERS = (  # what is often found under an image's name, and Pillow does not know
+    (b"%PDF", "a PDF"),
+    (b"version https://git-lfs", "a pointer of Git LFS, which 'git lfs pull' replaces by the file"),
+    (b"<", "text (HTML, XML or SVG)"),
+    (b"PK\3\4", "a zip archive"),
+    (b"\x1f\x8b", "compressed by gzip"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -36,47 +74,131 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
 
 
-def read_image(source: bytes | str, name: str, upright: bool = False) -> Image.Image:
-    """Decodes an image wholly, to grey (mode L) or colour (RGB).
+def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image wholly, to grey (mode L) or colour (RGB). Of several frames it is the first.
+
+    Grey values of 16 bits are scaled, so that 65535 becomes 255; those of a TIFF or PGM file that says its range (12
+    bits, say) by that range. Transparency is dropped, as torchvision and timm do.
 
     Args:
         source: the file's content, or its path.
         name: what an error calls it.
         upright: turn it as its EXIF orientation says; otherwise its pixels stay where they are stored.
+        max_pixels: the most that it may have.
 
     Raises:
-        BrokenImageError: it cannot be read, decoded or converted.
+        BrokenImageError: it cannot be read, decoded or converted, is not of one of :data:`FORMATS`, has too many
+            pixels, or has values whose white nobody knows (integers of 32 bits, or floats).
     """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):  # which convert() would clip at 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    except Exception as error:  # Pillow's formats raise errors of many kinds
-        raise BrokenImageError(f"{name}: {error}") from error
+    with _opened(source, name, max_pixels) as image:
+        white = _white(image)
+        image.load()
+        turn = _turn(image) if upright else None
+        if white is not None:
+            inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+            image = _scaled(image, white, inverted)
+        else:
+            image = image.convert("L" if image.mode in _GREY else "RGB")
+        return image if turn is None else image.transpose(turn)
 
 
-def read_header(source: IO[bytes], name: str) -> tuple[str, tuple[int, int]]:
+def read_header(source: IO[bytes], name: str, *, max_pixels: int = MAX_PIXELS) -> tuple[str, tuple[int, int]]:
     """Pillow's mode of an image, and its width and height in pixels; only the header is read.
 
     Args:
         source: the file.
         name: what an error calls it.
+        max_pixels: the most that it may have.
 
     Raises:
-        BrokenImageError: it is no image.
+        BrokenImageError: it is no image that :func:`read_image` would read.
     """
+    with _opened(source, name, max_pixels) as image:
+        _white(image)
+        return image.mode, image.size
+
+
+@contextmanager
+def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """An image of which the header is read. Any error, in the body too, becomes a BrokenImageError with its name."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow would refuse what is asked for
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(source) as image:
-            return image.mode, image.size
+        if isinstance(file, str) and not os.path.isfile(file):  # a named pipe would never end
+            raise FileNotFoundError("it is not a file")
+        with Image.open(file, formats=_READABLE) as image:
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height}")
+            yield image
+    except Image.DecompressionBombError as error:
+        raise BrokenImageError(
+            f"{name}: its pixels are more than max_pixels = {max_pixels:,} allows ({error}); shrink the image, or "
+            "raise max_pixels if there is memory for it"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(f"{name}: {_kind(file)}; expected one of {', '.join(_READABLE)}") from error
     except Exception as error:  # Pillow's formats raise errors of many kinds
-        raise BrokenImageError(f"{name}: {error}") from error
+        raise BrokenImageError(f"{name}: {error or type(error).__name__}") from error
+
+
+def _kind(file: str | IO[bytes]) -> str:
+    """What a file is that is no image, as a clause."""
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            head = opened.read(32)
+    else:
+        file.seek(0)
+        head = file.read(32)
+    if not head:
+        return "cannot identify an image in an empty file"
+    if head[4:8] == b"ftyp" and not (head[8:11] == b"avi" and "AVIF" in _READABLE):
+        return f"it is a file of the HEIF family ({head[8:12].decode('latin-1')}), which is not read"
+    for start, kind in _OTHERS:
+        if head.startswith(start):
+            return f"cannot identify an image: the file is {kind}"
+    prefix = head[:16]
+    for format, (factory, accepts) in Image.OPEN.items() if len(prefix) == 16 else ():  # what Pillow hands them
+        if format not in FORMATS and accepts is not None and accepts(prefix) is True:
+            description = getattr(factory, "format_description", None) or format
+            return f"it is a file of {description} ({format}), which is not read"
+    return "cannot identify an image: its header is damaged, or its pixels are of a kind that Pillow does not know"
+
+
+def _white(image: Image.Image) -> int | None:
+    """White's value in grey images of more than 8 bits, which ``convert`` would clip at 255; None for others."""
+    if image.mode.startswith("I;16"):
+        bits = image.tag_v2.get(_BITS_PER_SAMPLE, 16) if image.format == "TIFF" else 16  # type: ignore[attr-defined]
+        return (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # which Pillow scales to 16 bits
+        return 65535
+    if image.mode in ("I", "F"):
+        kind = "32 bits, or signed ones" if image.mode == "I" else "floating point"
+        raise ValueError(
+            f"nothing says which value is white among numbers of {kind} (Pillow's mode {image.mode}); save the image "
+            "with 8 bits, or with 16 bits without a sign"
+        )
+    return None
+
+
+def _scaled(image: Image.Image, white: int, inverted: bool) -> Image.Image:
+    values = np.asarray(image).astype(np.uint32)
+    grey = np.minimum((values * 510 + white) // (2 * white), 255).astype(np.uint8)  # values * 255 / white, rounded
+    return Image.fromarray(255 - grey if inverted else grey)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn a loaded image upright."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged notes about an image that can be decoded; other programs show it as it is stored
+        return None
 
 
 def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0) -> Tensor:
-    """Resizes the shorter side and crops the centre.
+    """Resizes the shorter side and crops the centre, as torchvision's Resize and CenterCrop.
+
+    Of a large result only the centre is computed, so that the longer side may be of any length.
 
     Args:
         image: grey (mode L) or colour (RGB).
@@ -88,13 +210,27 @@ def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0
         uint8, shape (channels, size, size).
     """
     image = image.convert(_MODES[channels])
-    shorter = round(size / crop_pct)
-    if min(image.size) != shorter:
-        image = resize(image, [shorter], antialias=True)
-    if image.size != (size, size):
-        image = center_crop(image, [size, size])
+    shorter, shortest = round(size / crop_pct), min(image.size)
+    width, height = (shorter if side == shortest else int(shorter * side / shortest) for side in image.size)
+    if (width, height) != image.size and width * height > _RESIZED_WHOLE:
+        image = _centre(image, width, height, size)
+    else:
+        image = resize(image, [height, width], antialias=True) if (width, height) != image.size else image
+        image = center_crop(image, [size, size]) if image.size != (size, size) else image
     tensor: Tensor = pil_to_tensor(image)
     return tensor
+
+
+def _centre(image: Image.Image, width: int, height: int, size: int) -> Image.Image:
+    """The centre of an image that is resized to a width and a height, without computing the rest.
+
+    Pillow's filter reaches beyond the box, so that values are those of the whole but for the rounding of the box, which
+    Pillow keeps in float32.
+    """
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, min((left + size) * across, image.width), min((top + size) * down, image.height))
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 class ArrayImages(Dataset[tuple[Image.Image, int]]):
@@ -225,4 +361,4 @@ def log_skipped(error: Exception, skip_broken: bool) -> None:
     """
     if not skip_broken:
         raise BrokenImageError(f"{error}; --data.broken_images=skip leaves broken images out") from error
-    _log.warning("left out a broken image: %s", error)
+    _log.warning("left out a broken image: %s", printable(str(error)))

@@ -24,7 +24,6 @@ from awconv.data.order import (
 )
 
 Split = Literal["train", "val", "test"]
-_WORKERS_PER_CORE = 8
 _WORKER_SECONDS = 12  # what a worker outlives a SIGTERM by: longer than the training that it loads for
 
 
@@ -55,12 +54,8 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        most = _WORKERS_PER_CORE * (os.cpu_count() or 1)
-        if num_workers > most:
-            raise ValueError(
-                f"num_workers must be at most {most}, {_WORKERS_PER_CORE} for each core of this machine, "
-                f"got {num_workers}"
-            )
+        if num_workers > (most := max(32, 4 * (os.cpu_count() or 1))):
+            raise ValueError(f"num_workers must be at most {most} (4 for each core, or 32), got {num_workers}")
         self.batch_size, self.num_workers = batch_size, num_workers
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -14,11 +15,35 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from awconv.data.augment import mirror, shift
-from awconv.data.images import BrokenImageError, InMemoryImages, LabelledImages, TransformedImages, to_uint8
+from awconv.data.images import (
+    MAX_PIXELS,
+    BrokenImageError,
+    InMemoryImages,
+    LabelledImages,
+    TransformedImages,
+    to_uint8,
+)
+from awconv.data.labels import checked_names
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import blocks_of
 
 IN_MEMORY_BYTES = 2**31
+BATCH_BYTES = 2**32
+
+
+def check_batch(batch_size: int, channels: int, image_size: int) -> None:
+    """Refuses a batch that no network could take, before memory ends.
+
+    Raises:
+        ValueError: its images take more than 4 GiB as float32.
+    """
+    size = 4 * batch_size * channels * image_size**2
+    if size > BATCH_BYTES:
+        raise ValueError(
+            f"{batch_size} images of {channels} channels and {image_size}x{image_size} pixels take "
+            f"{size / 2**30:,.1f} GiB as float32, of which a batch may have {BATCH_BYTES / 2**30:.0f}; take a smaller "
+            "batch_size or image_size"
+        )
 
 
 class ImageDataModule(DataModule):
@@ -49,11 +74,12 @@ class ImageDataModule(DataModule):
             ``{"auto_augment": "rand-m7-mstd0.5-inc1", "scale": [0.35, 1.0]}``. They are then decoded at each access.
         broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
             out, in the evaluation too, and logs its name.
+        max_pixels: an image file with more pixels is as a broken one: it would take too much memory.
         mean: mean of each channel, of values from 0 to 1.
         std: deviation of each channel.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or a batch would take too much memory.
     """
 
     channels = 3
@@ -76,6 +102,7 @@ class ImageDataModule(DataModule):
         num_workers: int = 4,
         transform: dict[str, Any] | None = None,
         broken_images: Literal["refuse", "skip"] = "refuse",
+        max_pixels: int = MAX_PIXELS,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -83,25 +110,38 @@ class ImageDataModule(DataModule):
         self.image_size = self.default_image_size if image_size is None else image_size
         self.crop_padding = self.default_crop_padding if crop_padding is None else crop_padding
         self.horizontal_flip = self.default_horizontal_flip if horizontal_flip is None else horizontal_flip
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be at least 0 and less than 1, got {val_fraction}")
-        for name, least in (("image_size", 1), ("crop_padding", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct must be more than 0 and at most 1, got {crop_pct}")
-        if in_memory and transform:
-            raise ValueError("in_memory and transform exclude each other: a transform decodes images at each access")
         self.crop_pct = crop_pct
         self.transform = transform
         self.broken_images = broken_images
+        self.max_pixels = max_pixels
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.in_memory = in_memory
         self.mean = [float(value) for value in (mean or self.default_mean)]
         self.std = [float(value) for value in (std or self.default_std)]
+        self._check_arguments()
         self._sources: dict[Split, LabelledImages | None] = {}
         self._datasets: dict[Split, InMemoryImages | TransformedImages] = {}
+
+    def _check_arguments(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and less than 1, got {self.val_fraction}")
+        for name, least in (("image_size", 1), ("crop_padding", 0), ("max_pixels", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.crop_padding >= self.image_size:
+            raise ValueError(f"crop_padding must be less than image_size = {self.image_size}, got {self.crop_padding}")
+        if not 0.01 <= self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be at least 0.01 and at most 1, got {self.crop_pct}")
+        if self.in_memory and self.transform:
+            raise ValueError("in_memory and transform exclude each other: a transform decodes images at each access")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            above = 0.0 if name == "std" else -math.inf
+            if len(values) != self.channels or not all(above < value < math.inf for value in values):
+                kind = "positive numbers" if name == "std" else "numbers"
+                raise ValueError(f"{name} must be {self.channels} {kind}, one for each channel, got {values}")
+        check_batch(self.batch_size, self.channels, self.image_size)
 
     @abc.abstractmethod
     def open(self, split: Split) -> LabelledImages | None:
@@ -145,11 +185,12 @@ class ImageDataModule(DataModule):
     def _check_classes(self, train: LabelledImages | None) -> None:
         if train is None:
             return
+        classes = checked_names(self.classes, type(self).__name__)
         found = set(train.targets)
-        empty = [name for index, name in enumerate(self.classes) if index not in found]
+        empty = [name for index, name in enumerate(classes) if index not in found]
         if empty:
             raise ValueError(
-                f"{len(empty)} of {len(self.classes)} classes have no training image: {', '.join(empty[:10])}; leave "
+                f"{len(empty)} of {len(classes)} classes have no training image: {', '.join(empty[:10])}; leave "
                 "them out of the data set, or give images of them"
             )
 

@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import bisect
-import glob
 import json
+import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.images import BrokenImageError, read_image
+from awconv.data.files import log_unused, matching
+from awconv.data.images import MAX_PIXELS, BrokenImageError, read_image
+from awconv.data.labels import checked_names, numbered
 from awconv.data.loading import Split
 from awconv.data.module import ImageDataModule
 from awconv.data.order import WINDOW
 from awconv.extras import require
+from awconv.terminal import printable
+
+_KIND = "a Parquet file"
+
+
+class _Shard(NamedTuple):
+    """A file: the number of rows in each of its row groups, its labels, whether these are names, and the names of the
+    classes by index, if it has any."""
+
+    path: str
+    groups: list[int]
+    labels: list[Any]
+    texts: bool
+    names: list[str] | None
 
 
 class ParquetImages(Dataset[tuple[Image.Image, int]]):
-    """The rows of some Parquet files: a column of structs {bytes, path} and one of class indices.
+    """The rows of some Parquet files: a column of images and one of labels.
+
+    An image is a struct {bytes, path}, the content of a file, or the path of one, from the Parquet file's folder; a
+    label is the index of a class, or its name.
 
     The labels are read at once. The images are streamed: a file's row groups are read when one of their rows is asked
     for, and the last few are kept.
@@ -31,73 +52,76 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         pattern: a file, or a glob pattern of several, read in alphabetical order.
         image_column: name of the column of images.
         label_column: name of the column of labels.
+        training: the images whose classes these must have; None takes the classes from the files.
+        max_pixels: the most that an image may have.
 
     Attributes:
         targets: the class index of each row.
-        classes: the names of the classes.
+        classes: the names of the classes: those in the files' metadata, or the names among the labels in alphabetical
+            order, or numbers.
         blocks: number of rows in each row group.
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: a column is missing, or there are labels outside the list of classes.
+        ValueError: a column is missing or of another type, files differ in their classes, or there are labels outside
+            the list of classes.
     """
 
-    def __init__(self, pattern: str, image_column: str, label_column: str) -> None:
-        pyarrow = require("pyarrow", extra="parquet")
-        parquet = require("pyarrow.parquet", extra="parquet")
-        files = sorted(glob.glob(pattern, recursive=True))
-        if not files:
-            raise FileNotFoundError(f"no file matches {pattern!r}; expected a Parquet file or a glob pattern of some")
-        for file in files:
-            try:
-                present = parquet.read_schema(file)
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise ValueError(f"{file} is not a Parquet file, or a broken one: {error}") from error
-            for column in (image_column, label_column):
-                if column not in present.names:
-                    raise ValueError(
-                        f"{file} must have a column {column!r}, got {present.names}; "
-                        "name the right one with image_column or label_column"
-                    )
-            images = present.field(image_column).type
-            if not pyarrow.types.is_struct(images) or images.get_field_index("bytes") < 0:
+    def __init__(
+        self,
+        pattern: str,
+        image_column: str,
+        label_column: str,
+        training: ParquetImages | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self._column, self._max_pixels = image_column, max_pixels
+        shards = [_read_shard(file, image_column, label_column) for file in matching(pattern, _KIND)]
+        first = shards[0]
+        self._kind = (first.texts, first.names)
+        for shard in shards:
+            if (shard.texts, shard.names) != self._kind:
                 raise ValueError(
-                    f"{file}: column {image_column!r} must hold structs with a field 'bytes', got {images}"
+                    f"{shard.path} must have labels as {first.path} has them, {_described(*self._kind)}; got "
+                    f"{_described(shard.texts, shard.names)}"
                 )
-        self._pattern, self._column = pattern, image_column
-        groups = [(file, group) for file in files for group in range(parquet.read_metadata(file).num_row_groups)]
-        self._groups = groups
-        self.blocks = [parquet.read_metadata(file).row_group(group).num_rows for file, group in groups]
+        if training is not None and training._kind != self._kind:
+            raise ValueError(
+                f"{pattern} must have the {len(training.classes)} classes of {training.files[0]}, "
+                f"{_described(*training._kind)}; got {_described(*self._kind)}"
+            )
+        self.classes: list[str] = _classes(shards, pattern) if training is None else training.classes
+        self.targets: list[int] = [target for shard in shards for target in _targets(shard, self.classes)]
+        self.files: list[str] = [shard.path for shard in shards]
+        self._groups = [(shard.path, group) for shard in shards for group in range(len(shard.groups))]
+        self.blocks = [count for shard in shards for count in shard.groups]
         self._ends = list(accumulate(self.blocks))
         self._forget()
-        table = parquet.ParquetDataset(files).read(columns=[label_column])
-        labels = table.column(label_column)
-        if not pyarrow.types.is_integer(labels.type) or labels.null_count:
-            raise ValueError(
-                f"{pattern}: column {label_column!r} must hold class indices, an integer in every row, "
-                f"got {labels.type} with {labels.null_count} nulls"
-            )
-        self.targets: list[int] = labels.to_pylist()
-        self.classes = _class_names(table.schema, label_column) or [
-            str(index) for index in range(max(self.targets, default=-1) + 1)
-        ]
-        wrong = [index for index, target in enumerate(self.targets) if not 0 <= target < len(self.classes)]
-        if wrong:
-            raise ValueError(
-                f"{pattern}: labels must be from 0 to {len(self.classes) - 1}, got {self.targets[wrong[0]]} in row "
-                f"{wrong[0]} (and {len(wrong) - 1} more)"
-            )
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        name = f"{self._pattern}, row {index}"
         group = bisect.bisect_right(self._ends, index)
-        image = self._read(group)[index - self._ends[group]].as_py()  # counted from the group's end
-        if image is None or image["bytes"] is None:
-            raise BrokenImageError(f"{name}: the row has no image")
-        return read_image(image["bytes"], name), self.targets[index]
+        file, number = self._groups[group]
+        row = index - (self._ends[group] - self.blocks[group])
+        name = f"{file}, row {row + sum(self.blocks[group - number : group])}"
+        image = self._read(group)[row]
+        try:
+            value = image.as_py()
+        except ValueError as error:  # a path that is not UTF-8
+            raise BrokenImageError(f"{name}: {error}") from error
+        content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(content, str):
+            content, path = None, content
+        if content is None:
+            path = path and os.path.join(os.path.dirname(file), path)
+            if not path or not os.path.isfile(path):
+                raise BrokenImageError(
+                    f"{name}: the row has no image" + (f", and {path} is not a file" if path else "")
+                )
+            content = path
+        return read_image(content, name, max_pixels=self._max_pixels), self.targets[index]
 
     def _read(self, group: int) -> Any:
         """The images of a row group, and those of the last few asked for without reading them again."""
@@ -105,8 +129,14 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
             if group not in self._kept:
                 parquet = require("pyarrow.parquet", extra="parquet")
                 file, number = self._groups[group]
-                with parquet.ParquetFile(file) as opened:
-                    self._kept[group] = opened.read_row_group(number, columns=[self._column]).column(0)
+                try:
+                    with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+                        images = opened.read_row_group(number, columns=[self._column]).column(0)
+                    if len(images) != self.blocks[group]:
+                        raise ValueError(f"it has {len(images)} rows, and should have {self.blocks[group]}")
+                    self._kept[group] = images
+                except Exception as error:  # pyarrow raises errors of many kinds
+                    raise BrokenImageError(f"{file}: row group {number} is broken: {error}") from error
                 if len(self._kept) > WINDOW:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
@@ -124,18 +154,114 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         self._forget()
 
 
-def _class_names(schema: Any, column: str) -> list[str] | None:
-    metadata = (schema.metadata or {}).get(b"huggingface")
-    if metadata is None:
+def _read_shard(file: str, image_column: str, label_column: str) -> _Shard:
+    pyarrow = require("pyarrow", extra="parquet")
+    parquet = require("pyarrow.parquet", extra="parquet")
+    try:
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+            schema, metadata = opened.schema_arrow, opened.metadata
+            groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            _check_columns(schema, file, image_column, label_column)
+            labels = opened.read(columns=[label_column]).column(0)
+            if len(labels) != sum(groups):
+                raise OSError(f"it has {len(labels)} labels for {sum(groups)} rows")
+            listed = labels.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{file} is not a Parquet file, or a broken one: {error}") from error
+    if pyarrow.types.is_dictionary(labels.type):  # as pandas writes its categories
+        labels = labels.cast(labels.type.value_type)
+    texts = _is(labels.type, "string", "large_string")
+    if not (texts or pyarrow.types.is_integer(labels.type)) or labels.null_count:
+        raise ValueError(
+            f"{file}: column {label_column!r} must hold class indices or names, an integer or a text in every row, got "
+            f"{labels.type} with {labels.null_count} nulls"
+        )
+    unused = [name for name in schema.names if name not in (image_column, label_column)]
+    if unused:
+        rank_zero_info(printable(f"{file}: columns not used: {', '.join(unused[:20])}"))
+    return _Shard(file, groups, listed, texts, _class_names(schema, label_column, file))
+
+
+def _check_columns(schema: Any, file: str, image_column: str, label_column: str) -> None:
+    for column in (image_column, label_column):
+        if schema.names.count(column) != 1:
+            raise ValueError(
+                f"{file} must have a column {column!r}, got {schema.names}; "
+                "name the right one with image_column or label_column"
+            )
+    images = schema.field(image_column).type
+    if _is(images, "struct"):
+        kinds = {"bytes": ("binary", "large_binary", "null"), "path": ("string", "large_string", "null")}
+        found = [(field.type, kinds[field.name]) for field in images if field.name in kinds]
+        right = bool(found) and all(_is(kind, *wanted) for kind, wanted in found)
+    else:
+        right = _is(images, "binary", "large_binary", "string", "large_string")
+    if not right:
+        raise ValueError(
+            f"{file}: column {image_column!r} must hold the content of image files, paths of them (text), or "
+            f"structs with the fields 'bytes' and 'path', got {images}"
+        )
+
+
+def _is(kind: Any, *names: str) -> bool:
+    """Whether a type of Arrow is one of these."""
+    types = require("pyarrow", extra="parquet").types
+    return any(getattr(types, f"is_{name}")(kind) for name in names)
+
+
+def _class_names(schema: Any, column: str, file: str) -> list[str] | None:
+    """The names in the metadata of Hugging Face's data sets; None where there are none."""
+    content = (schema.metadata or {}).get(b"huggingface")
+    if content is None:
         return None
-    names: list[str] | None = json.loads(metadata).get("info", {}).get("features", {}).get(column, {}).get("names")
-    return names
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        rank_zero_info(f"{file}: its metadata 'huggingface' are not JSON, and not used")
+        return None
+    for key in ("info", "features", column, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if found is None:  # a column of another kind, which has no names
+        return None
+    if not isinstance(found, list):
+        raise ValueError(f"{file}: the names of the classes in its metadata must be a list, got {found!r:.80}")
+    return checked_names(found, f"{file}, metadata")
+
+
+def _classes(shards: Sequence[_Shard], pattern: str) -> list[str]:
+    names = shards[0].names
+    labels = [label for shard in shards for label in shard.labels]
+    if names is not None:
+        return names
+    return checked_names(sorted(set(labels)), pattern) if shards[0].texts else numbered(labels, pattern)
+
+
+def _targets(shard: _Shard, classes: list[str]) -> list[int]:
+    indices = {name: index for index, name in enumerate(classes)} if shard.texts else range(len(classes))
+    wrong = [row for row, label in enumerate(shard.labels) if label not in indices]
+    if wrong:
+        wanted = f"one of {', '.join(classes[:10])}" if shard.texts else f"from 0 to {len(classes) - 1}"
+        label = shard.labels[wrong[0]]
+        raise ValueError(
+            f"{shard.path}: labels must be {wanted}, got {label!r} in row {wrong[0]} (and {len(wrong) - 1} more)"
+            + ("; -1 marks images without a label, which cannot be used" if label == -1 else "")
+        )
+    return [indices[label] for label in shard.labels]
+
+
+def _described(texts: bool, names: list[str] | None) -> str:
+    kind = "names as labels" if texts else "class indices"
+    if names is None:
+        return f"{kind}, without a list of names in the metadata"
+    return f"{kind} of {len(names)} classes, {', '.join(map(repr, names[:10]))}"
 
 
 class Parquet(ImageDataModule):
     """Images in Parquet files, in the layout of Hugging Face's data sets: ``image`` {bytes, path} and ``label``.
 
-    The names of the classes come from the files' metadata, where they have any.
+    Images may also be the content of files alone, or paths of files, from the Parquet file's folder. Labels are class
+    indices, whose names come from the files' metadata, where they have any, or names. Columns and neighbouring files
+    that are not used are logged.
 
     Args:
         train: a file, or a glob pattern of several.
@@ -147,7 +273,7 @@ class Parquet(ImageDataModule):
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: a column is missing, or splits have different classes.
+        ValueError: a column is missing, or files or splits have different classes.
     """
 
     def __init__(
@@ -166,23 +292,15 @@ class Parquet(ImageDataModule):
     @cached_property
     def _train(self) -> ParquetImages:
         assert self.files["train"] is not None
-        return ParquetImages(self.files["train"], *self.columns)
+        log_unused(self.files.values(), _KIND)
+        return ParquetImages(self.files["train"], *self.columns, max_pixels=self.max_pixels)
 
     @property
     def classes(self) -> list[str]:
         return self._train.classes
 
     def open(self, split: Split) -> ParquetImages | None:
-        if split == "train":
-            return self._train
         pattern = self.files[split]
-        if pattern is None:
-            return None
-        dataset = ParquetImages(pattern, *self.columns)
-        # Files without names count classes by the largest label, which a small split may lack.
-        if dataset.classes != self.classes[: len(dataset.classes)]:
-            raise ValueError(
-                f"{pattern} must have the {len(self.classes)} classes of {self.files['train']}, got "
-                f"{len(dataset.classes)} classes: {dataset.classes[:10]}"
-            )
-        return dataset
+        if split == "train" or pattern is None:
+            return self._train if split == "train" else None
+        return ParquetImages(pattern, *self.columns, training=self._train, max_pixels=self.max_pixels)

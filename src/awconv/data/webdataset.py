@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import glob
-import io
 import json
+import os
 import re
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.images import BrokenImageError, read_image
+from awconv.data.files import is_leftover, log_unused, matching
+from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, read_image
+from awconv.data.labels import checked_label, checked_names, numbered
 from awconv.data.loading import Split
 from awconv.data.module import ImageDataModule
+from awconv.terminal import printable
 
+_KIND = "a tar file"
 _LABELS = ("cls", "json")
+_LABEL_BYTES = 2**24
+_PATTERNS = 10**6
 
 
 class _Place(NamedTuple):
@@ -32,13 +40,15 @@ class _Place(NamedTuple):
 
 class TarImages(Dataset[tuple[Image.Image, int]]):
     """The images of some tar files, each beside a file of the same name that ends in ``.cls`` (the class index as
-    text) or ``.json`` (with the index under ``label``).
+    text) or ``.json`` (with the index under ``label``; other JSON is no label where there is a ``.cls``).
 
-    The tar files' headers and the labels are read at once; an image when it is asked for, from its place.
+    The tar files' headers and the labels are read at once; an image when it is asked for, from its place. What is not
+    used is logged, but for what programs leave behind (``._x.jpg``).
 
     Args:
         pattern: a tar file, or a pattern of several, read in alphabetical order: a glob (``train-*.tar``), or numbers
             as WebDataset has them (``train-{0000..0099}.tar``).
+        max_pixels: the most that an image may have.
 
     Attributes:
         targets: the class index of each image.
@@ -46,15 +56,12 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: a file is no tar file, is compressed or cut off, or an image has no label.
+        ValueError: a file is no tar file, is compressed or cut off, an image has no label, or two that disagree.
     """
 
-    def __init__(self, pattern: str) -> None:
-        found = {one: glob.glob(one, recursive=True) for one in _expanded(pattern)}
-        missing = [one for one, paths in found.items() if not paths]
-        if missing:
-            raise FileNotFoundError(f"no file matches {missing[0]!r}; expected a tar file or a glob pattern of some")
-        self._shards = sorted(path for paths in found.values() for path in paths)
+    def __init__(self, pattern: str, max_pixels: int = MAX_PIXELS) -> None:
+        self._max_pixels = max_pixels
+        self._shards = sorted({path for one in _expanded(pattern) for path in matching(one, _KIND)})
         self._places: list[_Place] = []
         self.blocks: list[int] = []
         self.targets: list[int] = []
@@ -62,43 +69,57 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
             try:
                 with tarfile.open(shard, "r:") as tar:
                     before = len(self.targets)
-                    self._index(number, tar)
+                    members = tar.getmembers()
+                    _check_end(shard, tar.offset)  # before a label is missed that was cut off
+                    self._index(number, tar, members)
                     self.blocks.append(len(self.targets) - before)
-                    _check_end(shard, tar.offset)
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{shard} is not a plain tar file, or a broken one: {error}") from error
         if not self._places:
             raise ValueError(f"{pattern}: the tar files hold no images beside labels ({' or '.join(_LABELS)})")
 
-    def _index(self, number: int, tar: tarfile.TarFile) -> None:
-        endings = Image.registered_extensions()
+    def _index(self, number: int, tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> None:
+        shard = self._shards[number]
         images: dict[str, _Place] = {}
-        labels: dict[str, int] = {}
-        for member in tar:
-            if not member.isfile():
-                continue
+        labels: dict[str, tuple[int, str]] = {}  # with the file that it is from
+        notes: dict[str, str] = {}  # JSON without a label
+        unused: Counter[str] = Counter()
+        for member in members:
             path = PurePosixPath(member.name)
+            if member.isdir() or any(map(is_leftover, path.parts)):
+                continue
             stem, _, ending = path.name.partition(".")
             key, ending = str(path.with_name(stem)), ending.lower()
-            if f".{ending.rpartition('.')[2]}" in endings:
-                if key in images:
-                    raise ValueError(
-                        f"{self._shards[number]}: {images[key].name} and {member.name} are both images of {key}; "
-                        "expected one"
-                    )
-                images[key] = _Place(number, member.name, member.offset_data, member.size)
-            elif ending in _LABELS:
-                content = tar.extractfile(member)
-                assert content is not None
-                labels[key] = _label(content.read(), ending, f"{self._shards[number]}, {member.name}")
+            is_image = f".{ending.rpartition('.')[2]}" in ENDINGS
+            if not is_image and ending not in _LABELS:
+                unused[f"not named as images ({path.suffix or path.name})"] += 1
+                continue
+            if not member.isfile() or member.issparse():
+                raise ValueError(f"{shard}: {member.name} is a link or sparse; the tar file must hold a plain copy")
+            if is_image:
+                place = _Place(number, member.name, member.offset_data, member.size)
+                if images.setdefault(key, place) is not place:
+                    names = f"{images[key].name} and {member.name}"
+                    raise ValueError(f"{shard}: {names} are both images of {key}; expected one")
+                continue
+            label = _label(tar, member, ending, shard)
+            if label is None:
+                notes[key] = member.name
+            elif labels.setdefault(key, (label, member.name))[0] != label:
+                other, name = labels[key]
+                raise ValueError(f"{shard}: the label of {key} is {other} in {name}, and {label} in {member.name}")
         for key, place in images.items():
             if key not in labels:
                 raise ValueError(
-                    f"{self._shards[number]}: image {place.name} has no label; expected {key}.cls with the class "
-                    f"index, or {key}.json with it under 'label'"
+                    f"{shard}: image {place.name} has no label; expected {key}.cls with the class index, or {key}.json "
+                    "with it under 'label'" + (f", which {notes[key]} has not" if key in notes else "")
                 )
             self._places.append(place)
-            self.targets.append(labels[key])
+            self.targets.append(labels[key][0])
+        unused["labels without an image"] = len(labels.keys() - images.keys())
+        if any(unused.values()):
+            counts = ", ".join(f"{count} {why}" for why, count in unused.most_common(10) if count)
+            rank_zero_info(printable(f"{shard}: not used: {counts}"))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -111,26 +132,37 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
             content = file.read(place.size)
         if len(content) < place.size:
             raise BrokenImageError(f"{shard}, {place.name}: the tar file ends within the image")
-        return read_image(content, f"{shard}, {place.name}"), self.targets[index]
+        return read_image(content, f"{shard}, {place.name}", max_pixels=self._max_pixels), self.targets[index]
 
 
 def _check_end(shard: str, offset: int) -> None:
     """Refuses a tar file without the zeros that end one: what is behind the last member may be lost."""
     with open(shard, "rb") as file:
         file.seek(offset)  # of the header after the last member, which is the first of two blocks of zeros
-        end = file.read(tarfile.BLOCKSIZE)
-    if end != bytes(tarfile.BLOCKSIZE):
+        end = file.read(2 * tarfile.BLOCKSIZE)
+        size = file.seek(0, os.SEEK_END)
+    if end != bytes(2 * tarfile.BLOCKSIZE) or size % tarfile.BLOCKSIZE:
         raise ValueError(f"{shard} is cut off: it does not end as a tar file does")
 
 
-def _label(content: bytes, ending: str, name: str) -> int:
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str) -> int | None:
+    """The class index in a file; None for JSON that has none."""
+    file = tar.extractfile(member)
+    assert file is not None
     try:
-        label = json.load(io.BytesIO(content))["label"] if ending == "json" else int(content)
-        if not isinstance(label, int) or label < 0:
-            raise ValueError(f"got {label!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} must hold a class index of at least 0: {error}") from error
-    return label
+        if member.size > _LABEL_BYTES:
+            raise ValueError(f"got a file of {member.size:,} bytes")
+        text = file.read().decode("utf-8-sig").strip()
+        if ending == "cls":
+            if not re.fullmatch(r"[0-9]{1,18}", text):
+                raise ValueError(f"got {text!r:.80}")
+            return int(text)
+        content = json.loads(text)
+        if not isinstance(content, dict) or "label" not in content:
+            return None
+        return checked_label(content["label"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shard}, {member.name} must hold a class index of at least 0: {error}") from error
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -140,6 +172,8 @@ def _expanded(pattern: str) -> list[str]:
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
     numbers = range(int(match[1]), int(match[2]) + 1)
+    if not 0 < len(numbers) <= _PATTERNS:
+        raise ValueError(f"{match[0]} in {pattern!r} must count up, by at most {_PATTERNS:,} files")
     return [one for number in numbers for one in _expanded(f"{before}{number:0{len(match[1])}}{after}")]
 
 
@@ -173,13 +207,16 @@ class WebDataset(ImageDataModule):
     @cached_property
     def _train(self) -> TarImages:
         assert self.files["train"] is not None
-        return TarImages(self.files["train"])
+        log_unused([one for pattern in self.files.values() if pattern is not None for one in _expanded(pattern)], _KIND)
+        return TarImages(self.files["train"], self.max_pixels)
 
     @property
     def classes(self) -> list[str]:
-        names = self.class_names or [str(index) for index in range(max(self._train.targets) + 1)]
-        self._check(self._train, self.files["train"], len(names))
-        return names
+        train = self.files["train"]
+        if self.class_names is None:
+            return numbered(self._train.targets, str(train))
+        self._check(self._train, train, len(self.class_names))
+        return checked_names(self.class_names, "class_names")
 
     def open(self, split: Split) -> TarImages | None:
         if split == "train":
@@ -187,7 +224,7 @@ class WebDataset(ImageDataModule):
         pattern = self.files[split]
         if pattern is None:
             return None
-        dataset = TarImages(pattern)
+        dataset = TarImages(pattern, self.max_pixels)
         self._check(dataset, pattern, len(self.classes))
         return dataset
 

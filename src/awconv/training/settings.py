@@ -23,7 +23,7 @@ _ELSEWHERE = {
         "enable_model_summary",
         "log_every_n_steps",
     ),
-    "data": ("num_workers", "download", "inspect"),
+    "data": ("num_workers", "download", "inspect", "max_pixels"),
     "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config"),
 }
 # How many of a path's last names are compared: it begins otherwise on another machine.

@@ -1,0 +1,66 @@
+"""What may be a label, and what the names of classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+
+def checked_label(value: Any) -> int:
+    """A class index.
+
+    Raises:
+        ValueError: it is no whole number from 0 on (a boolean is none); the message begins with "got".
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"got {value!r:.80}")
+    return value
+
+
+def checked_names(names: Sequence[Any], where: str) -> list[str]:
+    """Names of classes, by index.
+
+    Args:
+        names: at least two.
+        where: what an error begins with: where they come from.
+
+    Raises:
+        ValueError: there is only one, or one is no text, empty, or given twice.
+    """
+    if len(names) < 2:
+        raise ValueError(f"{where}: a classification needs at least two classes, got {list(names)}")
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{where}: the name of class {index} must be text, got {name!r:.80}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        shown = "; ".join(f"{name!r} of {[i for i, other in enumerate(names) if other == name]}" for name in twice[:5])
+        raise ValueError(f"{where}: the names of classes must differ, got {shown}")
+    return list(names)
+
+
+def numbered(targets: Sequence[int], where: str) -> list[str]:
+    """Names for classes that have numbers alone: 0 to the largest label.
+
+    Raises:
+        ValueError: there is no label, one is negative, or labels below the largest are missing.
+    """
+    found = set(targets)
+    if not found:
+        raise ValueError(f"{where} holds no labelled image")
+    largest = max(found)
+    if min(found) < 0:
+        raise ValueError(
+            f"{where}: labels must be from 0 on, got {min(found)} {targets.count(min(found))} times; -1 usually marks "
+            "images without a label, which cannot be used"
+        )
+    missing = largest + 1 - len(found)
+    if missing:
+        first = [number for number in range(min(largest, 10 + len(found))) if number not in found][:5]
+        raise ValueError(
+            f"{where}: classes without names must be numbered from 0 without gaps; the largest label is {largest}, and "
+            f"{missing:,} below it have no image, such as {', '.join(map(str, first))}; number them anew, or name the "
+            "classes"
+        )
+    return checked_names([str(number) for number in range(largest + 1)], where)
