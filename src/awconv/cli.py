@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -64,11 +65,15 @@ def main(args: Sequence[str] | None = None) -> int:
     if command not in commands:
         print(f"awconv: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    for argument in arguments:
+        if command != "predict" and not _is_text(argument):  # whose files may be called anything
+            print(f"awconv {command}: an argument is not UTF-8: {_printable(argument)}", file=sys.stderr)
+            return 2
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
         return commands[command](command, arguments)
     except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        print(f"awconv {command}: {_printable(_message(error))}", file=sys.stderr)
+        print(f"awconv {command}: {_printable(_message(error, arguments))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -93,16 +98,27 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()  # which alone may handle signals
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, arguments: Sequence[str]) -> str:
     """What an error says, without the traceback that PyTorch puts before one of a process that loads data."""
     if isinstance(error, RecursionError):
         return "an argument or a file is nested too deeply"
+    if isinstance(error, OverflowError):
+        long = [argument.partition("=")[0] for argument in arguments if re.search(r"\d{300}", argument)]
+        return f"a number is too large: {error} ({', '.join(long) or 'in a file'})"
     if isinstance(error, MemoryError):
         return f"there is not enough memory: {error}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{error.filename}: {os.strerror(error.errno)}; give another place, or mend this one"
     text = str(error)
     return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "DataLoader worker process" in text else text
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _printable(message: str) -> str:
@@ -177,6 +193,7 @@ def _bench(command: str, arguments: Sequence[str]) -> int:
 
 def _lightning(command: str, arguments: Sequence[str]) -> int:
     require("lightning", extra="train")
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -184,6 +201,8 @@ def _lightning(command: str, arguments: Sequence[str]) -> int:
 
     try:
         TrainingCLI([command, *arguments], save_config=command == "fit")
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
     except SIGTERMException:
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # of processes that train together
             print(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}", file=sys.stderr)

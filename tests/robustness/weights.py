@@ -145,7 +145,7 @@ def checkpoints(seed: int) -> Case:
     return Case(
         f"checkpoints {seed}: {rule}, {command}",
         prepare,
-        "spoiled.ckpt" if command != "fit" else "",
+        "spoiled.ckpt" if command == "predict" else "checkpoint",
         "error" if wrong else "either",
         check,
     )

@@ -129,6 +129,8 @@ class ImageDataModule(DataModule):
         for name, least in (("image_size", 1), ("crop_padding", 0), ("max_pixels", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"split_seed must be at least 0 and less than 2^32, got {self.split_seed}")
         if self.crop_padding >= self.image_size:
             raise ValueError(f"crop_padding must be less than image_size = {self.image_size}, got {self.crop_padding}")
         if not 0.01 <= self.crop_pct <= 1:

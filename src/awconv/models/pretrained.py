@@ -2,11 +2,61 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.models import load_state_dict
+from torch import Tensor
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """Reads a file of weights, and nothing that could run code.
+
+    Args:
+        file: safetensors, or a state dict of torch.
+
+    Raises:
+        ValueError: it has changed since it was written, as far as its format can tell, or holds what is no number.
+    """
+    if zipfile.is_zipfile(file):
+        check_archive(Path(file))
+    state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
+    broken = not_finite(state, {})
+    if broken:
+        raise ValueError(f"{file} has weights that are infinite or not a number, such as {', '.join(broken[:3])}")
+    return state
+
+
+def check_archive(path: Path) -> None:
+    """Compares what :func:`torch.save` wrote with the checksums in it, at which torch does not look.
+
+    Raises:
+        ValueError: a part has changed since, or is compressed, which torch never does.
+        zipfile.BadZipFile: it is no such file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        changed = archive.testzip() if all(not part.compress_type for part in archive.infolist()) else "compression"
+    if changed is not None:
+        raise ValueError(f"it has changed since it was written ({changed})")
+
+
+def not_finite(there: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that hold NaN or an infinity, by name, where those of a new network hold none.
+
+    Args:
+        there: a state dict.
+        expected: the new network's.
+    """
+    return [
+        name
+        for name, tensor in there.items()
+        if tensor.is_floating_point()
+        and not tensor.isfinite().all()
+        and (name not in expected or bool(expected[name].isfinite().all()))
+    ]
 
 
 def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -26,7 +76,7 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"weights must be a file (safetensors, or a state dict of torch), got {str(file)!r}")
-    state = load_state_dict(str(file), weights_only=True)
+    state = read_weights(file)
     plain = timm.create_model(network, **(network_args or {}))
     classifier = f"{plain.pretrained_cfg['classifier']}."  # type: ignore[index]  # a dictionary of timm's
     found, expected = (

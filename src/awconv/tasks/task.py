@@ -11,10 +11,11 @@ import lightning.pytorch as pl
 import timm
 from timm.models import build_model_with_cfg
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import awconv  # which also registers its models with timm
+from awconv.models.pretrained import not_finite
 from awconv.parameter_groups import branch_parameters
 
 # What timm takes beside a network's own arguments: where weights come from, and how a network is built. A checkpoint
@@ -228,24 +229,8 @@ def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
         **numbers: by the argument's name: the number, or None for one that is not given; the least and the largest.
     """
     for name, (number, least, most) in numbers.items():
-        if number is not None and not (math.isfinite(number) and least <= number <= most):
+        if number is not None and not least <= number <= most:  # which NaN is not, either
             raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {number}")
-
-
-def not_finite(there: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that hold NaN or an infinity, by name, where those of a new network hold none.
-
-    Args:
-        there: a state dict.
-        expected: the new network's.
-    """
-    return [
-        name
-        for name, tensor in there.items()
-        if tensor.is_floating_point()
-        and not tensor.isfinite().all()
-        and (name not in expected or bool(expected[name].isfinite().all()))
-    ]
 
 
 def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None:
@@ -257,8 +242,8 @@ def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None
             f"network_args must be the network's own arguments, got {', '.join(taken)}; weights are given by "
             "--model.pretrained, the classes by the data"
         )
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.removeprefix('aw_').split('_')[0]}*")[:8]
+    if not isinstance(name, str) or not timm.is_model(name):
+        close = timm.list_models(f"*{str(name).removeprefix('aw_').split('_')[0]}*")[:8]
         raise ValueError(
             f"network must be a name that timm.create_model knows, got {name!r}"
             + (f"; near it: {', '.join(close)}" if close else "")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from awconv.models.pretrained import check_archive
+from awconv.tasks.task import check_network
 from awconv.training.lock import PARTIAL, locked
 from awconv.training.stop import StopOnSigterm, ends_step
 
 RECENT = "recent.ckpt"
+_VERSION = "pytorch-lightning_version"
 # Of what a checkpoint holds, the types that are relied on.
 _PARTS: dict[str, type] = {
     "state_dict": dict,
@@ -29,8 +32,16 @@ _PARTS: dict[str, type] = {
     "loops": dict,
     "optimizer_states": list,
     "lr_schedulers": list,
+    _VERSION: str,
 }
 _NEEDED = ("state_dict", "hyper_parameters", "callbacks")
+
+
+def check_parts(checkpoint: dict[str, Any]) -> None:
+    """Raises a ValueError where a part is missing that a training needs to go on: it would begin anew, unnoticed."""
+    missing = [name for name in _PARTS if name not in checkpoint]
+    if missing:
+        raise ValueError(f"the checkpoint has no {' and no '.join(missing)}; a training cannot go on from it")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -79,8 +90,15 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         wrong += [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
         # Lightning would import what a name with an underscore says.
         wrong += [name for name in checkpoint["hyper_parameters"] if not str(name).isidentifier() or name[0] == "_"]
+        wrong += [version for version in [checkpoint.get(_VERSION, "2.0")] if not re.match(r"\d+\.\d+", version)]
     if wrong:
         raise ValueError(f"{path} is not a checkpoint of awconv fit: its {', '.join(map(str, wrong[:4]))} cannot be")
+    arguments = checkpoint["hyper_parameters"]
+    if "network" in arguments:
+        try:
+            check_network(arguments["network"], arguments.get("network_args"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"checkpoint {path}: {error}") from error
     return checkpoint
 
 
@@ -96,19 +114,6 @@ def _load(path: Path, map_location: Any) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {path} is broken, or not a checkpoint: {reason}") from error
     return checkpoint
-
-
-def check_archive(path: Path) -> None:
-    """Compares what :func:`torch.save` wrote with the checksums in it, at which torch does not look.
-
-    Raises:
-        ValueError: a part has changed since, or is compressed, which torch never does.
-        zipfile.BadZipFile: it is no such file.
-    """
-    with zipfile.ZipFile(path) as archive:
-        changed = archive.testzip() if all(not part.compress_type for part in archive.infolist()) else "compression"
-    if changed is not None:
-        raise ValueError(f"it has changed since it was written ({changed})")
 
 
 def find_last(*folders: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Sequence
@@ -94,7 +95,11 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lets the checkpoint's settings win in an evaluation. A training must be given its own, and compares them."""
         if self.config.get("subcommand") != "fit":
-            super()._parse_ckpt_path()
+            try:
+                super()._parse_ckpt_path()
+            except SystemExit as error:
+                path = self.config[self.config["subcommand"]]["ckpt_path"]
+                raise ValueError(f"checkpoint {path} holds arguments that there are not") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         if self._data is ImageDataModule:
@@ -137,16 +142,38 @@ class TrainingCLI(LightningCLI):
                     enable_version_counter=False,
                 )
             )
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except Exception as error:  # Lightning's own, and what it does not expect
+            defaults = inspect.signature(pl.Trainer).parameters
+            given = [
+                f"trainer.{name}={value}"
+                for name, value in config.items()
+                if isinstance(value, int | float | str) and value != defaults[name].default
+            ]
+            raise ValueError(f"there is no such trainer: {error} (given: {', '.join(given)})") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             ckpt_path = self._get(self.config, "ckpt_path")
             if self._same.restoring and ckpt_path:
-                raise ValueError(f"{ckpt_path} is no checkpoint to go on from: {error!r}") from error
+                raise ValueError(f"{ckpt_path} is a checkpoint that cannot be used here: {error!r}") from error
+            given = self._dictionaries()
+            if given and self.trainer.global_step == 0:  # they are looked into when they are used
+                raise ValueError(f"the first step failed, perhaps by {', '.join(given)}: {error!r}") from error
             raise
+
+    def _dictionaries(self) -> list[str]:
+        """The options that hold arguments of something else, as they were given."""
+        model, data = self._get(self.config, "model"), self._get(self.config, "data").get("init_args", {})
+        return [
+            f"{group}.{name}={value}"
+            for group, options in (("model", model), ("data", data))
+            for name, value in options.items()
+            if isinstance(value, dict) and value
+        ]
 
     def before_fit(self) -> None:
         """Silences a warning that is not true of our loaders."""

@@ -13,6 +13,8 @@ import torch
 import yaml
 from lightning.pytorch.trainer.states import TrainerFn
 
+from awconv.training.checkpoints import check_parts
+
 # What does not change the result, or only in rounding.
 _ELSEWHERE = {
     "trainer": (
@@ -179,7 +181,7 @@ class SameSettings(pl.Callback):
         settings: of this training.
 
     Attributes:
-        restoring: the training is being set up, from a checkpoint where there is one.
+        restoring: the training or evaluation is being set up, from a checkpoint where there is one.
     """
 
     def __init__(self, settings: dict[str, str]) -> None:
@@ -187,9 +189,12 @@ class SameSettings(pl.Callback):
         self.restoring = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.restoring = stage == "fit"
+        self.restoring = True
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restoring = False
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.restoring = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -206,8 +211,11 @@ class SameSettings(pl.Callback):
         Raises:
             ValueError: a setting differs that the weights or the rest of the steps depend on.
         """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        check_parts(checkpoint)
         there = checkpoint["callbacks"].get(self.state_key)
-        if trainer.state.fn != TrainerFn.FITTING or there is None:
+        if there is None:
             return
         differing = differences(_of_steps(there["settings"]), _of_steps(self.settings))
         if differing:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from awconv.tasks.task import not_finite
+from awconv.models.pretrained import not_finite
 
 
 class DivergedError(ValueError):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import load_state_dict
 from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import ssd300_vgg16
@@ -16,6 +15,7 @@ from torchvision.models.detection.ssd import SSD
 from awconv.convert import convert as convert_layers
 from awconv.models.detection.arguments import check_arguments
 from awconv.models.detection.transform import take_uint8
+from awconv.models.pretrained import read_weights
 
 _STAGES = (2, 2, 3, 3, 3)  # convolutions of VGG-16
 _USUAL_LAYERS = 4
@@ -98,7 +98,7 @@ def ssd300(
 
 
 def _load(convolutions: list[nn.Conv2d], file: Path) -> None:
-    state = load_state_dict(str(file), weights_only=True)
+    state = read_weights(file)
     names = [name for name in state if re.fullmatch(r"features\.\d+\.weight", name)]
     names.sort(key=lambda name: int(name.split(".")[1]))  # safetensors has an order of its own
     shapes = [tuple(state[name].shape) for name in names]
