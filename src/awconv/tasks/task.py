@@ -85,7 +85,7 @@ class Task(pl.LightningModule):
             weight_decay=(weight_decay, 0, _MOST),
             branch_weight_decay=(branch_weight_decay, 0, _MOST),
             warmup_epochs=(warmup_epochs, 0, _MOST),
-            decay_rate=(decay_rate, 0, _MOST),
+            decay_rate=(decay_rate, 0, 100 * _MOST),
             **{f"decay_epochs[{index}]": (epoch, 0, _MOST) for index, epoch in enumerate(decay_epochs)},
         )
         self.evaluates_pretrained = False  # set by the command line: a test right after a training must not load them
