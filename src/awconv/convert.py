@@ -165,7 +165,7 @@ def _is_called_without_arguments(module: nn.Module, method: str) -> bool:
     return True
 
 
-def _lose_attention(name: str) -> NoReturn:
+def _lose_attention(name: str, *arguments: Any, **options: Any) -> NoReturn:
     raise ValueError(
         f"{name}() would make a plain convolution of AW-convolutions, and lose their attention. Fold the plain network "
         "first (with timm.utils.reparameterize_model, for one), then call awconv.convert"

@@ -84,18 +84,25 @@ def test_a_library_is_kept_for_the_user_alone(
     assert not list((cache.parent.parent / "temporary").iterdir())
 
 
+def exchange(file: Path, content: bytes) -> None:
+    """Puts another file in the place of one that this process has loaded, and that must stay as it is for that."""
+    file.unlink()
+    file.write_bytes(content)
+    file.chmod(0o700)
+
+
 def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
+    exchange(file, file.read_bytes()[: file.stat().st_size // 2])
 
 
 def emptied(file: Path) -> None:
-    os.truncate(file, 0)
+    exchange(file, b"")
 
 
 def zeroed(file: Path) -> None:
     content = file.read_bytes()
     middle = len(content) // 3
-    file.write_bytes(content[:middle] + bytes(middle) + content[2 * middle :])
+    exchange(file, content[:middle] + bytes(middle) + content[2 * middle :])
 
 
 def for_another_system(file: Path) -> None:
@@ -124,7 +131,7 @@ def test_a_spoilt_library_is_built_again(
     whole = kept(cache).read_bytes()
     spoil(kept(cache))  # type: ignore[operator]
     assert answer(source) == 8
-    assert "is built anew" in caplog.text or "built anew" in caplog.text
+    assert "built anew" in caplog.text
     assert len(builds) == 2
     assert answer(source) == 8
     assert len(builds) == 2
