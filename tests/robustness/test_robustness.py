@@ -46,7 +46,10 @@ def _seeds(few: bool) -> list[pytest.param]:
 
 
 @pytest.mark.parametrize(("door", "seed"), [*_seeds(few=True), *_seeds(few=False)])
-def test_a_spoiled_input_is_an_error_of_one_line(door: str, seed: int, tmp_path: Path) -> None:
+def test_a_spoiled_input_is_an_error_of_one_line(
+    door: str, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     case = DOORS[door][0](seed)
     outcome = run(case, tmp_path)
+    record_property(f"spoiled {door}", 1)
     assert not outcome.faults, f"{case.name}\n" + "\n".join(outcome.faults)

@@ -252,7 +252,7 @@ def test_weights_that_became_infinite_are_not_written(tmp_path: Path, capsys: py
         ("--model.optimizer_args={nestrov: true}", "optimizer_args its arguments, got 'sgd' and {'nestrov': True}"),
         ("--model.network_args={drop_rte: 0.1}", "cannot be built with network_args {'drop_rte': 0.1}"),
         ("--model.mixup={mixup_alfa: 0.1}", "mixup must hold arguments of timm.data.Mixup"),
-        ("--data.num_workers=5000", "num_workers must be at most"),
+        ("--data.num_workers=5000", "awconv fit: num_workers must be at most"),
     ],
 )
 def test_options_out_of_range_are_refused(
