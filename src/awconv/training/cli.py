@@ -118,7 +118,7 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             cause = error.__cause__ or error.__context__
-            if cause is not None and str(cause) in str(error):  # which the parser has wrapped in all that it tried
+            if cause is not None and str(error).startswith("Does not validate"):  # the parser lists all that it tried
                 raise cause from error
             raise
 
