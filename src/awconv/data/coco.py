@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from awconv.data.boxes import Annotated, is_id, is_number, size
 from awconv.data.detection import DetectionDataModule
-from awconv.data.files import Files
+from awconv.data.files import Files, leads_out
 from awconv.data.loading import Split
 from awconv.terminal import printable
 
@@ -148,8 +148,17 @@ class Coco(DetectionDataModule):
         return images
 
     def _place(self, pattern: str, split: Split) -> str:
-        """A path that an option gives, of a split."""
-        return posixpath.normpath(pattern.replace("{split}", str(self.splits[split])) or ".")
+        """A path that an option gives, of a split.
+
+        Raises:
+            ValueError: it is not below the root.
+        """
+        path = posixpath.normpath(pattern.replace("{split}", str(self.splits[split])) or ".")
+        if leads_out(path):
+            raise ValueError(
+                f"--data.images and --data.annotations must be paths below --data.root = {self.root}, got {pattern!r}"
+            )
+        return path
 
     def _read(self, split: Split, content: Mapping[str, Any]) -> tuple[dict[str, int], list[Annotated]]:
         """The numbers of the categories that are wanted, by their names, and the images of a split."""
@@ -175,12 +184,10 @@ class Coco(DetectionDataModule):
         self._looked_in.add(folder)
         paths = _Paths(self.files, folder)
         found = {image["id"]: paths.find(image["file_name"]) for image in content["images"]}
-        twice = next((path for path, count in Counter(found.values()).items() if count > 1), None)
-        if twice is not None:
-            numbers = [number for number, path in found.items() if path == twice]
-            raise ValueError(
-                f"split {name}: images {', '.join(map(str, numbers[:5]))} are all the file {self.files.name(twice)}; "
-                "give each image once, with all its annotations"
+        again = len(found) - len(set(found.values()))
+        if again:
+            rank_zero_info(
+                f"split {name}: {again:,} images are the file of another one, and count each, as their numbers differ"
             )
         if paths.moved:
             rank_zero_info(f"split {name}: {paths.moved:,} images were found by the end of their path, below {folder}")

@@ -31,6 +31,7 @@ from awconv.terminal import printable
 
 Target = dict[str, Tensor]
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_READ = ENDINGS | {".json", ".xml"}  # the endings of images and annotations
 _THREADS = 4  # that read headers
 _NARROWEST = 100  # longer side to shorter one: a detector would shrink what is narrower to a few pixels across, or none
 
@@ -254,14 +255,11 @@ class DetectionDataModule(DataModule):
 
     def _log_unused(self, images: set[str]) -> None:
         used = images | self._annotation_files
-        tops = {path.partition("/")[0] for path in used | self._looked_in}
-        if not tops & {"", "."}:
-            beside = [name for name in self.files.top() if name not in tops]
-            if beside:
-                rank_zero_info(printable(f"not used: {', '.join(beside[:10])} in {self.root}"))
-        endings = ENDINGS | {posixpath.splitext(path)[1] for path in self._annotation_files}
+        beside = [] if self._looked_in & {"", "."} else self.files.beside(used)
+        if beside:
+            rank_zero_info(printable(f"not used: {', '.join(beside[:10])} in {self.root}"))
         inside = {path for folder in self._looked_in for path in self.files.below(folder)} - used
-        unused = sorted(path for path in inside if posixpath.splitext(path)[1].lower() in endings)
+        unused = sorted(path for path in inside if posixpath.splitext(path)[1].lower() in _READ)
         if unused:
             rank_zero_info(
                 printable(

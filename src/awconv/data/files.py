@@ -140,7 +140,7 @@ class Files:
     def holds(self, path: str) -> bool:
         """Whether a file is there."""
         path = posixpath.normpath(path)
-        if _leads_out(path):
+        if leads_out(path):
             return False
         if self.root.is_dir():
             return os.path.isfile(self.root / path)
@@ -154,14 +154,20 @@ class Files:
         """
         folder = posixpath.normpath(folder or ".")
         if folder not in self._below:
-            self._below[folder] = [] if _leads_out(folder) else self._list(folder)
+            self._below[folder] = [] if leads_out(folder) else self._list(folder)
         return self._below[folder]
 
-    def top(self) -> list[str]:
-        """The names of the files and folders at the top but leftovers, in alphabetical order."""
+    def beside(self, used: Iterable[str]) -> list[str]:
+        """The names of the files and folders at the top but leftovers, of which nothing is used, in alphabetical
+        order."""
         if self.root.is_dir():
-            return sorted(name for name in os.listdir(self.root) if not is_leftover(name))
-        return sorted({path.partition("/")[0] for path in self.below(".")})
+            names, paths = set(os.listdir(self.root)), set(used)
+        else:
+            prefix, members = self._prefixes[-1], self._archive.members
+            names = {path[len(prefix) :].partition("/")[0] for path in members if path.startswith(prefix)}
+            paths = {path.removeprefix(prefix) for path in used}
+        names -= {path.partition("/")[0] for path in paths}
+        return sorted(name for name in names if not is_leftover(name))
 
     def _list(self, folder: str) -> list[str]:
         if self.root.is_dir():
@@ -192,7 +198,7 @@ class Files:
             ValueError: it is larger, compressed beyond what data can be, or cannot be read.
         """
         path, name = posixpath.normpath(path), self.name(path)
-        if _leads_out(path):
+        if leads_out(path):
             raise FileNotFoundError(f"{name} is not in {self.root}")
         if self.root.is_dir():
             if not os.path.isfile(self.root / path):
@@ -247,7 +253,7 @@ class _Archive:
         self.members: dict[str, zipfile.ZipInfo] = {}
         for member in self._file.infolist():
             name = member.filename.replace("\\", "/")  # as some programs on Windows write it
-            if _leads_out(name):
+            if leads_out(name):
                 raise ValueError(
                     f"{path}: the name {member.filename!r:.200} leads out of the archive; pack it anew, by paths that "
                     "are relative and without '..'"
@@ -286,7 +292,7 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name} is damaged: {error or type(error).__name__}; copy the archive again") from error
 
 
-def _leads_out(path: str) -> bool:
+def leads_out(path: str) -> bool:
     """Whether a path is absolute or has ``..`` left; ``C:`` is Windows' root."""
     return path.startswith("/") or path[1:3] in (":", ":/") or ".." in path.split("/")
 

@@ -89,6 +89,7 @@ class Voc(DetectionDataModule):
         for entry in lists:
             folder = _Folder(self.files, entry, split)
             self._looked_in |= folder.folders
+            self._annotation_files |= folder.lists
             for line in folder.listed:
                 stem = folder.stem(line)
                 path = folder.annotations[stem]
@@ -172,6 +173,7 @@ class _Folder:
 
     Attributes:
         folders: that were looked in.
+        lists: the file of the list, if there is one.
         annotations: the paths of the XML files, by the names that lists have for them.
         listed: names of images, perhaps with an ending, or with a 1, 0 or -1 behind them.
 
@@ -189,7 +191,7 @@ class _Folder:
             self._images, self._xml = (posixpath.normpath(f"./{place}/{one}") for one in ("JPEGImages", "Annotations"))
         else:
             self._images, self._xml = _without_list(files, entry)
-        self.folders = {self._images, self._xml, *([lists] if has_list else [])}
+        self.folders, self.lists = {self._images, self._xml}, {self._list} if has_list else set()
         self.annotations = {stem: path for stem, ending, path in _below(files, self._xml) if ending == ".xml"}
         self._by_stem: dict[str, list[str]] = {}
         for stem, ending, path in _below(files, self._images):
