@@ -240,7 +240,7 @@ def coco(seed: int) -> Case:
         return COCO
 
     wrong = rule == "an image" or _JSON[rule][1]
-    return Case(f"coco {seed}: {rule}", prepare, "", "error" if wrong else "either", something_was_trained)
+    return Case(f"coco {seed}: {rule}", prepare, "train", "error" if wrong else "either", something_was_trained)
 
 
 _TEXTS = ("", "nan", "inf", "-inf", "1e999", "1e308", "-1", "0", "1_0", "true", "yes", "2", "text", "9" * 5000, "<a/>")
@@ -324,4 +324,4 @@ def voc(seed: int) -> Case:
         return given
 
     harmless = rule == "flipped" or (rule in _XML and not _XML[rule][1])
-    return Case(f"voc {seed}: {rule}", prepare, "", "either" if harmless else "error", something_was_trained)
+    return Case(f"voc {seed}: {rule}", prepare, "data", "either" if harmless else "error", something_was_trained)

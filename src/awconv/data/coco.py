@@ -98,6 +98,8 @@ class Coco(DetectionDataModule):
     @cached_property
     def _content(self) -> dict[str, Any]:
         """That of the training split's file."""
+        if not self.splits["train"]:
+            raise ValueError("--data.train must name a split, such as train2017")
         return self._load("train")
 
     @cached_property

@@ -248,8 +248,8 @@ class DetectionDataModule(DataModule):
         opened: dict[Split, list[Annotated] | None] = {}
         for split in _SPLITS:
             images = opened[split] = self.open(split)
-            if images == []:
-                raise ValueError(f"the split that is given by --data.{split} holds no image, in {self.root}")
+            if images == [] or (images is None and split == "train"):
+                raise ValueError(f"--data.{split} must name a split of {self.root} with images in it")
         self._log_unused({image.path for images in opened.values() for image in images or ()})
         return opened
 
@@ -273,8 +273,7 @@ class DetectionDataModule(DataModule):
         return "val" if self._opened["test"] is None else "test"
 
     def _select(self, split: Split) -> list[Annotated]:
-        images, own = self._opened["train"], self._opened["val"]
-        assert images is not None
+        images, own = self._opened["train"] or [], self._opened["val"]
         if split == "test" or (split == "val" and own is not None):
             return self._opened[split] or []
         if own is not None:
