@@ -112,6 +112,7 @@ def test_difficult_objects_are_regions_of_a_crowd(text: str, crowd: bool, tmp_pa
         ("<annotation>", '<!DOCTYPE a [<!ENTITY b "c">]><annotation>', "it has a DTD"),
         ("<annotation>", '<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation>', "it has a DTD"),
         ("<name>temple", "<name>&b;", "undefined entity"),
+        ("<annotation>", "<annotation>" + "<part>" * 200, "it nests more than 100 elements"),
         ("<annotation>", '<?xml version="1.0" encoding="none"?><annotation>', "unknown encoding"),
     ],
 )

@@ -26,6 +26,7 @@ CATEGORIES = (
 )  # fmt: skip
 _LISTS = "ImageSets/Main"
 _LARGEST_LIST, _LARGEST_XML = 2**26, 2**24  # bytes
+_DEEPEST = 100  # elements; VOC has 5
 _DIFFICULT = {"0": False, "false": False, "": False, "1": True, "true": True}
 
 
@@ -299,16 +300,29 @@ def _parse(content: bytes) -> ElementTree.Element:
 
     Raises:
         expat.ExpatError: it is no XML.
-        ValueError: it has a DTD.
+        ValueError: it has a DTD, or nests too deeply.
     """
+    depth = 0
 
     def refuse(*_: Any) -> None:
         raise ValueError("it has a DTD (<!DOCTYPE>), which annotations do not need, and which is not read")
 
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"it nests more than {_DEEPEST} elements")
+        builder.start(tag, attributes)
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+        builder.end(tag)
+
     builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()
     parser.buffer_text = True
     parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = builder.data
     parser.Parse(content, True)
     root: ElementTree.Element = builder.close()
