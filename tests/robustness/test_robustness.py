@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from awconv import AWConv2d
+from tests.robustness.archives import archives
+from tests.robustness.boxes import coco, voc
 from tests.robustness.commands import dictionaries, options, outputs, recipes, run_files
 from tests.robustness.harness import Case, run
 from tests.robustness.weights import checkpoints, trained, weights
@@ -26,6 +28,9 @@ DOORS: dict[str, tuple[Callable[[int], Case], int, int]] = {
     "outputs": (outputs, 48, 3),
     "checkpoints": (checkpoints, 280, 6),
     "weights": (weights, 108, 3),
+    "coco": (coco, 250, 4),
+    "voc": (voc, 200, 3),
+    "archives": (archives, 120, 3),
 }
 
 
