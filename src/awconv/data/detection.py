@@ -185,6 +185,8 @@ class DetectionDataModule(DataModule):
         for what, value in (("jitter_size", jitter_size), ("max_pixels", max_pixels)):
             if value < 1:
                 raise ValueError(f"{what} must be at least 1, got {value}")
+        if split_seed < 0:
+            raise ValueError(f"split_seed must be at least 0, got {split_seed}")
         if augmentation == "scale_jitter" and jitter_size**2 > max_pixels:
             raise ValueError(
                 f"jitter_size must be at most {math.isqrt(max_pixels)} (max_pixels = {max_pixels:,}), got {jitter_size}"

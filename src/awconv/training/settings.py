@@ -25,7 +25,7 @@ _ELSEWHERE = {
         "enable_model_summary",
         "log_every_n_steps",
     ),
-    "data": ("num_workers", "download", "inspect", "max_pixels"),
+    "data": ("num_workers", "download", "inspect", "max_pixels", "max_annotations"),
     "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config"),
 }
 # How many of a path's last names are compared: it begins otherwise on another machine.
