@@ -12,11 +12,12 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 
-def read_weights(file: str | Path) -> dict[str, Tensor]:
+def read_weights(file: str | Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Reads a file of weights, and nothing that could run code.
 
     Args:
         file: safetensors, or a state dict of torch.
+        expected: the new network's, of which a mask may hold infinities.
 
     Raises:
         ValueError: it has changed since it was written, as far as its format can tell, or holds what is no number.
@@ -24,7 +25,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     if zipfile.is_zipfile(file):
         check_archive(Path(file))
     state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
-    broken = not_finite(state, {})
+    broken = not_finite(state, expected or {})
     if broken:
         raise ValueError(f"{file} has weights that are infinite or not a number, such as {', '.join(broken[:3])}")
     return state
@@ -76,8 +77,8 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"weights must be a file (safetensors, or a state dict of torch), got {str(file)!r}")
-    state = read_weights(file)
     plain = timm.create_model(network, **(network_args or {}))
+    state = read_weights(file, plain.state_dict())
     classifier = f"{plain.pretrained_cfg['classifier']}."  # type: ignore[index]  # a dictionary of timm's
     found, expected = (
         {key for key in keys if not key.startswith(classifier) and not key.endswith("num_batches_tracked")}
