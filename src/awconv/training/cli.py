@@ -14,7 +14,8 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from awconv.data import DataModule, DetectionDataModule, ImageDataModule
 from awconv.data.loading import Split
@@ -22,7 +23,7 @@ from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
 from awconv.training.lock import clear
-from awconv.training.recipes import read_recipe
+from awconv.training.recipes import parse_recipe, read_recipe
 from awconv.training.settings import SameSettings, SameThreads, settings, written
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
@@ -127,8 +128,7 @@ class TrainingCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         ours = config.get("logger") in (None, True)
         if ours:
-            boards = TensorBoardLogger(config["default_root_dir"] or ".", name=_LOGS)
-            kwargs["logger"] = [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
+            kwargs["logger"] = _loggers(config["default_root_dir"] or ".")
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
         self._same = SameSettings(settings(written(self._parser(self.subcommand), now)))
@@ -183,7 +183,10 @@ class TrainingCLI(LightningCLI):
         ]
 
     def before_fit(self) -> None:
-        """Silences a warning that is not true of our loaders."""
+        """Takes a folder that no other training has, and silences a warning that is not true of our loaders."""
+        config = self._get(self.config_init, "trainer")
+        if self.trainer.loggers and config.get("logger") in (None, True) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self.trainer.loggers = _loggers(config["default_root_dir"] or ".", claim=True)
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
 
     def before_validate(self) -> None:
@@ -251,7 +254,9 @@ def _names(kind: type[Any]) -> set[str]:
 
 def _data_of(config: str) -> Any:
     """The class of the data in a recipe; None where it names none."""
-    data = read_recipe(Path(config)).get("data")
+    inline = config.lstrip().startswith("{")
+    recipe = parse_recipe(config, "--config", Path()) if inline else read_recipe(Path(config))
+    data = recipe.get("data")
     return data.get("class_path") if isinstance(data, dict) else data
 
 
@@ -260,6 +265,23 @@ def _check_lengths(trainer: Any) -> None:
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if trainer.get(name) == 0:
             raise ValueError(f"trainer.{name} must be more than 0 to train anything, got 0")
+
+
+def _loggers(root: str, claim: bool = False) -> list[Logger]:
+    """Logs for TensorBoard and as CSV, under the next number that is free.
+
+    Args:
+        root: the folder of all logs.
+        claim: make the numbered folder now, so that a training which begins at the same moment takes another one.
+    """
+    boards = TensorBoardLogger(root, name=_LOGS)
+    while claim:
+        try:
+            Path(boards.log_dir).mkdir(parents=True)
+            break
+        except FileExistsError:
+            boards = TensorBoardLogger(root, name=_LOGS)  # which looks again
+    return [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -15,6 +15,9 @@ _SECTIONS = ("model", "trainer", "recent_checkpoint", "detections")
 def read_recipe(path: Path) -> dict[str, Any]:
     """Reads a YAML file of settings; what it names is not imported.
 
+    Returns:
+        The settings, with those of files that sections name.
+
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is no YAML, no mapping of settings, or becomes too large.
@@ -25,21 +28,39 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe {path} must have at most {_BYTES:,} bytes, got {path.stat().st_size:,}")
     try:
         text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} cannot be read as YAML: {error}") from error
+    return parse_recipe(text, str(path), path.parent)
+
+
+def parse_recipe(text: str, name: str, folder: Path) -> dict[str, Any]:
+    """What :func:`read_recipe` returns, of YAML or JSON that was given as such.
+
+    Args:
+        text: the settings.
+        name: what a message calls them.
+        folder: where the files are that sections may name.
+
+    Raises:
+        ValueError: as for :func:`read_recipe`.
+    """
+    try:
         _check_size(yaml.compose(text, yaml.SafeLoader))
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"recipe {path} cannot be read as YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"recipe {name} cannot be read as YAML: {error}") from error
     except RecursionError:
-        raise ValueError(f"recipe {path} cannot be read as YAML: it is nested too deeply") from None
+        raise ValueError(f"recipe {name} cannot be read as YAML: it is nested too deeply") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} must be a mapping such as 'model: {{lr: 0.1}}', got {type(content).__name__}")
+        raise ValueError(f"recipe {name} must be a mapping such as 'model: {{lr: 0.1}}', got {type(content).__name__}")
     for section in _SECTIONS:
-        if section in content and not isinstance(content[section], dict):
-            raise ValueError(
-                f"recipe {path}: {section} must be a mapping of settings, got {str(content[section])[:80]!r}"
-            )
+        given = content.get(section, {})
+        if isinstance(given, str) and given.endswith((".yaml", ".yml")):
+            content[section] = read_recipe(folder / given)
+        elif not isinstance(given, dict):
+            raise ValueError(f"recipe {name}: {section} must be a mapping of settings, got {str(given)[:80]!r}")
     return content
 
 
