@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from awconv.cli import main
+from awconv.compare.runs import base_network
+from awconv.models.pretrained import read_weights
 from awconv.predict import load_task
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import AtomicCheckpointIO, find_last, read_checkpoint
@@ -53,6 +55,15 @@ def test_a_changed_bit_is_noticed(trained: Path, tmp_path: Path) -> None:
     torch.load(spoiled, weights_only=True)  # which does not look
     with pytest.raises(ValueError, match=f"spoiled.ckpt is broken.*it has changed.*{largest.filename}"):
         load_task(spoiled)
+
+
+def test_weights_may_hold_a_mask(tmp_path: Path) -> None:
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    torch.save({"mask": mask, "weight": torch.zeros(3)}, tmp_path / "weights.pt")
+    expected = {"mask": mask, "weight": torch.ones(3)}
+    assert torch.equal(read_weights(tmp_path / "weights.pt", expected)["mask"], mask)
+    with pytest.raises(ValueError, match="not a number, such as mask"):
+        read_weights(tmp_path / "weights.pt", expected | {"mask": torch.zeros(3, 3)})
 
 
 def test_compressed_parts_are_refused(trained: Path, tmp_path: Path) -> None:
@@ -161,6 +172,19 @@ def test_two_trainings_do_not_write_to_one_folder(
         assert main(["fit", *SHORT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"]) == 1
     assert f"checkpoints is in use by process {os.getpid()}" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_two_trainings_that_begin_at_once_take_folders_of_their_own(tmp_path: Path) -> None:
+    arguments = [argument for argument in SHORT if "logger" not in argument]
+    first, second = (
+        TrainingCLI([*arguments, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"], run=False)
+        for _ in range(2)
+    )
+    folders = []
+    for one in (first, second):  # neither has written anything yet
+        one.before_fit()
+        folders.append(one.trainer.log_dir)
+    assert folders == [str(tmp_path / "lightning_logs" / f"version_{number}") for number in range(2)]
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
@@ -304,6 +328,15 @@ def test_recipes_that_are_none_are_refused(
     assert message in error
     assert "Traceback" not in error
     assert {file.name for file in tmp_path.iterdir()} == {"recipe.yaml"}
+
+
+def test_a_section_may_be_a_file_and_a_recipe_may_be_given_as_text(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("network: resnet8_cifar")
+    path = recipe(tmp_path, "model: model.yaml")
+    for given in (path, '{"model": {"network": "resnet8_cifar"}}'):
+        cli = TrainingCLI([f"--config={given}"], run=False, build=False)
+        assert cli.config.model.network == "resnet8_cifar"
+    assert base_network(Path(path), []) == "resnet8_cifar"
 
 
 def test_a_network_of_null_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
