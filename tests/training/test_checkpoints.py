@@ -18,7 +18,7 @@ import torch
 
 from awconv.cli import main
 from awconv.compare.runs import base_network
-from awconv.models.pretrained import read_weights
+from awconv.models.pretrained import not_finite, read_weights
 from awconv.predict import load_task
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import AtomicCheckpointIO, find_last, read_checkpoint
@@ -373,3 +373,22 @@ def test_settings_of_somebody_elses_run_are_not_imported(tmp_path: Path, capsys:
             assert "planted" not in sys.modules
     finally:
         sys.path.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_weights_of_every_precision_are_looked_at(dtype: torch.dtype) -> None:
+    whole = torch.tensor([0.5, -2.0]).to(dtype)
+    broken = torch.tensor([0.5, float("nan")]).to(dtype)
+    assert not_finite({"whole": whole, "broken": broken, "count": torch.tensor(3)}, {}) == ["broken"]
+    assert not_finite({"broken": broken}, {"broken": broken}) == []  # as it was made
+
+
+def test_a_folder_that_cannot_be_locked_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(*arguments: Any, **options: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
+
+    monkeypatch.setattr("awconv.training.lock.FileLock.acquire", acquire)
+    with pytest.warns(UserWarning, match="cannot be locked"), locked(tmp_path):
+        pass

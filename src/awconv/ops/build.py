@@ -152,6 +152,8 @@ def _checksum(content: bytes) -> str:
 def _keep(folder: int, file: str, content: bytes) -> None:
     """Writes a library beside its place and renames it, so that nobody sees half of it."""
     unfinished = f"{file}.{os.getpid()}.partial"
+    with suppress(FileNotFoundError):  # of a process of this number that was killed
+        os.unlink(unfinished, dir_fd=folder)
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o700, dir_fd=folder)
     try:
         with open(descriptor, "wb") as opened:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -168,7 +169,8 @@ class TrainingCLI(LightningCLI):
             if self._same.restoring and ckpt_path:
                 raise ValueError(f"{ckpt_path} is a checkpoint that cannot be used here: {error!r}") from error
             given = self._dictionaries()
-            if given and self.trainer.global_step == 0:  # they are looked into when they are used
+            memory = isinstance(error, torch.OutOfMemoryError)
+            if given and self.trainer.global_step == 0 and not memory:  # they are looked into when they are used
                 raise ValueError(f"the first step failed, perhaps by {', '.join(given)}: {error!r}") from error
             raise
 
@@ -280,6 +282,8 @@ def _loggers(root: str, claim: bool = False) -> list[Logger]:
             Path(boards.log_dir).mkdir(parents=True)
             break
         except FileExistsError:
+            if not Path(boards.log_dir).is_dir():  # what is in the way is above it
+                raise
             boards = TensorBoardLogger(root, name=_LOGS)  # which looks again
     return [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
 

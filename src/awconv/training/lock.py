@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_warn
 
 _LOCK, _OWNER = ".lock", ".lock.json"
 _SECONDS = 30.0  # what is waited for a process that is about to end
@@ -35,6 +36,10 @@ def locked(folder: Path, seconds: float = _SECONDS) -> Iterator[None]:
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=seconds)
+    except NotImplementedError:  # a file system without locks
+        rank_zero_warn(f"{folder} cannot be locked: keep other trainings out of it")
+        yield
+        return
     except Timeout:
         raise ValueError(
             f"{folder} is in use by {_described(owner)}; wait until it has ended, or give another folder"
