@@ -277,6 +277,8 @@ def test_weights_that_became_infinite_are_not_written(tmp_path: Path, capsys: py
         ("--model.optimizer_args={nestrov: true}", "optimizer_args its arguments, got 'sgd' and {'nestrov': True}"),
         ("--model.network_args={drop_rte: 0.1}", "cannot be built with network_args {'drop_rte': 0.1}"),
         ("--model.mixup={mixup_alfa: 0.1}", "mixup must hold arguments of timm.data.Mixup"),
+        ("--data.split_seed=null", "awconv fit: data.split_seed must not be null"),
+        ("--data.batch_size=null", "awconv fit: data.batch_size must not be null"),
         ("--data.num_workers=5000", "awconv fit: num_workers must be at most"),
     ],
 )

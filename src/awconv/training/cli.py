@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -25,7 +27,7 @@ from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, fi
 from awconv.training.detections import DetectionFile
 from awconv.training.lock import clear
 from awconv.training.recipes import parse_recipe, read_recipe
-from awconv.training.settings import SameSettings, SameThreads, settings, written
+from awconv.training.settings import SameSettings, SameThreads, check_nulls, settings, written
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
 
@@ -116,6 +118,9 @@ class TrainingCLI(LightningCLI):
         """Makes what the configuration describes."""
         if not self._build:
             return
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        check_nulls("model", self._task, config.model.as_dict())
+        check_nulls("data", pydoc.locate(config.data.class_path), config.data.get("init_args", Namespace()).as_dict())
         try:
             super().instantiate_classes()
         except ValueError as error:

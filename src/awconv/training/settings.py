@@ -134,14 +134,29 @@ def _lost(there: dict[str, Any], known: dict[str, Any]) -> bool:
 
 def _defaults_of(data: str) -> dict[str, Any]:
     """The defaults of the arguments of a class of data, as they are written."""
-    found: dict[str, Any] = {}
-    for kind in reversed(inspect.getmro(pydoc.locate(data))):  # type: ignore[arg-type]  # the parser has found it
-        if "__init__" in vars(kind):
-            for name, parameter in inspect.signature(kind.__init__).parameters.items():  # type: ignore[misc]
-                if parameter.default is not parameter.empty:
-                    found[name] = parameter.default
+    found = {
+        name: parameter.default
+        for name, parameter in parameters(pydoc.locate(data)).items()
+        if parameter.default is not parameter.empty
+    }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+def parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    """The arguments of a class, with those that it hands on to the classes it derives from."""
+    found: dict[str, inspect.Parameter] = {}
+    for one in reversed(inspect.getmro(kind)):
+        if "__init__" in vars(one):
+            found |= inspect.signature(one.__init__).parameters  # type: ignore[misc]
+    return found
+
+
+def check_nulls(group: str, kind: Any, arguments: dict[str, Any]) -> None:
+    """Raises a ValueError for null where the class takes none; the parser lets it through."""
+    for name, parameter in parameters(kind).items():
+        if name in arguments and arguments[name] is None and "None" not in str(parameter.annotation):
+            raise ValueError(f"{group}.{name} must not be null")
 
 
 def differences(there: dict[str, str], now: dict[str, str]) -> list[str]:
