@@ -15,6 +15,8 @@ import torch
 from awconv import AWConv2d
 from tests.robustness.commands import dictionaries, options, outputs, recipes, run_files
 from tests.robustness.harness import Case, run
+from tests.robustness.pictures import detector, drawing, images
+from tests.robustness.shards import parquet, tar
 from tests.robustness.weights import checkpoints, trained, weights
 
 # How many inputs a campaign tries, and the ordinary tests.
@@ -26,6 +28,10 @@ DOORS: dict[str, tuple[Callable[[int], Case], int, int]] = {
     "outputs": (outputs, 48, 3),
     "checkpoints": (checkpoints, 280, 6),
     "weights": (weights, 108, 3),
+    "images": (images, 250, 4),
+    "drawing": (drawing, 60, 2),
+    "parquet": (parquet, 150, 3),
+    "tar": (tar, 150, 3),
 }
 
 
@@ -35,6 +41,7 @@ def _warm() -> None:
     AWConv2d(4, 4, 3)(torch.zeros(2, 4, 8, 8)).sum().backward()
     AWConv2d(4, 4, 3, dtype=torch.float64)(torch.zeros(2, 4, 8, 8, dtype=torch.float64)).sum().backward()
     trained()
+    detector()
 
 
 def _seeds(few: bool) -> list[pytest.param]:

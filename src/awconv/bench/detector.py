@@ -92,7 +92,7 @@ def twin_detectors(detector: Literal["faster_rcnn", "ssd300"], backbone: str, **
         **arguments: of the detector.
     """
     plain, aw = (DETECTORS[detector](name, **arguments) for name in (TWINS[backbone], backbone))
-    aw.load_state_dict(plain.state_dict(), strict=False)  # all but the branches
+    aw.load_state_dict(aw.state_dict() | plain.state_dict())  # its own branches, and nothing else of it
     for layer in aw.modules():
         if isinstance(layer, AW_LAYERS):
             layer.weight.data /= layer.start_constant()
