@@ -50,6 +50,10 @@ def publish(
     task = load_task(last)
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"only classifiers are published, and {run} is of a detector")
+    if finished.network != task.hparams["network"]:
+        raise ValueError(f"{run} says that its network is {finished.network}, and {last} {task.hparams['network']}")
+    if Path(tag).name != tag:
+        raise ValueError(f"tag must be a name, without folders, got {tag!r}")
     if task.hparams["network_args"] or task.hparams["convert"]:
         raise ValueError("a network with network_args or convert has no name of its own under which it could be loaded")
     network = task.evaluated.cpu()

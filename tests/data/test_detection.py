@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from awconv.data import BrokenImageError, Coco, Voc
-from awconv.data.detection import Annotated, BoxSummary, clean
+from awconv.data import BrokenImageError, Coco
+from awconv.data.boxes import Annotated, BoxSummary, clean
 from awconv.data.order import Draw
 from tests.photographs import CATEGORIES, SIZE, annotate, annotations, boxes, photograph, write_coco
 
@@ -240,90 +240,6 @@ def test_augmented_boxes_stay_on_their_image(augmentation: Any, tmp_path: Path) 
         assert sizes == {(96, 96)}
 
 
-def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none is neither a folder nor a zip archive"):
-        Coco(tmp_path / "none").classes  # noqa: B018
-    (tmp_path / "a.zip").write_bytes(b"not an archive")
-    with pytest.raises(ValueError, match=r"a\.zip is neither a folder nor a zip archive"):
-        Coco(tmp_path / "a.zip").classes  # noqa: B018
-    write_coco(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"instances_val\.json are not there; give --data\.annotations"):
-        Coco(tmp_path, train="val").classes  # noqa: B018
-    file = tmp_path / "annotations" / "instances_train2017.json"
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"instances_train2017\.json is no JSON"):
-        Coco(tmp_path).classes  # noqa: B018
-    file.write_text('{"images": []}')
-    with pytest.raises(ValueError, match="it has no annotations and no categories"):
-        Coco(tmp_path).classes  # noqa: B018
-    content = annotations()
-    content["annotations"][0]["category_id"] = 99
-    write_coco(tmp_path, content)
-    with pytest.raises(ValueError, match="annotation 1 of split train2017 names image 40 and category 99"):
-        Coco(tmp_path).dataset("train")
-    for part, entry, mistake, message in (
-        ("images", 0, {"width": "160"}, "image 40 of .*: width must be a whole number, got '160'"),
-        ("images", 1, {"id": "a"}, "image a of .*: id must be a whole number, got 'a'"),
-        ("images", 1, {"id": 40}, "2 images have the id 40, of which there must be one"),
-        ("categories", 0, {"name": 7}, "category 3 of .*: name must be text, got 7"),
-        ("categories", 0, {"name": "tree"}, "2 categories have the name 'tree'"),
-        ("annotations", 0, {"bbox": [1, 2, 3]}, r"annotation 1 of .*: bbox must be x, y, .*, got \[1, 2, 3\]"),
-        ("annotations", 0, {"bbox": [1, 2, 3, float("nan")]}, "bbox must be x, y, width and height"),
-        ("annotations", 0, {"bbox": None}, "bbox must be x, y, width and height in pixels, got None"),
-    ):
-        content = annotations()
-        content[part][entry] |= mistake
-        write_coco(tmp_path, content)
-        with pytest.raises(ValueError, match=message):
-            Coco(tmp_path).dataset("train")
-    content = annotations()
-    del content["images"][1]["id"]
-    write_coco(tmp_path, content)
-    with pytest.raises(ValueError, match=r"image at position 1 of split train2017 .* it has no id"):
-        Coco(tmp_path).dataset("train")
-    write_coco(tmp_path, annotations() | {"annotations": None})
-    with pytest.raises(ValueError, match="annotations must be a list, got None"):
-        Coco(tmp_path).dataset("train")
-    content = annotations()
-    del content["annotations"][1]["bbox"]
-    write_coco(tmp_path, content)
-    with pytest.raises(ValueError, match="annotation 2 of split train2017 is not in COCO's format: it has no bbox"):
-        Coco(tmp_path).dataset("train")
-    content = annotations()
-    del content["images"][0]["width"], content["images"][0]["file_name"]
-    write_coco(tmp_path, content)
-    with pytest.raises(ValueError, match=r"image 40 of split train2017 .* has no file_name and no width"):
-        Coco(tmp_path).dataset("train")
-    content = annotations()
-    for annotation in content["annotations"]:  # shares of the width and height, as others have them
-        annotation["bbox"] = [edge / WIDTH for edge in annotation["bbox"]]
-    write_coco(tmp_path, content)
-    with pytest.raises(ValueError, match=r"has a box to train on .*4 empty boxes.*boxes are counted in pixels"):
-        Coco(tmp_path, val_fraction=0).dataset("train")
-    content = annotations()
-    content["categories"].pop()
-    content["annotations"] = []
-    write_coco(tmp_path, content, split="val2017")
-    write_coco(tmp_path)
-    with pytest.raises(ValueError, match=r"split val2017 must have the categories of train2017.*tree \(10\)"):
-        Coco(tmp_path, val="val2017").dataset("val")
-    write_coco(tmp_path, annotations() | {"annotations": []})
-    with pytest.raises(ValueError, match=r"no image of .* has a box to train on \(0 images, 0 boxes; 2 images without"):
-        Coco(tmp_path, val_fraction=0).dataset("train")
-    for name, value in (("val_fraction", 1.0), ("jitter_size", 0), ("batch_size", 0)):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            Coco(tmp_path, **{name: value})  # type: ignore[arg-type]
-
-
-def test_objects_without_an_area_have_that_of_their_box(tmp_path: Path) -> None:
-    content = annotations()
-    content["annotations"][0]["area"] = 0
-    del content["annotations"][1]["area"]
-    dataset = Coco(write_coco(tmp_path, content), val="train2017").dataset("val")
-    assert dataset is not None
-    torch.testing.assert_close(dataset[0][1]["area"], (corners("china")[:, 2:] - corners("china")[:, :2]).prod(1))  # type: ignore[index]
-
-
 @pytest.mark.parametrize("damage", ["cut", "gone", "resized"])
 def test_broken_images_are_named_and_skipped_if_wanted(damage: str, tmp_path: Path) -> None:
     write_coco(tmp_path)
@@ -351,65 +267,6 @@ def test_broken_images_are_named_and_skipped_if_wanted(damage: str, tmp_path: Pa
     trained = alone.dataset("train")
     assert trained is not None
     assert trained[Draw(1, 0, 0)][1]["labels"].tolist() == [1, 3]  # another in its place
-
-
-def write_voc(root: Path, difficult: int = 0, drop: str = "") -> Path:
-    year = root / "VOC2007"
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (year / folder).mkdir(parents=True, exist_ok=True)
-    for name in ("china", "flower"):
-        photograph(name).save(year / "JPEGImages" / f"{name}.jpg")
-        objects = "".join(
-            f"<object><name>{category}</name><difficult>{difficult}</difficult><bndbox><xmin>{box[0] + 1}</xmin>"
-            f"<ymin>{box[1] + 1}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
-            for category, box in boxes(name)
-        )
-        text = f"<annotation><size><width>{WIDTH}</width><height>{HEIGHT}</height></size>{objects}</annotation>"
-        (year / "Annotations" / f"{name}.xml").write_text(text.replace(drop, "", 1) if drop else text)
-    for split in ("trainval", "test"):
-        (year / "ImageSets" / "Main" / f"{split}.txt").write_text("china\nflower\n")
-    return root
-
-
-def test_voc_counts_pixels_from_one(tmp_path: Path) -> None:
-    data = Voc(write_voc(tmp_path), train=["VOC2007/trainval"], categories=list(CATEGORIES), num_workers=0)
-    assert data.classes == list(CATEGORIES)
-    ((images, targets),) = list(data.test_dataloader())
-    assert [tuple(image.shape) for image in images] == [(3, HEIGHT, WIDTH)] * 2
-    torch.testing.assert_close(targets[0]["boxes"], corners("china"))
-    assert targets[0]["labels"].tolist() == [1, 3]
-    assert len(Voc(tmp_path).classes) == 20
-    archive = Path(shutil.make_archive(str(tmp_path / "voc"), "zip", tmp_path, "VOC2007"))  # one folder at the top
-    packed = Voc(archive, train=["VOC2007/trainval"], categories=list(CATEGORIES)).dataset("test")
-    assert packed is not None
-    assert torch.equal(packed[0][0], images[0])  # type: ignore[index]
-    difficult = Voc(
-        write_voc(tmp_path / "difficult", difficult=1), ["VOC2007/trainval"], categories=["temple", "flower"]
-    )
-    with pytest.raises(ValueError, match=r"3 crowd regions not trained on; 1 boxes of other categories left out"):
-        difficult.dataset("train")
-    evaluated = difficult.dataset("test")
-    assert evaluated is not None
-    assert [image.crowd.tolist() for image in evaluated.images] == [[True], [True, True]]
-
-
-def test_mistakes_in_vocs_format_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a split of VOC is YEAR/LIST, such as VOC2007/trainval, got 'trainval'"):
-        Voc(tmp_path, train=["trainval"]).dataset("train")
-    write_voc(tmp_path, drop="<xmin>")
-    lists = dict(train=["VOC2007/trainval"], categories=list(CATEGORIES))
-    with pytest.raises(ValueError, match=r"VOC2007/Annotations/china\.xml is not in VOC's format: mismatched tag"):
-        Voc(tmp_path, **lists).dataset("train")
-    write_voc(tmp_path, drop=f"<width>{WIDTH}</width>")
-    with pytest.raises(ValueError, match=r"china\.xml is not in VOC's format: there is no size/width"):
-        Voc(tmp_path, **lists).dataset("train")
-    write_voc(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"no object of VOC2007/trainval is of the category tulip; there are flower, t"
-    ):
-        Voc(tmp_path, train=["VOC2007/trainval"], categories=["flower", "tulip"]).dataset("train")
-    with pytest.raises(FileNotFoundError, match=r"Main/trainval\.txt is not a file; name the lists that are there"):
-        Voc(tmp_path, train=["VOC2012/trainval"]).dataset("train")
 
 
 def test_the_real_photographs_of_coco(shared_data: Path) -> None:

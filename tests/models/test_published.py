@@ -142,6 +142,12 @@ def test_publishing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     shutil.copytree(runs / "aw-seed0", runs / "other-seed0")
     assert main(["publish", str(runs / "other-seed0.json"), *arguments]) == 1
     assert "is not the last checkpoint of the run" in capsys.readouterr().err
+    (runs / "other-seed0.json").write_text(json.dumps(run | {"network": "../../elsewhere"}))
+    assert main(["publish", str(runs / "other-seed0.json"), *arguments]) == 1
+    assert "says that its network is ../../elsewhere, and" in capsys.readouterr().err
+    assert main(["publish", str(runs / "aw-seed0.json"), "--tag=../up", *arguments[1:]]) == 1
+    assert "tag must be a name, without folders, got '../up'" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["aw_resnet8_cifar.tiny"]
     shutil.rmtree(runs / "aw-seed0")
     assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 1
     assert "there is no checkpoint under" in capsys.readouterr().err

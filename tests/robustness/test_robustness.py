@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from awconv import AWConv2d
+from tests.robustness.archives import archives
+from tests.robustness.boxes import coco, voc
 from tests.robustness.commands import dictionaries, options, outputs, recipes, run_files
 from tests.robustness.harness import Case, run
 from tests.robustness.pictures import detector, drawing, images
@@ -32,6 +34,9 @@ DOORS: dict[str, tuple[Callable[[int], Case], int, int]] = {
     "drawing": (drawing, 60, 2),
     "parquet": (parquet, 150, 3),
     "tar": (tar, 150, 3),
+    "coco": (coco, 250, 4),
+    "voc": (voc, 200, 3),
+    "archives": (archives, 120, 3),
 }
 
 
@@ -53,7 +58,10 @@ def _seeds(few: bool) -> list[pytest.param]:
 
 
 @pytest.mark.parametrize(("door", "seed"), [*_seeds(few=True), *_seeds(few=False)])
-def test_a_spoiled_input_is_an_error_of_one_line(door: str, seed: int, tmp_path: Path) -> None:
+def test_a_spoiled_input_is_an_error_of_one_line(
+    door: str, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     case = DOORS[door][0](seed)
     outcome = run(case, tmp_path)
+    record_property(f"spoiled {door}", 1)
     assert not outcome.faults, f"{case.name}\n" + "\n".join(outcome.faults)

@@ -3,40 +3,63 @@
 from __future__ import annotations
 
 import json
-import math
+import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
-from awconv.data.detection import Annotated, DetectionDataModule
+from awconv.data.boxes import Annotated, is_id, is_number, size
+from awconv.data.detection import DetectionDataModule
+from awconv.data.files import Files, leads_out
 from awconv.data.loading import Split
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
+from awconv.terminal import printable
 
 _Kind = tuple[Callable[[Any], bool], str]
-_NUMBER: _Kind = (lambda value: isinstance(value, int), "a whole number")
-_TEXT: _Kind = (lambda value: isinstance(value, str), "text")
+_ID: _Kind = (is_id, "a whole number")
+_TEXT: _Kind = (lambda value: isinstance(value, str) and bool(value.strip()), "text")
+_SIZE: _Kind = (
+    lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
+    "a whole number",
+)
+_AREA: _Kind = (lambda value: value is None or is_number(value), "a number, in square pixels")
+_CROWD: _Kind = (lambda value: value is None or (isinstance(value, int | float) and value in (0, 1)), "0 or 1")
 _BOX: _Kind = (
-    lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)),
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_number, value)),
     "x, y, width and height in pixels",
 )
 _FIELDS: dict[str, dict[str, _Kind]] = {
-    "images": {"id": _NUMBER, "file_name": _TEXT, "width": _NUMBER, "height": _NUMBER},
-    "annotations": {"image_id": _NUMBER, "category_id": _NUMBER, "bbox": _BOX},
-    "categories": {"id": _NUMBER, "name": _TEXT},
+    "images": {"id": _ID, "file_name": _TEXT},
+    "annotations": {"image_id": _ID, "category_id": _ID, "bbox": _BOX},
+    "categories": {"id": _ID, "name": _TEXT},
+}
+_OPTIONAL: dict[str, dict[str, _Kind]] = {
+    "images": {"width": _SIZE, "height": _SIZE},
+    "annotations": {
+        "id": (lambda value: is_id(value) or isinstance(value, str), _ID[1]),
+        "area": _AREA,
+        "iscrowd": _CROWD,
+    },
+    "categories": {},
 }
 
 
 class Coco(DetectionDataModule):
     """Images with boxes in COCO's format, by default in COCO's own layout: ``root/train2017/*.jpg`` and
-    ``root/annotations/instances_train2017.json``. An annotation without an area has that of its box.
+    ``root/annotations/instances_train2017.json``.
+
+    An annotation without an area, or with one of 0 or less, has that of its box. A category that only groups others, as
+    Roboflow's first one, is none: it is the supercategory of another, and nothing in the training split is annotated
+    with it. The name of an image's file may be of the machine that it was annotated on (absolute, with backslashes or
+    percent signs, as CVAT, VIA and Label Studio write them): where there is none at ``images/NAME``, it is the one file
+    below ``images`` that shares the longest end of the path. A test split may have no annotations, for detections that
+    somebody else evaluates.
 
     Args:
         root: the folder, or a zip archive of it.
@@ -45,6 +68,7 @@ class Coco(DetectionDataModule):
         test: the same; None tests on the validation split.
         images: the folder of a split's images, under ``root``; ``{split}`` stands for the name of the split.
         annotations: the same, for the file of its annotations.
+        max_annotations: the most bytes that a file of annotations may have, unpacked; it takes ten times the memory.
         **kwargs: as for :class:`DetectionDataModule`.
 
     Raises:
@@ -61,16 +85,46 @@ class Coco(DetectionDataModule):
         test: str | None = None,
         images: str = "{split}",
         annotations: str = "annotations/instances_{split}.json",
+        max_annotations: int = 2**31,
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
         self.splits: dict[Split, str | None] = {"train": train, "val": val, "test": test}
         self.images, self.annotations = images, annotations
+        if max_annotations < 1:
+            raise ValueError(f"max_annotations must be at least 1, got {max_annotations}")
+        self.max_annotations = max_annotations
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        """That of the training split's file."""
+        if not self.splits["train"]:
+            raise ValueError("--data.train must name a split, such as train2017")
+        return self._load("train")
+
+    @cached_property
+    def _grouping(self) -> dict[int, str]:
+        """Categories that only group others, by their numbers."""
+        categories = self._content["categories"]
+        annotated = {annotation["category_id"] for annotation in self._content["annotations"]}
+        supercategories: dict[Any, set[int]] = {}
+        for category in categories:
+            if isinstance(category.get("supercategory"), str):
+                supercategories.setdefault(category["supercategory"], set()).add(category["id"])
+        grouping = {
+            category["id"]: category["name"]
+            for category in categories
+            if category["id"] not in annotated and supercategories.get(category["name"], set()) - {category["id"]}
+        }
+        for number, name in grouping.items():
+            rank_zero_info(
+                printable(f"category {name!r} ({number}) is none: it groups others, and nothing is annotated with it")
+            )
+        return grouping
 
     @cached_property
     def _training(self) -> tuple[dict[str, int], list[Annotated]]:
-        assert self.splits["train"] is not None
-        return self._read(self.splits["train"])
+        return self._read("train", self._content)
 
     @property
     def classes(self) -> list[str]:
@@ -86,7 +140,7 @@ class Coco(DetectionDataModule):
             return None
         if split == "train":
             return self._training[1]
-        (expected, _), (named, images) = self._training, self._read(name)
+        (expected, _), (named, images) = self._training, self._read(split, self._load(split))
         if named != expected:
             differing = sorted(set(named.items()) ^ set(expected.items()))
             raise ValueError(
@@ -95,55 +149,141 @@ class Coco(DetectionDataModule):
             )
         return images
 
-    def _read(self, name: str) -> tuple[dict[str, int], list[Annotated]]:
+    def _place(self, pattern: str, split: Split) -> str:
+        """A path that an option gives, of a split.
+
+        Raises:
+            ValueError: it is not below the root.
+        """
+        path = posixpath.normpath(pattern.replace("{split}", str(self.splits[split])) or ".")
+        if leads_out(path):
+            raise ValueError(
+                f"--data.images and --data.annotations must be paths below --data.root = {self.root}, got {pattern!r}"
+            )
+        return path
+
+    def _read(self, split: Split, content: Mapping[str, Any]) -> tuple[dict[str, int], list[Annotated]]:
         """The numbers of the categories that are wanted, by their names, and the images of a split."""
-        content = self._content(name)
-        named = self._wanted(content["categories"])
+        name = self.splits[split]
+        named = self._wanted(content["categories"], f"split {name}")
         label = {number: index + 1 for index, number in enumerate(named.values())}
         known = {category["id"] for category in content["categories"]}
         marked: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
-            number = annotation["category_id"]
+            number, what = annotation["category_id"], f"annotation {annotation.get('id')} of split {name}"
             if annotation["image_id"] not in marked or number not in known:
                 raise ValueError(
-                    f"annotation {annotation.get('id')} of split {name} names image {annotation['image_id']} and "
-                    f"category {number}, of which one is not in the file"
+                    f"{what} names image {annotation['image_id']} and category {number}, of which one is not in the "
+                    "file"
+                )
+            if self.categories is None and number not in label:
+                raise ValueError(
+                    f"{what} is of the category {self._grouping[number]!r} ({number}), which only groups others in "
+                    f"{self.splits['train']}; name those that are wanted with --data.categories"
                 )
             marked[annotation["image_id"]].append(annotation)
-        folder = self.images.format(split=name)
-        return named, [_annotated(image, marked[image["id"]], folder, label) for image in content["images"]]
+        folder = self._place(self.images, split)
+        self._looked_in.add(folder)
+        paths = _Paths(self.files, folder)
+        found = {image["id"]: paths.find(image["file_name"]) for image in content["images"]}
+        again = len(found) - len(set(found.values()))
+        if again:
+            rank_zero_info(
+                f"split {name}: {again:,} images are the file of another one, and count each, as their numbers differ"
+            )
+        if paths.moved:
+            rank_zero_info(f"split {name}: {paths.moved:,} images were found by the end of their path, below {folder}")
+        return named, [_annotated(image, marked[image["id"]], found[image["id"]], label) for image in content["images"]]
 
-    def _content(self, name: str) -> dict[str, list[dict[str, Any]]]:
-        path = self.annotations.format(split=name)
+    def _load(self, split: Split) -> dict[str, Any]:
+        """What the file of a split's annotations holds, of the right types."""
+        path, name = self._place(self.annotations, split), self.splits[split]
         shown = self.files.name(path)
+        self._annotation_files.add(path)
+        self._looked_in.add(posixpath.dirname(path))
         try:
-            content = json.loads(self.files.read(path))
+            text = self.files.read(path, self.max_annotations)
         except FileNotFoundError as error:
+            there = [other for other in self.files.below(".") if other.endswith(".json")]
+            found = f"there are {', '.join(there[:5])}" if there else "no file there is called .json"
             raise FileNotFoundError(
                 f"annotations {shown} are not there; give --data.annotations and --data.images if the layout is "
-                "another one than COCO's"
+                f"another one than COCO's; {found}"
             ) from error
-        except ValueError as error:
+        try:
+            content = json.loads(text)
+        except RecursionError as error:
+            raise ValueError(f"{shown} is not in COCO's format: it nests too deeply") from error
+        except ValueError as error:  # of JSON, of its encoding, or of a number with thousands of digits
             raise ValueError(f"{shown} is no JSON: {error}") from error
         missing = [part for part in _FIELDS if not isinstance(content, dict) or part not in content]
+        if split == "test" and missing == ["annotations"]:
+            rank_zero_info(f"split {name} has no annotations: its figures are -1, and mean nothing")
+            content["annotations"], missing = [], []
         if missing:
             raise ValueError(f"{shown} is not in COCO's format: it has no {' and no '.join(missing)}")
         for part in _FIELDS:
-            _check_entries(content[part], part, name)
-        for part, key in (("images", "id"), ("categories", "id"), ("categories", "name")):
-            ((value, count),) = Counter(entry[key] for entry in content[part]).most_common(1) or [("", 0)]
-            if count > 1:
-                raise ValueError(f"split {name}: {count} {part} have the {key} {value!r}, of which there must be one")
+            _check_entries(content[part], part, str(name))
         return dict(content)
 
-    def _wanted(self, categories: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        named = {category["name"]: category["id"] for category in sorted(categories, key=lambda c: c["id"])}
+    def _wanted(self, categories: Sequence[Mapping[str, Any]], split: str) -> dict[str, int]:
+        in_order = sorted(categories, key=lambda category: category["id"])
+        groups = [one for one in in_order if self._grouping.get(one["id"]) == one["name"]]
+        own = [one for one in in_order if one not in groups]
+        _check_different(own, "categories", "name", split)
+        named = {category["name"]: category["id"] for category in own}
         if self.categories is None:
             return named
+        named = {category["name"]: category["id"] for category in groups} | named  # one that groups may be wanted
         unknown = [name for name in self.categories if name not in named]
         if unknown:
             raise ValueError(f"there is no category {', '.join(unknown)}; there are {', '.join(named)}")
         return {name: named[name] for name in self.categories}
+
+
+class _Paths:
+    """Where the images of a folder are.
+
+    Attributes:
+        moved: how many were found elsewhere than their name says.
+    """
+
+    def __init__(self, files: Files, folder: str) -> None:
+        self._files, self._folder = files, folder
+        self._known = set(files.below(folder))
+        self._by_name: dict[str, list[str]] | None = None
+        self.moved = 0
+
+    def find(self, name: str) -> str:
+        """The path of an image that annotations name.
+
+        Raises:
+            ValueError: it may be one of several.
+        """
+        exact = posixpath.normpath(f"{self._folder}/{name}")
+        if exact in self._known or self._files.holds(exact):
+            return exact
+        for given in dict.fromkeys((name, unquote(name))):
+            parts = [part for part in re.split(r"[\\/]", given.rpartition("?d=")[2]) if part not in ("", ".", "..")]
+            for start in range(len(parts)):
+                end = "/" + "/".join(parts[start:])
+                found = [path for path in self._named(parts[-1]) if f"/{path}".endswith(end)]
+                if len(found) > 1:
+                    raise ValueError(
+                        f"image {name!r:.200} is not at {self._files.name(exact)}, and may be {found[0]} or "
+                        f"{found[1]}; give its path below --data.images"
+                    )
+                if found:
+                    self.moved += 1
+                    return found[0]
+        return exact
+
+    def _named(self, name: str) -> list[str]:
+        if self._by_name is None:
+            self._by_name = {}
+            for path in sorted(self._known):
+                self._by_name.setdefault(posixpath.basename(path), []).append(path)
+        return self._by_name.get(name, [])
 
 
 def _check_entries(entries: Any, part: str, split: str) -> None:
@@ -153,33 +293,43 @@ def _check_entries(entries: Any, part: str, split: str) -> None:
     one = {"images": "image", "annotations": "annotation", "categories": "category"}[part]
     for position, entry in enumerate(entries):
         number = entry.get("id", f"at position {position}") if isinstance(entry, dict) else f"at position {position}"
-        what = f"{one} {number} of split {split} is not in COCO's format"
+        what = f"{one} {number!s:.40} of split {split} is not in COCO's format"
         if not isinstance(entry, dict):
             raise ValueError(f"{what}: it must be an object, got {entry!r:.40}")
         missing = [name for name in _FIELDS[part] if name not in entry]
         if missing:
             raise ValueError(f"{what}: it has no {' and no '.join(missing)}")
-        for name, (is_right, kind) in _FIELDS[part].items():
-            if not is_right(entry[name]):
+        for name, (is_right, kind) in (_FIELDS[part] | _OPTIONAL[part]).items():
+            if name in entry and not is_right(entry[name]):
                 raise ValueError(f"{what}: {name} must be {kind}, got {entry[name]!r:.80}")
+    _check_different(entries, part, "id", f"split {split}")
+
+
+def _check_different(entries: Sequence[Mapping[str, Any]], part: str, key: str, split: str) -> None:
+    """Raises a ValueError where a key that tells entries apart does not."""
+    given = Counter(entry[key] for entry in entries if key in entry)
+    ((value, count),) = given.most_common(1) or [("", 0)]
+    if count > 1:
+        raise ValueError(f"{split}: {count} {part} have the {key} {value!r}, of which there must be one")
 
 
 def _annotated(
-    image: Mapping[str, Any], marked: list[Mapping[str, Any]], folder: str, label: Mapping[int, int]
+    image: Mapping[str, Any], marked: list[Mapping[str, Any]], path: str, label: Mapping[int, int]
 ) -> Annotated:
     wanted = [annotation for annotation in marked if annotation["category_id"] in label]
     boxes = np.array([annotation["bbox"] for annotation in wanted], float).reshape(-1, 4)
-    given: list[Any] = [annotation.get("area") for annotation in wanted]
-    areas = [area if _is_finite(area) and area > 0 else w * h for area, (_, _, w, h) in zip(given, boxes, strict=True)]
+    given = [annotation.get("area") or 0 for annotation in wanted]
+    areas = [area if area > 0 else w * h for area, (_, _, w, h) in zip(given, boxes, strict=True)]
     boxes[:, 2:] += boxes[:, :2]
+    width, height = size(image.get("width"), image.get("height"))
     return Annotated(
-        path=f"{folder}/{image['file_name']}" if folder else image["file_name"],
+        path=path,
         image_id=image["id"],
-        width=image["width"],
-        height=image["height"],
+        width=width,
+        height=height,
         boxes=boxes,
         labels=np.array([label[annotation["category_id"]] for annotation in wanted], int),
         areas=np.array(areas, float),
-        crowd=np.array([annotation.get("iscrowd", 0) for annotation in wanted], bool),
+        crowd=np.array([annotation.get("iscrowd") or 0 for annotation in wanted], bool),
         others=len(marked) - len(wanted),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import math
 import os
-from collections import Counter
+import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,106 +16,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from awconv.data.boxes import LEAST, Annotated, BoxSummary, clean
 from awconv.data.files import Files
-from awconv.data.images import MAX_PIXELS, BrokenImageError, log_skipped, read_header, read_image
+from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, log_skipped, read_header, read_image
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import Draw, derive_seed, seed_all
+from awconv.terminal import printable
 
 Target = dict[str, Tensor]
-Array = np.ndarray[Any, Any]
-_LEAST = 1.0  # pixels: what torchvision's augmentation leaves out, too
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """An image and what is marked in it.
-
-    Attributes:
-        path: of the image, among the data set's files.
-        image_id: its number in the data set.
-        width: in pixels.
-        height: in pixels.
-        boxes: float64, shape (K, 4): x1, y1, x2, y2 in pixels.
-        labels: int64, shape (K,), from 1; 0 is the background.
-        areas: float64, shape (K,), in square pixels, of the object, by which an evaluation calls it small or large.
-        crowd: bool, shape (K,): regions that hold any number of objects (COCO), or are too difficult (VOC). They are
-            not trained on, and detections in them are not counted as wrong.
-        others: number of boxes of categories that were not asked for, which are not here.
-    """
-
-    path: str
-    image_id: int
-    width: int
-    height: int
-    boxes: Array
-    labels: Array
-    areas: Array
-    crowd: Array
-    others: int = 0
-
-
-@dataclass
-class BoxSummary:
-    """What a training split holds, and what was done to it; printed, a sentence.
-
-    Attributes:
-        images: that are trained on.
-        boxes: that are trained on.
-        empty_boxes: left out, because they are less than a pixel wide or high.
-        outside_boxes: left out, because less than a pixel of them lies inside their image.
-        clipped_boxes: that were clipped to their image.
-        crowd_regions: left out of the training.
-        other_boxes: left out, because their category was not asked for.
-        images_without_boxes: that have no box to train on.
-        modes: number of images by Pillow's mode that are not RGB, and were converted, such as ``{"L": 3, "CMYK": 1}``.
-    """
-
-    images: int = 0
-    boxes: int = 0
-    empty_boxes: int = 0
-    outside_boxes: int = 0
-    clipped_boxes: int = 0
-    crowd_regions: int = 0
-    other_boxes: int = 0
-    images_without_boxes: int = 0
-    modes: Counter[str] = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        notes = [
-            (self.empty_boxes, "empty boxes (less than a pixel) left out"),
-            (self.outside_boxes, "boxes outside their image left out"),
-            (self.clipped_boxes, "boxes clipped to their image"),
-            (self.crowd_regions, "crowd regions not trained on"),
-            (self.other_boxes, "boxes of other categories left out"),
-            (self.images_without_boxes, "images without boxes"),
-            *((count, f"images of mode {mode} converted to RGB") for mode, count in sorted(self.modes.items())),
-        ]
-        return "; ".join(
-            [f"{self.images:,} images, {self.boxes:,} boxes", *(f"{count:,} {text}" for count, text in notes if count)]
-        )
-
-
-def clean(image: Annotated, counts: BoxSummary) -> Annotated:
-    """The boxes of an image that can be trained on, clipped to it; what was left out is counted."""
-    boxes, crowd = image.boxes, image.crowd.astype(bool)
-    empty = ((boxes[:, 2:] - boxes[:, :2]) < _LEAST).any(1)
-    limits = np.array([image.width, image.height] * 2, boxes.dtype)
-    clipped = boxes.clip(0, limits)
-    outside = ((clipped[:, 2:] - clipped[:, :2]) < _LEAST).any(1) & ~empty
-    kept = ~(empty | outside | crowd)
-    counts.crowd_regions += int(crowd.sum())
-    counts.empty_boxes += int((empty & ~crowd).sum())
-    counts.outside_boxes += int((outside & ~crowd).sum())
-    counts.clipped_boxes += int((kept & (clipped != boxes).any(1)).sum())
-    counts.boxes += int(kept.sum())
-    counts.images_without_boxes += not kept.any()
-    counts.other_boxes += image.others
-    return replace(image, boxes=clipped[kept], labels=image.labels[kept], areas=image.areas[kept], crowd=crowd[kept])
+_SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_READ = ENDINGS | {".json", ".xml"}  # the endings of images and annotations
+_THREADS = 4  # that read headers
+_NARROWEST = 100  # longer side to shorter one: a detector would shrink what is narrower to a few pixels across, or none
 
 
 class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
@@ -159,12 +78,8 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
     def _read(self, index: int) -> tuple[Tensor, Target] | None:
         annotated = self.images[index]
         try:
-            content, name = self.files.read(annotated.path), self.files.name(annotated.path)
-            picture = read_image(content, name, max_pixels=self.max_pixels)
-            if picture.size != (annotated.width, annotated.height):
-                picture = read_image(content, name, upright=False, max_pixels=self.max_pixels)  # annotated as stored
-            _check_size(annotated, picture.size, name)
-        except (BrokenImageError, FileNotFoundError) as error:
+            picture = self._decode(annotated)
+        except (ValueError, FileNotFoundError) as error:
             log_skipped(error, self.skip_broken)
             return None
         image: Tensor = v2.functional.pil_to_tensor(picture.convert("RGB"))
@@ -182,9 +97,28 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         image, target = self.transform(tv_tensors.Image(image), target)
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
+    def _decode(self, annotated: Annotated) -> Image.Image:
+        name, most = self.files.name(annotated.path), self.max_pixels
+        content = self.files.read(annotated.path, _most_bytes(most))
+        picture = read_image(content, name, max_pixels=most)
+        if picture.size != (annotated.width, annotated.height):
+            picture = read_image(content, name, upright=False, max_pixels=most)  # annotated as stored
+        _check_size(annotated, picture.size, name)
+        return picture
+
+
+def _most_bytes(max_pixels: int) -> int:
+    """The most that an image file may have: 4 channels of 16 bits, and a megabyte of notes."""
+    return 8 * max_pixels + 2**20
+
 
 def _check_size(annotated: Annotated, size: tuple[int, int], name: str) -> None:
-    """Raises a BrokenImageError for an image that is not as large as its annotations say."""
+    """Raises a BrokenImageError for an image that is not as large as its annotations say, or too narrow."""
+    if max(size) > _NARROWEST * min(size):
+        raise BrokenImageError(
+            f"{name}: it has {size[0]}x{size[1]} pixels; a detector would lose an image of which one side is more than "
+            f"{_NARROWEST} times the other; crop it"
+        )
     if size != (annotated.width, annotated.height):
         raise BrokenImageError(
             f"{name}: the annotations say {annotated.width}x{annotated.height} pixels, and it has "
@@ -202,7 +136,9 @@ class DetectionDataModule(DataModule):
     outside and crowd regions are left out, and all of it is counted in :attr:`summary`. An evaluation takes the
     annotations as they are. The images of a training batch are all upright or all lying, so that little is padded; the
     last batches of an epoch take what is left of both. An image with an EXIF orientation is turned upright, unless its
-    annotations fit only the pixels as they are stored.
+    annotations fit only the pixels as they are stored. Where annotations have no size, or one that cannot be, it is
+    that of the upright image. An image of which one side is more than 100 times the other is as a broken one. Images
+    and files of annotations that no split uses are logged.
 
     Args:
         root: the folder, or the zip archive, that the data set lies in.
@@ -249,6 +185,19 @@ class DetectionDataModule(DataModule):
         for what, value in (("jitter_size", jitter_size), ("max_pixels", max_pixels)):
             if value < 1:
                 raise ValueError(f"{what} must be at least 1, got {value}")
+        if split_seed < 0:
+            raise ValueError(f"split_seed must be at least 0, got {split_seed}")
+        if augmentation == "scale_jitter" and jitter_size**2 > max_pixels:
+            raise ValueError(
+                f"jitter_size must be at most {math.isqrt(max_pixels)} (max_pixels = {max_pixels:,}), got {jitter_size}"
+            )
+        if categories is not None and (
+            isinstance(categories, str)
+            or len(set(categories)) != len(categories)
+            or not all(name.strip() for name in categories)
+            or not categories
+        ):
+            raise ValueError(f"categories must be a list of different names, or null for all, got {categories!r}")
         self.root = Path(os.path.expanduser(root))
         self.categories = None if categories is None else list(categories)
         self.val_fraction, self.split_seed = val_fraction, split_seed
@@ -257,6 +206,8 @@ class DetectionDataModule(DataModule):
         self.inspect, self.broken_images, self.max_pixels = inspect, broken_images, max_pixels
         self.summary = BoxSummary()
         self._datasets: dict[Split, AnnotatedImages | None] = {}
+        self._looked_in: set[str] = set()
+        self._annotation_files: set[str] = set()
 
     @property
     @abc.abstractmethod
@@ -266,6 +217,9 @@ class DetectionDataModule(DataModule):
     @abc.abstractmethod
     def open(self, split: Split) -> list[Annotated] | None:
         """The data set's own split, or None if it has none of that name.
+
+        It adds the folders that it looks for files in to ``_looked_in``, and the files that it reads to
+        ``_annotation_files``.
 
         Raises:
             FileNotFoundError: the data is not there.
@@ -282,8 +236,8 @@ class DetectionDataModule(DataModule):
         if split == "test":
             split = self.test_split
         if split not in self._datasets:
-            images = self._select(split)
-            if images and split == "train":
+            images = self._measure(self._select(split), split)
+            if split == "train":
                 images = self._clean(images)
             transform = self._transform() if split == "train" else None
             skip = self.broken_images == "skip"
@@ -293,24 +247,87 @@ class DetectionDataModule(DataModule):
 
     @cached_property
     def _opened(self) -> dict[Split, list[Annotated] | None]:
-        splits: tuple[Split, ...] = ("train", "val", "test")
-        return {split: self.open(split) for split in splits}
+        opened: dict[Split, list[Annotated] | None] = {}
+        for split in _SPLITS:
+            images = opened[split] = self.open(split)
+            if images == [] or (images is None and split == "train"):
+                raise ValueError(f"--data.{split} must name a split of {self.root} with images in it")
+        self._log_unused({image.path for images in opened.values() for image in images or ()})
+        return opened
+
+    def _log_unused(self, images: set[str]) -> None:
+        used = images | self._annotation_files
+        beside = [] if self._looked_in & {"", "."} else self.files.beside(used)
+        if beside:
+            rank_zero_info(printable(f"not used: {', '.join(beside[:10])} in {self.root}"))
+        inside = {path for folder in self._looked_in for path in self.files.below(folder)} - used
+        unused = sorted(path for path in inside if posixpath.splitext(path)[1].lower() in _READ)
+        if unused:
+            rank_zero_info(
+                printable(
+                    f"files of images or annotations that no split uses: {len(unused):,} in {self.root}, such as "
+                    f"{', '.join(unused[:5])}"
+                )
+            )
 
     @property
     def test_split(self) -> Split:
         return "val" if self._opened["test"] is None else "test"
 
-    def _select(self, split: Split) -> list[Annotated] | None:
-        images, own = self._opened["train"], self._opened["val"]
-        assert images is not None
+    def _select(self, split: Split) -> list[Annotated]:
+        images, own = self._opened["train"] or [], self._opened["val"]
         if split == "test" or (split == "val" and own is not None):
-            return self._opened[split]
+            return self._opened[split] or []
         if own is not None:
             return images
         held_out = np.zeros(len(images), bool)
         held_out[: round(self.val_fraction * len(images))] = True
+        if held_out.all():
+            raise ValueError(
+                f"val_fraction = {self.val_fraction} holds out all of {len(images)} images; give a smaller one, or a "
+                "validation split"
+            )
         np.random.default_rng(self.split_seed).shuffle(held_out)
         return [image for image, held in zip(images, held_out, strict=True) if held == (split == "val")]
+
+    def _measure(self, images: list[Annotated], split: Split) -> list[Annotated]:
+        """Gives images of unknown size that of their files; those that cannot be read are left out, or an error."""
+        unknown = [index for index, image in enumerate(images) if not image.width]
+        if not unknown:
+            return images
+        with ThreadPoolExecutor(_THREADS) as pool:
+            headers = dict(zip(unknown, pool.map(self._header, [images[index] for index in unknown]), strict=True))
+        measured = []
+        for index, image in enumerate(images):
+            header = headers.get(index)
+            if header is not None:
+                width, height = header[1]
+                measured.append(replace(image, width=width, height=height))
+            elif index not in headers:
+                measured.append(image)
+        broken = len(images) - len(measured)
+        if not measured:
+            raise BrokenImageError(f"none of the {broken} images of the {split} split can be read; the log names them")
+        if split == "train":
+            self.summary.measured_images, self.summary.broken_images = len(unknown) - broken, broken
+        else:
+            rank_zero_info(f"{split} images: the files of {len(unknown):,} say their size, as annotations do not")
+        return measured
+
+    def _header(self, image: Annotated) -> tuple[str, tuple[int, int]] | None:
+        """The mode of an image, and its size: upright, where that is not known. None for one that cannot be read, and
+        is to be skipped."""
+        name, known = self.files.name(image.path), image.width > 0
+        try:
+            with self.files.open(image.path, _most_bytes(self.max_pixels)) as file:
+                mode, size = read_header(file, name, upright=not known, max_pixels=self.max_pixels)
+            if not known or size == (image.height, image.width):  # which may be turned upright
+                image = replace(image, width=size[0], height=size[1])
+            _check_size(image, size, name)
+        except (ValueError, FileNotFoundError) as error:
+            log_skipped(error, self.broken_images == "skip")
+            return None
+        return mode, size
 
     def _clean(self, images: list[Annotated]) -> list[Annotated]:
         cleaned = [clean(image, self.summary) for image in images]
@@ -327,20 +344,14 @@ class DetectionDataModule(DataModule):
         return cleaned
 
     def _inspect(self, images: list[Annotated]) -> None:
-        def mode(image: Annotated) -> str:
-            name = self.files.name(image.path)
-            try:
-                with self.files.open(image.path) as file:
-                    found, size = read_header(file, name, max_pixels=self.max_pixels)
-                if size != (image.height, image.width):  # which may be turned upright
-                    _check_size(image, size, name)
-            except (BrokenImageError, FileNotFoundError) as error:
-                log_skipped(error, self.broken_images == "skip")
-                return "RGB"
-            return found
-
-        with ThreadPoolExecutor(4) as pool:
-            self.summary.modes.update(name for name in pool.map(mode, images) if name != "RGB")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for image, header in zip(images, pool.map(self._header, images), strict=True):
+                if header is None:
+                    self.summary.broken_images += 1
+                    self.summary.images -= 1
+                    self.summary.boxes -= len(image.boxes)
+                elif header[0] != "RGB":
+                    self.summary.modes[header[0]] += 1
 
     def _transform(self) -> Callable[[Any, Any], tuple[Any, Any]]:
         steps: list[Any] = [] if self.augmentation == "none" else [v2.RandomHorizontalFlip(0.5)]
@@ -350,7 +361,7 @@ class DetectionDataModule(DataModule):
         elif self.augmentation == "ssd":
             grey = {tv_tensors.Image: (123, 117, 104), "others": 0}  # the mean of ImageNet's images
             steps += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=grey), v2.RandomIoUCrop()]
-        compose: Callable[[Any, Any], tuple[Any, Any]] = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=_LEAST)])
+        compose: Callable[[Any, Any], tuple[Any, Any]] = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=LEAST)])
         return compose
 
     def _loader(self, split: Split) -> Any:

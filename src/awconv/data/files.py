@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import glob
+import lzma
 import os
+import posixpath
+import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,13 +69,15 @@ def matching(pattern: str, kind: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: it is a folder.
+        ValueError: it is a folder, or something else that is no file, such as a named pipe.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         raise ValueError(f"{pattern} is a folder; expected {kind} or a glob pattern of some, such as {pattern}/train*")
-    if os.path.exists(pattern):
+    if os.path.isfile(pattern):
         return [pattern]
+    if os.path.exists(pattern):
+        raise ValueError(f"{pattern} is not a file that can be read more than once; expected {kind}")
     found = sorted(path for path in set(glob.glob(pattern, recursive=True)) if os.path.isfile(path))
     if not found:
         raise FileNotFoundError(f"no file matches {pattern!r}; expected {kind} or a glob pattern of some")
@@ -97,77 +103,202 @@ def log_unused(patterns: Iterable[str | None], kind: str) -> None:
 class Files:
     """What lies under a folder, or in a zip archive, by paths relative to it.
 
-    Of an archive with a single folder at its top, paths may leave out that folder. It is opened anew in each process
-    that reads it.
+    Paths have slashes. None leads out of the folder. Of an archive with a single folder at its top, paths may leave out
+    that folder. It is opened anew in each process that reads it.
 
     Args:
         root: the folder or the archive.
 
     Raises:
         FileNotFoundError: neither is there.
-        ValueError: the file is no zip archive.
+        ValueError: the file is no zip archive, is damaged, or a name in it leads out of it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._prefixes = [""]
         self._lock = threading.Lock()
-        self._opened: dict[int, zipfile.ZipFile] = {}  # by process: forked ones would share a position in the file
+        self._archives: dict[int, _Archive] = {}  # by process: forked ones would share a position in the file
+        self._below: dict[str, list[str]] = {}
         if root.is_file():
-            if not zipfile.is_zipfile(root):
-                raise ValueError(f"{root} is neither a folder nor a zip archive")
-            tops = {name.partition("/")[0] for name in self._archive.namelist() if "/" in name} - {"__MACOSX"}
+            tops = {path.partition("/")[0] for path in self._archive.members if "/" in path}
+            tops = {top for top in tops if not is_leftover(top)}
             if len(tops) == 1:
                 self._prefixes.append(f"{tops.pop()}/")
         elif not root.is_dir():
             raise FileNotFoundError(f"{root} is neither a folder nor a zip archive")
 
     @property
-    def _archive(self) -> zipfile.ZipFile:
+    def _archive(self) -> _Archive:
         process = os.getpid()
-        if process not in self._opened:
-            self._opened = {process: zipfile.ZipFile(self.root)}
-        return self._opened[process]
+        if process not in self._archives:
+            self._archives = {process: _Archive(self.root)}
+        return self._archives[process]
 
     def name(self, path: str) -> str:
         """What messages call a file."""
         return str(self.root / path)
 
+    def holds(self, path: str) -> bool:
+        """Whether a file is there."""
+        path = posixpath.normpath(path)
+        if leads_out(path):
+            return False
+        if self.root.is_dir():
+            return os.path.isfile(self.root / path)
+        return self._member(path) is not None
+
+    def below(self, folder: str) -> list[str]:
+        """The paths of all files below a folder but leftovers, in alphabetical order; none if it is not there.
+
+        Raises:
+            ValueError: a folder in it cannot be read.
+        """
+        folder = posixpath.normpath(folder or ".")
+        if folder not in self._below:
+            self._below[folder] = [] if leads_out(folder) else self._list(folder)
+        return self._below[folder]
+
+    def beside(self, used: Iterable[str]) -> list[str]:
+        """The names of the files and folders at the top but leftovers, of which nothing is used, in alphabetical
+        order."""
+        if self.root.is_dir():
+            names, paths = set(os.listdir(self.root)), set(used)
+        else:
+            prefix, members = self._prefixes[-1], self._archive.members
+            names = {path[len(prefix) :].partition("/")[0] for path in members if path.startswith(prefix)}
+            paths = {path.removeprefix(prefix) for path in used}
+        names -= {path.partition("/")[0] for path in paths}
+        return sorted(name for name in names if not is_leftover(name))
+
+    def _list(self, folder: str) -> list[str]:
+        if self.root.is_dir():
+            if not os.path.isdir(self.root / folder):
+                return []
+            return sorted(Path(path).relative_to(self.root).as_posix() for path in walk(self.root / folder))
+        within = "" if folder == "." else f"{folder}/"
+        for prefix in reversed(self._prefixes):
+            found = [path[len(prefix) :] for path in self._archive.members if path.startswith(prefix + within)]
+            if found:
+                return sorted(path for path in found if not any(map(is_leftover, path.split("/"))))
+        return []
+
+    def _member(self, path: str) -> zipfile.ZipInfo | None:
+        found = (self._archive.members.get(prefix + path) for prefix in self._prefixes)
+        return next((member for member in found if member is not None), None)
+
     @contextmanager
-    def open(self, path: str) -> Iterator[IO[bytes]]:
+    def open(self, path: str, limit: int | None = None) -> Iterator[IO[bytes]]:
         """A file to read from; of an archive, one at a time.
 
+        Args:
+            path: of the file.
+            limit: the most bytes that it may have, unpacked; None for any number.
+
         Raises:
             FileNotFoundError: it is not there.
+            ValueError: it is larger, compressed beyond what data can be, or cannot be read.
         """
+        path, name = posixpath.normpath(path), self.name(path)
+        if leads_out(path):
+            raise FileNotFoundError(f"{name} is not in {self.root}")
         if self.root.is_dir():
-            if not (self.root / path).is_file():
-                raise FileNotFoundError(f"{self.name(path)} is not a file")
-            with (self.root / path).open("rb") as file:
-                yield file
+            if not os.path.isfile(self.root / path):
+                raise FileNotFoundError(f"{name} is not a file")
+            try:
+                with (self.root / path).open("rb") as file:
+                    _check_size(os.fstat(file.fileno()).st_size, limit, name)
+                    yield file
+            except OSError as error:
+                raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
             return
         with self._lock:
-            for prefix in self._prefixes:
-                try:
-                    member = self._archive.open(prefix + path)
-                except KeyError:
-                    continue
-                with member:
-                    yield member
-                return
-            raise FileNotFoundError(f"{self.name(path)} is not in the archive")
+            member = self._member(path)
+            if member is None:
+                raise FileNotFoundError(f"{name} is not in the archive")
+            _check_size(member.file_size, limit, name)
+            if member.file_size > max(_PACKED_TIGHTLY, _RATIO * member.compress_size):
+                raise ValueError(
+                    f"{name} would become {member.file_size:,} bytes of {member.compress_size:,}, as data hardly do; "
+                    "unpack the archive, if that is what it holds"
+                )
+            with self._archive.open(member, name) as file:
+                yield file
 
-    def read(self, path: str) -> bytes:
-        """A file's content.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
-        with self.open(path) as file:
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """A file's content; arguments and errors as for :meth:`open`."""
+        with self.open(path, limit) as file:
             return file.read()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_prefixes": self._prefixes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _opened={})
+        self.__dict__.update(state, _lock=threading.Lock(), _archives={}, _below={})
+
+
+class _Archive:
+    """A zip archive, opened.
+
+    Attributes:
+        members: its files, by their paths.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                if file.read(4) == b"PK\3\4":
+                    raise ValueError(f"{path} is a damaged zip archive: its end is missing; copy it again")
+            raise ValueError(f"{path} is neither a folder nor a zip archive")
+        with _named(str(path)):
+            self._file = zipfile.ZipFile(path)
+        self.members: dict[str, zipfile.ZipInfo] = {}
+        for member in self._file.infolist():
+            name = member.filename.replace("\\", "/")  # as some programs on Windows write it
+            if leads_out(name):
+                raise ValueError(
+                    f"{path}: the name {member.filename!r:.200} leads out of the archive; pack it anew, by paths that "
+                    "are relative and without '..'"
+                )
+            if not name.endswith("/"):
+                self.members[posixpath.normpath(name)] = member
+
+    @contextmanager
+    def open(self, member: zipfile.ZipInfo, name: str) -> Iterator[IO[bytes]]:
+        """A member to read from.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        if member.flag_bits & _ENCRYPTED:
+            raise ValueError(f"{name} is encrypted; unpack the archive")
+        with _named(name), self._file.open(member) as file:
+            yield file
+
+
+_ENCRYPTED = 1  # of a member's flags
+_RATIO = 200  # of data to packed data
+_PACKED_TIGHTLY = 2**24  # bytes that are unpacked whatever the ratio
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Makes a ValueError with a name of what zipfile and its decompressors raise."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ValueError(f"{name} cannot be unpacked: {error}; pack the archive with deflate, or unpack it") from error
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, struct.error, RuntimeError, OverflowError
+    ) as error:  # fmt: skip
+        raise ValueError(f"{name} is damaged: {error or type(error).__name__}; copy the archive again") from error
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path is absolute or has ``..`` left; ``C:`` is Windows' root."""
+    return path.startswith("/") or path[1:3] in (":", ":/") or ".." in path.split("/")
+
+
+def _check_size(size: int, limit: int | None, name: str) -> None:
+    if limit is not None and size > limit:
+        raise ValueError(f"{name} has {size:,} bytes; expected at most {limit:,}")

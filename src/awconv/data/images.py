@@ -49,6 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTERS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))  # which exchange width and height
 _OTHERS = (  # what is often found under an image's name, and Pillow does not know
     (b"%PDF", "a PDF"),
     (b"version https://git-lfs", "a pointer of Git LFS, which 'git lfs pull' replaces by the file"),
@@ -103,12 +104,15 @@ def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixe
         return image if turn is None else image.transpose(turn)
 
 
-def read_header(source: IO[bytes], name: str, *, max_pixels: int = MAX_PIXELS) -> tuple[str, tuple[int, int]]:
+def read_header(
+    source: IO[bytes], name: str, *, upright: bool = False, max_pixels: int = MAX_PIXELS
+) -> tuple[str, tuple[int, int]]:
     """Pillow's mode of an image, and its width and height in pixels; only the header is read.
 
     Args:
         source: the file.
         name: what an error calls it.
+        upright: its size when it is turned as its EXIF orientation says; otherwise that of the pixels as stored.
         max_pixels: the most that it may have.
 
     Raises:
@@ -116,7 +120,9 @@ def read_header(source: IO[bytes], name: str, *, max_pixels: int = MAX_PIXELS) -
     """
     with _opened(source, name, max_pixels) as image:
         _white(image)
-        return image.mode, image.size
+        width, height = image.size
+        turned = upright and _turn(image) in _QUARTERS
+        return image.mode, (height, width) if turned else (width, height)
 
 
 @contextmanager

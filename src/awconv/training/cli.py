@@ -112,8 +112,15 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes what the configuration describes."""
-        if self._build:
+        if not self._build:
+            return
+        try:
             super().instantiate_classes()
+        except ValueError as error:
+            cause = error.__cause__ or error.__context__
+            if cause is not None and str(error).startswith("Does not validate"):  # the parser lists all that it tried
+                raise cause from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs for TensorBoard and as CSV, and with checkpoints that survive an interruption."""

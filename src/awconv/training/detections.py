@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from awconv.tasks.detection import coco_results
+from awconv.training.lock import PARTIAL
 
 
 class DetectionFile(Callback):
@@ -22,6 +24,13 @@ class DetectionFile(Callback):
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes the folder, before an evaluation that could not be kept."""
+        if self.file is not None and trainer.is_global_zero:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self.file.is_dir():
+                raise ValueError(f"detections.file must be a file to write, and {self.file} is a folder")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write(trainer, pl_module)
 
@@ -30,5 +39,6 @@ class DetectionFile(Callback):
 
     def _write(self, trainer: pl.Trainer, task: Any) -> None:
         if self.file is not None and trainer.is_global_zero and not trainer.sanity_checking:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(json.dumps(coco_results(task.evaluation, task.category_ids)) + "\n")
+            partial = self.file.with_name(f"{self.file.name}{PARTIAL}")
+            partial.write_text(json.dumps(coco_results(task.evaluation, task.category_ids), allow_nan=False) + "\n")
+            os.replace(partial, self.file)

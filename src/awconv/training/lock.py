@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _LOCK, _OWNER = ".lock", ".lock.json"
-_SECONDS = 10.0  # what is waited for a process that is about to end
+_SECONDS = 30.0  # what is waited for a process that is about to end
 PARTIAL = ".partial"
 
 

@@ -25,11 +25,12 @@ _ELSEWHERE = {
         "enable_model_summary",
         "log_every_n_steps",
     ),
-    "data": ("num_workers", "download", "inspect", "max_pixels"),
+    "data": ("num_workers", "download", "inspect", "max_pixels", "max_annotations"),
     "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config"),
 }
 # How many of a path's last names are compared: it begins otherwise on another machine.
 _PATHS = {"root": 1, "train": 2, "val": 2, "test": 2}
+_MOST_THREADS = 4096
 # A longer training may go on from a shorter one; with these changed, its steps would be others.
 _OF_STEPS = (
     "accumulate_grad_batches",
@@ -165,11 +166,18 @@ class SameThreads(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Takes the number of the training that goes on."""
+        """Takes the number of the training that goes on.
+
+        Raises:
+            ValueError: no machine has as many.
+        """
         there = checkpoint["callbacks"].get(self.state_key)
         if trainer.state.fn == TrainerFn.FITTING and there is not None:
-            torch.set_num_threads(there["threads"])
-            self.threads = there["threads"]
+            threads = there["threads"]
+            if not 1 <= threads <= _MOST_THREADS:
+                raise ValueError(f"the checkpoint's number of threads must be from 1 to {_MOST_THREADS}, got {threads}")
+            torch.set_num_threads(threads)
+            self.threads = threads
 
 
 class SameSettings(pl.Callback):

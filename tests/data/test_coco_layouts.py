@@ -1,0 +1,148 @@
+"""COCO's format as tools lay it out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from awconv.data import BrokenImageError, Coco
+from tests.photographs import SIZE, annotations, photograph, write_coco
+
+WIDTH, HEIGHT = SIZE
+
+
+def test_what_no_split_uses_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_coco(tmp_path)
+    write_coco(tmp_path, split="val2017")
+    (tmp_path / "train2017" / "other.PNG").write_bytes(b"")
+    (tmp_path / "train2017" / "._china.png").write_bytes(b"")  # a Mac's own
+    with caplog.at_level("INFO"):
+        Coco(tmp_path).dataset("train")
+    assert f"not used: val2017 in {tmp_path}" in caplog.text
+    assert "no split uses: 2 in" in caplog.text
+    assert "such as annotations/instances_val2017.json, train2017/other.PNG" in caplog.text
+
+
+# How the tools lay out files, and name images in their annotations; {0} is "china" or "flower".
+_LAYOUTS: dict[str, tuple[str, str, str, dict[str, str]]] = {
+    "COCO": ("annotations/instances_train2017.json", "train2017/{0}.png", "{0}.png", {}),
+    "Roboflow": (
+        "train/_annotations.coco.json",
+        "train/{0}.png",
+        "{0}.png",
+        {"train": "train", "annotations": "{split}/_annotations.coco.json"},
+    ),
+    "CVAT": (
+        "annotations/instances_default.json",
+        "images/default/{0}.png",
+        "{0}.png",
+        {"train": "default", "images": "images"},
+    ),
+    "CVAT, absolute": (
+        "annotations/instances_default.json",
+        "images/{0}.png",
+        "/home/django/share/{0}.png",
+        {"train": "default", "images": "images"},
+    ),
+    "datumaro": (
+        "annotations/instances_train.json",
+        "images/train/{0}.png",
+        "{0}.png",
+        {"train": "train", "images": "images/{split}"},
+    ),
+    "FiftyOne": ("labels.json", "data/{0}.png", "{0}.png", {"images": "data", "annotations": "labels.json"}),
+    "Label Studio": (
+        "result.json",
+        "images/1b-{0} (1).png",
+        "images\\1b-{0} (1).png",
+        {"images": "images", "annotations": "result.json"},
+    ),
+    "Label Studio, uploaded": (
+        "result.json",
+        "images/1b-{0} (1).png",
+        "/data/upload/3/1b-{0}%20(1).png",
+        {"images": "images", "annotations": "result.json"},
+    ),
+    "Label Studio, local": (
+        "result.json",
+        "park/{0}.png",
+        "/data/local-files/?d=park/{0}.png",
+        {"images": ".", "annotations": "result.json"},
+    ),
+    "VIA": ("via_export_coco.json", "{0}.png", "{0}.png", {"images": "", "annotations": "via_export_coco.json"}),
+    "Windows": (
+        "annotations/instances_train2017.json",
+        "train2017/{0}.png",
+        "C:\\Users\\me\\train2017\\{0}.png",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tool", _LAYOUTS)
+def test_the_layouts_that_tools_write(tool: str, packed: bool, tmp_path: Path) -> None:
+    annotated_in, image, file_name, options = _LAYOUTS[tool]
+    content = annotations()
+    for one, name in zip(content["images"], ("china", "flower"), strict=True):
+        one["file_name"] = file_name.format(name)
+        path = tmp_path / "data" / image.format(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(name).save(path)
+    (tmp_path / "data" / annotated_in).parent.mkdir(exist_ok=True)
+    (tmp_path / "data" / annotated_in).write_text(json.dumps(content))
+    root = Path(shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path, "data")) if packed else tmp_path / "data"
+    dataset = Coco(root, val_fraction=0, augmentation="none", **options).dataset("train")  # type: ignore[arg-type]
+    assert dataset is not None
+    for index, name in enumerate(("china", "flower")):
+        item = dataset[index]
+        assert item is not None
+        assert np.array_equal(item[0].permute(1, 2, 0).numpy(), np.asarray(photograph(name)))
+
+
+def test_an_image_that_may_be_one_of_several_is_none(tmp_path: Path) -> None:
+    content = annotations()
+    content["images"][0]["file_name"] = "D:\\china.png"
+    write_coco(tmp_path, content)
+    for folder in ("a", "b"):
+        (tmp_path / "train2017" / folder).mkdir()
+        shutil.copy(tmp_path / "train2017" / "china.png", tmp_path / "train2017" / folder)
+    assert Coco(tmp_path).files.below("train2017")[0] == "train2017/a/china.png"
+    (tmp_path / "train2017" / "china.png").unlink()
+    with pytest.raises(ValueError, match=r"may be train2017/a/china\.png or train2017/b/china\.png; give"):
+        Coco(tmp_path).dataset("train")
+    content["images"][0]["file_name"] = "D:\\b\\china.png"  # the longer end decides
+    write_coco(tmp_path, content)
+    (tmp_path / "train2017" / "china.png").unlink()
+    dataset = Coco(tmp_path, val_fraction=0).dataset("train")
+    assert dataset is not None
+    assert dataset.images[0].path == "train2017/b/china.png"
+
+
+def test_an_image_of_another_split_takes_no_ones_place(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    write_coco(tmp_path, split="val2017")
+    (tmp_path / "train2017" / "china.png").unlink()
+    with pytest.raises(BrokenImageError, match=r"train2017/china\.png is not a file"):
+        Coco(tmp_path, val="val2017").dataset("train")
+
+
+@pytest.mark.parametrize("path", ["../a.json", "/etc/a.json"])
+def test_paths_that_lead_out_of_the_root_are_refused(path: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--data\.annotations must be paths below --data\.root"):
+        Coco(write_coco(tmp_path), annotations=path).dataset("train")
+    content = annotations()
+    content["images"][0]["file_name"] = "../../outside.png"
+    photograph("china").save(tmp_path.parent / "outside.png")
+    with pytest.raises(BrokenImageError, match=r"outside\.png is not in "):
+        Coco(write_coco(tmp_path, content)).dataset("train")
+
+
+def test_the_annotations_that_are_there_are_named(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there are annotations/instances_train2017\.json"):
+        Coco(tmp_path, train="train").dataset("train")
