@@ -75,6 +75,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         print(f"awconv {command}: {_printable(_message(error, arguments))}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":  # torch's, both
+            raise
+        reason = str(error).splitlines()[0].partition("DefaultCPUAllocator: ")
+        print(f"awconv {command}: there is not enough memory: {reason[2] or reason[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:

@@ -17,6 +17,7 @@ from tests.robustness.archives import archives
 from tests.robustness.boxes import coco, voc
 from tests.robustness.commands import dictionaries, options, outputs, recipes, run_files
 from tests.robustness.harness import Case, run
+from tests.robustness.others import others
 from tests.robustness.pictures import detector, drawing, images
 from tests.robustness.shards import parquet, tar
 from tests.robustness.weights import checkpoints, trained, weights
@@ -34,6 +35,7 @@ DOORS: dict[str, tuple[Callable[[int], Case], int, int]] = {
     "drawing": (drawing, 60, 2),
     "parquet": (parquet, 150, 3),
     "tar": (tar, 150, 3),
+    "others": (others, 100, 3),
     "coco": (coco, 250, 4),
     "voc": (voc, 200, 3),
     "archives": (archives, 120, 3),
