@@ -15,10 +15,47 @@ from tests.robustness.harness import Case
 from tests.robustness.weights import trained
 
 _HUGE = ("1" + "0" * 9, "1" + "0" * 12, "1" + "0" * 30, "9" * 400, "9" * 5000)
-_WRONG = ("0", "-1", "1.5", "text", "nan", "inf", "", "1,,2", "8;9", "true", "[1]", "{a: 1}", "null", "\x1b[2J", "\u0661")
-_PLACES = ("file", "file/below", "/dev/null/below", "/proc/awconv", "missing/below/x.svg", "folder", "n" * 300, "x.exe", "x")
+_WRONG = (
+    "0",
+    "-1",
+    "1.5",
+    "text",
+    "nan",
+    "inf",
+    "",
+    "1,,2",
+    "8;9",
+    "true",
+    "[1]",
+    "{a: 1}",
+    "null",
+    "\x1b[2J",
+    "\u0661",
+)
+_PLACES = (
+    "file",
+    "file/below",
+    "/dev/null/below",
+    "/proc/awconv",
+    "missing/below/x.svg",
+    "folder",
+    "n" * 300,
+    "x.exe",
+    "x",
+)
 _PICTURES = (*_PLACES, "file/x.png", "folder.svg", "missing/x.pdf", "\x1b[2J", "")
-_NETWORKS = ("resnet50", "aw_resnet999", "", "aw_", "../x", "hf-hub:a/b", "local-dir:.", "aw_resnet18.nothing", "[", "a\x1b[2J")
+_NETWORKS = (
+    "resnet50",
+    "aw_resnet999",
+    "",
+    "aw_",
+    "../x",
+    "hf-hub:a/b",
+    "local-dir:.",
+    "aw_resnet18.nothing",
+    "[",
+    "a\x1b[2J",
+)
 
 
 @functools.cache
@@ -36,7 +73,20 @@ Arguments = tuple[Sequence[str], str, bool]
 
 def _op(rng: random.Random) -> Arguments:
     name = rng.choice(
-        ["channels", "size", "batch", "kernel_size", "stride", "groups", "blocks", "ways", "work", "dtype", "device", "rounds"]
+        [
+            "channels",
+            "size",
+            "batch",
+            "kernel_size",
+            "stride",
+            "groups",
+            "blocks",
+            "ways",
+            "work",
+            "dtype",
+            "device",
+            "rounds",
+        ]
     )
     large = ("100000",) if name in ("channels", "size", "kernel_size") else ()
     value = rng.choice(_WRONG if name in ("ways", "work", "dtype", "device") else _WRONG + _HUGE + large)
@@ -94,7 +144,9 @@ def _publish(rng: random.Random) -> Arguments:
     elif name == "out":
         given["out"] = rng.choice([place for place in _PLACES if not place.startswith("x")])
     else:
-        given[name] = rng.choice(["", "../../escaped", "a/b", "\x1b[2J", "a\nlicense: other", "n" * 300, "..", ".", "`x`", "<script>", "---"])
+        given[name] = rng.choice(
+            ["", "../../escaped", "a/b", "\x1b[2J", "a\nlicense: other", "n" * 300, "..", ".", "`x`", "<script>", "---"]
+        )
     wrong = name in ("out", "checkpoints") or (name == "run" and run != "run/plain-seed0.json")
     if name == "out" and given["out"] in ("folder", "missing/below/x.svg"):
         wrong = False
@@ -104,8 +156,8 @@ def _publish(rng: random.Random) -> Arguments:
 
 _OVERRIDES = (
     "--trainer.max_epochs=0", "--trainer.nothing=1", "--model.lr=nan", "--model.network=nothing", "--data=Nothing",
-    "--data.batch_size=100000", "nothing", "--trainer.max_epochs", "--seed_everything=text", "--model=3", "--config=file",
-    "--ckpt_path=file", "--trainer.accelerator=tpu",
+    "--data.batch_size=100000", "nothing", "--trainer.max_epochs", "--seed_everything=text", "--model=3",
+    "--config=file", "--ckpt_path=file", "--trainer.accelerator=tpu",
 )  # fmt: skip
 
 
@@ -136,7 +188,11 @@ def _ablate(rng: random.Random) -> Arguments:
     recipe = rng.choice(["recipe.yaml"] * 5 + ["missing.yaml", "file", "folder"])
     short = ["--", "--trainer.max_epochs=1", *FIT[2:6]]
     names = "recipe" if recipe == "recipe.yaml" else recipe
-    return ["ablate", recipe, f"--vary={given}", "--seeds=1", "--out=out", *short], "" if names == "recipe" else names, True
+    return (
+        ["ablate", recipe, f"--vary={given}", "--seeds=1", "--out=out", *short],
+        "" if names == "recipe" else names,
+        True,
+    )
 
 
 def _evaluate(rng: random.Random) -> Arguments:
@@ -173,7 +229,7 @@ _RECIPE = "model: {network: resnet8_cifar}\ndata: {class_path: awconv.data.Digit
 
 
 def others(seed: int) -> Case:
-    """An argument out of range, of another type or of what is not there, for any command but ``fit`` and ``predict``."""
+    """An argument out of range, of another type or of what is not there, where nothing is fitted or predicted."""
     rng = random.Random(f"others {seed}")
     arguments, names, wrong = _RULES[seed % len(_RULES)](rng)
 

@@ -203,7 +203,9 @@ def _long(rng: random.Random) -> Spoiled:
 
 def _mode(rng: random.Random) -> Spoiled:
     noise = np.random.default_rng(rng.randrange(2**32))
-    mode = rng.choice(["1", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I", "F", "nan", "float16"])
+    mode = rng.choice(
+        ["1", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I", "F", "nan", "float16"]
+    )
     if mode in ("I", "F", "nan"):
         values = noise.normal(0, 1e6, (9, 9)).astype(np.int32 if mode == "I" else np.float32)
         if mode == "nan":
@@ -217,7 +219,7 @@ def _mode(rng: random.Random) -> Spoiled:
         return "tiff", encoded(picture(rng), "TIFF").replace(struct.pack("<HHI", 258, 3, 3), b"\xff" * 8), False
     format = "JPEG" if mode in ("CMYK", "YCbCr") else "TIFF" if mode in ("LAB", "PA") else "PNG"
     image = picture(rng)
-    image = image.convert("P") if mode == "P" else Image.new(mode, (9, 9)) if mode == "PA" else image.convert("L" if mode == "PA" else "RGB").convert(mode) if mode != "LAB" else Image.new("LAB", (9, 9), (50, 3, 4))
+    image = Image.new(mode, (9, 9)) if mode in ("LAB", "PA") else image.convert(mode)
     try:
         return FORMATS[format], encoded(image, format), False
     except OSError:  # which Pillow cannot write
@@ -231,10 +233,9 @@ def _exif(rng: random.Random) -> Spoiled:
     content = bytearray(notes.tobytes())
     for _ in range(rng.choice([0, 1, 3, 12])):
         content[rng.randrange(6, len(content))] = rng.choice([0, 0xFF, rng.randrange(256)])
-    format = rng.choice(["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
-    if format == "TIFF":
-        return "tiff", encoded(picture(rng), "TIFF", exif=notes), False
-    return FORMATS[format], encoded(picture(rng), format, exif=bytes(content[: rng.choice([6, 20, None, None])])), False
+    format = rng.choice(["JPEG", "PNG", "WEBP", "TIFF"])  # to AVIF, Pillow writes none that are damaged
+    given = notes if format == "TIFF" else bytes(content[: rng.choice([6, 20, None, None])])
+    return FORMATS[format], encoded(picture(rng), format, exif=given), False
 
 
 def _animated(rng: random.Random) -> Spoiled:
@@ -317,8 +318,9 @@ def _place(seed: int, command: Sequence[str], rng: random.Random) -> Case:
 
 
 _TARGETS = (
-    "file", "file/below", "pictures", "pictures/a.png", "pictures/a.png/below", "link to the pictures", "link to a file",
-    "dangling", "loop", "drawn", "drawn/taken", "drawn/linked", "drawn/folder", "/dev/null", "/proc/awconv", "n" * 300,
+    "file", "file/below", "pictures", "pictures/a.png", "pictures/a.png/below", "link to the pictures",
+    "link to a file", "dangling", "loop", "drawn",
+    "drawn/taken", "drawn/linked", "drawn/folder", "/dev/null", "/proc/awconv", "n" * 300,
     "\x1b[2Jd", "", "drawn/hard link",
 )  # fmt: skip
 
@@ -341,7 +343,9 @@ def drawing(seed: int) -> Case:
         (folder / "loop").symlink_to("loop")
         drawn = folder / "drawn"
         drawn.mkdir()
-        inside = {one: [drawn / one, drawn / "pictures" / one, drawn / "more" / one] for one in ("a.png.png", "b.png.png")}
+        inside = {
+            one: [drawn / one, drawn / "pictures" / one, drawn / "more" / one] for one in ("a.png.png", "b.png.png")
+        }
         for path in (*inside["a.png.png"], *inside["b.png.png"]):
             path.parent.mkdir(exist_ok=True)
             if target == "drawn/taken":
@@ -356,5 +360,7 @@ def drawing(seed: int) -> Case:
         return ["predict", f"--ckpt={detector()}", f"--draw={place}", threshold, *given]
 
     harmless = target in ("\x1b[2Jd", "drawn", "", "pictures", "link to the pictures", "dangling")
-    names = {"\x1b[2Jd": r"\x1b[2Jd", "": "draw"}.get(target, target.partition("/")[0] if target[0:1] != "/" else target)
+    names = {"\x1b[2Jd": r"\x1b[2Jd", "": "draw"}.get(
+        target, target.partition("/")[0] if target[0:1] != "/" else target
+    )
     return Case(f"drawing {seed}: {target[:20]!r}, {given}", prepare, names, "either" if harmless else "error")

@@ -72,7 +72,9 @@ def _case(door: str, seed: int, title: str, names: str, outcome: Any, prepare: C
 
 def _table(labels: Any = None, images: Any = None, **columns: Any) -> pa.Table:
     content = [{"bytes": _png(n), "path": f"{n}.png"} for n in range(_COUNT)] if images is None else images
-    return pa.table({"image": content, "label": [n % 3 for n in range(_COUNT)] if labels is None else labels, **columns})
+    return pa.table(
+        {"image": content, "label": [n % 3 for n in range(_COUNT)] if labels is None else labels, **columns}
+    )
 
 
 _LABELS: dict[str, Any] = {
@@ -172,7 +174,9 @@ def parquet(seed: int) -> Case:
         title = list(columns)[seed // 6 % len(columns)]
         table = columns[title]()
         outcome = "either" if title in ("strange names", "two columns of images", "one row") else "error"
-    kind = rng.choice(["differ in names", "differ in type", "missing val", "folder", "pattern of none", "val of others", "pipe"])
+    kind = rng.choice(
+        ["differ in names", "differ in type", "missing val", "folder", "pattern of none", "val of others", "pipe"]
+    )
 
     def prepare(folder: Path) -> Sequence[str]:
         path = folder / "train.parquet"
@@ -185,7 +189,10 @@ def parquet(seed: int) -> Case:
         pq.write_table(_table(["a", "b", "c"] * 4), folder / "train-0.parquet")
         train, val = "train-*.parquet", []
         if kind == "differ in names":
-            pq.write_table(_table(["a", "b", "d"] * 4).replace_schema_metadata({"huggingface": _METADATA[11]}), folder / "train-1.parquet")
+            pq.write_table(
+                _table(["a", "b", "d"] * 4).replace_schema_metadata({"huggingface": _METADATA[11]}),
+                folder / "train-1.parquet",
+            )
         elif kind == "differ in type":
             pq.write_table(_table(), folder / "train-1.parquet")
         elif kind == "folder":
@@ -299,8 +306,9 @@ def tar(seed: int) -> Case:
         outcome = "either" if title in ("two in one",) else "error"
     else:
         given = (
-            "--data.class_names=[a,b]", "--data.class_names=[a,a,b]", "--data.class_names=[1,2,3]", "--data.class_names=abc",
-            "--data.val=missing.tar", "--data.train={0..99999999}.tar", "--data.train={5..2}.tar", "--data.train=.",
+            "--data.class_names=[a,b]", "--data.class_names=[a,a,b]", "--data.class_names=[1,2,3]",
+            "--data.class_names=abc", "--data.val=missing.tar",
+            "--data.train={0..99999999}.tar", "--data.train={5..2}.tar", "--data.train=.",
             "--data.train=train.tar/x", "--data.test=[", "--data.train=", "--data.train=\n", "--data.val=train.tar/..",
         )  # fmt: skip
         title = given[seed // 6 % len(given)]
@@ -310,7 +318,11 @@ def tar(seed: int) -> Case:
         (folder / "train.tar").write_bytes(content)
         return "--data=WebDataset", f"--data.train={folder / 'train.tar'}", *more
 
-    names = "train.tar" if rule != "arguments" else {"class_names": "class", "val": "", "test": "", "train": ""}[title[7:].partition("=")[0]]
+    names = (
+        "train.tar"
+        if rule != "arguments"
+        else {"class_names": "class", "val": "", "test": "", "train": ""}[title[7:].partition("=")[0]]
+    )
     return _case("tar", seed, title, names, outcome, prepare)
 
 
@@ -343,7 +355,13 @@ def _folders(seed: int, rng: random.Random) -> Case:
         if kind == "no classes":
             (root / "train").mkdir()
             (root / "train" / "x.png").write_bytes(_png(1))
-        elif kind in ("a class is empty", "only leftovers", "images are folders", "images are links to nothing", "a class is a file"):
+        elif kind in (
+            "a class is empty",
+            "only leftovers",
+            "images are folders",
+            "images are links to nothing",
+            "a class is a file",
+        ):
             for n in range(5):
                 (b / f"{n}.png").unlink()
                 if kind == "only leftovers":

@@ -1,6 +1,7 @@
 """``awconv bench model``: whole networks beside their twins."""
 
 from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal

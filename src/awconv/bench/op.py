@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from timm.layers import SEModule
 from torch import Tensor, nn
 
-from awconv.bench.report import Format, Row, check_device, check_memory, check_picture, check_range, names, numbers, print_rows
+from awconv.bench.report import (
+    Format,
+    Row,
+    check_device,
+    check_memory,
+    check_picture,
+    check_range,
+    names,
+    numbers,
+    print_rows,
+)
 from awconv.bench.rivals import RoutedCondConv2d
 from awconv.bench.roofline import Work, measure_ceilings, plot_roofline, work_of
 from awconv.bench.timing import Ratio, ratios
@@ -142,7 +152,9 @@ class Layer:
                 f"groups, {blocks} blocks"
             )
         input, output = (batch * channels * size**2, batch * channels * (-(-size // stride)) ** 2)
-        weight, attention = (count * kernel_size**2 for count in (channels * channels // groups, batch * channels * blocks))
+        weight, attention = (
+            count * kernel_size**2 for count in (channels * channels // groups, batch * channels * blocks)
+        )
         check_memory(  # with gradients
             2 * (input + output + weight + attention),
             device,
