@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from awconv.cli import main
-from awconv.predict import classify, predict
+from awconv.predict import Detected, classify, detect, predict
 from awconv.tasks import ClassificationTask, DetectionTask
 from tests.data.samples import digit, png
 
@@ -74,6 +75,14 @@ class TestWhichImages:
         (folder.parent / "link").symlink_to(folder)
         same = (folder, folder, folder / "a.png", folder / ".." / "photos", folder.parent / "link" / "b [1].png")
         assert predicted(capsys, *same) == [str(folder / "a.png"), str(folder / "b [1].png")]
+
+    def test_a_name_that_is_not_utf8_is_an_argument_too(
+        self, classifier: ClassificationTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+        digit(0).save(name)
+        assert main(["predict", f"--ckpt={CKPT}", "--format=json", name]) == 0
+        assert json.loads(capsys.readouterr().out)["predictions"][0]["image"] == name
 
     def test_the_home_folder(
         self,
@@ -194,6 +203,20 @@ class TestBounds:
         Image.new("L", (1333, 1)).save(folder / "long.png")
         assert predict([folder / "long.png"], CKPT) == 0
 
+    def test_a_large_image_takes_a_few_bytes_a_pixel(self, tmp_path: Path) -> None:
+        """Pillow's is let go, and single precision is not held twice."""
+        task = DetectionTask(["cat"], [1], network="resnet8_cifar", min_size=32, max_size=32).eval()
+        side = 4000
+        Image.new("RGB", (side, side), "red").save(tmp_path / "large.png", compress_level=1)
+        child = os.fork()
+        if child == 0:
+            before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            results = list(detect(task, [tmp_path / "large.png"], 0.5))
+            taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+            # uint8 and float32 are 15 bytes a pixel.
+            os._exit(0 if isinstance(results[0], Detected) and taken < 20 * side**2 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
 
 class TestCopies:
     @pytest.mark.parametrize("place", ["photos", "photos/drawn", "drawn"])
@@ -262,6 +285,13 @@ class TestCopies:
             assert main(["predict", f"--ckpt={CKPT}", f"--draw={draw}", str(folder)]) == 1
             assert f"draw must be a folder, and {draw} cannot be made one: " in capsys.readouterr().err
         assert (folder.parent / "drawn").read_text() == "mine"
+
+    def test_links_in_a_circle_are_no_folder_either(
+        self, detector: DetectionTask, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (folder.parent / "drawn").symlink_to("drawn")
+        assert main(["predict", f"--ckpt={CKPT}", f"--draw={folder.parent / 'drawn'}", str(folder)]) == 1
+        assert f"draw must be a folder, and {folder.parent / 'drawn'} cannot be made one" in capsys.readouterr().err
 
     def test_a_folder_that_cannot_be_written(
         self, detector: DetectionTask, folder: Path, monkeypatch: pytest.MonkeyPatch

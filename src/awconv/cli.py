@@ -75,6 +75,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         print(f"awconv {command}: {_printable(_message(error, arguments))}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":  # torch's, both
+            raise
+        reason = str(error).splitlines()[0].partition("DefaultCPUAllocator: ")
+        print(f"awconv {command}: there is not enough memory: {reason[2] or reason[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:
@@ -155,7 +161,8 @@ def _function(command: str, arguments: Sequence[str]) -> int:
         parser.add_argument("run", type=Path, help="the file of a run of awconv compare: aw-seed0.json")
         skip |= {"run"}
     if command == "predict":
-        parser.add_argument("images", type=Path, nargs="+", help="image files, and folders that are searched for them")
+        # A function, and not the class: jsonargparse would write a Path as UTF-8, which names of files need not be.
+        parser.add_argument("images", type=_path, nargs="+", help="image files, and folders that are searched for them")
         skip |= {"images"}
     others: dict[str, object] = {}
     if command in ("demo", "compare", "ablate"):
@@ -170,6 +177,10 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments)).as_dict()
     given.pop("config")
     return function(**given, **others)
+
+
+def _path(name: str) -> Path:
+    return Path(name)
 
 
 def _bench(command: str, arguments: Sequence[str]) -> int:

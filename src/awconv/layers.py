@@ -181,6 +181,8 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             in_expansion = group_in_channels
         if activation not in ACTIVATIONS:
             raise ValueError(f"{name}: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+        if residual not in (True, False):
+            raise ValueError(f"{name}: residual must be True or False, got {residual!r}")
         if not isinstance(reduction, int) or reduction < 1:
             raise ValueError(f"{name}: reduction must be a positive integer, got {reduction!r}")
         attention_size = [

@@ -27,6 +27,7 @@ from awconv.data import BrokenImageError, to_uint8
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.data.module import check_batch
+from awconv.models.detection.transform import NarrowImageError
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import read_checkpoint
 
@@ -239,13 +240,15 @@ def detect(
     limited.score_thresh = min(limited.score_thresh, threshold)
     for file in files:
         try:
-            image = pil_to_tensor(read_image(str(file), str(file), max_pixels=max_pixels).convert("RGB"))
-            _check_proportions(task, image, file)
+            image = _read_colours(file, max_pixels)
+            with torch.inference_mode():
+                (found,) = task([image.to(task.device)])
         except BrokenImageError as error:
             yield Failure(str(file), str(error))
             continue
-        with torch.inference_mode():
-            (found,) = task([image.to(task.device)])
+        except NarrowImageError as error:
+            yield Failure(str(file), f"{file}: {error}")
+            continue
         for name in ("boxes", "scores"):
             _check_finite(found[name], [str(file)] * len(found[name]))
         kept = found["scores"] >= threshold
@@ -264,6 +267,13 @@ def detect(
                 yield Failure(str(file), f"{file}: its copy {copies[file]} cannot be written: {error.strerror}")
 
 
+def _read_colours(file: Path, max_pixels: int) -> Tensor:
+    """An image as uint8, shape (3, H, W). Pillow's own, which is larger, is not kept."""
+    image = read_image(str(file), str(file), max_pixels=max_pixels)
+    tensor: Tensor = pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+    return tensor
+
+
 def _check_finite(outputs: Tensor, names: Sequence[str]) -> None:
     """Raises a ValueError that names the first image of a batch for which an output is NaN or infinite."""
     finite = outputs.isfinite().flatten(1).all(1) if outputs.dim() > 1 else outputs.isfinite()
@@ -271,17 +281,6 @@ def _check_finite(outputs: Tensor, names: Sequence[str]) -> None:
         first = names[int((~finite).nonzero()[0])]
         raise ValueError(
             f"the network's outputs for {first} are not finite; the checkpoint is damaged, or its training diverged"
-        )
-
-
-def _check_proportions(task: DetectionTask, image: Tensor, file: Path) -> None:
-    """Raises a BrokenImageError for an image of which nothing is left when its longer side fits the network."""
-    transform: Any = task.network.transform
-    shorter, longer = sorted(image.shape[1:])
-    if transform.fixed_size is None and shorter * transform.max_size < longer:
-        raise BrokenImageError(
-            f"{file}: of {image.shape[2]}x{image.shape[1]} pixels less than one is left in width or height where the "
-            f"longer side is reduced to {transform.max_size}, the network's max_size; cut the image into parts"
         )
 
 
@@ -302,15 +301,15 @@ def _copies(files: Sequence[Path], draw: Path) -> dict[Path, Path]:
         raise ValueError(f"draw must be a folder, and {draw} cannot be made one: {error.strerror}") from error
     if not os.access(draw, os.W_OK | os.X_OK):
         raise ValueError(f"nothing can be written into {draw}; {way_out}")
-    resolved = {file: file.resolve() for file in files}
+    resolved = {file: _real(file) for file in files}
     top = Path(os.path.commonpath([str(file.parent) for file in resolved.values()]))
     inputs = {file: name for name, file in resolved.items()}
     copies: dict[Path, Path] = {}
     for file, real in resolved.items():
         name = real.relative_to(top)
         copy = draw / name.with_name(f"{name.name}.png")
-        if copy.resolve() in inputs:
-            raise ValueError(f"the copy of {file} would be written over {inputs[copy.resolve()]}; {way_out}")
+        if (over := inputs.get(_real(copy))) is not None:
+            raise ValueError(f"the copy of {file} would be written over {over}; {way_out}")
         links = [one for one in (copy, *copy.parents) if draw in one.parents and os.path.islink(one)]
         if links:
             raise ValueError(f"the copy of {file} would be written through the link {links[0]}; {way_out}")
@@ -373,6 +372,11 @@ def _drawn(image: Tensor, detections: Sequence[Detection]) -> Image.Image:
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#ff7f0e")
 
 
+def _real(path: Path) -> Path:
+    """Where links lead; a loop of links, which ``Path.resolve`` fails at, stays as it is."""
+    return Path(os.path.realpath(path))
+
+
 def _files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
     """The image files that are named, and those in the folders that are, each once, but for copies in ``draw``."""
     found: dict[Path, Path] = {}
@@ -381,7 +385,7 @@ def _files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in map(Path, walk(path)) if file.suffix.lower() in ENDINGS and file.is_file())
             if draw is not None:
-                inside = [file for file in inside if draw.resolve() not in file.resolve().parents or not _is_copy(file)]
+                inside = [file for file in inside if _real(draw) not in _real(file).parents or not _is_copy(file)]
             if not inside:
                 raise FileNotFoundError(f"folder {path} holds no image file ({', '.join(sorted(ENDINGS))})")
         elif path.is_file():
@@ -389,5 +393,5 @@ def _files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path} is neither an image file nor a folder")
         for file in inside:
-            found.setdefault(file.parent.resolve() / file.name, file)
+            found.setdefault(_real(file.parent) / file.name, file)
     return list(found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,18 @@ def publish(
 
     Raises:
         FileNotFoundError: the run, or its checkpoint, is not there.
-        ValueError: the file is no run, or its network has arguments, without which weights do not fit.
+        ValueError: the file is no run, its network has arguments, without which weights do not fit, or a text is none
+            that a card can hold.
     """
+    if not re.fullmatch(r"\w[\w.-]{0,99}", tag, re.ASCII):
+        raise ValueError(
+            f"tag must be a name, without folders, of letters, digits, '.', '-' and '_', at most 100, got {tag[:120]!r}"
+        )
+    if not re.fullmatch(r"[\w.+() -]{1,200}", license, re.ASCII):
+        raise ValueError(f"license must be an SPDX identifier such as apache-2.0, got {license[:120]!r}")
+    for name, text in (("data", data), ("recipe", recipe)):
+        if not text.strip() or not text.isprintable():
+            raise ValueError(f"{name} must be one line of text, got {text[:120]!r}")
     if not run.is_file():
         raise FileNotFoundError(f"run {run} is not a file; expected one of awconv compare, such as aw-seed0.json")
     finished = Run.load(run)
@@ -52,8 +63,6 @@ def publish(
         raise ValueError(f"only classifiers are published, and {run} is of a detector")
     if finished.network != task.hparams["network"]:
         raise ValueError(f"{run} says that its network is {finished.network}, and {last} {task.hparams['network']}")
-    if Path(tag).name != tag:
-        raise ValueError(f"tag must be a name, without folders, got {tag!r}")
     if task.hparams["network_args"] or task.hparams["convert"]:
         raise ValueError("a network with network_args or convert has no name of its own under which it could be loaded")
     network = task.evaluated.cpu()

@@ -83,9 +83,12 @@ def test_a_detector_is_timed_beside_its_twin(
         ("ssd300", "aw_vgg16", dict(score_thresh=0.0)),
     ],
 )
-def test_both_detectors_have_the_same_to_do(detector: Any, backbone: str, arguments: dict[str, Any]) -> None:
+def test_both_detectors_have_the_same_to_do(
+    detector: Any, backbone: str, arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     detectors = twin_detectors(detector, backbone, **arguments)
+    assert not caplog.messages  # of plain weights in AW layers, which are no mistake here
     image = pil_to_tensor(photograph("china")) / 255
     with torch.no_grad():
         plain, aw = (detectors[way].eval()([image])[0] for way in ("plain", "aw"))
@@ -112,6 +115,16 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["op", "--ways=output_gain"], "algorithm='output_gain' cannot run this problem"),
         (["op", "--groups=3"], "groups must divide the channels"),
         (["op", "--plot=a.png"], "plot needs several numbers for one of channels"),
+        (["op", "--size=6,8", "--plot=missing/a.png"], "plot must be a file in a folder that is there .*missing/a.png"),
+        (["op", "--roofline=a.exe"], "roofline must end in .png, .svg, .pdf, got a.exe"),
+        (["op", "--stride=0"], "stride must be from 1 to 2,147,483,647, got 0"),
+        (["op", "--groups=-1"], "groups must be from 1 to 2,147,483,647, got -1"),
+        (["op", f"--kernel_size={10**30}"], "kernel_size must be from 1 to 2,147,483,647, got 1000"),
+        (["op", "--rounds=0"], "rounds must be from 1 to 100,000, got 0"),
+        (["op", "--size=1000000"], "at least [0-9,]+ GiB are needed, and cpu has .*: give less of .*size = 1000000"),
+        (["model", "aw_resnet8_cifar", "--size=10000000"], "GiB are needed.*size = 10000000"),
+        (["model", "aw_resnet8_cifar", "--rounds=-1"], "rounds must be from 1 to 100,000, got -1"),
+        (["detector", "aw_resnet18", "--size=9999999x9999999"], "GiB are needed.*size = 9999999x9999999"),
         (["op", "--device=tpu"], "device must be cpu or cuda"),
         (["detector", "aw_resnet18", "--size=800"], "size must be a height and a width such as 800x1333, got '800'"),
         (["detector", "resnet50"], "backbones must be AW networks with a plain twin, got 'resnet50'"),

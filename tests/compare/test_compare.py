@@ -183,6 +183,9 @@ def test_wrong_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"recipe\.yaml must name a network under model\.network"):
         compare(recipe)
     recipe.write_text("model: {network: resnet8_cifar}")
+    with pytest.raises(ValueError, match=r"trainer.max_epochs must be more than 0 to train anything, got 0"):
+        compare(recipe, seeds=1, out=tmp_path / "out", overrides=["--trainer.max_epochs=0"])
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"seeds must be at least 1, got 0"):
         compare(recipe, "plain", seeds=0)
     with pytest.raises(ValueError, match=r"variant '' of resnet8_cifar would be"):
@@ -428,6 +431,11 @@ def test_every_choice_offered_is_one() -> None:
         arms("aw_resnet8_cifar", ["reductoin=4"])
     with pytest.raises(ValueError, match="changes must differ"):
         arms("aw_resnet8_cifar", ["reduction=4", "reduction=4"])
+    with pytest.raises(ValueError, match="vary must name at least one change"):
+        arms("aw_resnet8_cifar", [])
+    for text in ("{", "!!python/name:os.system", "[" * 10**4):
+        with pytest.raises(ValueError, match=r"the value of the change 'reduction=.*' is not YAML"):
+            arms("aw_resnet8_cifar", [f"reduction={text}"])
 
 
 def test_tables_in_texts_are_made_from_the_runs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,9 @@ class TestLayouts:
             assert len(Parquet(pattern).open("train")) == 6
         with pytest.raises(ValueError, match=r"is a folder; expected a Parquet file or a glob pattern of some"):
             Parquet("~").classes  # noqa: B018
+        os.mkfifo(tmp_path / "pipe.parquet")
+        with pytest.raises(ValueError, match=r"pipe\.parquet is not a file that can be read more than once"):
+            Parquet("~/pipe.parquet").classes  # noqa: B018
 
     def test_what_is_not_used_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level("INFO")

@@ -124,6 +124,11 @@ class TestLayouts:
         for index in range(2):
             assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
 
+    @pytest.mark.parametrize("name", ["", ".", "..", "./..", "a/.."])
+    def test_members_that_are_called_nothing_are_passed_over(self, name: str, tmp_path: Path) -> None:
+        content = {"0.png": png(digit(0)), "0.cls": "0", "1.png": png(digit(1)), "1.cls": "1", name: b"x"}
+        assert WebDataset(write_tar(tmp_path / "a.tar", content)).open("train").targets == [0, 1]
+
     def test_what_is_not_used_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level("INFO")
         path = write_tar(tmp_path / "a.tar", {**PLAIN, "c.cls": "0", "d.cls": "1", "a.txt": "x", "\x1b[2J": "y"})

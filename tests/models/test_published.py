@@ -135,6 +135,16 @@ def test_publishing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.trainer.callback_metrics["test/accuracy"].item() == pytest.approx(run["score"], abs=1e-6)
     command = f"awconv test --config={recipe} --model.network=aw_resnet8_cifar --model.pretrained={folder / FILE}"
     assert command in (folder / CARD).read_text()
+    for name, text in (
+        ("tag", "../../tiny"),
+        ("tag", ""),
+        ("license", "mit\ntags: [x]"),
+        ("data", "a\n---"),
+        ("recipe", ""),
+    ):
+        assert main(["publish", str(runs / "aw-seed0.json"), *arguments, f"--{name}={text}"]) == 1
+        assert f"awconv publish: {name} must be " in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml", "runs", "weights"}
     assert main(["publish", str(tmp_path / "none.json"), *arguments]) == 1
     assert "is not a file; expected one of awconv compare" in capsys.readouterr().err
     other = run | {"epochs": [*run["epochs"][:-1], run["epochs"][-1] | {"train_loss": 0.125}]}
@@ -146,7 +156,10 @@ def test_publishing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["publish", str(runs / "other-seed0.json"), *arguments]) == 1
     assert "says that its network is ../../elsewhere, and" in capsys.readouterr().err
     assert main(["publish", str(runs / "aw-seed0.json"), "--tag=../up", *arguments[1:]]) == 1
-    assert "tag must be a name, without folders, got '../up'" in capsys.readouterr().err
+    assert (
+        "tag must be a name, without folders, of letters, digits, '.', '-' and '_', at most 100, got '../up'"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in out.iterdir()] == ["aw_resnet8_cifar.tiny"]
     shutil.rmtree(runs / "aw-seed0")
     assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 1

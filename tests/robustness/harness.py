@@ -28,14 +28,14 @@ class Case:
     Attributes:
         name: the door, the rule and the seed, from which the same input is made again.
         prepare: makes the input in an empty folder and returns the command's arguments.
-        names: what an error must name: a part of a file's name, or an option.
+        names: what an error must name: a part of a file's name, or an option; or several.
         outcome: ``"error"`` where the input cannot be used; ``"either"`` where it may be harmless.
         check: for a command that succeeds: what is wrong nevertheless, given the folder; None if nothing.
     """
 
     name: str
     prepare: Callable[[Path], Sequence[str]]
-    names: str
+    names: str | tuple[str, ...]
     outcome: Literal["error", "either"] = "error"
     check: Callable[[Path], str | None] = lambda folder: None
 
@@ -91,8 +91,12 @@ def _faults(case: Case, outcome: Outcome) -> list[str]:
         return [f"ended by signal {-outcome.status} after {outcome.seconds:.0f} s: {last}"]
     if outcome.status == 0 and case.outcome == "error":
         faults.append(f"taken silently: {last}")
-    if outcome.status != 0 and case.names not in outcome.printed:
-        faults.append(f"the message does not name {case.names!r}: {last}")
+    names = (case.names,) if isinstance(case.names, str) else case.names
+    faults += [
+        f"the message does not name {name!r}: {last}"
+        for name in names
+        if outcome.status != 0 and name not in outcome.printed
+    ]
     if outcome.memory > MEMORY:
         faults.append(f"{outcome.memory / 2**30:.1f} GiB of memory")
     return faults

@@ -17,6 +17,9 @@ from tests.robustness.archives import archives
 from tests.robustness.boxes import coco, voc
 from tests.robustness.commands import dictionaries, options, outputs, recipes, run_files
 from tests.robustness.harness import Case, run
+from tests.robustness.others import others
+from tests.robustness.pictures import detector, drawing, images
+from tests.robustness.shards import parquet, tar
 from tests.robustness.weights import checkpoints, trained, weights
 
 # How many inputs a campaign tries, and the ordinary tests.
@@ -28,6 +31,11 @@ DOORS: dict[str, tuple[Callable[[int], Case], int, int]] = {
     "outputs": (outputs, 48, 3),
     "checkpoints": (checkpoints, 280, 6),
     "weights": (weights, 108, 3),
+    "images": (images, 250, 4),
+    "drawing": (drawing, 60, 2),
+    "parquet": (parquet, 150, 3),
+    "tar": (tar, 150, 3),
+    "others": (others, 100, 3),
     "coco": (coco, 250, 4),
     "voc": (voc, 200, 3),
     "archives": (archives, 120, 3),
@@ -40,6 +48,7 @@ def _warm() -> None:
     AWConv2d(4, 4, 3)(torch.zeros(2, 4, 8, 8)).sum().backward()
     AWConv2d(4, 4, 3, dtype=torch.float64)(torch.zeros(2, 4, 8, 8, dtype=torch.float64)).sum().backward()
     trained()
+    detector()
 
 
 def _seeds(few: bool) -> list[pytest.param]:

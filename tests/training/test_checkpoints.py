@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from PIL import Image
 
 from awconv.cli import main
 from awconv.compare.runs import base_network
 from awconv.models.pretrained import not_finite, read_weights
 from awconv.predict import load_task
+from awconv.tasks import DetectionTask
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import AtomicCheckpointIO, find_last, read_checkpoint
 from awconv.training.lock import clear, locked
@@ -84,6 +87,24 @@ def test_weights_that_are_no_numbers_are_refused(name: str, value: float, traine
     goes_on = [*SHORT, "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path / 'on'}", f"--ckpt_path={path}"]
     assert main(["fit", *goes_on]) == 1
     assert not list(tmp_path.glob("on/**/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "name", ["network.backbone.body.conv1.weight", "network.roi_heads.box_predictor.cls_score.bias"]
+)
+def test_a_detectors_too(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.strategy.connect(DetectionTask(["cat"], [1], network="resnet8_cifar", min_size=32, max_size=32))
+    whole = tmp_path / "whole.ckpt"
+    trainer.save_checkpoint(whole)
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert main(["predict", f"--ckpt={whole}", str(tmp_path / "a.png")]) == 0
+    path = changed(whole, tmp_path, lambda content: content["state_dict"][name].view(-1)[0].fill_(float("nan")))
+    capsys.readouterr()
+    assert main(["predict", f"--ckpt={path}", str(tmp_path / "a.png")]) == 1
+    printed = capsys.readouterr()
+    assert f"infinite or not a number, such as {name}" in printed.err
+    assert printed.out == ""
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from awconv.bench.model import Side, check_twins
-from awconv.bench.report import Format, Row, check_device, names, numbers, print_rows
+from awconv.bench.model import FIRST_MAPS, Side, check_twins
+from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
 from awconv.bench.timing import ratios
 from awconv.convert import AW_LAYERS
 from awconv.models.detection import DETECTORS
@@ -55,6 +55,7 @@ def bench_detector(
         ValueError: an argument is out of place, or a backbone has no twin.
     """
     check_device(device)
+    check_range(rounds=rounds)
     check_twins("backbones", backbones)
     works = names("work", work, ("forward", "step"))
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
@@ -66,6 +67,8 @@ def bench_detector(
     arguments: dict[str, Any] = dict(trainable_layers="usual")
     if detector == "faster_rcnn":
         arguments |= dict(norm="frozen", min_size=min(sides), max_size=max(sides))
+    for images in batches:
+        check_memory(FIRST_MAPS * images * 3 * height * width, device, batch=images, size=size)
     rows: list[Row] = []
     for name in backbones:
         detectors = twin_detectors(detector, name, **arguments)
@@ -92,7 +95,7 @@ def twin_detectors(detector: Literal["faster_rcnn", "ssd300"], backbone: str, **
         **arguments: of the detector.
     """
     plain, aw = (DETECTORS[detector](name, **arguments) for name in (TWINS[backbone], backbone))
-    aw.load_state_dict(plain.state_dict(), strict=False)  # all but the branches
+    aw.load_state_dict(aw.state_dict() | plain.state_dict())  # its own branches, and nothing else of it
     for layer in aw.modules():
         if isinstance(layer, AW_LAYERS):
             layer.weight.data /= layer.start_constant()

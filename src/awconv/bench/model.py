@@ -10,12 +10,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from awconv.bench.report import Format, Row, check_device, names, numbers, print_rows
+from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
 from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
 from awconv.layers import AttentionBranch
 from awconv.models.registry import TWINS
 from awconv.ops.choose import ALGORITHMS, forced
+
+FIRST_MAPS = 8  # times the images, the least that a network's first feature maps take
 
 
 def bench_model(
@@ -57,6 +59,7 @@ def bench_model(
         ValueError: an argument is out of place, or a network has no twin.
     """
     check_device(device)
+    check_range(rounds=rounds, **({} if size is None else {"size": size}))
     works = names("work", work, ("forward", "step", "memory", "branch"))
     batches = numbers("batch", batch)
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
@@ -67,7 +70,9 @@ def bench_model(
         plain = competitors["plain"][0]
         shape: tuple[int, int, int] = plain.pretrained_cfg["input_size"]  # type: ignore[assignment,index]
         for images in batches:
-            input = torch.randn(images, shape[0], size or shape[1], size or shape[2], device=device)
+            height, width = size or shape[1], size or shape[2]
+            check_memory(FIRST_MAPS * images * shape[0] * height * width, device, batch=images, size=height)
+            input = torch.randn(images, shape[0], height, width, device=device)
             if channels_last:
                 input = input.contiguous(memory_format=torch.channels_last)
             sides = {

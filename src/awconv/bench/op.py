@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from timm.layers import SEModule
 from torch import Tensor, nn
 
-from awconv.bench.report import Format, Row, check_device, names, numbers, print_rows
+from awconv.bench.report import (
+    Format,
+    Row,
+    check_device,
+    check_memory,
+    check_picture,
+    check_range,
+    names,
+    numbers,
+    print_rows,
+)
 from awconv.bench.rivals import RoutedCondConv2d
 from awconv.bench.roofline import Work, measure_ceilings, plot_roofline, work_of
 from awconv.bench.timing import Ratio, ratios
@@ -62,8 +72,9 @@ def bench_op(
         channels_last: memory format of the images.
         rounds: how often each way is timed.
         format: a table, the same as Markdown, or JSON with all figures.
-        plot: writes the ratios over whichever argument has several numbers, as a picture (.png, .svg).
-        roofline: writes the rates that were reached, over operations a byte and under the machine's ceilings.
+        plot: writes the ratios over whichever argument has several numbers, as a picture (.png, .svg, .pdf).
+        roofline: writes the rates that were reached, over operations a byte and under the machine's ceilings,
+            likewise.
 
     Returns:
         The exit status, 0.
@@ -72,6 +83,9 @@ def bench_op(
         ValueError: an argument is out of place, or an algorithm cannot run the layer.
     """
     check_device(device)
+    check_picture("plot", plot)
+    check_picture("roofline", roofline)
+    check_range(stride=stride, groups=groups, blocks=blocks, rounds=rounds)
     wanted, works = names("ways", ways, WAYS), names("work", work, ("forward", "step"))
     texts = dict(channels=channels, size=size, batch=batch, kernel_size=kernel_size)
     values = {name: numbers(name, text) for name, text in texts.items()}
@@ -137,6 +151,18 @@ class Layer:
                 f"groups must divide the channels, and blocks those of a group, got {channels} channels, {groups} "
                 f"groups, {blocks} blocks"
             )
+        input, output = (batch * channels * size**2, batch * channels * (-(-size // stride)) ** 2)
+        weight, attention = (
+            count * kernel_size**2 for count in (channels * channels // groups, batch * channels * blocks)
+        )
+        check_memory(  # with gradients
+            2 * (input + output + weight + attention),
+            device,
+            channels=channels,
+            size=size,
+            batch=batch,
+            kernel_size=kernel_size,
+        )
         generator = torch.Generator().manual_seed(0)
 
         def tensor(*shape: int) -> Tensor:

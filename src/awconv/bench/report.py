@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,9 @@ from awconv.bench.timing import Ratio
 from awconv.version import __version__
 
 Format = Literal["table", "markdown", "json"]
+PICTURES = (".png", ".svg", ".pdf")
+MOST = 2**31 - 1
+MOST_ROUNDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,49 @@ def numbers(name: str, text: str) -> list[int]:
     except ValueError:
         values = [0]
     if min(values) < 1:
-        raise ValueError(f"{name} must be positive integers with commas between them, such as 1,8,32, got {text!r}")
+        raise ValueError(
+            f"{name} must be positive integers with commas between them, such as 1,8,32, got {text[:80]!r}"
+        )
+    check_range(**{name: max(values)})
     return values
+
+
+def check_range(**values: int) -> None:
+    """Raises a ValueError for a number below 1, or one that sizes and indices of tensors cannot hold."""
+    for name, value in values.items():
+        most = MOST_ROUNDS if name == "rounds" else MOST
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} must be from 1 to {most:,}, got {str(value)[:40]}")
+
+
+def check_picture(name: str, path: Path | None) -> None:
+    """Raises a ValueError for a picture that could not be written after all was timed."""
+    if path is None:
+        return
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"{name} must end in {', '.join(PICTURES)}, got {path}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} must be a file in a folder that is there and can be written, got {path}")
+
+
+def check_memory(count: int, device: str, **given: object) -> None:
+    """Raises a ValueError where tensors cannot fit into the memory of a device.
+
+    Args:
+        count: the least number of their elements, in single precision.
+        device: ``"cpu"`` or ``"cuda"``.
+        **given: the arguments that decide it, for the message.
+    """
+    if device == "cuda":
+        there = torch.cuda.get_device_properties(0).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * count > there:
+        arguments = ", ".join(f"{name} = {value}" for name, value in given.items())
+        raise ValueError(
+            f"at least {4 * count / 2**30:,.0f} GiB are needed, and {device} has {there / 2**30:,.0f}: give less of "
+            f"{arguments}"
+        )
 
 
 def names(name: str, text: str, known: Sequence[str]) -> list[str]:

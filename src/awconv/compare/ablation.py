@@ -51,6 +51,8 @@ def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] |
     Raises:
         ValueError: a change is none that a branch leaves, or there twice, or selects no layer.
     """
+    if not changes:
+        raise ValueError("vary must name at least one change, such as reduction=4")
     if len(set(changes)) < len(changes):
         raise ValueError(f"changes must differ, got {' '.join(changes)}")
     given = dict(network_args or {})
@@ -71,11 +73,18 @@ def _arm(network: str, change: str, network_args: dict[str, Any]) -> Variant:
         elif name == "select":
             aw_args[name] = _layers(network, text)
         else:
-            aw_args[name] = None if text == "none" else yaml.safe_load(text)
+            aw_args[name] = None if text == "none" else _value(part, text)
     if aw_args:
         merged = network_args | {"aw_args": (network_args.get("aw_args") or {}) | aw_args}
         arguments.append(f"--model.network_args={json.dumps(merged)}")
     return Variant(change.replace("*", "all").replace("/", "_"), network=network, arguments=tuple(arguments))
+
+
+def _value(change: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"the value of the change {change!r} is not YAML: {error}") from error
 
 
 def _layers(network: str, pattern: str) -> list[str]:

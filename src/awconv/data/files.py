@@ -69,13 +69,15 @@ def matching(pattern: str, kind: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: it is a folder.
+        ValueError: it is a folder, or something else that is no file, such as a named pipe.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         raise ValueError(f"{pattern} is a folder; expected {kind} or a glob pattern of some, such as {pattern}/train*")
-    if os.path.exists(pattern):
+    if os.path.isfile(pattern):
         return [pattern]
+    if os.path.exists(pattern):
+        raise ValueError(f"{pattern} is not a file that can be read more than once; expected {kind}")
     found = sorted(path for path in set(glob.glob(pattern, recursive=True)) if os.path.isfile(path))
     if not found:
         raise FileNotFoundError(f"no file matches {pattern!r}; expected {kind} or a glob pattern of some")

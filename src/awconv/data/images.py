@@ -99,7 +99,8 @@ def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixe
             inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
             image = _scaled(image, white, inverted)
         else:
-            image = image.convert("L" if image.mode in _GREY else "RGB")
+            mode = "L" if image.mode in _GREY else "RGB"
+            image = image if image.mode == mode else image.convert(mode)  # which would copy it
         return image if turn is None else image.transpose(turn)
 
 

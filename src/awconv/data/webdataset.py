@@ -89,7 +89,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
             if member.isdir() or any(map(is_leftover, path.parts)):
                 continue
             stem, _, ending = path.name.partition(".")
-            key, ending = str(path.with_name(stem)), ending.lower()
+            key, ending = str(path.parent / stem), ending.lower()
             is_image = f".{ending.rpartition('.')[2]}" in ENDINGS
             if not is_image and ending not in _LABELS:
                 unused[f"not named as images ({path.suffix or path.name})"] += 1

@@ -74,7 +74,9 @@ class TrainingCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        if command:
+        if not command:  # of a comparison
+            _check_lengths(self.config.trainer)
+        else:
             self._find_checkpoint(self.config[command], command)
 
     def _find_checkpoint(self, config: Any, command: str) -> None:

@@ -11,11 +11,15 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 
+class NarrowImageError(ValueError):
+    """An image of which nothing is left when its longer side fits the detector."""
+
+
 class Uint8Transform(GeneralizedRCNNTransform):
     """torchvision's transform, which also takes uint8, with a third of the memory, and says which image is too narrow.
 
     Raises:
-        ValueError: an image would have no pixel left across after resizing.
+        NarrowImageError: an image would have no pixel left across after resizing.
     """
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -26,15 +30,16 @@ class Uint8Transform(GeneralizedRCNNTransform):
         mean, std = (
             torch.tensor(values, device=image.device)[:, None, None] for values in (self.image_mean, self.image_std)
         )
-        return (image / 255).sub_(mean).div_(std)  # a large photograph takes a gigabyte
+        # In its own place: a large photograph takes a gigabyte, and uint8 / 255 two.
+        return image.to(torch.get_default_dtype()).div_(255).sub_(mean).div_(std)
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """To the size that the detector works at."""
         height, width = image.shape[-2:]
         if self.fixed_size is None and min(height, width) * self.max_size < max(height, width):
-            raise ValueError(
-                f"an image of {width}x{height} pixels would be less than a pixel across with a longer side of "
-                f"{self.max_size}; crop it"
+            raise NarrowImageError(
+                f"of {width}x{height} pixels less than one is left in width or height where the longer side is reduced "
+                f"to {self.max_size}, the network's max_size; cut the image into parts"
             )
         resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
         return resized
