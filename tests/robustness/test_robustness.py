@@ -6,52 +6,42 @@ the same input again: ``pytest tests/robustness -m campaign -k options-17``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from awconv import AWConv2d
-from tests.robustness.archives import archives
-from tests.robustness.boxes import coco, voc
-from tests.robustness.commands import dictionaries, options, outputs, recipes, run_files
-from tests.robustness.harness import Case, run
-from tests.robustness.others import others
-from tests.robustness.pictures import detector, drawing, images
-from tests.robustness.shards import parquet, tar
-from tests.robustness.weights import checkpoints, trained, weights
+from tests.robustness.doors import DOORS
 
-# How many inputs a campaign tries, and the ordinary tests.
-DOORS: dict[str, tuple[Callable[[int], Case], int, int]] = {
-    "options": (options, 400, 5),
-    "dictionaries": (dictionaries, 120, 3),
-    "recipes": (recipes, 250, 5),
-    "run_files": (run_files, 150, 4),
-    "outputs": (outputs, 48, 3),
-    "checkpoints": (checkpoints, 280, 6),
-    "weights": (weights, 108, 3),
-    "images": (images, 250, 4),
-    "drawing": (drawing, 60, 2),
-    "parquet": (parquet, 150, 3),
-    "tar": (tar, 150, 3),
-    "others": (others, 100, 3),
-    "coco": (coco, 250, 4),
-    "voc": (voc, 200, 3),
-    "archives": (archives, 120, 3),
-}
+Try = Callable[[str, int, Path], dict[str, Any]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> None:
-    """What starts a process once, such as the C compiler, has done so before the inputs are tried."""
-    AWConv2d(4, 4, 3)(torch.zeros(2, 4, 8, 8)).sum().backward()
-    AWConv2d(4, 4, 3, dtype=torch.float64)(torch.zeros(2, 4, 8, 8, dtype=torch.float64)).sum().backward()
-    trained()
-    detector()
+@pytest.fixture(scope="module")
+def attempt() -> Iterator[Try]:
+    """Tries an input in a process of its own."""
+    command = [sys.executable, "-m", "tests.robustness.doors"]
+    root, environment = Path(__file__).parent.parent.parent, os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(door: str, seed: int, folder: Path) -> dict[str, Any]:
+            print(json.dumps([door, seed, str(folder)]), file=process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            return answer
+
+        yield ask
+        process.stdin.close()
 
 
-def _seeds(few: bool) -> list[pytest.param]:
+def _seeds(few: bool) -> list[Any]:
     return [
         pytest.param(door, seed, id=f"{door}-{seed}", marks=() if few else pytest.mark.campaign)
         for door, (_, campaign, ordinary) in DOORS.items()
@@ -61,9 +51,8 @@ def _seeds(few: bool) -> list[pytest.param]:
 
 @pytest.mark.parametrize(("door", "seed"), [*_seeds(few=True), *_seeds(few=False)])
 def test_a_spoiled_input_is_an_error_of_one_line(
-    door: str, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+    door: str, seed: int, tmp_path: Path, attempt: Try, record_property: Callable[[str, object], None]
 ) -> None:
-    case = DOORS[door][0](seed)
-    outcome = run(case, tmp_path)
+    outcome = attempt(door, seed, tmp_path)
     record_property(f"spoiled {door}", 1)
-    assert not outcome.faults, f"{case.name}\n" + "\n".join(outcome.faults)
+    assert not outcome["faults"], "\n".join([outcome["case"], *outcome["faults"]])

@@ -44,7 +44,8 @@ def killed_and_finished(command: Sequence[str], begun: Callable[[], bool], rng: 
         process.send_signal(number)
         printed = process.communicate(timeout=90)[1]
         # By itself before and after the training, where there is nothing to keep.
-        assert process.returncode in (0, 128 + number, -number), f"{done}, {number.name}: {printed}"
+        within_an_import = number == signal.SIGINT and "<frozen importlib" in printed  # which makes an error of it
+        assert process.returncode in (0, 128 + number, -number) or within_an_import, f"{done}, {number.name}: {printed}"
         done.append(f"{number.name} after {delay:.2f} s")
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, f"{done}: {finished.stderr[-4000:]}"
