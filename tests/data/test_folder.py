@@ -132,7 +132,7 @@ class TestLayouts:
     def test_what_programs_leave_behind_is_passed_over(
         self, more: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        caplog.set_level("INFO")
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
         data = ImageFolder(tree(tmp_path, *CATS_AND_DOGS, *more))
         source = data.open("train")
         assert data.classes == ["cat", "dog"]
@@ -155,7 +155,7 @@ class TestLayouts:
             ImageFolder(tmp_path).classes  # noqa: B018
 
     def test_a_folder_for_each_class_without_splits(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level("INFO")
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
         data = ImageFolder(tree(tmp_path, "cat/0.png", "dog/0.png", "__MACOSX/x.png", "labels.csv"))
         assert data.classes == ["cat", "dog"]
         assert data.open("val") is None
@@ -170,7 +170,7 @@ class TestLayouts:
         assert Cifar10(Path("~/cifar")).root == tmp_path / "cifar"
 
     def test_what_is_not_used_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level("INFO")
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
         more = ("train/x.png", "train/cat/a.heic", "train/cat/b.txt", "test/0.png", "extra\x1b[2J/0.png", "notes.txt")
         data = ImageFolder(tree(tmp_path, *CATS_AND_DOGS, *more))
         assert len(data.open("train")) == 4

@@ -216,7 +216,7 @@ class TestLayouts:
             Parquet("~/pipe.parquet").classes  # noqa: B018
 
     def test_what_is_not_used_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level("INFO")
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
         write_rows(tmp_path / "train.parquet", list(self.DIGITS), list(self.CLASSES), caption=["a"] * 6)
         write_rows(tmp_path / "test.parquet", list(self.DIGITS), list(self.CLASSES))
         data = Parquet(str(tmp_path / "train.parquet"))
