@@ -49,12 +49,12 @@ def zeroed(content: bytes, rng: random.Random) -> bytes:
     return content[:start] + bytes(64) + content[start + 64 :]
 
 
-_FILES = (b"", b"not a data set\n" * 20, b"PAR1", b"PAR1" + bytes(40) + b"PAR1", b"PK\3\4" + bytes(99), bytes(1024))
+_STRANGERS = (b"", b"not a data set\n" * 20, b"PAR1", b"PAR1" + bytes(40) + b"PAR1", b"PK\3\4" + bytes(99), bytes(1024))
 
 
 def other(content: bytes, rng: random.Random) -> bytes:
     """Something else under that name."""
-    return rng.choice([*_FILES, gzip.compress(content), _png(0), content + content, content + b"more"])
+    return rng.choice([*_STRANGERS, gzip.compress(content), _png(0), content + content, content + b"more"])
 
 
 _DAMAGE: tuple[Callable[[bytes, random.Random], bytes], ...] = (cut, flipped, flipped, zeroed, other)
@@ -131,86 +131,82 @@ _METADATA: tuple[Any, ...] = (
 )
 
 
+_COLUMNS: dict[str, Callable[[], pa.Table]] = {
+    "no label": lambda: _table().drop_columns("label"),
+    "no image": lambda: _table().drop_columns("image"),
+    "no rows": lambda: _table().slice(0, 0),
+    "no columns": lambda: pa.table({}),
+    "one row": lambda: _table().slice(0, 1),
+    "twice": lambda: pa.Table.from_arrays([*_table().columns, _table()["label"]], ["image", "label", "label"]),
+    "decimals": lambda: _table(pa.array([1, 0, 2] * 4).cast(pa.decimal128(20, 1))),
+    "dates": lambda: _table(pa.array([1, 0, 2] * 4).cast(pa.timestamp("us"))),
+    "unsigned": lambda: _table(pa.array([1, 0, 2**64 - 1] * 4, pa.uint64())),
+    "categories": lambda: _table(pa.array(["a", "b", None] * 4).dictionary_encode()),
+    "strange names": lambda: _table(**{"\x1b[2J\ncolumn": list(range(_COUNT))}),
+    "two columns of images": lambda: _table(jpg=[b"x"] * _COUNT),
+}
+_HARMLESS = {
+    "as many as images", "long names", "control characters", "numbers as names", "booleans", "some nulls",
+    "strange names", "two columns of images", "one row",
+}  # fmt: skip
+
+
 def parquet(seed: int) -> Case:
     """A Parquet file that is damaged, or whose columns, labels, images or metadata are of other kinds."""
     rng = random.Random(f"parquet {seed}")
-    rule = ("bytes", "labels", "images", "metadata", "columns", "files")[seed % 6]
-    table, outcome = _table(), "either"
-    columns = {
-        "no label": lambda: _table().drop_columns("label"),
-        "no image": lambda: _table().drop_columns("image"),
-        "no rows": lambda: _table().slice(0, 0),
-        "no columns": lambda: pa.table({}),
-        "one row": lambda: _table().slice(0, 1),
-        "twice": lambda: pa.Table.from_arrays([*_table().columns, _table()["label"]], ["image", "label", "label"]),
-        "decimals": lambda: _table(pa.array([1, 0, 2] * 4).cast(pa.decimal128(20, 1))),
-        "dates": lambda: _table(pa.array([1, 0, 2] * 4).cast(pa.timestamp("us"))),
-        "unsigned": lambda: _table(pa.array([1, 0, 2**64 - 1] * 4, pa.uint64())),
-        "categories": lambda: _table(pa.array(["a", "b", None] * 4).dictionary_encode()),
-        "strange names": lambda: _table(**{"\x1b[2J\ncolumn": list(range(_COUNT))}),
-        "two columns of images": lambda: _table(jpg=[b"x"] * _COUNT),
-    }
-    content, title = None, rule
-    if rule == "bytes":
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, row_group_size=5)
-        damage = _DAMAGE[seed // 6 % len(_DAMAGE)]
-        content, title = damage(buffer.getvalue(), rng), damage.__name__
-        outcome = "error" if damage is cut else "either"
-    elif rule == "labels":
-        title = list(_LABELS)[seed // 6 % len(_LABELS)]
-        table = _table(_LABELS[title])
-        harmless = title in ("as many as images", "long names", "control characters", "numbers as names", "booleans")
-        outcome = "either" if harmless else "error"
-    elif rule == "images":
-        title = list(_IMAGES)[seed // 6 % len(_IMAGES)]
-        table, outcome = _table(images=_IMAGES[title]), "error"
-        if title == "some nulls":
-            outcome = "either"
-    elif rule == "metadata":
-        text = _METADATA[seed // 6 % len(_METADATA)]
+    rule, turn = ("bytes", "labels", "images", "metadata", "columns", "files")[seed % 6], seed // 6
+    if rule == "files":
+        return _files(seed, rng)
+    buffer, table, wrong = io.BytesIO(), _table(), False
+    if rule == "metadata":
+        text = _METADATA[turn % len(_METADATA)]
         table, title = table.replace_schema_metadata({"huggingface": text}), f"metadata {text[:60]!r}"
-    elif rule == "columns":
-        title = list(columns)[seed // 6 % len(columns)]
-        table = columns[title]()
-        outcome = "either" if title in ("strange names", "two columns of images", "one row") else "error"
-    kind = rng.choice(
-        ["differ in names", "differ in type", "missing val", "folder", "pattern of none", "val of others", "pipe"]
-    )
+    elif rule != "bytes":
+        known: dict[str, Any] = {"labels": _LABELS, "images": _IMAGES, "columns": _COLUMNS}[rule]
+        title = list(known)[turn % len(known)]
+        value = known[title]
+        table = value() if rule == "columns" else _table(**{rule: value})
+        wrong = title not in _HARMLESS
+    pq.write_table(table, buffer, row_group_size=5)
+    content = buffer.getvalue()
+    if rule == "bytes":
+        damage = _DAMAGE[turn % len(_DAMAGE)]
+        content, title, wrong = damage(content, rng), damage.__name__, damage is cut
 
     def prepare(folder: Path) -> Sequence[str]:
         path = folder / "train.parquet"
-        if content is not None:
-            path.write_bytes(content)
-        elif rule != "files":
-            pq.write_table(table, path)
-        if rule != "files":
-            return "--data=Parquet", f"--data.train={path}"
+        path.write_bytes(content)
+        return "--data=Parquet", f"--data.train={path}"
+
+    return _case("parquet", seed, title, "train.parquet", "error" if wrong else "either", prepare)
+
+
+def _files(seed: int, rng: random.Random) -> Case:
+    """Several files that do not belong together, or none."""
+    kinds = ("other names", "other type", "missing val", "folder", "pattern of none", "val of others", "pipe")
+    kind = rng.choice(kinds)
+    others = {
+        "other names": _table(["a", "b", "d"] * 4).replace_schema_metadata({"huggingface": _METADATA[11]}),
+        "other type": _table(),
+    }
+    train = {"folder": ".", "pattern of none": "nothing-*.parquet", "pipe": "train-1.parquet"}.get(
+        kind, "train-*.parquet"
+    )
+
+    def prepare(folder: Path) -> Sequence[str]:
         pq.write_table(_table(["a", "b", "c"] * 4), folder / "train-0.parquet")
-        train, val = "train-*.parquet", []
-        if kind == "differ in names":
-            pq.write_table(
-                _table(["a", "b", "d"] * 4).replace_schema_metadata({"huggingface": _METADATA[11]}),
-                folder / "train-1.parquet",
-            )
-        elif kind == "differ in type":
-            pq.write_table(_table(), folder / "train-1.parquet")
-        elif kind == "folder":
-            train = "."
-        elif kind == "pattern of none":
-            train = "nothing-*.parquet"
+        if kind in others:
+            pq.write_table(others[kind], folder / "train-1.parquet")
         elif kind == "pipe":
             os.mkfifo(folder / "train-1.parquet")
-            train = "train-1.parquet"
-        else:
+        elif kind.endswith(("val", "others")):
             pq.write_table(_table(["a", "b", "z"] * 4), folder / "val.parquet")
-            val = [f"--data.val={'none.parquet' if kind == 'missing val' else 'val.parquet'}"]
-        return "--data=Parquet", f"--data.train={train}", *val
+            val = "none.parquet" if kind == "missing val" else "val.parquet"
+            return "--data=Parquet", f"--data.train={train}", f"--data.val={val}"
+        return "--data=Parquet", f"--data.train={train}"
 
-    names = "train.parquet" if rule != "files" else {"folder": ".", "pattern of none": "nothing-"}.get(kind, ".parquet")
-    if rule == "files":
-        title, outcome = kind, "error"
-    return _case("parquet", seed, title, names, outcome, prepare)
+    names = {"folder": ".", "pattern of none": "nothing-"}.get(kind, ".parquet")
+    return _case("parquet", seed, kind, names, "error", prepare)
 
 
 def _tar(members: Sequence[tuple[str, bytes | tarfile.TarInfo]], mode: str = "w") -> bytes:
