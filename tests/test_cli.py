@@ -253,3 +253,34 @@ def test_other_data_than_the_checkpoints_are_refused(trained: Path, capsys: pyte
 def test_evaluation_writes_no_configuration_and_training_its_own(trained: Path) -> None:
     assert {path.name for path in trained.parent.parent.glob("*.yaml")} == {"awconv_fit.yaml", "recipe.yaml"}
     assert not list(trained.parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9.0 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise error
+
+    monkeypatch.setattr("awconv.cli._lightning", fail)
+    assert main(["fit"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("awconv fit: there is not enough memory; take smaller images or batches: ")
+    assert "allocate 9" in printed
+    assert printed.count("\n") == 1
+
+
+def test_other_errors_of_the_runtime_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise RuntimeError("a fault of our own")
+
+    monkeypatch.setattr("awconv.cli._lightning", fail)
+    with pytest.raises(RuntimeError, match="a fault of our own"):
+        main(["fit"])

@@ -67,7 +67,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     for argument in arguments:
         if command != "predict" and not _is_text(argument):  # whose files may be called anything
-            print(f"awconv {command}: an argument is not UTF-8: {_printable(argument)}", file=sys.stderr)
+            print(
+                f"awconv {command}: an argument is not UTF-8, give another name: {_printable(argument)}",
+                file=sys.stderr,
+            )
             return 2
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
@@ -79,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":  # torch's, both
             raise
         reason = str(error).splitlines()[0].partition("DefaultCPUAllocator: ")
-        print(f"awconv {command}: there is not enough memory: {reason[2] or reason[0]}", file=sys.stderr)
+        print(f"awconv {command}: {_NO_MEMORY}: {reason[2] or reason[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -94,6 +97,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 _TERMINATED = 128 + signal.SIGTERM
+_NO_MEMORY = "there is not enough memory; take smaller images or batches"
 
 
 def _end(*_: object) -> None:
@@ -112,7 +116,7 @@ def _message(error: Exception, arguments: Sequence[str]) -> str:
         long = [argument.partition("=")[0] for argument in arguments if re.search(r"\d{300}", argument)]
         return f"a number is too large: {error} ({', '.join(long) or 'in a file'})"
     if isinstance(error, MemoryError):
-        return f"there is not enough memory: {error}"
+        return f"{_NO_MEMORY}: {error}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{error.filename}: {os.strerror(error.errno)}; give another place, or mend this one"
     text = str(error)

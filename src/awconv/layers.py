@@ -307,14 +307,8 @@ class AWConv1d(_AWConvNd, nn.Conv1d):
     ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
     from the sample itself by the branch ``attention`` (:class:`AttentionBranch`); ``layer.attention(input)`` is the map
     before Expand. ``weight`` and ``bias`` are those of ``nn.Conv1d``, whose state dict loads with ``strict=False``, but
-    ``weight`` alone is not what the layer computes with: that is ``weight * (1 + a)``. So
-
-    - plain weights loaded into the layer keep their function only if 1 + a is 1, which is logged. To keep it, load them
-      into the plain network first and then call ``awconv.convert(network, init="identity")``.
-    - what folds layers into one plain convolution (RepVGG's, MobileOne's and RepViT's ``reparameterize`` and ``fuse``)
-      would lose the attention: fold first, then convert. Norms after the layer may be folded into it.
-    - LoRA beside the layer is right as long as it is apart, ``layer(x) + delta(x)``. Merged into ``weight``, delta is
-      multiplied by 1 + a as well, and the layer cannot notice: never merge it (peft's ``merge_and_unload``).
+    ``weight`` alone is not what the layer computes with: that is ``weight * (1 + a)``. What that means for
+    loading, folding and LoRA: :class:`AWConv2d`.
 
     Args:
         in_channels: C1.
@@ -477,14 +471,8 @@ class AWConv3d(_AWConvNd, nn.Conv3d):
     ``O[n] = conv(I[n], K + A[n] * K) + bias``, where the attention map A has the shape of the weights K and is computed
     from the sample itself by the branch ``attention`` (:class:`AttentionBranch`); ``layer.attention(input)`` is the map
     before Expand. ``weight`` and ``bias`` are those of ``nn.Conv3d``, whose state dict loads with ``strict=False``, but
-    ``weight`` alone is not what the layer computes with: that is ``weight * (1 + a)``. So
-
-    - plain weights loaded into the layer keep their function only if 1 + a is 1, which is logged. To keep it, load them
-      into the plain network first and then call ``awconv.convert(network, init="identity")``.
-    - what folds layers into one plain convolution (RepVGG's, MobileOne's and RepViT's ``reparameterize`` and ``fuse``)
-      would lose the attention: fold first, then convert. Norms after the layer may be folded into it.
-    - LoRA beside the layer is right as long as it is apart, ``layer(x) + delta(x)``. Merged into ``weight``, delta is
-      multiplied by 1 + a as well, and the layer cannot notice: never merge it (peft's ``merge_and_unload``).
+    ``weight`` alone is not what the layer computes with: that is ``weight * (1 + a)``. What that means for
+    loading, folding and LoRA: :class:`AWConv2d`.
 
     Args:
         in_channels: C1.
