@@ -27,7 +27,9 @@ def read_weights(file: str | Path, expected: Mapping[str, Tensor] | None = None)
     state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
     broken = not_finite(state, expected or {})
     if broken:
-        raise ValueError(f"{file} has weights that are infinite or not a number, such as {', '.join(broken[:3])}")
+        raise ValueError(
+            f"{file} has weights that are infinite or not a number, such as {', '.join(broken[:3])}; give another file"
+        )
     return state
 
 
@@ -41,7 +43,7 @@ def check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         changed = archive.testzip() if all(not part.compress_type for part in archive.infolist()) else "compression"
     if changed is not None:
-        raise ValueError(f"it has changed since it was written ({changed})")
+        raise ValueError(f"it has changed since it was written ({changed}); copy it again, or take an earlier one")
 
 
 def not_finite(there: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
