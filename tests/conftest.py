@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,30 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def _of_the_process() -> dict[str, object]:
+    return {
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "precision of products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "Ctrl-C": signal.getsignal(signal.SIGINT),
+        "SIGTERM": signal.getsignal(signal.SIGTERM),
+        "folder": os.getcwd(),
+        "log levels": {
+            name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric", "awconv")
+        },
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_process_as_it_was() -> Iterator[None]:
+    """What a test leaves behind decides the next one, and which that is, the number of workers decides."""
+    before = _of_the_process()
+    yield
+    assert _of_the_process() == before
 
 
 @pytest.fixture

@@ -207,9 +207,11 @@ class TestBounds:
         """Pillow's is let go, and single precision is not held twice."""
         task = DetectionTask(["cat"], [1], network="resnet8_cifar", min_size=32, max_size=32).eval()
         side = 4000
-        Image.new("RGB", (side, side), "red").save(tmp_path / "large.png", compress_level=1)
+        for name, size in (("small", 32), ("large", side)):
+            Image.new("RGB", (size, size), "red").save(tmp_path / f"{name}.png", compress_level=1)
         child = os.fork()
         if child == 0:
+            list(detect(task, [tmp_path / "small.png"], 0.5))  # the pages of the libraries are none of the image's
             before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
             results = list(detect(task, [tmp_path / "large.png"], 0.5))
             taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -278,6 +281,16 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, capsys: pytest.Cap
         ("plain", 1),
         ("aw", 1),
     ]
+
+
+def test_a_comparison_leaves_messages_and_threads_as_they_were(tmp_path: Path) -> None:
+    """What is computed next in the same process speaks and adds as before."""
+    loggers = [logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")]
+    before = [logger.level for logger in loggers], list(warnings.filters), torch.get_num_threads()
+    with pytest.raises(ValueError, match="does not know"):
+        compare(tiny(tmp_path), "none")
+    assert compare(tiny(tmp_path), "plain", seeds=1, out=tmp_path / "out") == 0
+    assert ([logger.level for logger in loggers], list(warnings.filters), torch.get_num_threads()) == before
 
 
 def test_runs_of_other_settings_are_refused_and_kept(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from awconv import terminal
 from awconv.compare.ablation import arms, choices
 from awconv.compare.processes import train_in_turn, train_side_by_side
 from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, parse
+from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, parse, quiet_lightning
 from awconv.training.lock import locked
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
 
+@quiet_lightning()
 def compare(
     recipe: Path,
     variants: str = "plain,aw",
@@ -70,6 +71,7 @@ def compare(
     return _run(recipe, twins, seeds, folder, jobs, split, overrides, title, command)
 
 
+@quiet_lightning()
 def ablate(
     recipe: Path,
     vary: str | None = None,

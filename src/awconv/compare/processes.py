@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from awconv.compare.runs import OpenedData, Plan, Run
+from awconv.compare.runs import OpenedData, Plan, Run, quiet_lightning
 
 Results = Generator[tuple[Plan, Run | str], None, None]
 OnProgress = Callable[[Plan, float, int], None]
@@ -33,8 +33,11 @@ def train_in_turn(plans: Sequence[Plan], on_progress: OnProgress) -> Results:
         Each run, or the reason why it failed.
     """
     opened, threads = OpenedData(), torch.get_num_threads()
-    for plan in plans:
-        yield plan, _train(plan, opened, threads, partial(on_progress, plan))
+    try:
+        for plan in plans:
+            yield plan, _train(plan, opened, threads, partial(on_progress, plan))
+    finally:
+        torch.set_num_threads(threads)  # a run goes on with those of its checkpoint
 
 
 def _train(plan: Plan, opened: OpenedData, threads: int, on_progress: Callable[[float, int], None]) -> Run | str:
@@ -121,6 +124,7 @@ def _terminate(*_: Any) -> None:
     raise SIGTERMException
 
 
+@quiet_lightning()
 def _work(connection: Connection, threads: int) -> None:
     """Trains what the other process sends, until it sends nothing more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides

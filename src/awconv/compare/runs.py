@@ -9,7 +9,8 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -207,7 +208,6 @@ def _known_variants(base: str) -> list[str]:
 
 def parse(recipe: Path, *arguments: str, build: bool = True) -> TrainingCLI:
     """The settings of a recipe with further arguments, and its trainer, task and data where they are to be built."""
-    _quieten_lightning()
     return TrainingCLI([f"--config={recipe}", *arguments], run=False, save_config=False, build=build)
 
 
@@ -454,8 +454,17 @@ def _synchronize(module: pl.LightningModule) -> None:
         torch.cuda.synchronize(module.device)
 
 
-def _quieten_lightning() -> None:
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
     """Lightning speaks to the user of one run; many runs under one progress bar need none of it."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
