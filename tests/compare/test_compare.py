@@ -197,6 +197,22 @@ def test_wrong_recipes_are_named(tmp_path: Path) -> None:
         compare(recipe, "plain,aw,aw")
 
 
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        (["--seed_everything=3"], "--seeds of the comparison counts them"),
+        (["--seed_everything", "3"], "--seeds of the comparison counts them"),
+        (["--trainer.default_root_dir=elsewhere"], "--out of the comparison names the folder"),
+        (["--trainer.logger=true"], "leave it out: the report has the curves"),
+    ],
+)
+def test_an_override_of_what_each_run_has_is_refused(override: list[str], instead: str, tmp_path: Path) -> None:
+    for function in (compare, ablate):
+        with pytest.raises(ValueError, match=f"{override[0].partition('=')[0]} cannot be given for .*; {instead}"):
+            function(tiny(tmp_path), out=tmp_path / "out", overrides=override)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_override_of_the_network_is_heeded(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {network: resnet8_cifar}")

@@ -18,7 +18,17 @@ from awconv import terminal
 from awconv.compare.ablation import arms, choices
 from awconv.compare.processes import train_in_turn, train_side_by_side
 from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import Plan, Run, Split, Variant, base_network, find_variant, parse, quiet_lightning
+from awconv.compare.runs import (
+    Plan,
+    Run,
+    Split,
+    Variant,
+    base_network,
+    check_overrides,
+    find_variant,
+    parse,
+    quiet_lightning,
+)
 from awconv.training.lock import locked
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
@@ -58,9 +68,10 @@ def compare(
 
     Raises:
         FileNotFoundError: there is no such recipe or variant.
-        ValueError: the recipe names no network, a variant does not exist or twice, there is nothing to run, or a file
-            holds a run of other settings.
+        ValueError: the recipe names no network, a variant does not exist or twice, there is nothing to run, a file
+            holds a run of other settings, or an override is of what the comparison sets for each run.
     """
+    check_overrides(overrides)
     base = base_network(recipe, overrides)
     twins = [find_variant(base, variant.strip()) for variant in variants.split(",")]
     names = [twin.name for twin in twins]
@@ -102,9 +113,10 @@ def ablate(
 
     Raises:
         FileNotFoundError: there is no such recipe.
-        ValueError: the recipe's network has no AW twin, a change is none, the data have no validation split, or a file
-            holds a run of other settings.
+        ValueError: the recipe's network has no AW twin, a change is none, the data have no validation split, a file
+            holds a run of other settings, or an override is of what the comparison sets for each run.
     """
+    check_overrides(overrides)
     base = base_network(recipe, overrides)
     network = base if base.startswith("aw_") else find_variant(base, "aw").network
     assert network is not None

@@ -141,6 +141,22 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 _NETWORK = "--model.network"
+_SEED = "--seed_everything"
+_FOLDER = "--trainer.default_root_dir"
+_SILENCED = ("--trainer.logger", "--trainer.enable_progress_bar", "--trainer.enable_model_summary")
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises a ValueError for an override of what a comparison sets for each of its runs."""
+    instead = {
+        _SEED: "--seeds of the comparison counts them from 0",
+        _FOLDER: "--out of the comparison names the folder of all",
+        **dict.fromkeys(_SILENCED, "leave it out: the report has the curves, and one bar shows all runs"),
+    }
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name in instead:
+            raise ValueError(f"{name} cannot be given for the runs of a comparison; {instead[name]}")
 
 
 def base_network(recipe: Path, overrides: Sequence[str]) -> str:
@@ -272,11 +288,9 @@ class Plan:
             *self.overrides,
             *([] if network is None else [f"{_NETWORK}={network}"]),
             *self.variant.arguments,
-            f"--seed_everything={self.seed}",
-            f"--trainer.default_root_dir={self.folder / self.name}",
-            "--trainer.logger=false",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.enable_model_summary=false",
+            f"{_SEED}={self.seed}",
+            f"{_FOLDER}={self.folder / self.name}",
+            *(f"{silenced}=false" for silenced in _SILENCED),
             build=build,
         )
 
