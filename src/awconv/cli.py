@@ -72,6 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+    arguments = [_expanded(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
         return commands[command](command, arguments)
@@ -121,6 +122,12 @@ def _message(error: Exception, arguments: Sequence[str]) -> str:
         return f"{error.filename}: {os.strerror(error.errno)}; give another place, or mend this one"
     text = str(error)
     return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "DataLoader worker process" in text else text
+
+
+def _expanded(argument: str) -> str:
+    """An argument ``--name=~/path`` with the user's folder, which a shell puts only where ``~`` begins a word."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
 
 
 def _is_text(argument: str) -> bool:

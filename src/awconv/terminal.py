@@ -18,6 +18,11 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
 
 
+def say(message: str) -> None:
+    """Prints a line on the error output, in which nothing does more than be read."""
+    print(printable(message), file=sys.stderr)
+
+
 def printable(text: str) -> str:
     """Text from elsewhere, such as a file's name, that can do no more to a terminal than be read.
 

@@ -89,6 +89,9 @@ def bench_op(
     wanted, works = names("ways", ways, WAYS), names("work", work, ("forward", "step"))
     texts = dict(channels=channels, size=size, batch=batch, kernel_size=kernel_size)
     values = {name: numbers(name, text) for name, text in texts.items()}
+    even = [value for value in values["kernel_size"] if value % 2 == 0]
+    if even:
+        raise ValueError(f"kernel_size must be odd, so that the padding keeps the size, got {even[0]}")
     swept = [name for name in _SWEPT if len(values[name]) > 1]
     if plot is not None and len(swept) != 1:
         raise ValueError(f"plot needs several numbers for one of {', '.join(_SWEPT)}, got {len(swept)} such arguments")

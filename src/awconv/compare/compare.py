@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from itertools import product
@@ -224,5 +223,5 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
                 highlight=False,
             )
     for plan, reason in failures:
-        print(f"awconv: run {plan.name} failed: {reason}", file=sys.stderr)
+        terminal.say(f"awconv: run {plan.name} failed: {reason}")
     return stopped or (1 if failures else 0), runs

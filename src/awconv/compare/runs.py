@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -109,6 +109,8 @@ class Run:
             run = cls(**(content | {"epochs": [Epoch(**epoch) for epoch in content["epochs"]]}))
             for part in (run, *run.epochs):
                 _check_types(part)
+            if not run.epochs:
+                raise ValueError("it has no epochs")
         except (ValueError, TypeError, KeyError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a run of awconv compare: {error}") from error
         return run
@@ -134,7 +136,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         names, values = get_args(kind)
         return isinstance(value, dict) and all(_is_a(k, names) and _is_a(v, values) for k, v in value.items())
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return kind is Any or isinstance(value, get_origin(kind) or kind)
@@ -313,6 +315,8 @@ class Plan:
         now = written(cli.parser, cli.config)
         known = completed(run.recipe, now, defaults(cli.parser))
         differing = ["its settings are no longer known"] if known is None else differences(known, settings(now))
+        if (run.variant, run.seed) != (self.variant.name, self.seed):
+            differing.append(f"it is {run.variant!r} of seed {run.seed} there, {self.name} now")
         expected = self.split
         if (expected, run.test_split) == ("test", "val"):  # right where there is no test split
             expected = self.parse().datamodule.test_split
@@ -343,7 +347,9 @@ class Plan:
         trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]  # before checkpoints are written
         try:
             content = written(cli.parser, cli.config)
-            trainer.fit(model, datamodule=data, ckpt_path=self._interrupted(settings(content)))
+            interrupted = self._interrupted(settings(content))
+            with cli.naming(interrupted):
+                trainer.fit(model, datamodule=data, ckpt_path=interrupted)
             evaluate = trainer.test if self.split == "test" else trainer.validate
             (metrics,) = evaluate(model, datamodule=data, verbose=False)
         except SIGTERMException:

@@ -81,7 +81,8 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
         FileNotFoundError: the file is not there.
         ValueError: it holds the weights of another network.
     """
-    if not Path(file).is_file():
+    file = Path(file).expanduser()
+    if not file.is_file():
         raise FileNotFoundError(f"weights must be a file (safetensors, or a state dict of torch), got {str(file)!r}")
     plain = timm.create_model(network, **(network_args or {}))
     state = read_weights(file, plain.state_dict())

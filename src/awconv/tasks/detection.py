@@ -15,9 +15,11 @@ from awconv.data import BrokenImageError
 from awconv.extras import require
 from awconv.models.detection import DETECTORS, TORCHVISIONS_INPUT
 from awconv.models.detection.faster_rcnn import Norm
-from awconv.tasks.task import Task, check_network
+from awconv.tasks.task import Task, check_network, check_numbers
+from awconv.terminal import printable
 
 Detections = list[dict[str, Tensor]]
+_PIXELS = 30_000  # of a side: an image of as many squared is larger than any memory
 _FASTER_RCNNS = ("norm", "min_size", "max_size")  # options that SSD300 has not
 
 
@@ -90,6 +92,11 @@ class DetectionTask(Task):
         super().__init__(lr=lr, weight_decay=weight_decay, **kwargs)
         require("faster_coco_eval", extra="detection")
         check_network(network, network_args)
+        sizes = min_size if isinstance(min_size, Sequence) else [min_size]
+        if not sizes:
+            raise ValueError("min_size must be a size in pixels, or several, got none")
+        for name, size in [*(("min_size", size) for size in sizes), ("max_size", max_size)]:
+            check_numbers(**{name: (size, 1, _PIXELS)})
         if norm == "frozen" and not pretrained:
             raise ValueError("norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'")
         self.classes, self.category_ids = list(classes), list(category_ids)
@@ -204,7 +211,7 @@ class DetectionTask(Task):
 
     def on_test_epoch_end(self) -> None:
         figures = self._log_figures("test")
-        self.log_dict({f"test/AP/{name}": value for name, value in figures.per_class.items()})
+        self.log_dict({f"test/AP/{printable(name)}": value for name, value in figures.per_class.items()})
 
     def _log_figures(self, split: str) -> Figures:
         self.evaluation = _gathered(self.evaluation)

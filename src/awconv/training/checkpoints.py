@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from awconv.models.pretrained import check_archive
 from awconv.tasks.task import check_network
+from awconv.terminal import say
 from awconv.training.lock import PARTIAL, locked
 from awconv.training.stop import StopOnSigterm, ends_step
 
@@ -37,11 +38,55 @@ _PARTS: dict[str, type] = {
 _NEEDED = ("state_dict", "hyper_parameters", "callbacks")
 
 
-def check_parts(checkpoint: dict[str, Any]) -> None:
-    """Raises a ValueError where a part is missing that a training needs to go on: it would begin anew, unnoticed."""
+def check_parts(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Raises a ValueError where a part is missing that a training needs to go on, or holds something else.
+
+    Without a part it would begin anew, unnoticed.
+    """
     missing = [name for name in _PARTS if name not in checkpoint]
     if missing:
         raise ValueError(f"the checkpoint has no {' and no '.join(missing)}; a training cannot go on from it")
+    wrong = _unlike(checkpoint["loops"], {"fit_loop": trainer.fit_loop.state_dict()}, "loops")
+    wrong += [f"optimizer_states.{n}" for n, one in enumerate(checkpoint["optimizer_states"]) if not _optimizes(one)]
+    wrong += [f"lr_schedulers.{n}" for n, one in enumerate(checkpoint["lr_schedulers"]) if not _schedules(one)]
+    if wrong:
+        raise ValueError(f"the checkpoint is damaged: its {', '.join(wrong[:4])} cannot be")
+
+
+def _unlike(there: Any, fresh: Any, name: str) -> list[str]:
+    """The parts that both have, and that are of another type than in a fresh training; numbers count something."""
+    if isinstance(fresh, dict):
+        if not isinstance(there, dict):
+            return [name]
+        return [part for key in fresh if key in there for part in _unlike(there[key], fresh[key], f"{name}.{key}")]
+    right = type(there) is type(fresh) and (not isinstance(there, int) or there >= 0)
+    return [] if right else [name]
+
+
+def _optimizes(state: Any) -> bool:
+    """Whether something can be the state of an optimizer: dictionaries by parameter, and its groups."""
+    return (
+        isinstance(state, dict)
+        and isinstance(state.get("state"), dict)
+        and all(isinstance(of, dict) and isinstance(number, int) for number, of in state["state"].items())
+        and isinstance(state.get("param_groups"), list)
+        and all(isinstance(group, dict) and _are_numbers([group.get("lr")]) for group in state["param_groups"])
+    )
+
+
+def _schedules(state: Any) -> bool:
+    """Whether something can be the state of a learning rate's schedule: its rates, and the step that it is at."""
+    return (
+        isinstance(state, dict)
+        and all(_are_numbers(state.get(name)) for name in ("base_lrs", "_last_lr"))
+        and all(type(state.get(name)) is int and state[name] >= 0 for name in ("last_epoch", "_step_count"))
+    )
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -123,7 +168,7 @@ def find_last(*folders: Path) -> Path | None:
         try:
             read_checkpoint(path)
         except ValueError as error:
-            print(f"{error}; taking the one before it", file=sys.stderr)
+            say(f"{error}; taking the one before it")
         else:
             return path
     return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 import pydoc
-import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from awconv.data import DataModule, DetectionDataModule, ImageDataModule
 from awconv.data.loading import Split
 from awconv.tasks import ClassificationTask, DetectionTask, Task
+from awconv.terminal import say
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
+from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
 from awconv.training.recipes import parse_recipe, read_recipe
 from awconv.training.settings import SameSettings, SameThreads, check_nulls, settings, written
@@ -32,6 +35,15 @@ from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
 
 _LOGS = "lightning_logs"
+_OF_THE_FIRST_STEP = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -74,27 +86,31 @@ class TrainingCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        if not command:  # of a comparison
-            _check_lengths(self.config.trainer)
-        else:
-            self._find_checkpoint(self.config[command], command)
+        config = self.config[command] if command else self.config
+        if config.trainer.default_root_dir:
+            config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
+        check_seed(config.get("seed_everything"))
+        if command in (None, "fit"):  # None is a run of a comparison
+            check_steps(config.trainer)
+        if command:
+            self._find_checkpoint(config, command)
 
     def _find_checkpoint(self, config: Any, command: str) -> None:
         root = Path(config.trainer.default_root_dir or ".")
         folders = (root / _LOGS, root / "checkpoints")
         if command == "fit":
-            _check_lengths(config.trainer)
+            _check_writable(root)
             for folder in folders:
                 clear(folder)
         if config.ckpt_path == "last":
             found = find_last(*folders)
             config.ckpt_path = None if found is None else str(found)
             if found is None and command == "fit":
-                print(f"awconv fit: there is no checkpoint under {root} yet; starting anew", file=sys.stderr)
+                say(f"awconv fit: there is no checkpoint under {root} yet; starting anew")
             elif found is None:
                 raise FileNotFoundError(f"there is no checkpoint under {root}")
             else:
-                print(f"awconv {command}: going on from {found}", file=sys.stderr)
+                say(f"awconv {command}: going on from {found}")
         elif config.ckpt_path:
             read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
 
@@ -169,15 +185,28 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"there is no such trainer: {error} (given: {', '.join(given)})") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
-        try:
+        with self.naming(self._get(self.config, "ckpt_path")):
             super()._run_subcommand(subcommand)
-        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            ckpt_path = self._get(self.config, "ckpt_path")
+
+    @contextmanager
+    def naming(self, ckpt_path: str | None) -> Iterator[None]:
+        """Names the checkpoint, or the dictionaries of arguments, by which the first step may have failed.
+
+        Args:
+            ckpt_path: where the training or evaluation goes on from; None if it starts anew.
+
+        Raises:
+            ValueError: in the place of an error that PyTorch or Lightning raised of it.
+        """
+        try:
+            yield
+        except _OF_THE_FIRST_STEP as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             if self._same.restoring and ckpt_path:
                 raise ValueError(f"{ckpt_path} is a checkpoint that cannot be used here: {error!r}") from error
             given = self._dictionaries()
-            memory = isinstance(error, torch.OutOfMemoryError)
-            if given and self.trainer.global_step == 0 and not memory:  # they are looked into when they are used
+            if given and self.trainer.global_step == 0:  # they are looked into when they are used
                 raise ValueError(f"the first step failed, perhaps by {', '.join(given)}: {error!r}") from error
             raise
 
@@ -217,7 +246,7 @@ class TrainingCLI(LightningCLI):
         """Says so where the data have no test split."""
         self.before_validate()
         if self.datamodule.test_split == "val":
-            print("awconv test: the data have no test split; this is their validation split", file=sys.stderr)
+            say("awconv test: the data have no test split; this is their validation split")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -269,11 +298,11 @@ def _data_of(config: str) -> Any:
     return data.get("class_path") if isinstance(data, dict) else data
 
 
-def _check_lengths(trainer: Any) -> None:
-    """Raises a ValueError where nothing would be trained."""
-    for name in ("max_epochs", "max_steps", "limit_train_batches"):
-        if trainer.get(name) == 0:
-            raise ValueError(f"trainer.{name} must be more than 0 to train anything, got 0")
+def _check_writable(folder: Path) -> None:
+    """Raises a PermissionError where a folder, or what it would be made in, is closed to this user."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def _loggers(root: str, claim: bool = False) -> list[Logger]:

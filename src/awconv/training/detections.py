@@ -22,7 +22,7 @@ class DetectionFile(Callback):
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        self.file = file
+        self.file = None if file is None else file.expanduser()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes the folder, before an evaluation that could not be kept."""

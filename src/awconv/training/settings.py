@@ -204,12 +204,14 @@ class SameSettings(pl.Callback):
         settings: of this training.
 
     Attributes:
-        restoring: the training or evaluation is being set up, from a checkpoint where there is one.
+        restoring: the training or evaluation is being set up, from a checkpoint where there is one, or makes its first
+            step, which is the first to look into the state of an optimizer.
     """
 
     def __init__(self, settings: dict[str, str]) -> None:
         self.settings = settings
         self.restoring = False
+        self._begun = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.restoring = True
@@ -221,7 +223,13 @@ class SameSettings(pl.Callback):
         self.restoring = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.restoring = False
+        self._begun = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._begun:
+            self.restoring = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"settings": self.settings}
@@ -236,7 +244,7 @@ class SameSettings(pl.Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        check_parts(checkpoint)
+        check_parts(checkpoint, trainer)
         there = checkpoint["callbacks"].get(self.state_key)
         if there is None:
             return

@@ -1,0 +1,41 @@
+"""Whether the settings of a trainer train anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
+
+_SEEDS = 2**32  # of NumPy
+
+
+def check_steps(trainer: Any) -> None:
+    """Raises a ValueError for settings of a trainer by which nothing would be trained, or that it would divide by."""
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "max_time"):
+        if trainer.get(name) is not None and _nothing(name, trainer[name]):
+            raise ValueError(f"trainer.{name} must be more than 0 to train anything, got {trainer[name]}")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
+        number = trainer.get(name)
+        least = 0 if name == "log_every_n_steps" else 1  # 0 logs nothing
+        if number is not None and number < least:
+            raise ValueError(f"trainer.{name} must be at least {least}, got {number}")
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, int | float) and interval <= 0:
+        raise ValueError(f"trainer.val_check_interval must be more than 0, got {interval}")
+
+
+def _nothing(name: str, value: Any) -> bool:
+    if name != "max_time":
+        return bool(value == 0)
+    try:
+        left = Timer(duration=value).time_remaining()
+    except (MisconfigurationException, AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"trainer.max_time must be days, hours, minutes and seconds, DD:HH:MM:SS: {error}") from error
+    return left is not None and left <= 0
+
+
+def check_seed(seed: Any) -> None:
+    """Raises a ValueError for a seed that random numbers cannot be made of."""
+    if isinstance(seed, int) and not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed_everything must be from 0 to {_SEEDS - 1:,}, got {seed}")
