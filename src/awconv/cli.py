@@ -152,6 +152,7 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     from awconv.model_costs import models
     from awconv.predict import predict
     from awconv.publish import publish
+    from awconv.training.recipes import bounded_yaml
 
     functions: dict[str, Callable[..., int]] = {
         "demo": demo,
@@ -185,7 +186,8 @@ def _function(command: str, arguments: Sequence[str]) -> int:
             others["overrides"] = arguments[split + 1 :]
             arguments = arguments[:split]
     parser.add_function_arguments(function, skip=skip)
-    given = parser.parse_args(list(arguments)).as_dict()
+    with bounded_yaml():
+        given = parser.parse_args(list(arguments)).as_dict()
     given.pop("config")
     return function(**given, **others)
 
@@ -197,6 +199,7 @@ def _path(name: str) -> Path:
 def _bench(command: str, arguments: Sequence[str]) -> int:
     jsonargparse = require("jsonargparse", extra="train")
     from awconv.bench import bench_detector, bench_model, bench_op
+    from awconv.training.recipes import bounded_yaml
 
     parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description="Times AW-convolution beside others.")
     subcommands = parser.add_subcommands(dest="subject")
@@ -209,7 +212,8 @@ def _bench(command: str, arguments: Sequence[str]) -> int:
             subject.add_argument(several[name], nargs="+", help="such as aw_resnet50")
         subject.add_function_arguments(function, skip={*several.values()})
         subcommands.add_subcommand(name, subject, help=description)
-    given = parser.parse_args(list(arguments)).as_dict()
+    with bounded_yaml():
+        given = parser.parse_args(list(arguments)).as_dict()
     return functions[given["subject"]](**given[given["subject"]])
 
 

@@ -156,8 +156,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         **dict.fromkeys(_SILENCED, "leave it out: the report has the curves, and one bar shows all runs"),
     }
     for override in overrides:
-        name = override.partition("=")[0]
-        if name in instead:
+        name, _, value = override.partition("=")
+        if name in instead and not (name in _SILENCED and value.lower() == "false"):  # which they are
             raise ValueError(f"{name} cannot be given for the runs of a comparison; {instead[name]}")
 
 

@@ -18,6 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from awconv.models.pretrained import weights_overlay
 from awconv.tasks.task import Task, check_network, check_numbers, convert
 
+# The largest that some of timm.data.Mixup's arguments can be: a probability, or a parameter of a beta distribution.
+_OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e6}
+
 
 class ClassificationTask(Task):
     """A network that is trained with cross-entropy, a linear warm-up and a decay of the learning rate.
@@ -119,6 +122,9 @@ class ClassificationTask(Task):
     def _mixup(self) -> Mixup | None:
         if self.hparams["mixup"] is None:
             return None
+        for name, value in self.hparams["mixup"].items():
+            if name in _OF_MIXUP and isinstance(value, int | float):
+                check_numbers(**{f"mixup.{name}": (value, 0, _OF_MIXUP[name])})
         try:
             return Mixup(
                 **self.hparams["mixup"],

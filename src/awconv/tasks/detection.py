@@ -19,7 +19,7 @@ from awconv.tasks.task import Task, check_network, check_numbers
 from awconv.terminal import printable
 
 Detections = list[dict[str, Tensor]]
-_PIXELS = 30_000  # of a side: an image of as many squared is larger than any memory
+_SHORTER, _LONGER = 4096, 8192  # pixels of the sides, at most: a backbone's first maps are some times as large
 _FASTER_RCNNS = ("norm", "min_size", "max_size")  # options that SSD300 has not
 
 
@@ -95,8 +95,8 @@ class DetectionTask(Task):
         sizes = min_size if isinstance(min_size, Sequence) else [min_size]
         if not sizes:
             raise ValueError("min_size must be a size in pixels, or several, got none")
-        for name, size in [*(("min_size", size) for size in sizes), ("max_size", max_size)]:
-            check_numbers(**{name: (size, 1, _PIXELS)})
+        for name, size, most in [*(("min_size", size, _SHORTER) for size in sizes), ("max_size", max_size, _LONGER)]:
+            check_numbers(**{name: (size, 1, most)})
         if norm == "frozen" and not pretrained:
             raise ValueError("norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'")
         self.classes, self.category_ids = list(classes), list(category_ids)

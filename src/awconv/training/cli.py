@@ -8,13 +8,12 @@ import os
 import pydoc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -29,7 +28,7 @@ from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, fi
 from awconv.training.detections import DetectionFile
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
-from awconv.training.recipes import parse_recipe, read_recipe
+from awconv.training.recipes import bounded_yaml, parse_recipe, read_recipe
 from awconv.training.settings import SameSettings, SameThreads, check_nulls, settings, written
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
@@ -81,7 +80,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), bounded_yaml():
             # Ours is a command among others, which hands its own arguments on.
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             super().parse_arguments(parser, args)
@@ -278,8 +277,7 @@ def _find_task(args: Sequence[str]) -> tuple[type[Task], type[DataModule]]:
         else:
             given = value
     if isinstance(given, str) and given.lstrip().startswith("{"):
-        with suppress(yaml.YAMLError, AttributeError):  # which the parser will refuse
-            given = yaml.safe_load(given).get("class_path")
+        given = parse_recipe(given, "--data", Path()).get("class_path")
     for kind, task in _TASKS.items():
         if given and str(given).rpartition(".")[2] in _names(kind):
             return task, kind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,6 +22,12 @@ def check_steps(trainer: Any) -> None:
         least = 0 if name == "log_every_n_steps" else 1  # 0 logs nothing
         if number is not None and number < least:
             raise ValueError(f"trainer.{name} must be at least {least}, got {number}")
+    clip = trainer.get("gradient_clip_val")
+    if isinstance(clip, int | float) and not 0 <= clip < math.inf:
+        raise ValueError(f"trainer.gradient_clip_val must be a number of at least 0, got {clip}")
+    devices, most = str(trainer.get("devices")), max(32, 4 * (os.cpu_count() or 1))
+    if devices.isdecimal() and int(devices) > most:
+        raise ValueError(f"trainer.devices must be at most {most} (4 for each core, or 32), got {devices[:20]}")
     interval = trainer.get("val_check_interval")
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(f"trainer.val_check_interval must be more than 0, got {interval}")

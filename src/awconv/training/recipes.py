@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import yaml
 
 _BYTES = 2**20
@@ -62,6 +65,26 @@ def parse_recipe(text: str, name: str, folder: Path) -> dict[str, Any]:
         elif not isinstance(given, dict):
             raise ValueError(f"recipe {name}: {section} must be a mapping of settings, got {str(given)[:80]!r}")
     return content
+
+
+@contextmanager
+def bounded_yaml() -> Iterator[None]:
+    """Within it, a parser reads no YAML that its aliases make huge, in whatever argument or file it stands."""
+    load = jsonargparse.get_loader("yaml")
+
+    def check_and_load(text: str) -> Any:
+        if "*" in text:  # an alias
+            try:
+                _check_size(yaml.compose(text, yaml.SafeLoader))
+            except ValueError as error:
+                raise ValueError(f"YAML that begins with {text[:40]!r} cannot be read: {error}") from error
+        return load(text)
+
+    jsonargparse.set_loader("yaml", check_and_load, (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        jsonargparse.set_loader("yaml", load, (yaml.YAMLError,))
 
 
 def _check_size(root: yaml.Node | None) -> None:

@@ -217,7 +217,7 @@ class SameSettings(pl.Callback):
         self.restoring = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.restoring = False
+        self.restoring &= bool(trainer.sanity_checking)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.restoring = False
