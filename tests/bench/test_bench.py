@@ -119,6 +119,7 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["op", "--roofline=a.exe"], "roofline must end in .png, .svg, .pdf, got a.exe"),
         (["op", "--stride=0"], "stride must be from 1 to 2,147,483,647, got 0"),
         (["op", "--groups=-1"], "groups must be from 1 to 2,147,483,647, got -1"),
+        (["op", "--kernel_size=3,4"], "kernel_size must be odd, so that the padding keeps the size, got 4"),
         (["op", f"--kernel_size={10**30}"], "kernel_size must be from 1 to 2,147,483,647, got 1000"),
         (["op", "--rounds=0"], "rounds must be from 1 to 100,000, got 0"),
         (["op", "--size=1000000"], "at least [0-9,]+ GiB are needed, and cpu has .*: give less of .*size = 1000000"),

@@ -319,6 +319,9 @@ def test_runs_of_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
         compare(recipe, "plain", seeds=1, out=out, split="val")
     assert compare(recipe, "plain", seeds=1, out=out, overrides=["--trainer.log_every_n_steps=7"]) == 0
     assert (out / "plain-seed0.json").read_text() == before
+    (out / "plain-seed0.json").write_text(before.replace('"variant": "plain"', '"variant": "other"'))
+    with pytest.raises(ValueError, match=r"plain-seed0\.json holds .*: it is 'other' of seed 0 there, plain-seed0 now"):
+        compare(recipe, "plain", seeds=1, out=out)
     (out / "plain-seed0.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"plain-seed0\.json is not a run of awconv compare"):
         compare(recipe, "plain", seeds=1, out=out)

@@ -157,6 +157,8 @@ def test_texts_of_a_run_cannot_add_columns_lines_or_control_sequences(capsys: py
         ({"recipe": "text"}, "recipe cannot be 'text'"),
         ({"variant": 3}, "variant cannot be '3'"),
         ({"surprise": 1}, "surprise"),
+        ({"epochs": []}, "it has no epochs"),
+        ({"score": 10**400}, "score cannot be '1000"),
     ],
 )
 def test_files_that_are_no_runs_are_named(change: dict[str, Any], named: str, tmp_path: Path) -> None:

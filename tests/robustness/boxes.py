@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.robustness.commands import FIT, retyped, something_was_trained
+from tests.robustness.commands import FIT, retyped, something_was_trained, with_options
 from tests.robustness.harness import Case
 
 IMAGES = 4
@@ -325,3 +325,27 @@ def voc(seed: int) -> Case:
 
     harmless = rule == "flipped" or (rule in _XML and not _XML[rule][1])
     return Case(f"voc {seed}: {rule}", prepare, "data", "either" if harmless else "error", something_was_trained)
+
+
+DETECTORS_OPTIONS = with_options(
+    [f"model.{name}" for name in ("min_size", "max_size", "trainable_layers", "norm", "detector", "detector_args")]
+    + [f"data.{name}" for name in ("categories", "val_fraction", "augmentation", "jitter_size", "images_without_boxes")]
+    + [f"data.{name}" for name in ("batch_size", "max_pixels", "max_annotations", "inspect", "train", "val", "test")]
+)
+
+
+def detectors_options(seed: int) -> Case:
+    """A value out of range, or of another type, for one option that only a detector or its data have."""
+    name, value = DETECTORS_OPTIONS[seed]
+
+    def prepare(folder: Path) -> Sequence[str]:
+        write(folder / "data", coco_files())
+        return *COCO, f"--{name}={value}".replace("\x00", "\\0")
+
+    return Case(
+        f"detectors_options {seed}: --{name}={value[:40]!r}",
+        prepare,
+        name.rpartition(".")[2],
+        "either",
+        something_was_trained,
+    )

@@ -28,8 +28,8 @@ FIT = (
     "--trainer.default_root_dir=out",
     "--model.network=aw_resnet8_cifar",
 )
-_VALUES = (".nan", ".inf", "-.inf", "-1", "-0.5", "0", "2", "1e400", "1e308", "1" + "0" * 30, "9" * 400, "text", "[1]")
-_VALUES += (
+VALUES = (".nan", ".inf", "-.inf", "-1", "-0.5", "0", "2", "1e400", "1e308", "1" + "0" * 30, "9" * 400, "text", "[1]")
+VALUES += (
     "{a: 1}",
     "null",
     "''",
@@ -75,11 +75,21 @@ def something_was_trained(folder: Path) -> str | None:
     return None
 
 
+def with_options(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each option with each value, shuffled, so that the first ones are of all kinds."""
+    pairs = [(name, value) for name in names for value in VALUES]
+    random.Random("options").shuffle(pairs)
+    return pairs
+
+
+OPTIONS = with_options(
+    [f"{group}.{name}" for group, known in _OPTIONS.items() for name in known.split()] + ["seed_everything"]
+)
+
+
 def options(seed: int) -> Case:
     """A value out of range, or of another type, for one option of a training."""
-    rng = random.Random(f"options {seed}")
-    names = [f"{group}.{name}" for group, known in _OPTIONS.items() for name in known.split()]
-    name, value = names[seed % len(names)], rng.choice(_VALUES)
+    name, value = OPTIONS[seed]
     given = (*FIT, f"--{name}={value}".replace("\x00", "\\0"))
     return Case(
         f"options {seed}: --{name}={value[:40]!r}",

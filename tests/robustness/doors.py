@@ -17,22 +17,24 @@ import torch
 
 from awconv import AWConv2d
 from tests.robustness.archives import archives
-from tests.robustness.boxes import coco, voc
-from tests.robustness.commands import dictionaries, options, outputs, recipes, run_files
+from tests.robustness.boxes import DETECTORS_OPTIONS, coco, detectors_options, voc
+from tests.robustness.commands import OPTIONS, dictionaries, options, outputs, recipes, run_files
 from tests.robustness.harness import Case, run
 from tests.robustness.others import others
 from tests.robustness.pictures import detector, drawing, images
 from tests.robustness.shards import parquet, tar
-from tests.robustness.weights import checkpoints, trained, weights
+from tests.robustness.weights import checkpoints, resumed, trained, weights
 
 # How many inputs a campaign tries, and the ordinary tests.
 DOORS: dict[str, tuple[Callable[[int], Case], int, int]] = {
-    "options": (options, 400, 5),
+    "options": (options, len(OPTIONS), 5),
+    "detectors_options": (detectors_options, len(DETECTORS_OPTIONS), 3),
     "dictionaries": (dictionaries, 120, 3),
     "recipes": (recipes, 250, 5),
     "run_files": (run_files, 150, 4),
     "outputs": (outputs, 48, 3),
     "checkpoints": (checkpoints, 280, 6),
+    "resumed": (resumed, 300, 3),
     "weights": (weights, 108, 3),
     "images": (images, 250, 4),
     "drawing": (drawing, 60, 2),

@@ -151,6 +151,32 @@ def checkpoints(seed: int) -> Case:
     )
 
 
+_LEAVES = (*_OTHERS, True, {3: 4}, [[]])
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
+
+
+def resumed(seed: int) -> Case:
+    """A checkpoint of which any one part, however deep, is something else, in a training that goes on."""
+    rng = random.Random(f"resumed {seed}")
+    part = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "hyper_parameters")[seed % 5]
+
+    def prepare(folder: Path) -> Sequence[str]:
+        content = torch.load(trained(), weights_only=True)
+        place = rng.choice([place for place in _places(content[part]) if place])
+        parent = content[part]
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = rng.choice(_LEAVES)
+        torch.save(content, folder / "spoiled.ckpt")
+        return *FIT, "--trainer.max_epochs=2", "--ckpt_path=spoiled.ckpt"
+
+    return Case(f"resumed {seed}: {part}", prepare, "checkpoint", "either", something_was_trained)
+
+
 def weights(seed: int) -> Case:
     """A file of weights that was damaged, or is of something else, from which a training is to start."""
     rng = random.Random(f"weights {seed}")
