@@ -202,6 +202,8 @@ _LAYOUTS: dict[str, tuple[str, str, str | None, str]] = {
     "CVAT": ("JPEGImages/{0}.jpg", "Annotations/{0}.xml", "ImageSets/Main/default.txt", "default"),
     "Label Studio": ("images/{0}.jpg", "Annotations/{0}.xml", None, "."),
     "Kaggle": ("images/{0}.jpg", "annotations/{0}.xml", None, "."),
+    "FiftyOne": ("data/{0}.jpg", "labels/{0}.xml", None, "."),
+    "FiftyOne, by its labels": ("data/{0}.jpg", "labels/{0}.xml", None, "labels"),
     "year without lists": ("VOC2007/JPEGImages/{0}.jpg", "VOC2007/Annotations/{0}.xml", None, "VOC2007"),
     "one list as text": (
         "VOC2007/JPEGImages/{0}.jpg",
@@ -236,6 +238,24 @@ def test_the_layouts_that_tools_write(tool: str, packed: bool, tmp_path: Path) -
         torch.testing.assert_close(item[1]["boxes"], torch.tensor([box for _, box in boxes(name)]))
         expected = np.asarray(Image.open(written / "JPEGImages" / f"{name}.jpg"))
         assert np.array_equal(item[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_folders_without_images_or_xml_are_not_taken_for_theirs(tmp_path: Path) -> None:
+    written = write_voc(tmp_path / "written") / "VOC2007"
+    root = tmp_path / "root"
+    shutil.copytree(written / "JPEGImages", root / "images")
+    shutil.copytree(written / "Annotations", root, dirs_exist_ok=True)
+    for leftover in ("data/notes.txt", "labels/china.txt", "annotations/china.txt"):  # as YOLO has them
+        (root / leftover).parent.mkdir()
+        (root / leftover).write_text("0 0.5 0.5 1 1")
+    dataset = Voc(root, train=".", test=None, categories=list(CATEGORIES), val_fraction=0).dataset("train")
+    assert dataset is not None
+    assert [image.path for image in dataset.images] == ["images/china.jpg", "images/flower.jpg"]
+    shutil.rmtree(root / "images")
+    for xml in root.glob("*.xml"):
+        xml.rename(root / "labels" / xml.name)
+    with pytest.raises(ValueError, match=r"got 'train', which is no folder with XML files in .*; there are: \.$"):
+        Voc(root, train="train").dataset("train")
 
 
 def test_images_are_found_by_the_name_in_their_annotations(tmp_path: Path) -> None:

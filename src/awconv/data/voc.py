@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,6 +25,7 @@ CATEGORIES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 _LISTS = "ImageSets/Main"
+_IMAGE_FOLDERS, _XML_FOLDERS = ("jpegimages", "images", "data"), ("annotations", "labels")  # the last ones FiftyOne's
 _LARGEST_LIST, _LARGEST_XML = 2**26, 2**24  # bytes
 _DEEPEST = 100  # elements; VOC has 5
 _DIFFICULT = {"0": False, "false": False, "": False, "1": True, "true": True}
@@ -43,8 +44,8 @@ class Voc(DetectionDataModule):
         root: the folder that holds the years (``VOCdevkit``), or a zip archive of it.
         train: the years and lists of the training split, such as ``VOC2007/trainval``, or one of them; a list without a
             year where ``ImageSets`` lies in ``root``; a folder that holds images and XML files, side by side or in
-            folders called ``JPEGImages`` or ``images`` and ``Annotations`` or ``annotations``; ``.`` for ``root``
-            itself.
+            folders called ``JPEGImages``, ``images`` or ``data`` and ``Annotations``, ``annotations`` or ``labels``;
+            ``.`` for ``root`` itself.
         val: the same; None holds out ``val_fraction`` of the training split.
         test: the same; None tests on the validation split.
         categories: names of those that are wanted, which may be other ones than VOC's; None for VOC's 20.
@@ -256,12 +257,22 @@ def _below(files: Files, folder: str) -> Iterator[tuple[str, str, str]]:
 def _without_list(files: Files, entry: str) -> tuple[str, str]:
     """The folders of the images and of the XML files, in a folder without lists."""
     folder = posixpath.normpath(entry)
-    inner = {stem.partition("/")[0] for stem, _, _ in _below(files, folder) if "/" in stem}
-    found = []
-    for names in (("jpegimages", "images"), ("annotations",)):
-        within = [name for name in sorted(inner) if name.lower() in names]
-        found.append(posixpath.normpath(f"{folder}/{within[0]}") if within else folder)
-    return found[0], found[1]
+    images = _inner(files, folder, _IMAGE_FOLDERS, ENDINGS)
+    xml = _inner(files, folder, _XML_FOLDERS, {".xml"})
+    if _is_xml_folder(folder) and not any(ending in ENDINGS for _, ending, _ in _below(files, folder)):
+        images = _inner(files, posixpath.dirname(folder) or ".", _IMAGE_FOLDERS, ENDINGS)
+    return images, xml
+
+
+def _inner(files: Files, folder: str, names: Sequence[str], endings: Collection[str]) -> str:
+    """The first folder of these names in a folder that holds files of these endings; the folder itself without one."""
+    inner = {stem.partition("/")[0] for stem, ending, _ in _below(files, folder) if "/" in stem and ending in endings}
+    within = [one for name in names for one in sorted(inner) if one.lower() == name]
+    return posixpath.normpath(f"{folder}/{within[0]}") if within else folder
+
+
+def _is_xml_folder(folder: str) -> bool:
+    return posixpath.basename(folder).lower() in _XML_FOLDERS
 
 
 def _no_such(files: Files, entry: str, split: Split) -> Exception:
@@ -272,7 +283,7 @@ def _no_such(files: Files, entry: str, split: Split) -> Exception:
         if folder.endswith(_LISTS) and name.endswith(".txt"):
             lists.add(posixpath.normpath(f"./{folder.removesuffix(_LISTS)}/{name.removesuffix('.txt')}"))
         elif name.lower().endswith(".xml"):
-            folders.add(posixpath.dirname(folder) or "." if folder.lower().endswith("annotations") else folder or ".")
+            folders.add((posixpath.dirname(folder) if _is_xml_folder(folder) else folder) or ".")
     there = ", ".join(sorted(lists or folders)[:10]) or "none"
     hint = "" if split == "train" else f", or none with --data.{split}=null"
     place, slash, name = posixpath.normpath(entry).rpartition("/")
