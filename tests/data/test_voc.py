@@ -163,6 +163,18 @@ def test_lists_may_say_what_is_in_an_image(tmp_path: Path, caplog: pytest.LogCap
     assert "train images: 2 are listed twice, and count once" in caplog.text
 
 
+def test_lists_may_quote_names(tmp_path: Path) -> None:
+    year = write_voc(tmp_path) / "VOC2007"
+    for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (year / folder / f"china.{ending}").rename(year / folder / f"img 1.{ending}")
+        (year / folder / f"flower.{ending}").rename(year / folder / f'"2".{ending}')  # whose own quotes are no list's
+    for listed in ('"img 1"\n"2"\n', '"img 1"  1\n"2" -1\n', 'img 1 0\n"2".jpg\n', '"img 1.jpg" 1\n""2"" 0\n'):
+        (year / "ImageSets" / "Main" / "trainval.txt").write_text(listed)
+        dataset = Voc(tmp_path, **LISTS, test=None).dataset("train")
+        assert dataset is not None
+        assert [Path(image.path).name for image in dataset.images] == ["img 1.jpg", '"2".jpg']
+
+
 @pytest.mark.parametrize("content", ["", " \n\n"])
 def test_an_empty_list_is_refused(content: str, tmp_path: Path) -> None:
     (write_voc(tmp_path) / "VOC2007" / "ImageSets" / "Main" / "trainval.txt").write_text(content)

@@ -38,7 +38,8 @@ class Voc(DetectionDataModule):
     Pixels are counted from 1 there, and a box includes its last ones: boxes are moved accordingly. Objects marked as
     difficult are handled as crowd regions: they are not trained on, and not counted in the evaluation. Images may have
     any ending that is read. In a list such as ``car_train`` a name may be followed by 1, 0 or -1, which say whether
-    there is a car in the image: all of them are of the split. An image that is listed twice counts once.
+    there is a car in the image: all of them are of the split. Names may stand in quotes. An image that is listed twice
+    counts once.
 
     Args:
         root: the folder that holds the years (``VOCdevkit``), or a zip archive of it.
@@ -177,7 +178,7 @@ class _Folder:
         folders: that were looked in.
         lists: the file of the list, if there is one.
         annotations: the paths of the XML files, by the names that lists have for them.
-        listed: names of images, perhaps with an ending, or with a 1, 0 or -1 behind them.
+        listed: names of images, perhaps with an ending, in quotes, or with a 1, 0 or -1 behind them.
 
     Raises:
         FileNotFoundError: there is no such list.
@@ -214,9 +215,10 @@ class _Folder:
         Raises:
             FileNotFoundError: it has none.
         """
-        name = re.sub(r"\s+(?:-1|0|1)$", "", line)
+        quoted = re.sub(r"\s+(?:-1|0|1)$", "", line)
+        name = re.sub(r'^"(.+)"$', r"\1", quoted)  # as CVAT and datumaro write one with a space
         stem, ending = posixpath.splitext(name)
-        for one in (line, name, *([stem] if ending.lower() in ENDINGS else [])):
+        for one in (line, quoted, name, *([stem] if ending.lower() in ENDINGS else [])):
             if one in self.annotations:
                 return one
         missing = self._files.name(f"{self._xml}/{name:.200}.xml")
