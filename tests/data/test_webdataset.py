@@ -111,12 +111,14 @@ class TestLayouts:
                 "a.txt": "A nought",
             },
             {**PLAIN, "a.json": '{"label": 0}', "b.json": "[1]"},
+            {"a.json": '{"label": "nought"}', "b.JSON": '{"label": null}', **PLAIN},
+            {**PLAIN, "a.json": '{"label": ["nought"]}', "b.json": '{"label": true}'},
             {"a.png": A, "a.json": '{"label": 0, "caption": "x"}', "b.PNG": B, "b.JSON": '{"label": 1}'},
             {**PLAIN, "._a.png": b"\0\5\x16\7\0\2\0\0Mac OS X", "__MACOSX/._b.png": b"\0\5\x16\7", ".DS_Store": b"x"},
             {**PLAIN, "a.pdf": b"%PDF-1.4", "a.h5": b"\x89HDF\r\n\x1a\n", "a.npy": b"x", "b.mpg": b"x"},
             {**PLAIN, ".ipynb_checkpoints/a.png": A, "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg": A},
         ],
-        ids=["plain", "dot", "windows", "img2dataset", "both", "json", "mac", "others", "leftovers"],
+        ids=["plain", "dot", "windows", "img2dataset", "both", "texts", "lists", "json", "mac", "others", "leftovers"],
     )
     def test_are_read(self, content: dict[str, bytes | str], tmp_path: Path) -> None:
         source = WebDataset(write_tar(tmp_path / "a.tar", content)).open("train")
@@ -165,6 +167,7 @@ class TestLabels:
         ("content", "message"),
         [
             ({"b.json": '{"label": 0}'}, r"a\.tar: the label of b is 1 in b\.cls, and 0 in b\.json"),
+            ({"b.json": '{"label": -1}'}, r"a\.tar, b\.json must hold a class index of at least 0: got -1"),
             ({"b.png": B, "b.cls": "2147483648"}, r"the largest label is 2147483648, and 2,147,483,647 below it have"),
             ({"b.cls": "0"}, r"a\.tar: a classification needs at least two classes, got \['0'\]"),
             ({"b.jpg": B}, r"a\.tar: b\.png and b\.jpg are both images of b; expected one"),

@@ -40,7 +40,8 @@ class _Place(NamedTuple):
 
 class TarImages(Dataset[tuple[Image.Image, int]]):
     """The images of some tar files, each beside a file of the same name that ends in ``.cls`` (the class index as
-    text) or ``.json`` (with the index under ``label``; other JSON is no label where there is a ``.cls``).
+    text) or ``.json`` (with the index under ``label``; where there is a ``.cls``, other JSON is no label, nor is a text
+    or null there).
 
     The tar files' headers and the labels are read at once; an image when it is asked for, from its place. What is not
     used is logged, but for what programs leave behind (``._x.jpg``).
@@ -84,7 +85,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         labels: dict[str, tuple[int, str]] = {}  # with the file that it is from
         notes: dict[str, str] = {}  # JSON without a label
         unused: Counter[str] = Counter()
-        for member in members:
+        for member in sorted(members, key=lambda member: not member.name.lower().endswith(".cls")):
             path = PurePosixPath(member.name)
             if member.isdir() or any(map(is_leftover, path.parts)):
                 continue
@@ -102,7 +103,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
                     names = f"{images[key].name} and {member.name}"
                     raise ValueError(f"{shard}: {names} are both images of {key}; expected one")
                 continue
-            label = _label(tar, member, ending, shard)
+            label = _label(tar, member, ending, shard, key in labels)
             if label is None:
                 notes[key] = member.name
             elif labels.setdefault(key, (label, member.name))[0] != label:
@@ -145,8 +146,9 @@ def _check_end(shard: str, offset: int) -> None:
         raise ValueError(f"{shard} is cut off: it does not end as a tar file does")
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str) -> int | None:
-    """The class index in a file; None for JSON that has none."""
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str, known: bool) -> int | None:
+    """The class index in a file; None for JSON that has none: where it is known from another file, a label that is no
+    number is something else."""
     file = tar.extractfile(member)
     assert file is not None
     try:
@@ -160,7 +162,10 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: st
         content = json.loads(text)
         if not isinstance(content, dict) or "label" not in content:
             return None
-        return checked_label(content["label"])
+        label = content["label"]
+        if known and (isinstance(label, bool) or not isinstance(label, int | float)):
+            return None
+        return checked_label(label)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{shard}, {member.name} must hold a class index of at least 0: {error}") from error
 
