@@ -145,7 +145,18 @@ class TestLayouts:
         write_tar(tmp_path / "a [1].tar", PLAIN)
         for pattern in ("~/a [1].tar", "~/a*.tar", str(tmp_path / "*{1..1}*.tar")):
             assert len(WebDataset(pattern).open("train")) == 2
-        for pattern in ("a{5..1}.tar", "a{0..99999999999}.tar"):
+        write_tar(tmp_path / "0-07.tar", PLAIN)
+        assert len(WebDataset(str(tmp_path / "{0..0}-{07..07}.tar")).open("train")) == 2
+        with pytest.raises(FileNotFoundError, match=r"no file matches .*/1-06\.tar"):
+            WebDataset(str(tmp_path / "{1..2}-{06..07}.tar")).classes  # noqa: B018
+        for pattern in (
+            "a{5..1}.tar",
+            "a{0..99999999999}.tar",
+            "a{0..99999999999999999999}.tar",
+            "a{0..999}{0..999}{0..1}.tar",  # the product counts
+            "a{0..999999}{0..999999}.tar",
+            "a{0..9}{5..1}{5..1}.tar",
+        ):
             with pytest.raises(ValueError, match="must count up, by at most 1,000,000 files"):
                 WebDataset(pattern).classes  # noqa: B018
 

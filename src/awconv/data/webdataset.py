@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from awconv.terminal import printable
 _KIND = "a tar file"
 _LABELS = ("cls", "json")
 _LABEL_BYTES = 2**24
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _PATTERNS = 10**6
 
 
@@ -171,15 +174,15 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: st
 
 
 def _expanded(pattern: str) -> list[str]:
-    """A pattern for each number of a range in braces."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    numbers = range(int(match[1]), int(match[2]) + 1)
-    if not 0 < len(numbers) <= _PATTERNS:
-        raise ValueError(f"{match[0]} in {pattern!r} must count up, by at most {_PATTERNS:,} files")
-    return [one for number in numbers for one in _expanded(f"{before}{number:0{len(match[1])}}{after}")]
+    """A pattern for each number of a range in braces; of several ranges, for each combination."""
+    parts = _RANGE.split(pattern)
+    between, ranges = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
+    counts = [int(last) - int(first) + 1 for first, last in ranges]
+    if any(count < 1 for count in counts) or math.prod(counts) > _PATTERNS:
+        shown = " and ".join(f"{{{first}..{last}}}" for first, last in ranges)
+        raise ValueError(f"{shown} in {pattern!r} must count up, by at most {_PATTERNS:,} files")
+    numbers = [[f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)] for first, last in ranges]
+    return ["".join(map("".join, zip(between, (*chosen, ""), strict=True))) for chosen in product(*numbers)]
 
 
 class WebDataset(ImageDataModule):
