@@ -177,6 +177,25 @@ class TestLayouts:
         write_rows(tmp_path / "a.parquet", images, list(self.CLASSES))
         assert seen(Parquet(str(tmp_path / "a.parquet"))) == self.expected()
 
+    @pytest.mark.parametrize("layout", ["structs", "bytes", "paths"])
+    def test_arrows_views(self, layout: str, tmp_path: Path) -> None:
+        names = [f"{index}.png" for index in range(6)]
+        for name, content in zip(names, self.DIGITS, strict=True):
+            (tmp_path / name).write_bytes(content)
+        fields: Any = pa.struct({"bytes": pa.binary_view(), "path": pa.string_view()})
+        structs = [{"bytes": one if i % 2 else None, "path": names[i]} for i, one in enumerate(self.DIGITS)]
+        images = {
+            "structs": pa.array(structs, fields),
+            "bytes": pa.array(self.DIGITS, pa.binary_view()),
+            "paths": pa.array(names, pa.string_view()),
+        }[layout]
+        write_rows(tmp_path / "a.parquet", images, pa.array(self.CLASSES, pa.string_view()))
+        read = pq.read_schema(tmp_path / "a.parquet")
+        assert (read.field("image").type, read.field("label").type) == (images.type, pa.string_view())
+        data = Parquet(str(tmp_path / "a.parquet"))
+        assert data.classes == ["cat", "dog", "emu"]
+        assert seen(data) == self.expected()
+
     @pytest.mark.parametrize("kind", ["text", "categories", "indices", "indices without _type"])
     def test_labels(self, kind: str, tmp_path: Path) -> None:
         indices = [["cat", "dog", "emu"].index(name) for name in self.CLASSES]
