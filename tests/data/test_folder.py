@@ -142,6 +142,23 @@ class TestLayouts:
             assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
         assert "not used" not in caplog.text
 
+    @pytest.mark.parametrize(
+        "folder",
+        [
+            "#snapshot", "#Recycle", "@eadir", "@Recently-Snapshot", "@recycle", "$RECYCLE.BIN", "$Recycle.Bin",
+            "Network Trash Folder", "Temporary Items", "System Volume Information", "lost+found", "__macosx",
+        ],
+    )  # fmt: skip
+    def test_what_programs_leave_beside_classes_is_none(
+        self, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
+        tree(tmp_path, "cat/0.png", "dog/0.png", f"{folder}/cat/0.png", f"{folder}/1.png", f"cat/{folder}/0.png")
+        data = ImageFolder(tmp_path)
+        assert data.classes == ["cat", "dog"]
+        assert len(data.open("train")) == 2
+        assert "not used" not in caplog.text
+
     @pytest.mark.parametrize(("val", "test"), [("valid", "test"), ("validation", "Testing"), ("Val", "TEST")])
     @pytest.mark.parametrize("train", ["train", "Training"])
     def test_the_usual_names_of_splits(self, train: str, val: str, test: str, tmp_path: Path) -> None:

@@ -20,18 +20,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from awconv.terminal import printable
 
 _LEFTOVERS = frozenset(
-    {
-        "__MACOSX", "Icon\r",  # macOS, which also writes ._NAME and .DS_Store
+    name.casefold()
+    for name in (
+        "__MACOSX", "Icon\r", "Network Trash Folder", "Temporary Items",  # macOS, as ._NAME and .DS_Store
         "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information",  # Windows
-        "@eaDir", "#recycle", "@Recycle", "lost+found",  # NAS and Linux
-    }
+        "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found",  # NAS and Linux
+    )
 )  # fmt: skip
 
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of this name is a program's own and none of a data set: hidden ones, such as
-    ``.ipynb_checkpoints`` and the ``._x.jpg`` that a Mac writes beside ``x.jpg``, and those of Windows and of NAS."""
-    return (name.startswith(".") and name != "..") or name in _LEFTOVERS
+    ``.ipynb_checkpoints`` and the ``._x.jpg`` that a Mac writes beside ``x.jpg``, and those of Windows and of NAS,
+    in capitals or not."""
+    return (name.startswith(".") and name != "..") or name.casefold() in _LEFTOVERS
 
 
 def walk(folder: Path) -> list[str]:
