@@ -134,6 +134,7 @@ def write_rows(path: Path, images: list[Any], labels: list[Any], metadata: Any =
     if metadata is not None:
         content = metadata if isinstance(metadata, str) else json.dumps(metadata)
         table = table.replace_schema_metadata({"huggingface": content})
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
 
 
@@ -227,6 +228,16 @@ class TestLayouts:
         monkeypatch.setenv("HOME", str(tmp_path))
         write_rows(tmp_path / "a [1].parquet", list(self.DIGITS), list(self.CLASSES))
         for pattern in (str(tmp_path / "a [1].parquet"), "~/a [1].parquet", "~/*.parquet"):
+            assert len(Parquet(pattern).open("train")) == 6
+        write_rows(tmp_path / "a [1]" / "b" / "c 1.parquet", list(self.DIGITS), list(self.CLASSES))
+        monkeypatch.chdir(tmp_path / "a [1]")
+        for pattern in (
+            "~/a [1]/b/*.parquet",
+            "~/a [1]/**/*1.parquet",
+            "~/a*/b/c [0-9].parquet",
+            "../a [1]/?/c*",
+            "b/c*",
+        ):
             assert len(Parquet(pattern).open("train")) == 6
         with pytest.raises(ValueError, match=r"is a folder; expected a Parquet file or a glob pattern of some"):
             Parquet("~").classes  # noqa: B018

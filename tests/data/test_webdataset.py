@@ -145,6 +145,9 @@ class TestLayouts:
         write_tar(tmp_path / "a [1].tar", PLAIN)
         for pattern in ("~/a [1].tar", "~/a*.tar", str(tmp_path / "*{1..1}*.tar")):
             assert len(WebDataset(pattern).open("train")) == 2
+        (tmp_path / "x[1]").mkdir()
+        write_tar(tmp_path / "x[1]" / "a.tar", PLAIN)
+        assert len(WebDataset(str(tmp_path / "x[1]" / "*.tar")).open("train")) == 2
         write_tar(tmp_path / "0-07.tar", PLAIN)
         assert len(WebDataset(str(tmp_path / "{0..0}-{07..07}.tar")).open("train")) == 2
         with pytest.raises(FileNotFoundError, match=r"no file matches .*/1-06\.tar"):

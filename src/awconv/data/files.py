@@ -63,7 +63,7 @@ def walk(folder: Path) -> list[str]:
 
 def matching(pattern: str, kind: str) -> list[str]:
     """The files that a path or a glob pattern names, in alphabetical order. A path that is there is no pattern, even
-    with brackets in it; ``~`` is the home folder.
+    with brackets in it, nor is a folder at its beginning; ``~`` is the home folder.
 
     Args:
         pattern: the path or pattern.
@@ -80,7 +80,12 @@ def matching(pattern: str, kind: str) -> list[str]:
         return [pattern]
     if os.path.exists(pattern):
         raise ValueError(f"{pattern} is not a file that can be read more than once; expected {kind}")
-    found = sorted(path for path in set(glob.glob(pattern, recursive=True)) if os.path.isfile(path))
+    folder, rest = pattern, ""
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest) if rest else name
+    paths = {os.path.join(folder, name) for name in glob.glob(rest, root_dir=folder or None, recursive=True)}
+    found = sorted(path for path in paths if os.path.isfile(path))
     if not found:
         raise FileNotFoundError(f"no file matches {pattern!r}; expected {kind} or a glob pattern of some")
     return found
