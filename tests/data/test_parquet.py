@@ -254,6 +254,26 @@ class TestLayouts:
         assert f"{tmp_path}/train.parquet: columns not used: caption" in caplog.text
         assert f"files not used by any split: {tmp_path}/test.parquet, 1 in all" in caplog.text
 
+    def test_a_split_in_a_folder_of_its_own_is_said_to_be_unused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
+        splits = ("train", "validation", "test", "test/deeper", "@eaDir")  # as Hugging Face's converted branch has them
+        for split in splits:
+            write_rows(tmp_path / "a" / split / "0000.parquet", list(self.DIGITS), list(self.CLASSES))
+        (tmp_path / "a" / "test" / "notes.txt").write_text("")
+        write_rows(tmp_path / "b" / "0000.parquet", list(self.DIGITS), list(self.CLASSES))  # another data set
+        monkeypatch.chdir(tmp_path / "a" / "train")
+        test, validation = (f"{tmp_path}/a/{split}/0000.parquet" for split in ("test", "validation"))
+        for train in (f"{tmp_path}/a/train/*.parquet", "*.parquet", "../train/0000.parquet"):
+            caplog.clear()
+            assert len(Parquet(train).classes) == 3
+            assert f"files not used by any split: {test}, {validation}, 2 in all" in caplog.text
+        caplog.clear()
+        assert len(Parquet("0000.parquet", val=validation, test="../test/*").classes) == 3
+        assert len(Parquet(f"{tmp_path}/b/*").classes) == 3
+        assert "not used by any" not in caplog.text
+
 
 class TestSpoiledFiles:
     def test_are_read_or_named(self, tmp_path: Path) -> None:

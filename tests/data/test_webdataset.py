@@ -139,6 +139,10 @@ class TestLayouts:
         assert f"{path}: not used: 2 labels without an image, 1 not named as images (.txt)" in caplog.text
         assert "\\x1b[2J" in caplog.text
         assert f"files not used by any split: {tmp_path}/b.tar, 1 in all" in caplog.text
+        for split in ("train", "test"):
+            write_shard(tmp_path / split / "0.tar", range(20))
+        assert len(WebDataset(str(tmp_path / "train" / "{0..0}.tar")).classes) == 10
+        assert f"files not used by any split: {tmp_path}/test/0.tar, 1 in all" in caplog.text
 
     def test_names_of_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,18 +94,33 @@ def matching(pattern: str, kind: str) -> list[str]:
 
 def log_unused(patterns: Iterable[str | None], kind: str) -> None:
     """Logs the files beside those that the patterns of all splits name, of the same endings, that none of them names:
-    often a split that was forgotten.
+    often a split that was forgotten. Beside a folder that is called ``train`` or the like, they may lie in another one.
 
     Raises:
         FileNotFoundError: a pattern names no file.
         ValueError: a pattern is a folder.
     """
-    used = {Path(path) for pattern in patterns if pattern is not None for path in matching(pattern, kind)}
+    found = [path for pattern in patterns if pattern is not None for path in matching(pattern, kind)]
+    used = {Path(os.path.abspath(path)) for path in found}
     kinds = {(path.parent, path.suffix) for path in used}
-    beside = {other for folder, suffix in kinds for other in folder.iterdir() if other.suffix == suffix} - used
-    unused = sorted(str(path) for path in beside if path.is_file() and not is_leftover(path.name))
+    above = {(folder.parent, suffix) for folder, suffix in kinds if "train" in folder.name.lower()}
+    for place, suffix in above:
+        kinds |= {(folder, suffix) for folder in islice(filter(os.path.isdir, _inside(place)), _SISTERS)}
+    beside = {other for folder, suffix in kinds for other in _inside(folder) if other.suffix == suffix} - used
+    unused = sorted(str(path) for path in beside if os.path.isfile(path))
     if unused:
         rank_zero_info(printable(f"files not used by any split: {', '.join(unused[:10])}, {len(unused)} in all"))
+
+
+_SISTERS = 100  # folders at most that are looked into
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder but leftovers, in alphabetical order; nothing of one that cannot be read."""
+    try:
+        return sorted(one for one in folder.iterdir() if not is_leftover(one.name))
+    except OSError:
+        return []
 
 
 class Files:
