@@ -177,7 +177,7 @@ class TestLayouts:
         assert data.classes == ["cat", "dog"]
         assert data.open("val") is None
         assert data.test_split == "val"
-        assert "each folder in it is a class" in caplog.text
+        assert "each folder in it is a class of the training images: cat, dog, 2 in all" in caplog.text
         assert "not used: 1 beside the folders of the classes (.csv)" in caplog.text
 
     def test_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,11 +216,31 @@ class TestLayouts:
                 (*CATS_AND_DOGS, "train/emu/x.txt", "train/owl/x.gif.txt"),
                 r"of 2 of 4 classes: emu, owl\. Expected images",
             ),
+            (  # Intel's images on Kaggle
+                (
+                    *(
+                        f"seg_{split}/seg_{split}/{name}/0.png"
+                        for split in ("train", "test")
+                        for name in ("cat", "dog")
+                    ),
+                    "seg_pred/seg_pred/0.png",
+                ),
+                r"and seg_test, seg_train in it are no classes: .*: --data\.root=/.*/seg_train/seg_train; if they are",
+            ),
+            (
+                tuple(f"{split}_images/{name}/0.png" for split in ("train", "val") for name in ("cat", "dog")),
+                r"'train', and train_images, val_images in it .* as /.*/train/CLASS/, .*root=/.*[^/]/train_images; if",
+            ),
+            (("cat/0.png", "dog/a/0.png", "dog/b/0.png"), r"dog in it are .* classes, put all of them into /.*/train$"),
         ],
     )
     def test_other_layouts_are_named(self, paths: tuple[str, ...], message: str, tmp_path: Path) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             ImageFolder(tree(tmp_path, *paths)).classes  # noqa: B018
+
+    def test_a_class_may_have_its_images_in_one_folder(self, tmp_path: Path) -> None:
+        tree(tmp_path, "cat/images/0.png", "dog/images/0.png", "emu/0.png", "emu/a/0.png", "emu/b/0.png")
+        assert ImageFolder(tmp_path).classes == ["cat", "dog", "emu"]  # as Tiny-ImageNet's training images
 
     def test_an_archive_is_to_be_unpacked(self, tmp_path: Path) -> None:
         (tmp_path / "a.zip").write_bytes(b"PK")
