@@ -131,6 +131,29 @@ def test_an_image_of_another_split_takes_no_ones_place(tmp_path: Path) -> None:
         Coco(tmp_path, val="val2017").dataset("train")
 
 
+def test_cocos_test_images_have_a_file_without_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_coco(tmp_path)
+    write_coco(tmp_path, split="test2017")
+    content = annotations()
+    del content["annotations"], content["images"][0]
+    (tmp_path / "annotations" / "image_info_test2017.json").write_text(json.dumps(content))
+    annotated = Coco(tmp_path, test="test2017").dataset("test")  # the file with annotations comes first
+    assert annotated is not None
+    assert [len(image.boxes) for image in annotated.images] == [2, 2]
+    (tmp_path / "annotations" / "instances_test2017.json").unlink()
+    with caplog.at_level("INFO"):
+        dataset = Coco(tmp_path, test="test2017").dataset("test")
+    assert dataset is not None
+    assert [(image.path, len(image.boxes)) for image in dataset.images] == [("test2017/flower.png", 0)]
+    assert "split test2017 has no annotations: its figures are -1" in caplog.text
+    assert "such as test2017/china.png" in caplog.text  # and not the file that was read
+    for options in ({"val": "test2017"}, {"test": "test2017", "annotations": "annotations//instances_{split}.json"}):
+        with pytest.raises(FileNotFoundError, match=r"instances_test2017\.json are not there; .*image_info_test2017"):
+            Coco(tmp_path, **options).dataset("train")
+    with pytest.raises(FileNotFoundError, match=r"instances_test2018\.json are not there"):
+        Coco(tmp_path, test="test2018").dataset("test")
+
+
 @pytest.mark.parametrize("path", ["../a.json", "/etc/a.json"])
 def test_paths_that_lead_out_of_the_root_are_refused(path: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--data\.annotations must be paths below --data\.root"):

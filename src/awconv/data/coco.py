@@ -21,6 +21,8 @@ from awconv.data.files import Files, leads_out
 from awconv.data.loading import Split
 from awconv.terminal import printable
 
+_ANNOTATIONS = "annotations/instances_{split}.json"
+_TEST_IMAGES = "annotations/image_info_{split}.json"
 _Kind = tuple[Callable[[Any], bool], str]
 _ID: _Kind = (is_id, "a whole number")
 _TEXT: _Kind = (lambda value: isinstance(value, str) and bool(value.strip()), "text")
@@ -59,7 +61,7 @@ class Coco(DetectionDataModule):
     with it. The name of an image's file may be of the machine that it was annotated on (absolute, with backslashes or
     percent signs, as CVAT, VIA and Label Studio write them): where there is none at ``images/NAME``, it is the one file
     below ``images`` that shares the longest end of the path. A test split may have no annotations, for detections that
-    somebody else evaluates.
+    somebody else evaluates: in COCO's own layout, ``root/annotations/image_info_test2017.json``.
 
     Args:
         root: the folder, or a zip archive of it.
@@ -84,7 +86,7 @@ class Coco(DetectionDataModule):
         val: str | None = None,
         test: str | None = None,
         images: str = "{split}",
-        annotations: str = "annotations/instances_{split}.json",
+        annotations: str = _ANNOTATIONS,
         max_annotations: int = 2**31,
         **kwargs: Any,
     ) -> None:
@@ -198,6 +200,9 @@ class Coco(DetectionDataModule):
     def _load(self, split: Split) -> dict[str, Any]:
         """What the file of a split's annotations holds, of the right types."""
         path, name = self._place(self.annotations, split), self.splits[split]
+        if split == "test" and self.annotations == _ANNOTATIONS and not self.files.holds(path):
+            images_alone = self._place(_TEST_IMAGES, split)
+            path = images_alone if self.files.holds(images_alone) else path
         shown = self.files.name(path)
         self._annotation_files.add(path)
         self._looked_in.add(posixpath.dirname(path))
