@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,21 @@ class TestLayouts:
         assert data.test_split == "val"
         assert "each folder in it is a class of the training images: cat, dog, 2 in all" in caplog.text
         assert "not used: 1 beside the folders of the classes (.csv)" in caplog.text
+
+    @pytest.mark.parametrize(("train", "val"), [("NFD", "NFC"), ("NFC", "NFD")])
+    def test_an_accent_is_the_same_in_both_of_unicodes_forms(self, train: str, val: str, tmp_path: Path) -> None:
+        names = {"train": train, "val": val}
+        for split, kind in names.items():  # between e and é, a class that is sorted before the one or behind the other
+            tree(tmp_path / split, "f/0.png", "f/1.png", unicodedata.normalize(kind, "é/0.png"))  # type: ignore[arg-type]
+        data = ImageFolder(tmp_path)
+        assert data.classes == ["f", unicodedata.normalize("NFC", "é")]
+        for split in names:
+            source = data.open(split)
+            assert source.targets == [0, 0, 1]
+            assert np.array_equal(np.asarray(source[2][0]), np.asarray(digit(2)))
+        tree(tmp_path, unicodedata.normalize(val, "train/é/1.png"))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="train: two folders are called é, in two of Unicode's forms; make them"):
+            ImageFolder(tmp_path).classes  # noqa: B018
 
     def test_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,18 @@ class TestFilesThatDisagree:
         data = Parquet(str(tmp_path / "a.parquet"), test=str(tmp_path / "b.parquet"))
         with pytest.raises(ValueError, match=r"b\.parquet: labels must be one of cat, dog, got 'emu' in row 1"):
             data.open("test")
+
+    @pytest.mark.parametrize("texts", [True, False])
+    def test_an_accent_is_the_same_in_both_of_unicodes_forms(self, texts: bool, tmp_path: Path) -> None:
+        images = [png(digit(index)) for index in range(2)]
+        for file, form in (("a0", "NFC"), ("a1", "NFD")):
+            names = [unicodedata.normalize(form, "é"), "f"]  # type: ignore[arg-type]
+            write_rows(
+                tmp_path / f"{file}.parquet", images, names if texts else [0, 1], None if texts else named(names)
+            )
+        data = Parquet(str(tmp_path / "a0.parquet"), test=str(tmp_path / "a1.parquet"))
+        assert data.open("train").targets == data.open("test").targets
+        assert len(Parquet(str(tmp_path / "a*.parquet")).classes) == 2
 
     def test_a_column_given_twice(self, tmp_path: Path) -> None:
         table = pa.table([pa.array([b"a"]), pa.array([0]), pa.array([1])], names=["image", "label", "label"])

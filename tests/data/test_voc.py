@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,33 @@ def test_lists_may_quote_names(tmp_path: Path) -> None:
         dataset = Voc(tmp_path, **LISTS, test=None).dataset("train")
         assert dataset is not None
         assert [Path(image.path).name for image in dataset.images] == ["img 1.jpg", '"2".jpg']
+
+
+@pytest.mark.parametrize(("image", "xml"), [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+@pytest.mark.parametrize("listed", ["NFC", "NFD"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_accent_is_the_same_in_both_of_unicodes_forms(
+    image: str, xml: str, listed: str, moved: bool, tmp_path: Path
+) -> None:
+    def form(kind: str, text: str) -> str:
+        return unicodedata.normalize(kind, text)  # type: ignore[arg-type]
+
+    edit(write_voc(tmp_path), "<name>temple", f"<name>{form(xml, 'pagodé')}")
+    edit(tmp_path, "<annotation>", f"<annotation><filename>{form(xml, 'né.jpg')}</filename>")
+    year = tmp_path / "VOC2007"
+    file = year / "JPEGImages" / form(image, "né.jpg")
+    (year / "JPEGImages" / "china.jpg").rename(file)
+    stem = "01" if moved else "né"  # where the name in the annotations counts
+    (year / "Annotations" / "china.xml").rename(year / "Annotations" / form(xml, f"{stem}.xml"))
+    (year / "ImageSets" / "Main" / "trainval.txt").write_text(form(listed, f"{stem}\nflower\n"))
+    data = Voc(
+        tmp_path, "VOC2007/trainval", test=None, categories=[form(listed, "pagodé"), "tree", "flower"], val_fraction=0
+    )
+    dataset = data.dataset("train")
+    assert dataset is not None
+    assert dataset.images[0].path == f"VOC2007/JPEGImages/{file.name}"
+    assert dataset[0] is not None
+    assert data.summary.boxes == 4
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"])

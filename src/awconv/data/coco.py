@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from awconv.data.boxes import Annotated, is_id, is_number, size
 from awconv.data.detection import DetectionDataModule
-from awconv.data.files import Files, leads_out
+from awconv.data.files import Files, composed, leads_out
 from awconv.data.loading import Split
 from awconv.terminal import printable
 
@@ -229,6 +229,9 @@ class Coco(DetectionDataModule):
             raise ValueError(f"{shown} is not in COCO's format: it has no {' and no '.join(missing)}")
         for part in _FIELDS:
             _check_entries(content[part], part, str(name))
+        for category in content["categories"]:
+            texts = {key: category.get(key) for key in ("name", "supercategory")}
+            category.update({key: composed(text) for key, text in texts.items() if isinstance(text, str)})
         return dict(content)
 
     def _wanted(self, categories: Sequence[Mapping[str, Any]], split: str) -> dict[str, int]:
@@ -268,11 +271,15 @@ class _Paths:
         exact = posixpath.normpath(f"{self._folder}/{name}")
         if exact in self._known or self._files.holds(exact):
             return exact
+        alike = [path for path in self._named(posixpath.basename(exact)) if composed(path) == composed(exact)]
+        if len(alike) == 1:
+            return alike[0]
         for given in dict.fromkeys((name, unquote(name))):
-            parts = [part for part in re.split(r"[\\/]", given.rpartition("?d=")[2]) if part not in ("", ".", "..")]
+            written = composed(given.rpartition("?d=")[2])
+            parts = [part for part in re.split(r"[\\/]", written) if part not in ("", ".", "..")]
             for start in range(len(parts)):
                 end = "/" + "/".join(parts[start:])
-                found = [path for path in self._named(parts[-1]) if f"/{path}".endswith(end)]
+                found = [path for path in self._named(parts[-1]) if composed(f"/{path}").endswith(end)]
                 if len(found) > 1:
                     raise ValueError(
                         f"image {name!r:.200} is not at {self._files.name(exact)}, and may be {found[0]} or "
@@ -287,8 +294,8 @@ class _Paths:
         if self._by_name is None:
             self._by_name = {}
             for path in sorted(self._known):
-                self._by_name.setdefault(posixpath.basename(path), []).append(path)
-        return self._by_name.get(name, [])
+                self._by_name.setdefault(composed(posixpath.basename(path)), []).append(path)
+        return self._by_name.get(composed(name), [])
 
 
 def _check_entries(entries: Any, part: str, split: str) -> None:

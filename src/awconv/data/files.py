@@ -8,6 +8,7 @@ import os
 import posixpath
 import struct
 import threading
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,12 @@ def is_leftover(name: str) -> bool:
     ``.ipynb_checkpoints`` and the ``._x.jpg`` that a Mac writes beside ``x.jpg``, and those of Windows and of NAS,
     in capitals or not."""
     return (name.startswith(".") and name != "..") or name.casefold() in _LEFTOVERS
+
+
+def composed(name: str) -> str:
+    """A name in the one of Unicode's forms in which names are compared: macOS writes é as e and an accent, and most
+    others as one character."""
+    return unicodedata.normalize("NFC", name)
 
 
 def walk(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.files import is_leftover, walk
+from awconv.data.files import composed, is_leftover, walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.data.loading import Split
 from awconv.data.module import ImageDataModule
@@ -34,21 +34,25 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         max_pixels: the most that an image may have.
 
     Attributes:
-        classes: the names of the folders.
+        classes: the names of the folders, in the form in which names are compared.
         files: the paths of the images, by class.
         targets: the class index of each.
         unused: number of files that are no images of a class, by why.
 
     Raises:
         FileNotFoundError: there is no folder in it, or one that holds no images.
-        ValueError: a folder cannot be read.
+        ValueError: a folder cannot be read, or two are the same class.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
-        self.classes = [one.name for one in _subfolders(folder)]
+        folders = _subfolders(folder)
+        self.classes = [composed(one.name) for one in folders]
         if not self.classes:
             raise FileNotFoundError(f"{folder}: there is no folder in it. Expected images in a folder for each class")
+        twice = [name for name, count in Counter(self.classes).items() if count > 1]
+        if twice:
+            raise ValueError(f"{folder}: two folders are called {twice[0]}, in two of Unicode's forms; make them one")
         self.files: list[str] = []
         self.targets: list[int] = []
         self.unused: Counter[str] = Counter()
@@ -56,9 +60,9 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
             if one.is_file() and not is_leftover(one.name):
                 self.unused[f"beside the folders of the classes ({one.suffix or one.name})"] += 1
         empty = []
-        for target, name in enumerate(self.classes):
+        for target, (name, one) in enumerate(zip(self.classes, folders, strict=True)):
             count = len(self.files)
-            for path in walk(folder / name):
+            for path in walk(one):
                 _, ending = os.path.splitext(path)
                 if ending.lower() in ENDINGS:
                     self.files.append(path)
@@ -200,6 +204,7 @@ class ImageFolder(ImageDataModule):
 
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(one for one in folder.iterdir() if one.is_dir() and not is_leftover(one.name))
+        found = [one for one in folder.iterdir() if one.is_dir() and not is_leftover(one.name)]
+        return sorted(found, key=lambda one: (composed(one.name), one.name))
     except PermissionError as error:
         raise ValueError(f"folder {folder} cannot be read: {error.strerror}") from error

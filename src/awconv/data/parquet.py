@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.files import log_unused, matching
+from awconv.data.files import composed, log_unused, matching
 from awconv.data.images import MAX_PIXELS, BrokenImageError, read_image
 from awconv.data.labels import checked_names, numbered
 from awconv.data.loading import Split
@@ -177,6 +177,8 @@ def _read_shard(file: str, image_column: str, label_column: str) -> _Shard:
             f"{file}: column {label_column!r} must hold class indices or names, an integer or a text in every row, got "
             f"{labels.type} with {labels.null_count} nulls"
         )
+    if texts:
+        listed = [composed(text) for text in listed]
     unused = [name for name in schema.names if name not in (image_column, label_column)]
     if unused:
         rank_zero_info(printable(f"{file}: columns not used: {', '.join(unused[:20])}"))

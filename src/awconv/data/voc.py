@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from awconv.data.boxes import Annotated, is_number, size
 from awconv.data.detection import DetectionDataModule
-from awconv.data.files import Files
+from awconv.data.files import Files, composed
 from awconv.data.images import ENDINGS
 from awconv.data.loading import Split
 
@@ -134,7 +134,7 @@ class Voc(DetectionDataModule):
             width, height = size(*(_side(root, f"size/{side}") for side in ("width", "height")))
             image = folder.image(stem, root.findtext("filename", ""))
             for marked in root.iter("object"):
-                name = _text(marked, "name")
+                name = composed(_text(marked, "name"))
                 if not name:
                     raise ValueError("the name of an object is empty")
                 left, top, right, bottom = (
@@ -196,10 +196,12 @@ class _Folder:
             self._images, self._xml = _without_list(files, entry)
         self.folders, self.lists = {self._images, self._xml}, {self._list} if has_list else set()
         self.annotations = {stem: path for stem, ending, path in _below(files, self._xml) if ending == ".xml"}
-        self._by_stem: dict[str, list[str]] = {}
+        self._stems = {composed(stem): stem for stem in self.annotations}
+        self._by_stem: dict[str, list[tuple[str, str]]] = {}
         for stem, ending, path in _below(files, self._images):
             if ending in ENDINGS:
-                self._by_stem.setdefault(stem, []).append(path)
+                self._by_stem.setdefault(composed(stem), []).append((stem, path))
+        self._paths = {composed(path): path for images in self._by_stem.values() for _, path in images}
         if has_list:
             self.listed = _lines(files, self._list)
         else:
@@ -218,7 +220,8 @@ class _Folder:
         quoted = re.sub(r"\s+(?:-1|0|1)$", "", line)
         name = re.sub(r'^"(.+)"$', r"\1", quoted)  # as CVAT and datumaro write one with a space
         stem, ending = posixpath.splitext(name)
-        for one in (line, quoted, name, *([stem] if ending.lower() in ENDINGS else [])):
+        names = (line, quoted, name, *([stem] if ending.lower() in ENDINGS else []))
+        for one in (*names, *(self._stems.get(composed(one), "") for one in names)):
             if one in self.annotations:
                 return one
         missing = self._files.name(f"{self._xml}/{name:.200}.xml")
@@ -235,18 +238,21 @@ class _Folder:
         Raises:
             ValueError: it may be one of several.
         """
-        found = self._by_stem.get(stem, [])
+        alike = self._by_stem.get(composed(stem), [])
+        found = [path for own, path in alike if own == stem] or [path for _, path in alike]
         if len(found) == 1:
             return found[0]
         name = posixpath.basename(filename.strip().replace("\\", "/"))
-        named = [path for path in found if posixpath.basename(path) == name]
+        named = [path for path in found if composed(posixpath.basename(path)) == composed(name)]
         if found and not named:
             raise ValueError(f"its image may be {found[0]} or {found[1]}, and its filename is {filename!r:.200}")
         if named:
             return named[0]
         folder = posixpath.dirname(f"{self._images}/{stem}")
         other = posixpath.normpath(f"{folder}/{name}")
-        return other if name and self._files.holds(other) else posixpath.normpath(f"{self._images}/{stem}.jpg")
+        if name and self._files.holds(other):
+            return other
+        return self._paths.get(composed(other), posixpath.normpath(f"{self._images}/{stem}.jpg"))
 
 
 def _below(files: Files, folder: str) -> Iterator[tuple[str, str, str]]:
