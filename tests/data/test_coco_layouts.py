@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,76 @@ def test_an_image_of_another_split_takes_no_ones_place(tmp_path: Path) -> None:
     (tmp_path / "train2017" / "china.png").unlink()
     with pytest.raises(BrokenImageError, match=r"train2017/china\.png is not a file"):
         Coco(tmp_path, val="val2017").dataset("train")
+
+
+def test_cocos_test_images_have_a_file_without_annotations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_coco(tmp_path)
+    write_coco(tmp_path, split="test2017")
+    content = annotations()
+    del content["annotations"], content["images"][0]
+    (tmp_path / "annotations" / "image_info_test2017.json").write_text(json.dumps(content))
+    annotated = Coco(tmp_path, test="test2017").dataset("test")  # the file with annotations comes first
+    assert annotated is not None
+    assert [len(image.boxes) for image in annotated.images] == [2, 2]
+    (tmp_path / "annotations" / "instances_test2017.json").unlink()
+    with caplog.at_level("INFO"):
+        dataset = Coco(tmp_path, test="test2017").dataset("test")
+    assert dataset is not None
+    assert [(image.path, len(image.boxes)) for image in dataset.images] == [("test2017/flower.png", 0)]
+    assert "split test2017 has no annotations: its figures are -1" in caplog.text
+    assert "such as test2017/china.png" in caplog.text  # and not the file that was read
+    for options in ({"val": "test2017"}, {"test": "test2017", "annotations": "annotations//instances_{split}.json"}):
+        with pytest.raises(FileNotFoundError, match=r"instances_test2017\.json are not there; .*image_info_test2017"):
+            Coco(tmp_path, **options).dataset("train")
+    with pytest.raises(FileNotFoundError, match=r"instances_test2018\.json are not there"):
+        Coco(tmp_path, test="test2018").dataset("test")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("place", ["", "D:\\", "é/"])
+def test_an_accent_is_the_same_in_both_of_unicodes_forms(
+    on_disk: str, written: str, place: str, packed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def form(kind: str, text: str) -> str:
+        return unicodedata.normalize(kind, text)  # type: ignore[arg-type]
+
+    inside = place if place.endswith("/") else ""
+    content = annotations()
+    content["images"][0]["file_name"] = form(written, f"{place}né.png")
+    content["categories"][0]["name"] = form(written, "pagodé")
+    write_coco(tmp_path / "data", content)
+    content["categories"][0]["name"] = form(on_disk, "pagodé")
+    write_coco(tmp_path / "data", content, "val")
+    for split in ("train2017", "val"):
+        path = tmp_path / "data" / split / form(on_disk, f"{inside}né.png")
+        path.parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / split / "china.png").rename(path)
+        shutil.copy(path, path.parent / form(on_disk, "é.png"))  # of which the other name is no end
+    root = Path(shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path, "data")) if packed else tmp_path / "data"
+    data = Coco(root, val="val", categories=[form(on_disk, "pagodé"), "tree"], images_without_boxes="keep")
+    with caplog.at_level("INFO"):
+        dataset = data.dataset("train")
+    assert dataset is not None
+    assert data.classes == [form("NFC", "pagodé"), "tree"]
+    assert dataset.images[0].path == f"train2017/{form(on_disk, f'{inside}né.png')}"
+    assert dataset[0] is not None
+    assert data.dataset("val") is not None
+    assert "no split uses: 2 in" in caplog.text  # the copies
+    assert ("were found by the end of their path" in caplog.text) == (place == "D:\\")
+
+
+def test_of_two_names_that_differ_in_unicodes_form_the_exact_one_counts(tmp_path: Path) -> None:
+    content = annotations()
+    names = [unicodedata.normalize("NFC", "né.png"), unicodedata.normalize("NFD", "né.png")]
+    for image, name in zip(content["images"], names, strict=True):
+        image["file_name"] = name
+    write_coco(tmp_path, content)
+    for old, name in zip(("china.png", "flower.png"), names, strict=True):
+        (tmp_path / "train2017" / old).rename(tmp_path / "train2017" / name)
+    dataset = Coco(tmp_path, val_fraction=0).dataset("train")
+    assert dataset is not None
+    assert [image.path for image in dataset.images] == [f"train2017/{name}" for name in names]
 
 
 @pytest.mark.parametrize("path", ["../a.json", "/etc/a.json"])

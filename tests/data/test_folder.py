@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,23 @@ class TestLayouts:
             assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
         assert "not used" not in caplog.text
 
+    @pytest.mark.parametrize(
+        "folder",
+        [
+            "#snapshot", "#Recycle", "@eadir", "@Recently-Snapshot", "@recycle", "$RECYCLE.BIN", "$Recycle.Bin",
+            "Network Trash Folder", "Temporary Items", "System Volume Information", "lost+found", "__macosx",
+        ],
+    )  # fmt: skip
+    def test_what_programs_leave_beside_classes_is_none(
+        self, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
+        tree(tmp_path, "cat/0.png", "dog/0.png", f"{folder}/cat/0.png", f"{folder}/1.png", f"cat/{folder}/0.png")
+        data = ImageFolder(tmp_path)
+        assert data.classes == ["cat", "dog"]
+        assert len(data.open("train")) == 2
+        assert "not used" not in caplog.text
+
     @pytest.mark.parametrize(("val", "test"), [("valid", "test"), ("validation", "Testing"), ("Val", "TEST")])
     @pytest.mark.parametrize("train", ["train", "Training"])
     def test_the_usual_names_of_splits(self, train: str, val: str, test: str, tmp_path: Path) -> None:
@@ -160,8 +178,23 @@ class TestLayouts:
         assert data.classes == ["cat", "dog"]
         assert data.open("val") is None
         assert data.test_split == "val"
-        assert "each folder in it is a class" in caplog.text
+        assert "each folder in it is a class of the training images: cat, dog, 2 in all" in caplog.text
         assert "not used: 1 beside the folders of the classes (.csv)" in caplog.text
+
+    @pytest.mark.parametrize(("train", "val"), [("NFD", "NFC"), ("NFC", "NFD")])
+    def test_an_accent_is_the_same_in_both_of_unicodes_forms(self, train: str, val: str, tmp_path: Path) -> None:
+        names = {"train": train, "val": val}
+        for split, kind in names.items():  # between e and é, a class that is sorted before the one or behind the other
+            tree(tmp_path / split, "f/0.png", "f/1.png", unicodedata.normalize(kind, "é/0.png"))  # type: ignore[arg-type]
+        data = ImageFolder(tmp_path)
+        assert data.classes == ["f", unicodedata.normalize("NFC", "é")]
+        for split in names:
+            source = data.open(split)
+            assert source.targets == [0, 0, 1]
+            assert np.array_equal(np.asarray(source[2][0]), np.asarray(digit(2)))
+        tree(tmp_path, unicodedata.normalize(val, "train/é/1.png"))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="train: two folders are called é, in two of Unicode's forms; make them"):
+            ImageFolder(tmp_path).classes  # noqa: B018
 
     def test_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -199,11 +232,31 @@ class TestLayouts:
                 (*CATS_AND_DOGS, "train/emu/x.txt", "train/owl/x.gif.txt"),
                 r"of 2 of 4 classes: emu, owl\. Expected images",
             ),
+            (  # Intel's images on Kaggle
+                (
+                    *(
+                        f"seg_{split}/seg_{split}/{name}/0.png"
+                        for split in ("train", "test")
+                        for name in ("cat", "dog")
+                    ),
+                    "seg_pred/seg_pred/0.png",
+                ),
+                r"and seg_test, seg_train in it are no classes: .*: --data\.root=/.*/seg_train/seg_train; if they are",
+            ),
+            (
+                tuple(f"{split}_images/{name}/0.png" for split in ("train", "val") for name in ("cat", "dog")),
+                r"'train', and train_images, val_images in it .* as /.*/train/CLASS/, .*root=/.*[^/]/train_images; if",
+            ),
+            (("cat/0.png", "dog/a/0.png", "dog/b/0.png"), r"dog in it are .* classes, put all of them into /.*/train$"),
         ],
     )
     def test_other_layouts_are_named(self, paths: tuple[str, ...], message: str, tmp_path: Path) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             ImageFolder(tree(tmp_path, *paths)).classes  # noqa: B018
+
+    def test_a_class_may_have_its_images_in_one_folder(self, tmp_path: Path) -> None:
+        tree(tmp_path, "cat/images/0.png", "dog/images/0.png", "emu/0.png", "emu/a/0.png", "emu/b/0.png")
+        assert ImageFolder(tmp_path).classes == ["cat", "dog", "emu"]  # as Tiny-ImageNet's training images
 
     def test_an_archive_is_to_be_unpacked(self, tmp_path: Path) -> None:
         (tmp_path / "a.zip").write_bytes(b"PK")

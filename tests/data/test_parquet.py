@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def write_rows(path: Path, images: list[Any], labels: list[Any], metadata: Any =
     if metadata is not None:
         content = metadata if isinstance(metadata, str) else json.dumps(metadata)
         table = table.replace_schema_metadata({"huggingface": content})
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
 
 
@@ -177,6 +179,25 @@ class TestLayouts:
         write_rows(tmp_path / "a.parquet", images, list(self.CLASSES))
         assert seen(Parquet(str(tmp_path / "a.parquet"))) == self.expected()
 
+    @pytest.mark.parametrize("layout", ["structs", "bytes", "paths"])
+    def test_arrows_views(self, layout: str, tmp_path: Path) -> None:
+        names = [f"{index}.png" for index in range(6)]
+        for name, content in zip(names, self.DIGITS, strict=True):
+            (tmp_path / name).write_bytes(content)
+        fields: Any = pa.struct({"bytes": pa.binary_view(), "path": pa.string_view()})
+        structs = [{"bytes": one if i % 2 else None, "path": names[i]} for i, one in enumerate(self.DIGITS)]
+        images = {
+            "structs": pa.array(structs, fields),
+            "bytes": pa.array(self.DIGITS, pa.binary_view()),
+            "paths": pa.array(names, pa.string_view()),
+        }[layout]
+        write_rows(tmp_path / "a.parquet", images, pa.array(self.CLASSES, pa.string_view()))
+        read = pq.read_schema(tmp_path / "a.parquet")
+        assert (read.field("image").type, read.field("label").type) == (images.type, pa.string_view())
+        data = Parquet(str(tmp_path / "a.parquet"))
+        assert data.classes == ["cat", "dog", "emu"]
+        assert seen(data) == self.expected()
+
     @pytest.mark.parametrize("kind", ["text", "categories", "indices", "indices without _type"])
     def test_labels(self, kind: str, tmp_path: Path) -> None:
         indices = [["cat", "dog", "emu"].index(name) for name in self.CLASSES]
@@ -209,6 +230,16 @@ class TestLayouts:
         write_rows(tmp_path / "a [1].parquet", list(self.DIGITS), list(self.CLASSES))
         for pattern in (str(tmp_path / "a [1].parquet"), "~/a [1].parquet", "~/*.parquet"):
             assert len(Parquet(pattern).open("train")) == 6
+        write_rows(tmp_path / "a [1]" / "b" / "c 1.parquet", list(self.DIGITS), list(self.CLASSES))
+        monkeypatch.chdir(tmp_path / "a [1]")
+        for pattern in (
+            "~/a [1]/b/*.parquet",
+            "~/a [1]/**/*1.parquet",
+            "~/a*/b/c [0-9].parquet",
+            "../a [1]/?/c*",
+            "b/c*",
+        ):
+            assert len(Parquet(pattern).open("train")) == 6
         with pytest.raises(ValueError, match=r"is a folder; expected a Parquet file or a glob pattern of some"):
             Parquet("~").classes  # noqa: B018
         os.mkfifo(tmp_path / "pipe.parquet")
@@ -223,6 +254,26 @@ class TestLayouts:
         assert len(data.classes) == 3
         assert f"{tmp_path}/train.parquet: columns not used: caption" in caplog.text
         assert f"files not used by any split: {tmp_path}/test.parquet, 1 in all" in caplog.text
+
+    def test_a_split_in_a_folder_of_its_own_is_said_to_be_unused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "lightning.pytorch")  # which a comparison silences
+        splits = ("train", "validation", "test", "test/deeper", "@eaDir")  # as Hugging Face's converted branch has them
+        for split in splits:
+            write_rows(tmp_path / "a" / split / "0000.parquet", list(self.DIGITS), list(self.CLASSES))
+        (tmp_path / "a" / "test" / "notes.txt").write_text("")
+        write_rows(tmp_path / "b" / "0000.parquet", list(self.DIGITS), list(self.CLASSES))  # another data set
+        monkeypatch.chdir(tmp_path / "a" / "train")
+        test, validation = (f"{tmp_path}/a/{split}/0000.parquet" for split in ("test", "validation"))
+        for train in (f"{tmp_path}/a/train/*.parquet", "*.parquet", "../train/0000.parquet"):
+            caplog.clear()
+            assert len(Parquet(train).classes) == 3
+            assert f"files not used by any split: {test}, {validation}, 2 in all" in caplog.text
+        caplog.clear()
+        assert len(Parquet("0000.parquet", val=validation, test="../test/*").classes) == 3
+        assert len(Parquet(f"{tmp_path}/b/*").classes) == 3
+        assert "not used by any" not in caplog.text
 
 
 class TestSpoiledFiles:
@@ -293,6 +344,18 @@ class TestFilesThatDisagree:
         data = Parquet(str(tmp_path / "a.parquet"), test=str(tmp_path / "b.parquet"))
         with pytest.raises(ValueError, match=r"b\.parquet: labels must be one of cat, dog, got 'emu' in row 1"):
             data.open("test")
+
+    @pytest.mark.parametrize("texts", [True, False])
+    def test_an_accent_is_the_same_in_both_of_unicodes_forms(self, texts: bool, tmp_path: Path) -> None:
+        images = [png(digit(index)) for index in range(2)]
+        for file, form in (("a0", "NFC"), ("a1", "NFD")):
+            names = [unicodedata.normalize(form, "é"), "f"]  # type: ignore[arg-type]
+            write_rows(
+                tmp_path / f"{file}.parquet", images, names if texts else [0, 1], None if texts else named(names)
+            )
+        data = Parquet(str(tmp_path / "a0.parquet"), test=str(tmp_path / "a1.parquet"))
+        assert data.open("train").targets == data.open("test").targets
+        assert len(Parquet(str(tmp_path / "a*.parquet")).classes) == 2
 
     def test_a_column_given_twice(self, tmp_path: Path) -> None:
         table = pa.table([pa.array([b"a"]), pa.array([0]), pa.array([1])], names=["image", "label", "label"])

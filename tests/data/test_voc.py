@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,45 @@ def test_lists_may_say_what_is_in_an_image(tmp_path: Path, caplog: pytest.LogCap
     assert "train images: 2 are listed twice, and count once" in caplog.text
 
 
+def test_lists_may_quote_names(tmp_path: Path) -> None:
+    year = write_voc(tmp_path) / "VOC2007"
+    for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (year / folder / f"china.{ending}").rename(year / folder / f"img 1.{ending}")
+        (year / folder / f"flower.{ending}").rename(year / folder / f'"2".{ending}')  # whose own quotes are no list's
+    for listed in ('"img 1"\n"2"\n', '"img 1"  1\n"2" -1\n', 'img 1 0\n"2".jpg\n', '"img 1.jpg" 1\n""2"" 0\n'):
+        (year / "ImageSets" / "Main" / "trainval.txt").write_text(listed)
+        dataset = Voc(tmp_path, **LISTS, test=None).dataset("train")
+        assert dataset is not None
+        assert [Path(image.path).name for image in dataset.images] == ["img 1.jpg", '"2".jpg']
+
+
+@pytest.mark.parametrize(("image", "xml"), [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+@pytest.mark.parametrize("listed", ["NFC", "NFD"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_accent_is_the_same_in_both_of_unicodes_forms(
+    image: str, xml: str, listed: str, moved: bool, tmp_path: Path
+) -> None:
+    def form(kind: str, text: str) -> str:
+        return unicodedata.normalize(kind, text)  # type: ignore[arg-type]
+
+    edit(write_voc(tmp_path), "<name>temple", f"<name>{form(xml, 'pagodé')}")
+    edit(tmp_path, "<annotation>", f"<annotation><filename>{form(xml, 'né.jpg')}</filename>")
+    year = tmp_path / "VOC2007"
+    file = year / "JPEGImages" / form(image, "né.jpg")
+    (year / "JPEGImages" / "china.jpg").rename(file)
+    stem = "01" if moved else "né"  # where the name in the annotations counts
+    (year / "Annotations" / "china.xml").rename(year / "Annotations" / form(xml, f"{stem}.xml"))
+    (year / "ImageSets" / "Main" / "trainval.txt").write_text(form(listed, f"{stem}\nflower\n"))
+    data = Voc(
+        tmp_path, "VOC2007/trainval", test=None, categories=[form(listed, "pagodé"), "tree", "flower"], val_fraction=0
+    )
+    dataset = data.dataset("train")
+    assert dataset is not None
+    assert dataset.images[0].path == f"VOC2007/JPEGImages/{file.name}"
+    assert dataset[0] is not None
+    assert data.summary.boxes == 4
+
+
 @pytest.mark.parametrize("content", ["", " \n\n"])
 def test_an_empty_list_is_refused(content: str, tmp_path: Path) -> None:
     (write_voc(tmp_path) / "VOC2007" / "ImageSets" / "Main" / "trainval.txt").write_text(content)
@@ -202,6 +242,8 @@ _LAYOUTS: dict[str, tuple[str, str, str | None, str]] = {
     "CVAT": ("JPEGImages/{0}.jpg", "Annotations/{0}.xml", "ImageSets/Main/default.txt", "default"),
     "Label Studio": ("images/{0}.jpg", "Annotations/{0}.xml", None, "."),
     "Kaggle": ("images/{0}.jpg", "annotations/{0}.xml", None, "."),
+    "FiftyOne": ("data/{0}.jpg", "labels/{0}.xml", None, "."),
+    "FiftyOne, by its labels": ("data/{0}.jpg", "labels/{0}.xml", None, "labels"),
     "year without lists": ("VOC2007/JPEGImages/{0}.jpg", "VOC2007/Annotations/{0}.xml", None, "VOC2007"),
     "one list as text": (
         "VOC2007/JPEGImages/{0}.jpg",
@@ -236,6 +278,24 @@ def test_the_layouts_that_tools_write(tool: str, packed: bool, tmp_path: Path) -
         torch.testing.assert_close(item[1]["boxes"], torch.tensor([box for _, box in boxes(name)]))
         expected = np.asarray(Image.open(written / "JPEGImages" / f"{name}.jpg"))
         assert np.array_equal(item[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_folders_without_images_or_xml_are_not_taken_for_theirs(tmp_path: Path) -> None:
+    written = write_voc(tmp_path / "written") / "VOC2007"
+    root = tmp_path / "root"
+    shutil.copytree(written / "JPEGImages", root / "images")
+    shutil.copytree(written / "Annotations", root, dirs_exist_ok=True)
+    for leftover in ("data/notes.txt", "labels/china.txt", "annotations/china.txt"):  # as YOLO has them
+        (root / leftover).parent.mkdir()
+        (root / leftover).write_text("0 0.5 0.5 1 1")
+    dataset = Voc(root, train=".", test=None, categories=list(CATEGORIES), val_fraction=0).dataset("train")
+    assert dataset is not None
+    assert [image.path for image in dataset.images] == ["images/china.jpg", "images/flower.jpg"]
+    shutil.rmtree(root / "images")
+    for xml in root.glob("*.xml"):
+        xml.rename(root / "labels" / xml.name)
+    with pytest.raises(ValueError, match=r"got 'train', which is no folder with XML files in .*; there are: \.$"):
+        Voc(root, train="train").dataset("train")
 
 
 def test_images_are_found_by_the_name_in_their_annotations(tmp_path: Path) -> None:

@@ -111,12 +111,14 @@ class TestLayouts:
                 "a.txt": "A nought",
             },
             {**PLAIN, "a.json": '{"label": 0}', "b.json": "[1]"},
+            {"a.json": '{"label": "nought"}', "b.JSON": '{"label": null}', **PLAIN},
+            {**PLAIN, "a.json": '{"label": ["nought"]}', "b.json": '{"label": true}'},
             {"a.png": A, "a.json": '{"label": 0, "caption": "x"}', "b.PNG": B, "b.JSON": '{"label": 1}'},
             {**PLAIN, "._a.png": b"\0\5\x16\7\0\2\0\0Mac OS X", "__MACOSX/._b.png": b"\0\5\x16\7", ".DS_Store": b"x"},
             {**PLAIN, "a.pdf": b"%PDF-1.4", "a.h5": b"\x89HDF\r\n\x1a\n", "a.npy": b"x", "b.mpg": b"x"},
             {**PLAIN, ".ipynb_checkpoints/a.png": A, "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg": A},
         ],
-        ids=["plain", "dot", "windows", "img2dataset", "both", "json", "mac", "others", "leftovers"],
+        ids=["plain", "dot", "windows", "img2dataset", "both", "texts", "lists", "json", "mac", "others", "leftovers"],
     )
     def test_are_read(self, content: dict[str, bytes | str], tmp_path: Path) -> None:
         source = WebDataset(write_tar(tmp_path / "a.tar", content)).open("train")
@@ -137,13 +139,31 @@ class TestLayouts:
         assert f"{path}: not used: 2 labels without an image, 1 not named as images (.txt)" in caplog.text
         assert "\\x1b[2J" in caplog.text
         assert f"files not used by any split: {tmp_path}/b.tar, 1 in all" in caplog.text
+        for split in ("train", "test"):
+            write_shard(tmp_path / split / "0.tar", range(20))
+        assert len(WebDataset(str(tmp_path / "train" / "{0..0}.tar")).classes) == 10
+        assert f"files not used by any split: {tmp_path}/test/0.tar, 1 in all" in caplog.text
 
     def test_names_of_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         write_tar(tmp_path / "a [1].tar", PLAIN)
         for pattern in ("~/a [1].tar", "~/a*.tar", str(tmp_path / "*{1..1}*.tar")):
             assert len(WebDataset(pattern).open("train")) == 2
-        for pattern in ("a{5..1}.tar", "a{0..99999999999}.tar"):
+        (tmp_path / "x[1]").mkdir()
+        write_tar(tmp_path / "x[1]" / "a.tar", PLAIN)
+        assert len(WebDataset(str(tmp_path / "x[1]" / "*.tar")).open("train")) == 2
+        write_tar(tmp_path / "0-07.tar", PLAIN)
+        assert len(WebDataset(str(tmp_path / "{0..0}-{07..07}.tar")).open("train")) == 2
+        with pytest.raises(FileNotFoundError, match=r"no file matches .*/1-06\.tar"):
+            WebDataset(str(tmp_path / "{1..2}-{06..07}.tar")).classes  # noqa: B018
+        for pattern in (
+            "a{5..1}.tar",
+            "a{0..99999999999}.tar",
+            "a{0..99999999999999999999}.tar",
+            "a{0..999}{0..999}{0..1}.tar",  # the product counts
+            "a{0..999999}{0..999999}.tar",
+            "a{0..9}{5..1}{5..1}.tar",
+        ):
             with pytest.raises(ValueError, match="must count up, by at most 1,000,000 files"):
                 WebDataset(pattern).classes  # noqa: B018
 
@@ -165,6 +185,7 @@ class TestLabels:
         ("content", "message"),
         [
             ({"b.json": '{"label": 0}'}, r"a\.tar: the label of b is 1 in b\.cls, and 0 in b\.json"),
+            ({"b.json": '{"label": -1}'}, r"a\.tar, b\.json must hold a class index of at least 0: got -1"),
             ({"b.png": B, "b.cls": "2147483648"}, r"the largest label is 2147483648, and 2,147,483,647 below it have"),
             ({"b.cls": "0"}, r"a\.tar: a classification needs at least two classes, got \['0'\]"),
             ({"b.jpg": B}, r"a\.tar: b\.png and b\.jpg are both images of b; expected one"),

@@ -17,10 +17,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from awconv.data.boxes import Annotated, is_id, is_number, size
 from awconv.data.detection import DetectionDataModule
-from awconv.data.files import Files, leads_out
+from awconv.data.files import Files, composed, leads_out
 from awconv.data.loading import Split
 from awconv.terminal import printable
 
+_ANNOTATIONS = "annotations/instances_{split}.json"
+_TEST_IMAGES = "annotations/image_info_{split}.json"
 _Kind = tuple[Callable[[Any], bool], str]
 _ID: _Kind = (is_id, "a whole number")
 _TEXT: _Kind = (lambda value: isinstance(value, str) and bool(value.strip()), "text")
@@ -59,7 +61,7 @@ class Coco(DetectionDataModule):
     with it. The name of an image's file may be of the machine that it was annotated on (absolute, with backslashes or
     percent signs, as CVAT, VIA and Label Studio write them): where there is none at ``images/NAME``, it is the one file
     below ``images`` that shares the longest end of the path. A test split may have no annotations, for detections that
-    somebody else evaluates.
+    somebody else evaluates: in COCO's own layout, ``root/annotations/image_info_test2017.json``.
 
     Args:
         root: the folder, or a zip archive of it.
@@ -84,7 +86,7 @@ class Coco(DetectionDataModule):
         val: str | None = None,
         test: str | None = None,
         images: str = "{split}",
-        annotations: str = "annotations/instances_{split}.json",
+        annotations: str = _ANNOTATIONS,
         max_annotations: int = 2**31,
         **kwargs: Any,
     ) -> None:
@@ -198,6 +200,9 @@ class Coco(DetectionDataModule):
     def _load(self, split: Split) -> dict[str, Any]:
         """What the file of a split's annotations holds, of the right types."""
         path, name = self._place(self.annotations, split), self.splits[split]
+        if split == "test" and self.annotations == _ANNOTATIONS and not self.files.holds(path):
+            images_alone = self._place(_TEST_IMAGES, split)
+            path = images_alone if self.files.holds(images_alone) else path
         shown = self.files.name(path)
         self._annotation_files.add(path)
         self._looked_in.add(posixpath.dirname(path))
@@ -224,6 +229,9 @@ class Coco(DetectionDataModule):
             raise ValueError(f"{shown} is not in COCO's format: it has no {' and no '.join(missing)}")
         for part in _FIELDS:
             _check_entries(content[part], part, str(name))
+        for category in content["categories"]:
+            texts = {key: category.get(key) for key in ("name", "supercategory")}
+            category.update({key: composed(text) for key, text in texts.items() if isinstance(text, str)})
         return dict(content)
 
     def _wanted(self, categories: Sequence[Mapping[str, Any]], split: str) -> dict[str, int]:
@@ -263,11 +271,15 @@ class _Paths:
         exact = posixpath.normpath(f"{self._folder}/{name}")
         if exact in self._known or self._files.holds(exact):
             return exact
+        alike = [path for path in self._named(posixpath.basename(exact)) if composed(path) == composed(exact)]
+        if len(alike) == 1:
+            return alike[0]
         for given in dict.fromkeys((name, unquote(name))):
-            parts = [part for part in re.split(r"[\\/]", given.rpartition("?d=")[2]) if part not in ("", ".", "..")]
+            written = composed(given.rpartition("?d=")[2])
+            parts = [part for part in re.split(r"[\\/]", written) if part not in ("", ".", "..")]
             for start in range(len(parts)):
                 end = "/" + "/".join(parts[start:])
-                found = [path for path in self._named(parts[-1]) if f"/{path}".endswith(end)]
+                found = [path for path in self._named(parts[-1]) if composed(f"/{path}").endswith(end)]
                 if len(found) > 1:
                     raise ValueError(
                         f"image {name!r:.200} is not at {self._files.name(exact)}, and may be {found[0]} or "
@@ -282,8 +294,8 @@ class _Paths:
         if self._by_name is None:
             self._by_name = {}
             for path in sorted(self._known):
-                self._by_name.setdefault(posixpath.basename(path), []).append(path)
-        return self._by_name.get(name, [])
+                self._by_name.setdefault(composed(posixpath.basename(path)), []).append(path)
+        return self._by_name.get(composed(name), [])
 
 
 def _check_entries(entries: Any, part: str, split: str) -> None:

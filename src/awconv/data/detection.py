@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from awconv.data.boxes import LEAST, Annotated, BoxSummary, clean
-from awconv.data.files import Files
+from awconv.data.files import Files, composed
 from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, log_skipped, read_header, read_image
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import Draw, derive_seed, seed_all
@@ -193,13 +193,13 @@ class DetectionDataModule(DataModule):
             )
         if categories is not None and (
             isinstance(categories, str)
-            or len(set(categories)) != len(categories)
+            or len(set(map(composed, categories))) != len(categories)
             or not all(name.strip() for name in categories)
             or not categories
         ):
             raise ValueError(f"categories must be a list of different names, or null for all, got {categories!r}")
         self.root = Path(os.path.expanduser(root))
-        self.categories = None if categories is None else list(categories)
+        self.categories = None if categories is None else list(map(composed, categories))
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.images_without_boxes = images_without_boxes
         self.augmentation, self.jitter_size = augmentation, jitter_size

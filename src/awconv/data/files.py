@@ -8,10 +8,12 @@ import os
 import posixpath
 import struct
 import threading
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,18 +22,26 @@ from lightning.pytorch.utilities import rank_zero_info
 from awconv.terminal import printable
 
 _LEFTOVERS = frozenset(
-    {
-        "__MACOSX", "Icon\r",  # macOS, which also writes ._NAME and .DS_Store
+    name.casefold()
+    for name in (
+        "__MACOSX", "Icon\r", "Network Trash Folder", "Temporary Items",  # macOS, as ._NAME and .DS_Store
         "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information",  # Windows
-        "@eaDir", "#recycle", "@Recycle", "lost+found",  # NAS and Linux
-    }
+        "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "lost+found",  # NAS and Linux
+    )
 )  # fmt: skip
 
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of this name is a program's own and none of a data set: hidden ones, such as
-    ``.ipynb_checkpoints`` and the ``._x.jpg`` that a Mac writes beside ``x.jpg``, and those of Windows and of NAS."""
-    return (name.startswith(".") and name != "..") or name in _LEFTOVERS
+    ``.ipynb_checkpoints`` and the ``._x.jpg`` that a Mac writes beside ``x.jpg``, and those of Windows and of NAS,
+    in capitals or not."""
+    return (name.startswith(".") and name != "..") or name.casefold() in _LEFTOVERS
+
+
+def composed(name: str) -> str:
+    """A name in the one of Unicode's forms in which names are compared: macOS writes é as e and an accent, and most
+    others as one character."""
+    return unicodedata.normalize("NFC", name)
 
 
 def walk(folder: Path) -> list[str]:
@@ -61,7 +71,7 @@ def walk(folder: Path) -> list[str]:
 
 def matching(pattern: str, kind: str) -> list[str]:
     """The files that a path or a glob pattern names, in alphabetical order. A path that is there is no pattern, even
-    with brackets in it; ``~`` is the home folder.
+    with brackets in it, nor is a folder at its beginning; ``~`` is the home folder.
 
     Args:
         pattern: the path or pattern.
@@ -78,7 +88,12 @@ def matching(pattern: str, kind: str) -> list[str]:
         return [pattern]
     if os.path.exists(pattern):
         raise ValueError(f"{pattern} is not a file that can be read more than once; expected {kind}")
-    found = sorted(path for path in set(glob.glob(pattern, recursive=True)) if os.path.isfile(path))
+    folder, rest = pattern, ""
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest) if rest else name
+    paths = {os.path.join(folder, name) for name in glob.glob(rest, root_dir=folder or None, recursive=True)}
+    found = sorted(path for path in paths if os.path.isfile(path))
     if not found:
         raise FileNotFoundError(f"no file matches {pattern!r}; expected {kind} or a glob pattern of some")
     return found
@@ -86,18 +101,33 @@ def matching(pattern: str, kind: str) -> list[str]:
 
 def log_unused(patterns: Iterable[str | None], kind: str) -> None:
     """Logs the files beside those that the patterns of all splits name, of the same endings, that none of them names:
-    often a split that was forgotten.
+    often a split that was forgotten. Beside a folder that is called ``train`` or the like, they may lie in another one.
 
     Raises:
         FileNotFoundError: a pattern names no file.
         ValueError: a pattern is a folder.
     """
-    used = {Path(path) for pattern in patterns if pattern is not None for path in matching(pattern, kind)}
+    found = [path for pattern in patterns if pattern is not None for path in matching(pattern, kind)]
+    used = {Path(os.path.abspath(path)) for path in found}
     kinds = {(path.parent, path.suffix) for path in used}
-    beside = {other for folder, suffix in kinds for other in folder.iterdir() if other.suffix == suffix} - used
-    unused = sorted(str(path) for path in beside if path.is_file() and not is_leftover(path.name))
+    above = {(folder.parent, suffix) for folder, suffix in kinds if "train" in folder.name.lower()}
+    for place, suffix in above:
+        kinds |= {(folder, suffix) for folder in islice(filter(os.path.isdir, _inside(place)), _SISTERS)}
+    beside = {other for folder, suffix in kinds for other in _inside(folder) if other.suffix == suffix} - used
+    unused = sorted(str(path) for path in beside if os.path.isfile(path))
     if unused:
         rank_zero_info(printable(f"files not used by any split: {', '.join(unused[:10])}, {len(unused)} in all"))
+
+
+_SISTERS = 100  # folders at most that are looked into
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder but leftovers, in alphabetical order; nothing of one that cannot be read."""
+    try:
+        return sorted(one for one in folder.iterdir() if not is_leftover(one.name))
+    except OSError:
+        return []
 
 
 class Files:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.files import is_leftover, walk
+from awconv.data.files import composed, is_leftover, walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.data.loading import Split
 from awconv.data.module import ImageDataModule
@@ -34,21 +34,25 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         max_pixels: the most that an image may have.
 
     Attributes:
-        classes: the names of the folders.
+        classes: the names of the folders, in the form in which names are compared.
         files: the paths of the images, by class.
         targets: the class index of each.
         unused: number of files that are no images of a class, by why.
 
     Raises:
         FileNotFoundError: there is no folder in it, or one that holds no images.
-        ValueError: a folder cannot be read.
+        ValueError: a folder cannot be read, or two are the same class.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
-        self.classes = [one.name for one in _subfolders(folder)]
+        folders = _subfolders(folder)
+        self.classes = [composed(one.name) for one in folders]
         if not self.classes:
             raise FileNotFoundError(f"{folder}: there is no folder in it. Expected images in a folder for each class")
+        twice = [name for name, count in Counter(self.classes).items() if count > 1]
+        if twice:
+            raise ValueError(f"{folder}: two folders are called {twice[0]}, in two of Unicode's forms; make them one")
         self.files: list[str] = []
         self.targets: list[int] = []
         self.unused: Counter[str] = Counter()
@@ -56,9 +60,9 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
             if one.is_file() and not is_leftover(one.name):
                 self.unused[f"beside the folders of the classes ({one.suffix or one.name})"] += 1
         empty = []
-        for target, name in enumerate(self.classes):
+        for target, (name, one) in enumerate(zip(self.classes, folders, strict=True)):
             count = len(self.files)
-            for path in walk(folder / name):
+            for path in walk(one):
                 _, ending = os.path.splitext(path)
                 if ending.lower() in ENDINGS:
                     self.files.append(path)
@@ -86,8 +90,9 @@ class ImageFolder(ImageDataModule):
     """Images under ``root/train/CLASS/`` and, where they exist, ``root/val/CLASS/`` and ``root/test/CLASS/``.
 
     The splits' folders may also be called ``training``, ``valid``, ``validation`` and ``testing``, in capitals too.
-    Where there is none of them, each folder in ``root`` is a class. What programs leave behind (``.ipynb_checkpoints``,
-    ``__MACOSX``, ``._x.jpg``, ``@eaDir`` and the like) is passed over, and what else is not used is logged.
+    Where there is none of them, each folder in ``root`` is a class, and one that holds folders of images alone an
+    error: it may be a split of another name. What programs leave behind (``.ipynb_checkpoints``, ``__MACOSX``,
+    ``._x.jpg``, ``@eaDir`` and the like) is passed over, and what else is not used is logged.
 
     Args:
         root: the folder that holds ``train``.
@@ -95,7 +100,8 @@ class ImageFolder(ImageDataModule):
 
     Raises:
         FileNotFoundError: a folder is missing, or the folder of a class holds no images; the message names it.
-        ValueError: splits have different classes, there is only one class, or two folders are the same split.
+        ValueError: splits have different classes, there is only one class, two folders are the same split, or folders
+            are neither classes nor splits.
     """
 
     def __init__(self, root: Path, **kwargs: Any) -> None:
@@ -116,7 +122,12 @@ class ImageFolder(ImageDataModule):
                 raise ValueError(f"{' and '.join(map(str, found))} are both {split} splits; expected one")
         folders = {split: found[0] for split, found in named.items() if found}
         if not folders and inside:
-            rank_zero_info(f"{self.root} has no folder 'train': each folder in it is a class of the training images")
+            names = f"{', '.join(one.name for one in inside[:10])}, {len(inside)} in all"
+            rank_zero_info(
+                printable(
+                    f"{self.root} has no folder 'train': each folder in it is a class of the training images: {names}"
+                )
+            )
             return {"train": self.root}
         if "train" not in folders:
             raise FileNotFoundError(f"{self.root / 'train'} is not a folder; {expected}")
@@ -140,7 +151,29 @@ class ImageFolder(ImageDataModule):
                 f"a classification needs at least two classes, and {self._folders['train']} has one folder, "
                 f"{train.classes[0]}; {_EXPECTED.format(root=self.root)}"
             )
+        if self._folders["train"] == self.root:
+            self._refuse_splits(train)
         return train
+
+    def _refuse_splits(self, train: FolderImages) -> None:
+        """Raises a ValueError for folders of the root that are no classes, but hold folders of images."""
+        places: dict[str, set[str]] = {name: set() for name in train.classes}
+        for target, path in zip(train.targets, train.files, strict=True):
+            places[train.classes[target]].add(os.path.dirname(path))
+        wrong = [
+            name
+            for name, inside in places.items()
+            if len(inside) > 1 and not any(Path(one).parent == self.root for one in inside)
+        ]
+        if wrong:
+            likely = next((name for name in wrong if "train" in name.lower()), wrong[0])
+            raise ValueError(
+                f"{self.root} has no folder 'train', and {', '.join(wrong[:10])} in it are no classes: they hold no "
+                f"images, but folders of images. If they are splits, lay them out as {self.root}/train/CLASS/, "
+                "val/CLASS/ and test/CLASS/, or name the one to train on: "
+                f"--data.root={os.path.commonpath(places[likely])}; if they are classes, put all of them into "
+                f"{self.root}/train"
+            )
 
     def _open(self, split: Split) -> FolderImages:
         folder = self._folders[split]
@@ -171,6 +204,7 @@ class ImageFolder(ImageDataModule):
 
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(one for one in folder.iterdir() if one.is_dir() and not is_leftover(one.name))
+        found = [one for one in folder.iterdir() if one.is_dir() and not is_leftover(one.name)]
+        return sorted(found, key=lambda one: (composed(one.name), one.name))
     except PermissionError as error:
         raise ValueError(f"folder {folder} cannot be read: {error.strerror}") from error

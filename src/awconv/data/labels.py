@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from awconv.data.files import composed
+
 
 def checked_label(value: Any) -> int:
     """A class index.
@@ -19,7 +21,7 @@ def checked_label(value: Any) -> int:
 
 
 def checked_names(names: Sequence[Any], where: str) -> list[str]:
-    """Names of classes, by index.
+    """Names of classes, by index, each in the form in which names are compared.
 
     Args:
         names: at least two.
@@ -33,11 +35,12 @@ def checked_names(names: Sequence[Any], where: str) -> list[str]:
     for index, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{where}: the name of class {index} must be text, got {name!r:.80}")
+    names = [composed(name) for name in names]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         shown = "; ".join(f"{name!r} of {[i for i, other in enumerate(names) if other == name]}" for name in twice[:5])
         raise ValueError(f"{where}: the names of classes must differ, got {shown}")
-    return list(names)
+    return names
 
 
 def numbered(targets: Sequence[int], where: str) -> list[str]:

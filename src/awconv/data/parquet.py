@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.files import log_unused, matching
+from awconv.data.files import composed, log_unused, matching
 from awconv.data.images import MAX_PIXELS, BrokenImageError, read_image
 from awconv.data.labels import checked_names, numbered
 from awconv.data.loading import Split
@@ -26,6 +26,7 @@ from awconv.extras import require
 from awconv.terminal import printable
 
 _KIND = "a Parquet file"
+_TEXT, _BINARY = ("string", "large_string", "string_view"), ("binary", "large_binary", "binary_view")  # Arrow's types
 
 
 class _Shard(NamedTuple):
@@ -170,12 +171,14 @@ def _read_shard(file: str, image_column: str, label_column: str) -> _Shard:
         raise ValueError(f"{file} is not a Parquet file, or a broken one: {error}") from error
     if pyarrow.types.is_dictionary(labels.type):  # as pandas writes its categories
         labels = labels.cast(labels.type.value_type)
-    texts = _is(labels.type, "string", "large_string")
+    texts = _is(labels.type, *_TEXT)
     if not (texts or pyarrow.types.is_integer(labels.type)) or labels.null_count:
         raise ValueError(
             f"{file}: column {label_column!r} must hold class indices or names, an integer or a text in every row, got "
             f"{labels.type} with {labels.null_count} nulls"
         )
+    if texts:
+        listed = [composed(text) for text in listed]
     unused = [name for name in schema.names if name not in (image_column, label_column)]
     if unused:
         rank_zero_info(printable(f"{file}: columns not used: {', '.join(unused[:20])}"))
@@ -191,11 +194,11 @@ def _check_columns(schema: Any, file: str, image_column: str, label_column: str)
             )
     images = schema.field(image_column).type
     if _is(images, "struct"):
-        kinds = {"bytes": ("binary", "large_binary", "null"), "path": ("string", "large_string", "null")}
+        kinds = {"bytes": (*_BINARY, "null"), "path": (*_TEXT, "null")}
         found = [(field.type, kinds[field.name]) for field in images if field.name in kinds]
         right = bool(found) and all(_is(kind, *wanted) for kind, wanted in found)
     else:
-        right = _is(images, "binary", "large_binary", "string", "large_string")
+        right = _is(images, *_BINARY, *_TEXT)
     if not right:
         raise ValueError(
             f"{file}: column {image_column!r} must hold the content of image files, paths of them (text), or "

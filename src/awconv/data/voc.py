@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from awconv.data.boxes import Annotated, is_number, size
 from awconv.data.detection import DetectionDataModule
-from awconv.data.files import Files
+from awconv.data.files import Files, composed
 from awconv.data.images import ENDINGS
 from awconv.data.loading import Split
 
@@ -25,6 +25,7 @@ CATEGORIES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 _LISTS = "ImageSets/Main"
+_IMAGE_FOLDERS, _XML_FOLDERS = ("jpegimages", "images", "data"), ("annotations", "labels")  # the last ones FiftyOne's
 _LARGEST_LIST, _LARGEST_XML = 2**26, 2**24  # bytes
 _DEEPEST = 100  # elements; VOC has 5
 _DIFFICULT = {"0": False, "false": False, "": False, "1": True, "true": True}
@@ -37,14 +38,15 @@ class Voc(DetectionDataModule):
     Pixels are counted from 1 there, and a box includes its last ones: boxes are moved accordingly. Objects marked as
     difficult are handled as crowd regions: they are not trained on, and not counted in the evaluation. Images may have
     any ending that is read. In a list such as ``car_train`` a name may be followed by 1, 0 or -1, which say whether
-    there is a car in the image: all of them are of the split. An image that is listed twice counts once.
+    there is a car in the image: all of them are of the split. Names may stand in quotes. An image that is listed twice
+    counts once.
 
     Args:
         root: the folder that holds the years (``VOCdevkit``), or a zip archive of it.
         train: the years and lists of the training split, such as ``VOC2007/trainval``, or one of them; a list without a
             year where ``ImageSets`` lies in ``root``; a folder that holds images and XML files, side by side or in
-            folders called ``JPEGImages`` or ``images`` and ``Annotations`` or ``annotations``; ``.`` for ``root``
-            itself.
+            folders called ``JPEGImages``, ``images`` or ``data`` and ``Annotations``, ``annotations`` or ``labels``;
+            ``.`` for ``root`` itself.
         val: the same; None holds out ``val_fraction`` of the training split.
         test: the same; None tests on the validation split.
         categories: names of those that are wanted, which may be other ones than VOC's; None for VOC's 20.
@@ -132,7 +134,7 @@ class Voc(DetectionDataModule):
             width, height = size(*(_side(root, f"size/{side}") for side in ("width", "height")))
             image = folder.image(stem, root.findtext("filename", ""))
             for marked in root.iter("object"):
-                name = _text(marked, "name")
+                name = composed(_text(marked, "name"))
                 if not name:
                     raise ValueError("the name of an object is empty")
                 left, top, right, bottom = (
@@ -176,7 +178,7 @@ class _Folder:
         folders: that were looked in.
         lists: the file of the list, if there is one.
         annotations: the paths of the XML files, by the names that lists have for them.
-        listed: names of images, perhaps with an ending, or with a 1, 0 or -1 behind them.
+        listed: names of images, perhaps with an ending, in quotes, or with a 1, 0 or -1 behind them.
 
     Raises:
         FileNotFoundError: there is no such list.
@@ -194,10 +196,12 @@ class _Folder:
             self._images, self._xml = _without_list(files, entry)
         self.folders, self.lists = {self._images, self._xml}, {self._list} if has_list else set()
         self.annotations = {stem: path for stem, ending, path in _below(files, self._xml) if ending == ".xml"}
-        self._by_stem: dict[str, list[str]] = {}
+        self._stems = {composed(stem): stem for stem in self.annotations}
+        self._by_stem: dict[str, list[tuple[str, str]]] = {}
         for stem, ending, path in _below(files, self._images):
             if ending in ENDINGS:
-                self._by_stem.setdefault(stem, []).append(path)
+                self._by_stem.setdefault(composed(stem), []).append((stem, path))
+        self._paths = {composed(path): path for images in self._by_stem.values() for _, path in images}
         if has_list:
             self.listed = _lines(files, self._list)
         else:
@@ -213,9 +217,11 @@ class _Folder:
         Raises:
             FileNotFoundError: it has none.
         """
-        name = re.sub(r"\s+(?:-1|0|1)$", "", line)
+        quoted = re.sub(r"\s+(?:-1|0|1)$", "", line)
+        name = re.sub(r'^"(.+)"$', r"\1", quoted)  # as CVAT and datumaro write one with a space
         stem, ending = posixpath.splitext(name)
-        for one in (line, name, *([stem] if ending.lower() in ENDINGS else [])):
+        names = (line, quoted, name, *([stem] if ending.lower() in ENDINGS else []))
+        for one in (*names, *(self._stems.get(composed(one), "") for one in names)):
             if one in self.annotations:
                 return one
         missing = self._files.name(f"{self._xml}/{name:.200}.xml")
@@ -232,18 +238,21 @@ class _Folder:
         Raises:
             ValueError: it may be one of several.
         """
-        found = self._by_stem.get(stem, [])
+        alike = self._by_stem.get(composed(stem), [])
+        found = [path for own, path in alike if own == stem] or [path for _, path in alike]
         if len(found) == 1:
             return found[0]
         name = posixpath.basename(filename.strip().replace("\\", "/"))
-        named = [path for path in found if posixpath.basename(path) == name]
+        named = [path for path in found if composed(posixpath.basename(path)) == composed(name)]
         if found and not named:
             raise ValueError(f"its image may be {found[0]} or {found[1]}, and its filename is {filename!r:.200}")
         if named:
             return named[0]
         folder = posixpath.dirname(f"{self._images}/{stem}")
         other = posixpath.normpath(f"{folder}/{name}")
-        return other if name and self._files.holds(other) else posixpath.normpath(f"{self._images}/{stem}.jpg")
+        if name and self._files.holds(other):
+            return other
+        return self._paths.get(composed(other), posixpath.normpath(f"{self._images}/{stem}.jpg"))
 
 
 def _below(files: Files, folder: str) -> Iterator[tuple[str, str, str]]:
@@ -256,12 +265,22 @@ def _below(files: Files, folder: str) -> Iterator[tuple[str, str, str]]:
 def _without_list(files: Files, entry: str) -> tuple[str, str]:
     """The folders of the images and of the XML files, in a folder without lists."""
     folder = posixpath.normpath(entry)
-    inner = {stem.partition("/")[0] for stem, _, _ in _below(files, folder) if "/" in stem}
-    found = []
-    for names in (("jpegimages", "images"), ("annotations",)):
-        within = [name for name in sorted(inner) if name.lower() in names]
-        found.append(posixpath.normpath(f"{folder}/{within[0]}") if within else folder)
-    return found[0], found[1]
+    images = _inner(files, folder, _IMAGE_FOLDERS, ENDINGS)
+    xml = _inner(files, folder, _XML_FOLDERS, {".xml"})
+    if _is_xml_folder(folder) and not any(ending in ENDINGS for _, ending, _ in _below(files, folder)):
+        images = _inner(files, posixpath.dirname(folder) or ".", _IMAGE_FOLDERS, ENDINGS)
+    return images, xml
+
+
+def _inner(files: Files, folder: str, names: Sequence[str], endings: Collection[str]) -> str:
+    """The first folder of these names in a folder that holds files of these endings; the folder itself without one."""
+    inner = {stem.partition("/")[0] for stem, ending, _ in _below(files, folder) if "/" in stem and ending in endings}
+    within = [one for name in names for one in sorted(inner) if one.lower() == name]
+    return posixpath.normpath(f"{folder}/{within[0]}") if within else folder
+
+
+def _is_xml_folder(folder: str) -> bool:
+    return posixpath.basename(folder).lower() in _XML_FOLDERS
 
 
 def _no_such(files: Files, entry: str, split: Split) -> Exception:
@@ -272,7 +291,7 @@ def _no_such(files: Files, entry: str, split: Split) -> Exception:
         if folder.endswith(_LISTS) and name.endswith(".txt"):
             lists.add(posixpath.normpath(f"./{folder.removesuffix(_LISTS)}/{name.removesuffix('.txt')}"))
         elif name.lower().endswith(".xml"):
-            folders.add(posixpath.dirname(folder) or "." if folder.lower().endswith("annotations") else folder or ".")
+            folders.add((posixpath.dirname(folder) if _is_xml_folder(folder) else folder) or ".")
     there = ", ".join(sorted(lists or folders)[:10]) or "none"
     hint = "" if split == "train" else f", or none with --data.{split}=null"
     place, slash, name = posixpath.normpath(entry).rpartition("/")

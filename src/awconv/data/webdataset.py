@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from awconv.terminal import printable
 _KIND = "a tar file"
 _LABELS = ("cls", "json")
 _LABEL_BYTES = 2**24
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _PATTERNS = 10**6
 
 
@@ -40,7 +43,8 @@ class _Place(NamedTuple):
 
 class TarImages(Dataset[tuple[Image.Image, int]]):
     """The images of some tar files, each beside a file of the same name that ends in ``.cls`` (the class index as
-    text) or ``.json`` (with the index under ``label``; other JSON is no label where there is a ``.cls``).
+    text) or ``.json`` (with the index under ``label``; where there is a ``.cls``, other JSON is no label, nor is a text
+    or null there).
 
     The tar files' headers and the labels are read at once; an image when it is asked for, from its place. What is not
     used is logged, but for what programs leave behind (``._x.jpg``).
@@ -84,7 +88,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         labels: dict[str, tuple[int, str]] = {}  # with the file that it is from
         notes: dict[str, str] = {}  # JSON without a label
         unused: Counter[str] = Counter()
-        for member in members:
+        for member in sorted(members, key=lambda member: not member.name.lower().endswith(".cls")):
             path = PurePosixPath(member.name)
             if member.isdir() or any(map(is_leftover, path.parts)):
                 continue
@@ -102,7 +106,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
                     names = f"{images[key].name} and {member.name}"
                     raise ValueError(f"{shard}: {names} are both images of {key}; expected one")
                 continue
-            label = _label(tar, member, ending, shard)
+            label = _label(tar, member, ending, shard, key in labels)
             if label is None:
                 notes[key] = member.name
             elif labels.setdefault(key, (label, member.name))[0] != label:
@@ -145,8 +149,9 @@ def _check_end(shard: str, offset: int) -> None:
         raise ValueError(f"{shard} is cut off: it does not end as a tar file does")
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str) -> int | None:
-    """The class index in a file; None for JSON that has none."""
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str, known: bool) -> int | None:
+    """The class index in a file; None for JSON that has none: where it is known from another file, a label that is no
+    number is something else."""
     file = tar.extractfile(member)
     assert file is not None
     try:
@@ -160,21 +165,24 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: st
         content = json.loads(text)
         if not isinstance(content, dict) or "label" not in content:
             return None
-        return checked_label(content["label"])
+        label = content["label"]
+        if known and (isinstance(label, bool) or not isinstance(label, int | float)):
+            return None
+        return checked_label(label)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{shard}, {member.name} must hold a class index of at least 0: {error}") from error
 
 
 def _expanded(pattern: str) -> list[str]:
-    """A pattern for each number of a range in braces."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        return [pattern]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    numbers = range(int(match[1]), int(match[2]) + 1)
-    if not 0 < len(numbers) <= _PATTERNS:
-        raise ValueError(f"{match[0]} in {pattern!r} must count up, by at most {_PATTERNS:,} files")
-    return [one for number in numbers for one in _expanded(f"{before}{number:0{len(match[1])}}{after}")]
+    """A pattern for each number of a range in braces; of several ranges, for each combination."""
+    parts = _RANGE.split(pattern)
+    between, ranges = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
+    counts = [int(last) - int(first) + 1 for first, last in ranges]
+    if any(count < 1 for count in counts) or math.prod(counts) > _PATTERNS:
+        shown = " and ".join(f"{{{first}..{last}}}" for first, last in ranges)
+        raise ValueError(f"{shown} in {pattern!r} must count up, by at most {_PATTERNS:,} files")
+    numbers = [[f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)] for first, last in ranges]
+    return ["".join(map("".join, zip(between, (*chosen, ""), strict=True))) for chosen in product(*numbers)]
 
 
 class WebDataset(ImageDataModule):
