@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.robustness.commands import FIT, retyped, something_was_trained, with_options
+from tests.robustness.commands import FIT, named, retyped, something_was_trained, with_options
 from tests.robustness.harness import Case
 
 IMAGES = 4
@@ -345,7 +345,7 @@ def detectors_options(seed: int) -> Case:
     return Case(
         f"detectors_options {seed}: --{name}={value[:40]!r}",
         prepare,
-        name.rpartition(".")[2],
+        named(name, value),
         "either",
         something_was_trained,
     )

@@ -87,6 +87,11 @@ OPTIONS = with_options(
 )
 
 
+def named(option: str, value: str) -> str:
+    """What an error must name: the option, or the alias of which the parser knows no more than the text."""
+    return "an alias" if value.startswith("&") and option.startswith("data.") else option.rpartition(".")[2]
+
+
 def options(seed: int) -> Case:
     """A value out of range, or of another type, for one option of a training."""
     name, value = OPTIONS[seed]
@@ -94,7 +99,7 @@ def options(seed: int) -> Case:
     return Case(
         f"options {seed}: --{name}={value[:40]!r}",
         lambda folder: given,
-        name.rpartition(".")[2],
+        named(name, value),
         "either",
         something_was_trained,
     )
