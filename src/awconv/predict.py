@@ -120,7 +120,8 @@ def predict(
         threshold: the least score of an object.
         draw: a folder for copies of the images in which a detector's boxes are drawn. No file is overwritten but the
             copies of a former run.
-        max_pixels: an image file with more pixels is reported as a broken one: it would take too much memory.
+        max_pixels: an image file with more pixels, or more bytes than these need, is reported as a broken one: it
+            would take too much memory.
 
     Returns:
         The exit status: 0, or 1 if an image was broken.

@@ -27,7 +27,8 @@ def _found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         json.dumps({"images": [], "annotations": [], "categories": []}),
         json.dumps([{name: value for name, value in DETECTION.items() if name != "score"}]),
-        json.dumps([[DETECTION]]), json.dumps(DETECTION), "[1, 2]", "[", "[" * 5000, "{}", "", "my notes", b"\x89PNG\r\n\x1a\n\xff",
+        json.dumps([[DETECTION]]), json.dumps(DETECTION), "[1, 2]", "[", "[" * 5000, "{}", "", "my notes",
+        b"\x89PNG\r\n\x1a\n\xff",
     ],
 )  # fmt: skip
 def test_another_file_is_refused_before_the_evaluation(content: str | bytes, tmp_path: Path) -> None:

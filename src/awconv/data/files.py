@@ -148,6 +148,14 @@ class Files:
             return os.path.isfile(self.root / path)
         return self._member(path) is not None
 
+    def size(self, path: str) -> int:
+        """The number of a file's bytes, unpacked; 0 if it is not there."""
+        path = posixpath.normpath(path)
+        if not self.holds(path):
+            return 0
+        member = None if self.root.is_dir() else self._member(path)
+        return os.path.getsize(self.root / path) if member is None else member.file_size
+
     def below(self, folder: str) -> list[str]:
         """The paths of all files below a folder but leftovers, in alphabetical order; none if it is not there.
 
@@ -217,11 +225,7 @@ class Files:
             if member is None:
                 raise FileNotFoundError(f"{name} is not in the archive")
             _check_size(member.file_size, limit, name)
-            if member.file_size > max(_PACKED_TIGHTLY, _RATIO * member.compress_size):
-                raise ValueError(
-                    f"{name} would become {member.file_size:,} bytes of {member.compress_size:,}, as data hardly do; "
-                    "unpack the archive, if that is what it holds"
-                )
+            check_ratio(member.file_size, member.compress_size, name, "unpack the archive")
             with self._archive.open(member, name) as file:
                 yield file
 
@@ -292,6 +296,14 @@ def _named(name: str) -> Iterator[None]:
         zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, struct.error, RuntimeError, OverflowError
     ) as error:  # fmt: skip
         raise ValueError(f"{name} is damaged: {error or type(error).__name__}; copy the archive again") from error
+
+
+def check_ratio(size: int, packed: int, name: str, way_out: str) -> None:
+    """Raises a ValueError for data of some bytes that were packed into too few."""
+    if size > max(_PACKED_TIGHTLY, _RATIO * packed):
+        raise ValueError(
+            f"{name} would become {size:,} bytes of {packed:,}, as data hardly do; {way_out}, if that is what it holds"
+        )
 
 
 def leads_out(path: str) -> bool:
