@@ -491,6 +491,16 @@ def test_folding_a_converted_network_is_an_error_that_loses_nothing(
         assert converted(network) == layers
 
 
+def test_folding_around_a_layer_is_noticed_if_it_was_selected_by_name() -> None:
+    model = convert(timm.create_model("repvgg_a0", num_classes=3), "stages.0.0.conv_kxk.conv").eval()
+    with pytest.raises(ValueError, match=r"lose their attention\. Fold the plain network first"):
+        timm.utils.reparameterize_model(model)
+    by_hand = timm.create_model("repvgg_a0", num_classes=3).eval()
+    block = by_hand.stages[0][0].conv_kxk
+    block.conv = convert(block.conv)
+    assert not converted(timm.utils.reparameterize_model(by_hand))  # as the documentation warns
+
+
 @pytest.mark.parametrize("name", FOLDED)
 def test_a_folded_network_is_converted_exactly(name: str) -> None:
     model = timm.create_model(name, num_classes=3).train()

@@ -279,6 +279,20 @@ class TestCopies:
         assert np.array_equal(np.asarray(Image.open(drawn / "a.png.png").convert("L")), np.asarray(digit(0, 16)))
         assert {path.name for path in drawn.iterdir()} == {"a.png.png"}
 
+    def test_what_a_killed_run_left_is_removed_after_an_hour(self, detector: DetectionTask, folder: Path) -> None:
+        (folder / "sub").mkdir()
+        digit(2, 16).save(folder / "sub" / "c.png")
+        drawn, name = folder.parent / "drawn", ".0123456789abcdef.partial"
+        old = {drawn / name, drawn / "sub" / name}
+        others = {drawn / ".fedcba9876543210.partial", drawn / "x.partial", drawn / ".0123.partial"}
+        (drawn / "sub").mkdir(parents=True)
+        for file in old | others:
+            file.write_bytes(b"half")
+        for file in old | others - {drawn / ".fedcba9876543210.partial"}:
+            os.utime(file, (0, 0))
+        assert predict([folder], CKPT, draw=drawn) == 0
+        assert {file for file in drawn.rglob("*") if file.suffix == ".partial"} == others
+
     def test_a_file_is_no_folder_for_them(
         self, detector: DetectionTask, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -69,7 +69,8 @@ def convert(
     Modules that can be folded into one plain convolution (RepVGG, MobileOne, RepViT, FastViT: methods without arguments
     called ``reparameterize``, ``fuse``, ``switch_to_deploy``, ``merge_kernel`` or ``merge``) would lose the attention
     that way: from the conversion on these methods raise a ValueError. A network that is folded first can be converted
-    afterwards.
+    afterwards. Of a convolution that is handed over by itself (``block.conv = convert(block.conv)``) the modules around
+    it cannot be seen, and fold it without a word: convert the whole network, or select the layer by its name.
 
     Args:
         model: any module.

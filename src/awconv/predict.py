@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from awconv.data.module import check_batch
 from awconv.models.detection.transform import NarrowImageError
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import read_checkpoint
+from awconv.training.partial import clear_old, replacing
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def predict(
         threshold: the least score of an object.
         draw: a folder for copies of the images in which a detector's boxes are drawn. No file is overwritten but the
             copies of a former run.
-        max_pixels: an image file with more pixels is reported as a broken one: it would take too much memory.
+        max_pixels: an image file with more pixels, or more bytes than these need, is reported as a broken one: it
+            would take too much memory.
 
     Returns:
         The exit status: 0, or 1 if an image was broken.
@@ -236,6 +237,7 @@ def detect(
         ValueError: the network's outputs are not finite, or a copy cannot be written or would overwrite another file.
     """
     copies = {} if draw is None else _copies(files, draw)
+    clear_old({copy.parent for copy in copies.values()})
     limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
     limited.score_thresh = min(limited.score_thresh, threshold)
     for file in files:
@@ -328,17 +330,11 @@ def _is_copy(path: Path) -> bool:
 
 
 def _write_copy(image: Image.Image, place: Path) -> None:
-    """Writes a whole file or none, and through no link that came there in the meantime."""
     place.parent.mkdir(parents=True, exist_ok=True)
     notes = PngInfo()
     notes.add_text("Software", _SOFTWARE)
-    partial = place.with_name(f".{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as file:
-            image.save(file, "PNG", pnginfo=notes)
-        os.replace(partial, place)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(place) as file:
+        image.save(file, "PNG", pnginfo=notes)
 
 
 def _drawn(image: Tensor, detections: Sequence[Detection]) -> Image.Image:

@@ -9,10 +9,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from awconv.compare.report import markdown_cell
 from awconv.compare.runs import Run, recorded
 from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS, sha256
 from awconv.predict import load_task
 from awconv.tasks import ClassificationTask
+from awconv.terminal import printable
 from awconv.training.checkpoints import find_last, read_checkpoint
 
 
@@ -95,13 +97,14 @@ def publish(
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     packaged = out.resolve() == WEIGHTS.resolve()
     (folder / CARD).write_text(_card(finished, name, data, recipe, license, None if packaged else folder))
-    print(f"{name}: {finished.test_split} accuracy {100 * finished.score:.2f} %, in {folder}")
+    print(printable(f"{name}: {finished.test_split} accuracy {100 * finished.score:.2f} %, in {folder}"))
     return 0
 
 
 def _card(run: Run, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
     """The model card; ``folder`` is None for weights that come with the package, which go by their name."""
-    epochs, versions = len(run.epochs), ", ".join(f"{key} {value}" for key, value in run.versions.items())
+    epochs = len(run.epochs)
+    versions = markdown_cell(", ".join(f"{key} {value}" for key, value in run.versions.items()))
     validation = run.epochs[-1].val_score
     held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
     return f"""---

@@ -31,9 +31,13 @@ def printable(text: str) -> str:
     them.
     rich would take brackets for its markup: hand it ``rich.text.Text(printable(name))``.
     """
-    shown = "".join(character if character.isprintable() else _escaped(character) for character in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return visible(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def visible(text: str) -> str:
+    """The same for a file that is read as UTF-8."""
+    return "".join(character if character.isprintable() else _escaped(character) for character in text)
 
 
 def _escaped(character: str) -> str:

@@ -134,6 +134,7 @@ def test_texts_of_a_run_cannot_add_columns_lines_or_control_sequences(capsys: py
     lines = markdown_table(rows).splitlines()
     assert len(lines) == 3
     assert lines[2].startswith("| a\\|b c | a\\|b c |")
+    assert "| \\x1b[2J\\ud800 |" in markdown_table(summarise([planted("\x1b[2J\ud800")]))
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(rich_table(summarise([planted("a\x1b]0;title\x07b\x1b[2J")]), "title"))
     shown = console.export_text()
@@ -156,6 +157,7 @@ def test_texts_of_a_run_cannot_add_columns_lines_or_control_sequences(capsys: py
         ({"versions": []}, "versions cannot be"),
         ({"recipe": "text"}, "recipe cannot be 'text'"),
         ({"variant": 3}, "variant cannot be '3'"),
+        ({"test_split": "test\x1b]0;own\x07"}, r"test_split cannot be 'test\\x1b\]0;own\\x07'"),
         ({"surprise": 1}, "surprise"),
         ({"epochs": []}, "it has no epochs"),
         ({"score": 10**400}, "score cannot be '1000"),

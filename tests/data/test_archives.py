@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from awconv.data import BrokenImageError, Coco
 from awconv.data.files import Files
-from tests.photographs import write_coco
+from tests.photographs import SIZE, write_coco
 
 
 def pack(path: Path, content: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -98,6 +99,19 @@ def test_members_that_become_too_large_are_refused_before_they_are_unpacked(tmp_
     with pytest.raises(ValueError, match=r"a\.zip/small has 1,048,576 bytes; expected at most 1,000"):
         files.read("small", 1000)
     assert len(files.read("small")) == 2**20
+
+
+def test_an_image_that_becomes_too_large_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_coco(tmp_path / "root")
+    content = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    most = SIZE[0] * SIZE[1]
+    content["train2017/china.png"] += os.urandom(8 * most + 2**20)
+    archive = pack(tmp_path / "a.zip", content)
+    monkeypatch.setattr("awconv.data.detection.read_header", lambda *_, **__: pytest.fail("it is read"))
+    with pytest.raises(BrokenImageError, match=r"a\.zip/train2017/china\.png: its bytes are more than max_pixels = "):
+        Coco(archive, val_fraction=0, max_pixels=most).dataset("train")
 
 
 def test_a_damaged_image_in_an_archive_is_skipped_if_wanted(tmp_path: Path) -> None:

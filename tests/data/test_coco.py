@@ -251,7 +251,9 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_annotations_that_are_too_large_are_refused_before_they_are_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"instances_train2017\.json has [\d,]+ bytes; expected at most 100"):
+    with pytest.raises(
+        ValueError, match=r"instances_train2017\.json has [\d,]+ bytes; expected at most 100 \(max_annotations\)"
+    ):
         Coco(write_coco(tmp_path), max_annotations=100).dataset("train")
 
 

@@ -199,6 +199,40 @@ def test_the_number_of_pixels_is_limited_before_they_are_decoded(monkeypatch: py
         read_image(bomb, "name")
 
 
+def test_the_number_of_bytes_is_limited_before_they_are_read(tmp_path: Path) -> None:
+    limit = 8 * 64 + 2**20
+    content = png(digit(0))
+    for size, path in ((limit, tmp_path / "fits.png"), (limit + 1, tmp_path / "large.png")):
+        path.write_bytes(content + bytes(size - len(content)))
+        for source in (str(path), path.read_bytes()):
+            if size == limit:
+                assert read_image(source, "name", max_pixels=64).size == (8, 8)
+                continue
+            with pytest.raises(
+                BrokenImageError,
+                match=r"^name: its bytes are more than max_pixels = 64 allows \(1,049,089; at most 1,049,088\); ",
+            ):
+                read_image(source, "name", max_pixels=64)
+
+
+def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.touch()
+    os.truncate(path, 2**40)  # zeros that take no place
+    with pytest.raises(BrokenImageError, match=r"^name: its bytes are more than max_pixels = 67,108,864 allows"):
+        read_image(str(path), "name")
+
+
+def test_neither_are_those_of_a_detector(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    os.truncate(root / "train2017" / "china.png", 2**40)
+    with pytest.raises(BrokenImageError, match=r"china\.png: its bytes are more than max_pixels = 67,108,864 allows"):
+        Coco(root, val_fraction=0).dataset("train")
+    skipping = Coco(root, val_fraction=0, inspect=False, broken_images="skip").dataset("train")
+    assert skipping is not None
+    assert skipping._read(0) is None or skipping._read(1) is None
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_a_damaged_file_is_decoded_or_a_broken_image_with_its_name(kind: str) -> None:
     buffer = io.BytesIO()

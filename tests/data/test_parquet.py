@@ -276,6 +276,37 @@ class TestLayouts:
         assert "not used by any" not in caplog.text
 
 
+class TestSizes:
+    """A few kilobytes may stand for any number of zeros."""
+
+    @pytest.mark.parametrize("compression", ["zstd", "gzip"])
+    @pytest.mark.parametrize("as_struct", [True, False])
+    def test_what_is_packed_too_tightly_is_not_read(
+        self, compression: str, as_struct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        images = [png(digit(0)), png(digit(1)), bytes(2**25)]
+        column: Any = [{"bytes": one, "path": "x"} for one in images] if as_struct else images
+        pq.write_table(pa.table({"image": column, "label": [0, 1, 0]}), tmp_path / "a.parquet", compression=compression)
+        source = Parquet(str(tmp_path / "a.parquet")).open("train")
+        monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *_, **__: pytest.fail("it is read"))
+        with pytest.raises(
+            BrokenImageError,
+            match=r"a\.parquet: row group 0 is broken: its column 'image' would become [\d,]+ bytes of [\d,]+, as",
+        ):
+            source[0]
+
+    def test_images_of_too_many_bytes_are_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        images = [os.urandom(2**21), os.urandom(2**21), png(digit(0))]
+        pq.write_table(pa.table({"image": images, "label": [0, 1, 0]}), tmp_path / "a.parquet")
+        assert Parquet(str(tmp_path / "a.parquet")).open("train")[2][0].size == (8, 8)
+        source = Parquet(str(tmp_path / "a.parquet"), max_pixels=64).open("train")
+        monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *_, **__: pytest.fail("it is read"))
+        with pytest.raises(
+            BrokenImageError, match=r"a\.parquet, row group 0: its bytes are more than max_pixels = 64 allows \("
+        ):
+            source[2]
+
+
 class TestSpoiledFiles:
     def test_are_read_or_named(self, tmp_path: Path) -> None:
         write_parquet(tmp_path / "a.parquet", range(20))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from awconv.data import WebDataset
+from awconv.data import BrokenImageError, WebDataset
 from tests.data.samples import DIGITS, digit, png, spoilt, write_shard, write_tar
 
 
@@ -166,6 +166,16 @@ class TestLayouts:
         ):
             with pytest.raises(ValueError, match="must count up, by at most 1,000,000 files"):
                 WebDataset(pattern).classes  # noqa: B018
+
+
+def test_an_image_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", {**PLAIN, "c.png": B + bytes(2**20 + 8 * 64), "c.cls": "1"})
+    source = WebDataset(path, max_pixels=64).open("train")
+    assert source is not None
+    assert source[0][0].size == (8, 8)
+    monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("it is read"))
+    with pytest.raises(BrokenImageError, match=r"a\.tar, c\.png: its bytes are more than max_pixels = 64 allows \("):
+        source[2]
 
 
 class TestLabels:

@@ -117,11 +117,35 @@ def test_weights_of_other_classes_are_not_evaluated(capsys: pytest.CaptureFixtur
     assert "'aw_resnet8_cifar.none' has no such weights; there are aw_resnet8_cifar" in capsys.readouterr().err
 
 
-def test_publishing_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tmp_path / "tiny.yaml"
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe and its run."""
+    folder = tmp_path_factory.mktemp("compared")
+    recipe = folder / "tiny.yaml"
     recipe.write_text("model: {network: resnet8_cifar, ema_decay: 0.5}\ntrainer: {max_epochs: 2, accelerator: cpu}\n")
-    runs, out = tmp_path / "runs", tmp_path / "weights"
-    assert main(["compare", str(recipe), "--variants=aw", "--seeds=1", f"--out={runs}"]) == 0
+    assert main(["compare", str(recipe), "--variants=aw", "--seeds=1", f"--out={folder / 'runs'}"]) == 0
+    return folder
+
+
+def test_texts_of_a_run_stay_texts_on_its_card(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared / "runs", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "aw-seed0.json"
+    run = json.loads(path.read_text())
+    run["versions"]["torch"] = "<script>alert(1)</script>|\n\n# Heading\x1b]0;title\x07"
+    path.write_text(json.dumps(run))
+    out = tmp_path / "\x1b[2J"
+    assert main(["publish", str(path), "--tag=t", "--data=x", "--recipe=digits", f"--out={out}"]) == 0
+    card = (out / "aw_resnet8_cifar.t" / CARD).read_text()
+    assert r"torch &lt;script&gt;alert(1)&lt;/script&gt;\| # Heading\x1b]0;title\x07, " in card
+    assert "\n# Heading" not in card
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_publishing_a_run(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(compared, tmp_path, dirs_exist_ok=True)
+    recipe, runs, out = tmp_path / "tiny.yaml", tmp_path / "runs", tmp_path / "weights"
     arguments = ["--tag=tiny", "--data=the digits", f"--recipe={recipe}", f"--out={out}"]
     assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 0
     folder = out / "aw_resnet8_cifar.tiny"

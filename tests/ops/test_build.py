@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -266,6 +267,22 @@ print([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks])
     assert result.stdout.strip() == "[4, 4, 4, 4]", result.stderr
     assert len(marks.read_text().splitlines()) == 1
     assert [file.suffix for file in cache.iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_killed_processes_left_is_removed_where_nobody_can_be_writing(
+    locks: bool, cache: Path, source: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert answer(source) == 8
+    left, others = cache / f"{kept(cache).name}.123.partial", cache / "notes.partial"
+    for file in (left, others):
+        file.write_bytes(b"half")
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError("no locks here")))
+    assert answer(source) == 8
+    assert left.exists() is not locks
+    assert others.exists()
+    assert len(builds) == 1
 
 
 def test_every_function_of_the_c_code_has_its_types() -> None:

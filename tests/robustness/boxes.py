@@ -330,7 +330,7 @@ def voc(seed: int) -> Case:
 DETECTORS_OPTIONS = with_options(
     [f"model.{name}" for name in ("min_size", "max_size", "trainable_layers", "norm", "detector", "detector_args")]
     + [f"data.{name}" for name in ("categories", "val_fraction", "augmentation", "jitter_size", "images_without_boxes")]
-    + [f"data.{name}" for name in ("batch_size", "max_pixels", "max_annotations", "inspect", "train", "val", "test")]
+    + [f"data.{name}" for name in ("batch_size", "max_pixels", "max_annotations", "inspect", "train", "val")]
 )
 
 

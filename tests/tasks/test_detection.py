@@ -165,7 +165,10 @@ def test_a_checkpoint_of_other_categories_says_so(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--model.detector_args={box_scoer_thresh: 0.1}", "the arguments of a faster_rcnn do not fit"),
+        (
+            "--model.detector_args={box_scoer_thresh: 0.1}",
+            "the arguments of a faster_rcnn do not fit, perhaps detector_args",
+        ),
         ("--model.detector_args={min_size: 320}", "detector_args must leave min_size to --model.min_size"),
         ("--model.detector_args={num_classes: 3}", "detector_args must leave num_classes to the data"),
         ("--model.network=resnet8_cifer", "timm.create_model knows, got 'resnet8_cifer'"),

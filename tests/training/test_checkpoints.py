@@ -146,6 +146,14 @@ def test_parts_of_other_types_are_an_error_of_one_line(
     assert "antigravity" not in sys.modules
 
 
+@pytest.mark.parametrize("key", ["hparams", "module_arguments"])
+def test_hyper_parameters_of_former_versions_import_nothing(key: str, trained: Path, tmp_path: Path) -> None:
+    path = changed(trained, tmp_path, lambda content: content.update({key: {"_instantiator": "antigravity.make"}}))
+    with pytest.raises(ValueError, match=rf"changed\.ckpt is not a checkpoint of awconv fit: its {key} cannot be"):
+        load_task(path)
+    assert "antigravity" not in sys.modules
+
+
 @pytest.mark.parametrize(
     "argument",
     [

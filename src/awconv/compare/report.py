@@ -179,9 +179,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
-    # A file of runs may be somebody else's, and its texts anything.
-    escaped = (html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|") for cell in cells)
-    return "| " + " | ".join(escaped) + " |"
+    return "| " + " | ".join(map(markdown_cell, cells)) + " |"
+
+
+def markdown_cell(text: str) -> str:
+    """Text for a cell of a Markdown table. It may be anything: a file of runs may be somebody else's."""
+    return html.escape(terminal.visible(" ".join(text.split())), quote=False).replace("|", "\\|")
 
 
 _GENERATED = re.compile(r"<!-- runs: (\S+) (\S+) -->\n.*?<!-- end of runs -->", re.DOTALL)

@@ -109,6 +109,8 @@ class Run:
             run = cls(**(content | {"epochs": [Epoch(**epoch) for epoch in content["epochs"]]}))
             for part in (run, *run.epochs):
                 _check_types(part)
+            if run.test_split not in get_args(Split):
+                raise ValueError(f"test_split cannot be {run.test_split[:80]!r}")
             if not run.epochs:
                 raise ValueError("it has no epochs")
         except (ValueError, TypeError, KeyError, UnicodeDecodeError, RecursionError) as error:

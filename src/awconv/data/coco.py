@@ -207,7 +207,7 @@ class Coco(DetectionDataModule):
         self._annotation_files.add(path)
         self._looked_in.add(posixpath.dirname(path))
         try:
-            text = self.files.read(path, self.max_annotations)
+            text = self.files.read(path, self.max_annotations, "max_annotations")
         except FileNotFoundError as error:
             there = [other for other in self.files.below(".") if other.endswith(".json")]
             found = f"there are {', '.join(there[:5])}" if there else "no file there is called .json"

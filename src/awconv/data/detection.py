@@ -24,7 +24,15 @@ from torchvision.transforms import v2
 
 from awconv.data.boxes import LEAST, Annotated, BoxSummary, clean
 from awconv.data.files import Files, composed
-from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, log_skipped, read_header, read_image
+from awconv.data.images import (
+    ENDINGS,
+    MAX_PIXELS,
+    BrokenImageError,
+    check_bytes,
+    log_skipped,
+    read_header,
+    read_image,
+)
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import Draw, derive_seed, seed_all
 from awconv.terminal import printable
@@ -99,17 +107,13 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
 
     def _decode(self, annotated: Annotated) -> Image.Image:
         name, most = self.files.name(annotated.path), self.max_pixels
-        content = self.files.read(annotated.path, _most_bytes(most))
+        check_bytes(self.files.size(annotated.path), name, most)
+        content = self.files.read(annotated.path)
         picture = read_image(content, name, max_pixels=most)
         if picture.size != (annotated.width, annotated.height):
             picture = read_image(content, name, upright=False, max_pixels=most)  # annotated as stored
         _check_size(annotated, picture.size, name)
         return picture
-
-
-def _most_bytes(max_pixels: int) -> int:
-    """The most that an image file may have: 4 channels of 16 bits, and a megabyte of notes."""
-    return 8 * max_pixels + 2**20
 
 
 def _check_size(annotated: Annotated, size: tuple[int, int], name: str) -> None:
@@ -157,7 +161,8 @@ class DetectionDataModule(DataModule):
         broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
             out, in the evaluation too, and logs its name.
         num_workers: processes that decode images.
-        max_pixels: an image file with more pixels is as a broken one: it would take too much memory.
+        max_pixels: an image file with more pixels, or more bytes than these need, is as a broken one: it would take
+            too much memory.
 
     Raises:
         FileNotFoundError: the data set is not there.
@@ -319,7 +324,8 @@ class DetectionDataModule(DataModule):
         is to be skipped."""
         name, known = self.files.name(image.path), image.width > 0
         try:
-            with self.files.open(image.path, _most_bytes(self.max_pixels)) as file:
+            check_bytes(self.files.size(image.path), name, self.max_pixels)
+            with self.files.open(image.path) as file:
                 mode, size = read_header(file, name, upright=not known, max_pixels=self.max_pixels)
             if not known or size == (image.height, image.width):  # which may be turned upright
                 image = replace(image, width=size[0], height=size[1])

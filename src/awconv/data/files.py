@@ -178,6 +178,14 @@ class Files:
             return os.path.isfile(self.root / path)
         return self._member(path) is not None
 
+    def size(self, path: str) -> int:
+        """The number of a file's bytes, unpacked; 0 if it is not there."""
+        path = posixpath.normpath(path)
+        if not self.holds(path):
+            return 0
+        member = None if self.root.is_dir() else self._member(path)
+        return os.path.getsize(self.root / path) if member is None else member.file_size
+
     def below(self, folder: str) -> list[str]:
         """The paths of all files below a folder but leftovers, in alphabetical order; none if it is not there.
 
@@ -218,12 +226,13 @@ class Files:
         return next((member for member in found if member is not None), None)
 
     @contextmanager
-    def open(self, path: str, limit: int | None = None) -> Iterator[IO[bytes]]:
+    def open(self, path: str, limit: int | None = None, option: str = "") -> Iterator[IO[bytes]]:
         """A file to read from; of an archive, one at a time.
 
         Args:
             path: of the file.
             limit: the most bytes that it may have, unpacked; None for any number.
+            option: by which a user sets the limit.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -237,7 +246,7 @@ class Files:
                 raise FileNotFoundError(f"{name} is not a file")
             try:
                 with (self.root / path).open("rb") as file:
-                    _check_size(os.fstat(file.fileno()).st_size, limit, name)
+                    _check_size(os.fstat(file.fileno()).st_size, limit, name, option)
                     yield file
             except OSError as error:
                 raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
@@ -246,18 +255,14 @@ class Files:
             member = self._member(path)
             if member is None:
                 raise FileNotFoundError(f"{name} is not in the archive")
-            _check_size(member.file_size, limit, name)
-            if member.file_size > max(_PACKED_TIGHTLY, _RATIO * member.compress_size):
-                raise ValueError(
-                    f"{name} would become {member.file_size:,} bytes of {member.compress_size:,}, as data hardly do; "
-                    "unpack the archive, if that is what it holds"
-                )
+            _check_size(member.file_size, limit, name, option)
+            check_ratio(member.file_size, member.compress_size, name, "unpack the archive")
             with self._archive.open(member, name) as file:
                 yield file
 
-    def read(self, path: str, limit: int | None = None) -> bytes:
+    def read(self, path: str, limit: int | None = None, option: str = "") -> bytes:
         """A file's content; arguments and errors as for :meth:`open`."""
-        with self.open(path, limit) as file:
+        with self.open(path, limit, option) as file:
             return file.read()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -324,11 +329,19 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name} is damaged: {error or type(error).__name__}; copy the archive again") from error
 
 
+def check_ratio(size: int, packed: int, name: str, way_out: str) -> None:
+    """Raises a ValueError for data of some bytes that were packed into too few."""
+    if size > max(_PACKED_TIGHTLY, _RATIO * packed):
+        raise ValueError(
+            f"{name} would become {size:,} bytes of {packed:,}, as data hardly do; {way_out}, if that is what it holds"
+        )
+
+
 def leads_out(path: str) -> bool:
     """Whether a path is absolute or has ``..`` left; ``C:`` is Windows' root."""
     return path.startswith("/") or path[1:3] in (":", ":/") or ".." in path.split("/")
 
 
-def _check_size(size: int, limit: int | None, name: str) -> None:
+def _check_size(size: int, limit: int | None, name: str, option: str) -> None:
     if limit is not None and size > limit:
-        raise ValueError(f"{name} has {size:,} bytes; expected at most {limit:,}")
+        raise ValueError(f"{name} has {size:,} bytes; expected at most {limit:,}{option and f' ({option})'}")

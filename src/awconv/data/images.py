@@ -33,6 +33,7 @@ FORMATS = {  # by Pillow's names, with the endings of their files. Others are re
 }
 ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
 MAX_PIXELS = 2**26  # 8192x8192
+_PIXEL_BYTES, _NOTES_BYTES = 8, 2**20  # of an encoded image: 4 channels of 16 bits, and what is said about it
 _RESIZED_WHOLE = 2**24  # pixels: a result up to this size is computed before its centre is cropped
 
 Image.init()
@@ -85,11 +86,11 @@ def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixe
         source: the file's content, or its path.
         name: what an error calls it.
         upright: turn it as its EXIF orientation says; otherwise its pixels stay where they are stored.
-        max_pixels: the most that it may have.
+        max_pixels: the most that it may have; :func:`check_bytes` says how many bytes that are.
 
     Raises:
         BrokenImageError: it cannot be read, decoded or converted, is not of one of :data:`FORMATS`, has too many
-            pixels, or has values whose white nobody knows (integers of 32 bits, or floats).
+            pixels or bytes, or has values whose white nobody knows (integers of 32 bits, or floats).
     """
     with _opened(source, name, max_pixels) as image:
         white = _white(image)
@@ -125,6 +126,26 @@ def read_header(
         return image.mode, (height, width) if turned else (width, height)
 
 
+def check_bytes(size: int, name: str, max_pixels: int, images: int = 1) -> None:
+    """Refuses encoded images of more bytes than so many pixels can need, before they are read.
+
+    Args:
+        size: in bytes, of all of them.
+        name: what an error calls them.
+        max_pixels: the most that an image may have.
+        images: how many there are.
+
+    Raises:
+        BrokenImageError: they are larger.
+    """
+    limit = images * (_PIXEL_BYTES * max_pixels + _NOTES_BYTES)
+    if size > limit:
+        raise BrokenImageError(
+            f"{name}: its bytes are more than max_pixels = {max_pixels:,} allows ({size:,}; at most {limit:,}); shrink "
+            "what it holds, or raise max_pixels if there is memory for it"
+        )
+
+
 @contextmanager
 def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iterator[Image.Image]:
     """An image of which the header is read. Any error, in the body too, becomes a BrokenImageError with its name."""
@@ -134,6 +155,8 @@ def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iter
     try:
         if isinstance(file, str) and not os.path.isfile(file):  # a named pipe would never end
             raise FileNotFoundError("it is not a file")
+        if isinstance(source, bytes | str):
+            check_bytes(len(source) if isinstance(source, bytes) else os.path.getsize(source), name, max_pixels)
         with Image.open(file, formats=_READABLE) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height}")
@@ -143,6 +166,8 @@ def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iter
             f"{name}: its pixels are more than max_pixels = {max_pixels:,} allows ({error}); shrink the image, or "
             "raise max_pixels if there is memory for it"
         ) from error
+    except BrokenImageError:
+        raise
     except UnidentifiedImageError as error:
         raise BrokenImageError(f"{name}: {_kind(file)}; expected one of {', '.join(_READABLE)}") from error
     except Exception as error:  # Pillow's formats raise errors of many kinds

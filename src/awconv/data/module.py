@@ -74,7 +74,8 @@ class ImageDataModule(DataModule):
             ``{"auto_augment": "rand-m7-mstd0.5-inc1", "scale": [0.35, 1.0]}``. They are then decoded at each access.
         broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
             out, in the evaluation too, and logs its name.
-        max_pixels: an image file with more pixels is as a broken one: it would take too much memory.
+        max_pixels: an image file with more pixels, or more bytes than these need, is as a broken one: it would take
+            too much memory.
         mean: mean of each channel, of values from 0 to 1.
         std: deviation of each channel.
 

@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from awconv.data.files import composed, log_unused, matching
-from awconv.data.images import MAX_PIXELS, BrokenImageError, read_image
+from awconv.data.files import check_ratio, composed, log_unused, matching
+from awconv.data.images import MAX_PIXELS, BrokenImageError, check_bytes, read_image
 from awconv.data.labels import checked_names, numbered
 from awconv.data.loading import Split
 from awconv.data.module import ImageDataModule
@@ -132,16 +132,28 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                 file, number = self._groups[group]
                 try:
                     with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+                        self._check_size(opened.metadata.row_group(number), f"{file}, row group {number}")
                         images = opened.read_row_group(number, columns=[self._column]).column(0)
                     if len(images) != self.blocks[group]:
                         raise ValueError(f"it has {len(images)} rows, and should have {self.blocks[group]}")
                     self._kept[group] = images
+                except BrokenImageError:
+                    raise
                 except Exception as error:  # pyarrow raises errors of many kinds
                     raise BrokenImageError(f"{file}: row group {number} is broken: {error}") from error
                 if len(self._kept) > WINDOW:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(group)
             return self._kept[group]
+
+    def _check_size(self, group: Any, name: str) -> None:
+        """Raises an error for a row group whose images are too large, or compressed beyond what data can be."""
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        chunks = [one for one in chunks if f"{one.path_in_schema}.".startswith(f"{self._column}.")]
+        size = sum(one.total_uncompressed_size for one in chunks)
+        check_bytes(size, name, self._max_pixels, group.num_rows)
+        packed = sum(one.total_compressed_size for one in chunks)
+        check_ratio(size, packed, f"its column {self._column!r}", "write the file without compression")
 
     def _forget(self) -> None:
         self._lock = threading.Lock()

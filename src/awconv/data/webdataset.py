@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from awconv.data.files import is_leftover, log_unused, matching
-from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, read_image
+from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, check_bytes, read_image
 from awconv.data.labels import checked_label, checked_names, numbered
 from awconv.data.loading import Split
 from awconv.data.module import ImageDataModule
@@ -131,12 +131,14 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         place = self._places[index]
         shard = self._shards[place.shard]
+        name = f"{shard}, {place.name}"
+        check_bytes(place.size, name, self._max_pixels)
         with open(shard, "rb") as file:
             file.seek(place.offset)
             content = file.read(place.size)
         if len(content) < place.size:
-            raise BrokenImageError(f"{shard}, {place.name}: the tar file ends within the image")
-        return read_image(content, f"{shard}, {place.name}", max_pixels=self._max_pixels), self.targets[index]
+            raise BrokenImageError(f"{name}: the tar file ends within the image")
+        return read_image(content, name, max_pixels=self._max_pixels), self.targets[index]
 
 
 def _check_end(shard: str, offset: int) -> None:

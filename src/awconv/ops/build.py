@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -29,6 +30,7 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 _FLAGS = ("-O3", "-fPIC", "-shared", "-std=gnu11")
 # What a compiler may not know. (A call of memcpy would take longer than most of the loops that look like one.)
 _OPTIONAL_FLAGS = ("-march=native", "-fopenmp", "-fno-tree-loop-distribute-patterns")
+_PARTIAL = ".partial"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ def _cache() -> Iterator[int | None]:
                 from fcntl import LOCK_EX, flock
 
                 flock(folder, LOCK_EX)
+                _clear(folder)
         yield folder
     finally:
         if folder is not None:
@@ -151,7 +154,7 @@ def _checksum(content: bytes) -> str:
 
 def _keep(folder: int, file: str, content: bytes) -> None:
     """Writes a library beside its place and renames it, so that nobody sees half of it."""
-    unfinished = f"{file}.{os.getpid()}.partial"
+    unfinished = f"{file}.{os.getpid()}{_PARTIAL}"
     with suppress(FileNotFoundError):  # of a process of this number that was killed
         os.unlink(unfinished, dir_fd=folder)
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o700, dir_fd=folder)
@@ -162,6 +165,13 @@ def _keep(folder: int, file: str, content: bytes) -> None:
     except OSError:
         os.unlink(unfinished, dir_fd=folder)
         raise
+
+
+def _clear(folder: int) -> None:
+    """Removes what killed processes left half written. The folder is locked, so that nobody is writing."""
+    for file in os.listdir(folder):
+        if re.fullmatch(rf".+_[0-9a-f]{{32}}\.so\.[0-9]+{re.escape(_PARTIAL)}", file):
+            os.unlink(file, dir_fd=folder)
 
 
 def _load(folder: int, file: str) -> ctypes.CDLL:

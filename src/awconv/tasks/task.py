@@ -236,6 +236,8 @@ def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
 def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None:
     """Raises a ValueError that names near ones where timm knows no such network, or no such weights of it, or where an
     argument is not the network's own."""
+    if not isinstance(arguments, Mapping | None):
+        raise ValueError(f"network_args must be a mapping, got {type(arguments).__name__}")
     taken = sorted(key for key in arguments or {} if key in _NOT_THE_NETWORKS or str(key).startswith("pretrained"))
     if taken:
         raise ValueError(

@@ -36,6 +36,7 @@ _PARTS: dict[str, type] = {
     _VERSION: str,
 }
 _NEEDED = ("state_dict", "hyper_parameters", "callbacks")
+_FORMER = ("hparams", "module_arguments")  # where Lightning would look for hyper-parameters, too
 
 
 def check_parts(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
@@ -131,6 +132,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is not a checkpoint of awconv fit: it has no {' and no '.join(missing)}")
     wrong = [name for name, kind in _PARTS.items() if name in checkpoint and not isinstance(checkpoint[name], kind)]
+    wrong += [name for name in _FORMER if name in checkpoint]
     if not wrong:
         wrong += [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
         # Lightning would import what a name with an underscore says.

@@ -179,7 +179,7 @@ class TrainingCLI(LightningCLI):
             given = [
                 f"trainer.{name}={value}"
                 for name, value in config.items()
-                if isinstance(value, int | float | str) and value != defaults[name].default
+                if isinstance(value, int | float | str | dict) and value != defaults[name].default
             ]
             raise ValueError(f"there is no such trainer: {error} (given: {', '.join(given)})") from error
 

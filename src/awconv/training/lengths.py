@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
 _SEEDS = 2**32  # of NumPy
+_MOST = 2**31 - 1
 
 
 def check_steps(trainer: Any) -> None:
@@ -20,8 +21,11 @@ def check_steps(trainer: Any) -> None:
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
         number = trainer.get(name)
         least = 0 if name == "log_every_n_steps" else 1  # 0 logs nothing
-        if number is not None and number < least:
-            raise ValueError(f"trainer.{name} must be at least {least}, got {number}")
+        if number is not None and not least <= number <= _MOST:
+            raise ValueError(f"trainer.{name} must be from {least} to {_MOST:,}, got {number}")
+    share = trainer.get("overfit_batches")
+    if isinstance(share, float) and not 0 <= share <= 1:
+        raise ValueError(f"trainer.overfit_batches must be a number of batches, or a share from 0 to 1, got {share}")
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and not 0 <= clip < math.inf:
         raise ValueError(f"trainer.gradient_clip_val must be a number of at least 0, got {clip}")
