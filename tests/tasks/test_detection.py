@@ -167,7 +167,7 @@ def test_a_checkpoint_of_other_categories_says_so(
     [
         (
             "--model.detector_args={box_scoer_thresh: 0.1}",
-            "the arguments of a faster_rcnn do not fit, perhaps detector_args",
+            "(detector_args={'box_scoer_thresh': 0.1})",
         ),
         ("--model.detector_args={min_size: 320}", "detector_args must leave min_size to --model.min_size"),
         ("--model.detector_args={num_classes: 3}", "detector_args must leave num_classes to the data"),
