@@ -211,6 +211,9 @@ def test_the_users_folder_is_meant_by_a_tilde(
     short = ["--trainer.limit_train_batches=1", "--trainer.accelerator=cpu", "--model.pretrained=false"]
     assert main(["fit", "--config=~/recipe.yaml", *short]) == 0
     assert list(home.glob("fit/**/*.ckpt"))
+    (home / "last.yaml").write_text("ckpt_path: ~/none.ckpt")
+    assert main(["fit", "--config=~/recipe.yaml", "--config=~/last.yaml"]) == 1
+    assert f"checkpoint {home / 'none.ckpt'} is not a file" in capsys.readouterr().err
     assert main(["compare", "recipe.yaml", "--out=~/compared"]) == 1  # no such recipe
     (here / "recipe.yaml").write_text(text)
     assert main(["compare", "recipe.yaml", "--out=~/compared", "--variants=plain", "--seeds=1", "--", *short]) == 0

@@ -111,6 +111,7 @@ class TrainingCLI(LightningCLI):
             else:
                 say(f"awconv {command}: going on from {found}")
         elif config.ckpt_path:
+            config.ckpt_path = os.path.expanduser(config.ckpt_path)
             read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
 
     def _parse_ckpt_path(self) -> None:
