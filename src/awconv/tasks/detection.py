@@ -138,8 +138,8 @@ class DetectionTask(Task):
         except Exception as error:  # of torchvision, timm or any network
             if weights:
                 raise
-            given = f" (detector_args={own})" if own else ""
-            raise ValueError(f"the arguments of a {hparams['detector']} do not fit: {error}{given}") from error
+            shown = f" (detector_args={own})" if own else ""
+            raise ValueError(f"the arguments of a {hparams['detector']} do not fit: {error}{shown}") from error
 
     def setup(self, stage: str) -> None:
         """Loads the backbone's pretrained weights, where a training starts from them.
