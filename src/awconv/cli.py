@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from awconv.extras import require
+from awconv.terminal import say
 from awconv.version import __version__
 
 USAGE = f"""awconv {__version__}: convolutions whose kernels adapt to each image
@@ -67,29 +68,26 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     for argument in arguments:
         if command != "predict" and not _is_text(argument):  # whose files may be called anything
-            print(
-                f"awconv {command}: an argument is not UTF-8, give another name: {_printable(argument)}",
-                file=sys.stderr,
-            )
+            say(f"awconv {command}: an argument is not UTF-8, give another name: {argument}")
             return 2
     arguments = [_expanded(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
         return commands[command](command, arguments)
     except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        print(f"awconv {command}: {_printable(_message(error, arguments))}", file=sys.stderr)
+        say(*f"awconv {command}: {_message(error, arguments)}".splitlines())
         return 1
     except RuntimeError as error:
         if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":  # torch's, both
             raise
         reason = str(error).splitlines()[0].partition("DefaultCPUAllocator: ")
-        print(f"awconv {command}: {_NO_MEMORY}: {reason[2] or reason[0]}", file=sys.stderr)
+        say(f"awconv {command}: {_NO_MEMORY}: {reason[2] or reason[0]}")
         return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:
         if error.code == _TERMINATED:
-            print(f"awconv {command}: stopped by SIGTERM", file=sys.stderr)
+            say(f"awconv {command}: stopped by SIGTERM")
             return _TERMINATED
         raise
     finally:
@@ -136,13 +134,6 @@ def _is_text(argument: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _printable(message: str) -> str:
-    """A message of several lines, in which nothing that came with a file does more than be read."""
-    from awconv import terminal
-
-    return "\n".join(terminal.printable(line) for line in message.splitlines())
 
 
 def _function(command: str, arguments: Sequence[str]) -> int:
@@ -231,12 +222,12 @@ def _lightning(command: str, arguments: Sequence[str]) -> int:
         raise ValueError(str(error)) from error
     except SIGTERMException:
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # of processes that train together
-            print(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}", file=sys.stderr)
+            say(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}")
         return _TERMINATED
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit of
             raise
-        print(f"awconv {command}: stopped by Ctrl-C; {_GOES_ON}", file=sys.stderr)
+        say(f"awconv {command}: stopped by Ctrl-C; {_GOES_ON}")
         return 128 + signal.SIGINT
     return 0
 

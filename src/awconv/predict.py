@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -162,7 +161,7 @@ def predict(
     predicted = {result.image for result in predictions}
     for failure in failures:
         kind = "" if failure.image in predicted else "broken image: "
-        print(f"{kind}{terminal.printable(failure.error)}", file=sys.stderr)
+        terminal.say(f"{kind}{failure.error}")
     return 1 if failures else 0
 
 

@@ -18,9 +18,9 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
 
 
-def say(message: str) -> None:
-    """Prints a line on the error output, in which nothing does more than be read."""
-    print(printable(message), file=sys.stderr)
+def say(*lines: str) -> None:
+    """Prints lines on the error output, in which nothing that came with a file does more than be read."""
+    print(*map(printable, lines), sep="\n", file=sys.stderr)
 
 
 def printable(text: str) -> str:

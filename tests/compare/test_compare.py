@@ -402,6 +402,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert json.loads((out / "results.json").read_text())["runs"][0]["variant"] == "plain"
 
 
+def test_what_the_first_step_failed_by_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixup = "--model.mixup={mixup_alpha: {a: 1}}"
+    assert compare(tiny(tmp_path), "plain", seeds=1, out=tmp_path / "out", overrides=[mixup]) == 1
+    error = capsys.readouterr().err
+    assert "run plain-seed0 failed: ValueError: the first step failed, perhaps by model.mixup={'mixup_alpha'" in error
+
+
 def test_a_variant_that_is_no_recipe_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     overlay = tmp_path / "typo.yaml"
     overlay.write_text("model: {lrr: 0.5}")

@@ -26,7 +26,7 @@ from awconv.compare import compare
 from awconv.compare.runs import Run
 from awconv.predict import detect
 from awconv.tasks import DetectionTask
-from awconv.tasks.detection import Evaluated, coco_figures, coco_results
+from awconv.tasks.detection import Evaluated, Figures, coco_figures, coco_results
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
 from tests.photographs import CATEGORIES, annotations, boxes, photograph, write_coco
@@ -195,6 +195,15 @@ def test_a_users_mistake_is_named(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_the_name_of_a_category_does_nothing_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning prints the names of figures as they are."""
+    task, logged = DetectionTask(["\x1b[2Jcat"], [1], network="resnet8_cifar"), dict[str, float]()
+    monkeypatch.setattr(task, "_log_figures", lambda split: Figures({}, {"\x1b[2Jcat": 0.5}))
+    monkeypatch.setattr(task, "log_dict", logged.update)
+    task.on_test_epoch_end()
+    assert logged == {"test/AP/\\x1b[2Jcat": 0.5}
 
 
 def test_pretrained_backbones_get_the_images_they_know() -> None:

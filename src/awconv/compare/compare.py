@@ -223,5 +223,5 @@ def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]
                 highlight=False,
             )
     for plan, reason in failures:
-        terminal.say(f"awconv: run {plan.name} failed: {reason}")
+        terminal.say(*f"awconv: run {plan.name} failed: {reason}".splitlines())
     return stopped or (1 if failures else 0), runs
