@@ -246,15 +246,16 @@ def a_run() -> dict[str, Any]:
 _JSON = (None, "text", [1], {"a": [1]}, True, -1, 10**400, "0.9", [[]], {"class_path": "antigravity.Thing"})
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something is in nested dictionaries and lists, as keys and indices; the first place is the whole."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
+    return [path, *(place for key, item in inner for place in places(item, (*path, key)))]
 
 
 def retyped(content: Any, rng: random.Random) -> Any:
     """A copy of what JSON holds, with one value of another type, or left out."""
     content = json.loads(json.dumps(content))
-    place = rng.choice(_places(content)[1:])
+    place = rng.choice(places(content)[1:])
     parent = content
     for key in place[:-1]:
         parent = parent[key]

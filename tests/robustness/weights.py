@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from awconv.cli import main
 from awconv.training.checkpoints import find_last
-from tests.robustness.commands import FIT, something_was_trained
+from tests.robustness.commands import FIT, places, something_was_trained
 from tests.robustness.harness import Case
 
 
@@ -154,11 +154,6 @@ def checkpoints(seed: int) -> Case:
 _LEAVES = (*_OTHERS, True, {3: 4}, [[]])
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
-
-
 def resumed(seed: int) -> Case:
     """A checkpoint of which any one part, however deep, is something else, in a training that goes on."""
     rng = random.Random(f"resumed {seed}")
@@ -166,7 +161,7 @@ def resumed(seed: int) -> Case:
 
     def prepare(folder: Path) -> Sequence[str]:
         content = torch.load(trained(), weights_only=True)
-        place = rng.choice([place for place in _places(content[part]) if place])
+        place = rng.choice(places(content[part])[1:])
         parent = content[part]
         for key in place[:-1]:
             parent = parent[key]
