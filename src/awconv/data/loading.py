@@ -35,6 +35,11 @@ class Sized(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
+def most_processes() -> int:
+    """How many processes of a kind a training may have on this machine."""
+    return max(32, 4 * (os.cpu_count() or 1))
+
+
 class DataModule(pl.LightningDataModule, abc.ABC):
     """Batches of a data set's splits.
 
@@ -54,7 +59,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if num_workers > (most := max(32, 4 * (os.cpu_count() or 1))):
+        if num_workers > (most := most_processes()):
             raise ValueError(f"num_workers must be at most {most} (4 for each core, or 32), got {num_workers}")
         self.batch_size, self.num_workers = batch_size, num_workers
 

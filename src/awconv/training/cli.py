@@ -87,7 +87,7 @@ class TrainingCLI(LightningCLI):
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config
         if config.trainer.default_root_dir:
-            config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
+            config.trainer.default_root_dir = os.path.expanduser(config.trainer.default_root_dir)
         check_seed(config.get("seed_everything"))
         if command in (None, "fit"):  # None is a run of a comparison
             check_steps(config.trainer)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
+
+from awconv.data.loading import most_processes
 
 _SEEDS = 2**32  # of NumPy
 _MOST = 2**31 - 1
@@ -29,7 +30,7 @@ def check_steps(trainer: Any) -> None:
     clip = trainer.get("gradient_clip_val")
     if isinstance(clip, int | float) and not 0 <= clip < math.inf:
         raise ValueError(f"trainer.gradient_clip_val must be a number of at least 0, got {clip}")
-    devices, most = str(trainer.get("devices")), max(32, 4 * (os.cpu_count() or 1))
+    devices, most = str(trainer.get("devices")), most_processes()
     if devices.isdecimal() and int(devices) > most:
         raise ValueError(f"trainer.devices must be at most {most} (4 for each core, or 32), got {devices[:20]}")
     interval = trainer.get("val_check_interval")
