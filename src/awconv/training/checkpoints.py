@@ -51,7 +51,10 @@ def check_parts(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     wrong += [f"optimizer_states.{n}" for n, one in enumerate(checkpoint["optimizer_states"]) if not _optimizes(one)]
     wrong += [f"lr_schedulers.{n}" for n, one in enumerate(checkpoint["lr_schedulers"]) if not _schedules(one)]
     if wrong:
-        raise ValueError(f"the checkpoint is damaged: its {', '.join(wrong[:4])} cannot be")
+        raise ValueError(
+            f"the checkpoint is damaged: its {', '.join(wrong[:4])} cannot be; give an earlier one, or leave out "
+            "--ckpt_path to start anew"
+        )
 
 
 def _unlike(there: Any, fresh: Any, name: str) -> list[str]:
@@ -65,11 +68,14 @@ def _unlike(there: Any, fresh: Any, name: str) -> list[str]:
 
 
 def _optimizes(state: Any) -> bool:
-    """Whether something can be the state of an optimizer: dictionaries by parameter, and its groups."""
+    """Whether something can be the state of an optimizer: dictionaries by parameter, and its groups.
+
+    A parameter is a number there, or a name where processes share the parameters.
+    """
     return (
         isinstance(state, dict)
         and isinstance(state.get("state"), dict)
-        and all(isinstance(of, dict) and isinstance(number, int) for number, of in state["state"].items())
+        and all(isinstance(of, dict) and isinstance(key, int | str) for key, of in state["state"].items())
         and isinstance(state.get("param_groups"), list)
         and all(isinstance(group, dict) and _are_numbers([group.get("lr")]) for group in state["param_groups"])
     )
