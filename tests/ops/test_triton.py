@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awconv.ops.fused import cuda
+from awconv.ops.geometry import Geometry
 from awconv.ops.problem import describe
 from tests.ops.problems import Case
 
@@ -34,6 +35,8 @@ CASES = {
     "one axis": Case(1, 3, (20,), (18, 16, 5), (18, 1, 5), padding=2, stride=2),
 }
 
+POINTWISE = Geometry((1, 1), ((0, 0), (0, 0)), (1, 1), 1)
+
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
@@ -42,22 +45,20 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def prepared(case: Case, device: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple]:
-    """Input, weight, gain (1 + attention), and the other arguments, as the operator gets them."""
+def prepared(case: Case, device: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Geometry]:
+    """Input, weight, gain (1 + attention), and the geometry, as the operator gets them."""
     input, weight, attention = (case.tensors[name].to(device, dtype) for name in ("input", "weight", "attention"))
     gain = (1 + attention).flatten(3)
-    padding = [amount for pair in case.padding_pairs() for amount in pair]
-    arguments = (list(case.per_axis(case.stride)), padding, list(case.per_axis(case.dilation)), case.groups)
-    return (input, weight, gain), arguments
+    padding = tuple(case.padding_pairs())
+    return (input, weight, gain), Geometry(case.per_axis(case.stride), padding, case.per_axis(case.dilation), case.groups)
 
 
 def run(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The kernels' output, and the gradients of a fixed sum of it."""
-    tensors, arguments = prepared(case, device, dtype)
-    size = tuple(reference(case, tensors)[0].shape[2:])
-    output = cuda.forward(*tensors, size, *arguments)
+    tensors, geometry = prepared(case, device, dtype)
+    output = cuda.forward(*tensors, geometry)
     grad = torch.linspace(-1, 1, output.numel(), dtype=dtype).reshape(output.shape).to(device)
-    return (output, *cuda.backward(grad, *tensors, *arguments, [True, True, True]))
+    return (output, *cuda.backward(grad, *tensors, geometry, [True, True, True]))
 
 
 def reference(case: Case, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -120,7 +121,7 @@ def test_half_precision_does_not_overflow_where_the_result_does_not(device: str)
     weight[:, 16:] = -20  # partial sums of 64,000 and the scale of 2 would overflow, the result is 0
     gain = torch.full((2, 16, 1, 1), 2.0)
     tensors = [tensor.to(device, torch.float16) for tensor in (input, weight, gain)]
-    output = cuda.forward(*tensors, (4, 4), [1, 1], [0] * 4, [1, 1], 1)
+    output = cuda.forward(*tensors, POINTWISE)
     assert torch.equal(output.cpu(), torch.zeros(2, 16, 4, 4, dtype=torch.float16))
 
 
@@ -129,9 +130,8 @@ def test_a_gain_that_is_not_finite_leaves_other_samples_alone(number: float, dev
     input, weight, gain = torch.randn(2, 16, 4, 4), torch.randn(16, 16, 1, 1), torch.rand(2, 16, 1, 1)
     gain[0, 3] = number
     tensors = [tensor.to(device, torch.float16) for tensor in (input, weight, gain)]
-    arguments = ([1, 1], [0] * 4, [1, 1], 1)
     grad_output = torch.randn(2, 16, 4, 4).to(device, torch.float16)
-    grad_input, *_ = cuda.backward(grad_output, *tensors, *arguments, [True, False, False])
+    grad_input, *_ = cuda.backward(grad_output, *tensors, POINTWISE, [True, False, False])
     assert grad_input[1].isfinite().all()
     assert not grad_input[0].isfinite().any()
 
@@ -149,21 +149,21 @@ def test_the_same_bits_twice(device: str) -> None:
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
 def test_a_gradient_can_be_asked_for_alone(needs: tuple[bool, ...], device: str) -> None:
     for name in ("partial tiles", "depthwise"):
-        tensors, arguments = prepared(CASES[name], device, torch.float32)
+        tensors, geometry = prepared(CASES[name], device, torch.float32)
         expected = run(CASES[name], device, torch.float32)
         grad = torch.linspace(-1, 1, expected[0].numel()).reshape(expected[0].shape).to(device)
-        grads = cuda.backward(grad, *tensors, *arguments, list(needs))
+        grads = cuda.backward(grad, *tensors, geometry, list(needs))
         assert [value is not None for value in grads] == list(needs)
         for value, all_three in zip(grads, expected[1:], strict=True):
             assert value is None or torch.equal(value, all_three)
 
 
 def test_an_empty_batch_has_zero_gradients(device: str) -> None:
-    tensors, arguments = prepared(CASES["a tile"], device, torch.float32)
+    tensors, geometry = prepared(CASES["a tile"], device, torch.float32)
     input, weight, gain = tensors[0][:0], tensors[1], tensors[2][:0]
-    output = cuda.forward(input, weight, gain, (6, 6), *arguments)
+    output = cuda.forward(input, weight, gain, geometry)
     assert output.shape == (0, 16, 6, 6)
-    grads = cuda.backward(output, input, weight, gain, *arguments, [True] * 3)
+    grads = cuda.backward(output, input, weight, gain, geometry, [True] * 3)
     assert [grad.shape for grad in grads] == [input.shape, weight.shape, gain.shape]
     assert torch.count_nonzero(grads[1]) == 0
 

@@ -1,25 +1,30 @@
-"""The CUDA half of the fused algorithm: lays tensors out for the kernels of triton_kernels.py, and launches them.
+"""The CUDA half of the fused algorithm: lays tensors out for the Triton kernels beside this file, and launches them.
 
-Everything has its channels last: other inputs are copied, outputs and gradients of inputs come out so.
+The kernels read images and weights with their channels last; others are copied. What they make has the layout of what it
+stands for: the output and the input's gradient that of the input, the gradients of weight and gain those of weight and
+gain. The first call of a size compiles, which a CUDA graph cannot capture: run once before the capture.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from awconv.ops.fused import tiles
+from awconv.ops.geometry import Geometry
 from awconv.ops.problem import Problem
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LEAST_CHANNELS = 16  # of a matrix product: with fewer, most of it would multiply zeros
-_PROGRAMS = 1024  # that keep a large chip busy, some eight on each multiprocessor
-_LARGEST = 128  # output and input channels of a tile of the weight's gradient
+_PLANS = 4096  # that are remembered
+_INTERPRETED = 3  # programs that share the sums in Triton's interpreter: enough that a tile is in pieces
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -30,12 +35,15 @@ def obstacle(problem: Problem) -> str | None:
         return f"its kernels for GPUs take {', '.join(map(str, _DTYPES))}, not {problem.dtype}"
     block_channels = problem.group_in_channels // problem.attention_blocks[1]
     group_out = problem.out_channels // problem.groups
-    if problem.group_in_channels > 1 and min(block_channels, group_out) < _LEAST_CHANNELS:
+    if problem.group_in_channels > 1 and min(block_channels, group_out) < tiles.LEAST:
         return (
-            f"its kernels for GPUs take depthwise convolutions, and others with at least {_LEAST_CHANNELS} input "
+            f"its kernels for GPUs take depthwise convolutions, and others with at least {tiles.LEAST} input "
             f"channels in a group that share their attention, here {block_channels}, and as many output channels in "
             f"a group, here {group_out}"
         )
+    for name, elements in (("input", problem.in_elements), ("output", problem.out_elements)):
+        if statically_known_true(elements >= 2**31):
+            return f"its kernels for GPUs count in 32 bits within a sample, whose {name} has {elements:,} elements"
     reason: str | None = _why_not_compiled()
     return reason
 
@@ -50,351 +58,72 @@ def _why_not_compiled() -> str | None:
     return None
 
 
-def forward(
-    input: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    output_size: tuple[int, ...],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """The output, of shape (N, C2, \\*output_size), with its channels last."""
-    if len(stride) == 1:
-        input, weight, stride, padding, dilation = _with_two_axes(input, weight, stride, padding, dilation)
-        return forward(input, weight, gain, (1, *output_size), stride, padding, dilation, groups).squeeze(2)
-    output = input.new_empty(input.shape[0], *output_size, weight.shape[0])
+def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
+    """The output, in the layout of the input."""
+    if len(geometry.stride) == 1:
+        output = forward(input.unsqueeze(2), weight.unsqueeze(2), gain, _with_two_axes(geometry))
+        return output.squeeze(2)
+    size = geometry.output_size(input.shape[2:], weight.shape[2:])
+    output = empty_like_image((input.shape[0], weight.shape[0], *size), input)
     if output.numel():
-        origin = [-before for before in padding[::2]]
-        weights = weight.permute(2, 3, 1, 0).contiguous()
-        tensors = _channels_last(input), weights, _gains_of_taps(gain, weight), output
-        if weight.shape[1] == 1:
-            _depthwise_correlate(*tensors, stride, origin, dilation)
-        else:
-            _correlate(*tensors, stride, origin, dilation, groups)
-    return output.permute(0, 3, 1, 2)
+        launch = _forward_launch(
+            tuple(input.shape),
+            tuple(weight.shape),
+            gain.shape[2],
+            geometry,
+            (input.dtype, _precision(), is_channels_last(output)),
+        )
+        depthwise = weight.shape[1] == 1
+        launch.run(_last(input), _last(weight), gain, output, *(() if depthwise else (None,)), gain=gain)
+    return output
 
 
 def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
+    grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight and gain, None where not needed. That of the input has its channels last."""
-    if len(stride) == 1:
-        input, weight, stride, padding, dilation = _with_two_axes(input, weight, stride, padding, dilation)
-        grads = backward(grad_output.unsqueeze(2), input, weight, gain, stride, padding, dilation, groups, needs)
+    """The gradients of input, weight and gain, each in the layout of what it belongs to, None where not needed."""
+    if len(geometry.stride) == 1:
+        grads = backward(
+            *(tensor.unsqueeze(2) for tensor in (grad_output, input, weight)), gain, _with_two_axes(geometry), needs
+        )
         return tuple(grad.squeeze(2) if index < 2 and grad is not None else grad for index, grad in enumerate(grads))
     if not grad_output.numel():
         return tuple(
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((input, weight, gain), needs, strict=True)
         )
-    source, gains = _channels_last(grad_output), _gains_of_taps(gain, weight)
-    origin = [-before for before in padding[::2]]
-    grad_input = _grad_input(source, input, weight, gains, stride, origin, dilation, groups) if needs[0] else None
-    if not (needs[1] or needs[2]):
-        return grad_input, None, None
-    tensors = source, _channels_last(input), weight, gains
-    if weight.shape[1] == 1:
-        return grad_input, *_depthwise_sum_products(*tensors, stride, origin, dilation, needs[1:])
-    return grad_input, *_sum_products(*tensors, stride, origin, dilation, groups, needs[1:])
-
-
-def _with_two_axes(
-    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[Tensor, Tensor, list[int], list[int], list[int]]:
-    """A convolution over one axis as one over two, of which the first has size 1."""
-    return input.unsqueeze(2), weight.unsqueeze(2), [1, *stride], [0, 0, *padding], [1, *dilation]
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    """Shape (N, C, H, W) to (N, H, W, C), copied only if the channels do not lie last already."""
-    return tensor.permute(0, 2, 3, 1).contiguous()
-
-
-def _gains_of_taps(gain: Tensor, weight: Tensor) -> Tensor:
-    """Shape (N, C2, blocks, taps) to (N, blocks, h, w, C2)."""
-    gains: Tensor = gain.permute(0, 2, 3, 1).contiguous()
-    return gains.reshape(*gains.shape[:2], *weight.shape[2:], gains.shape[3])
-
-
-def _grad_input(
-    source: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gains: Tensor,
-    stride: list[int],
-    origin: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """The gradient of the input, one phase of the stride at a time: its pixels see the same taps, at pixels of the
-    output's gradient that lie side by side."""
-    batch, channels, *size = input.shape
-    phases_y, phases_x = (
-        [_phase(first, kernel, start, reach, step) for first in range(min(step, extent))]
-        for extent, kernel, start, reach, step in zip(size, weight.shape[2:], origin, dilation, stride, strict=True)
-    )
-    unseen = None in phases_y or None in phases_x
-    grad = (source.new_zeros if unseen else source.new_empty)(batch, *size, channels)
-    depthwise = weight.shape[1] == 1
-    weights = weight.permute((2, 3, 1, 0) if depthwise else (2, 3, 0, 1)).contiguous()
-    unit = None
-    if source.dtype == torch.float16 and not depthwise:
-        largest = gains.abs().nan_to_num(nan=0, posinf=0).amax()  # one sample's infinity is not another's
-        unit = largest.float().clamp(min=1).reciprocal()  # brings the gains within one
-    for phase_y, phase_x in itertools.product(filter(None, phases_y), filter(None, phases_x)):
-        (pixels_y, taps_y, *from_y), (pixels_x, taps_x, *from_x) = phase_y, phase_x
-        start, reach = zip(from_y, from_x, strict=True)
-        tensors = source, weights[taps_y, taps_x], gains[:, :, taps_y, taps_x], grad[:, pixels_y, pixels_x]
-        if depthwise:
-            _depthwise_correlate(*tensors, (1, 1), start, reach, transposed=True)
-        else:
-            _correlate(*tensors, (1, 1), start, reach, groups, unit, transposed=True)
-    return grad.permute(0, 3, 1, 2)
-
-
-def _phase(first: int, kernel: int, origin: int, dilation: int, stride: int) -> tuple[slice, slice, int, int] | None:
-    """What the pixels ``first``, ``first + stride``, ... of the input along one axis see of the output's gradient.
-
-    Returns:
-        These pixels, the taps that they are seen through, the pixel of the output that ``first`` is seen from through
-        the first of them, and how far from it the next tap's lies. None if no tap sees them.
-    """
-    every = stride // gcd(dilation, stride)
-    for tap in range(min(every, kernel)):
-        seen_from, rest = divmod(first - origin - dilation * tap, stride)
-        if rest == 0:
-            return slice(first, None, stride), slice(tap, None, every), seen_from, -dilation * every // stride
-    return None
-
-
-def _correlate(
-    source: Tensor,
-    weights: Tensor,
-    gains: Tensor,
-    target: Tensor,
-    step: Sequence[int],
-    origin: Sequence[int],
-    reach: Sequence[int],
-    groups: int,
-    unit: Tensor | None = None,
-    transposed: bool = False,
-) -> None:
-    """Launches ``correlate``: weights (h, w, C1/groups, C2), or (h, w, C2, C1/groups) if transposed."""
-    blocks = gains.shape[1]
-    inner_blocks, column_blocks = (1, blocks) if transposed else (blocks, 1)
-    inner = source.shape[3] // groups // inner_blocks
-    columns = target.shape[3] // groups // column_blocks
-    taps_y, taps_x = weights.shape[:2]
-
-    def grid(tile: dict[str, Any]) -> tuple[int]:
-        column_tiles = groups * column_blocks * -(-columns // tile["block_columns"])
-        return (_row_tiles(target, tile) * column_tiles,)
-
-    _launch(
-        "correlate",
-        grid,
-        source=source,
-        weight=weights,
-        gain=gains,
-        unit=unit,
-        target=target,
-        **_strides("source", source),
-        weight_group=inner * weights.stride(2) if transposed else columns,
-        weight_y=weights.stride(0),
-        weight_x=weights.stride(1),
-        weight_inner=weights.stride(2),
-        gain_n=gains.stride(0),
-        gain_b=gains.stride(1),
-        gain_y=gains.stride(2),
-        gain_x=gains.stride(3),
-        **_strides("target", target),
-        **_geometry(source, target, step, origin, reach),
-        columns=columns,
-        column_blocks=column_blocks,
-        inner=inner,
-        inner_blocks=inner_blocks,
-        groups=groups,
-        taps_y=taps_y,
-        taps_x=taps_x,
-        transposed=transposed,
-        precision=_precision(),
-    )
-
-
-def _depthwise_correlate(
-    source: Tensor,
-    weights: Tensor,
-    gains: Tensor,
-    target: Tensor,
-    step: Sequence[int],
-    origin: Sequence[int],
-    reach: Sequence[int],
-    transposed: bool = False,
-) -> None:
-    """Launches ``depthwise_correlate``: weights (h, w, 1, C2)."""
-    taps_y, taps_x, _, out_channels = weights.shape
-    channels = target.shape[3]
-    _launch(
-        "depthwise_correlate",
-        lambda tile: (_row_tiles(target, tile) * -(-channels // tile["block_columns"]),),
-        source=source,
-        weight=weights,
-        gain=gains,
-        target=target,
-        **_strides("source", source),
-        weight_y=weights.stride(0),
-        weight_x=weights.stride(1),
-        gain_n=gains.stride(0),
-        gain_y=gains.stride(2),
-        gain_x=gains.stride(3),
-        **_strides("target", target),
-        **_geometry(source, target, step, origin, reach),
-        channels=channels,
-        multiplier=out_channels // (channels if transposed else source.shape[3]),
-        taps_y=taps_y,
-        taps_x=taps_x,
-        transposed=transposed,
-    )
-
-
-def _sum_products(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gains: Tensor,
-    step: Sequence[int],
-    origin: Sequence[int],
-    reach: Sequence[int],
-    groups: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the weight and the gain."""
-    out_channels, group_in, taps_y, taps_x = weight.shape
-    batch, blocks = gains.shape[:2]
-    rows, columns = out_channels // groups, group_in // blocks
-    block_columns = min(_LARGEST, max(_LEAST_CHANNELS, 1 << (columns - 1).bit_length()))
-    column_tiles = -(-columns // block_columns)
-
-    def tiles(block_rows: int) -> int:
-        return taps_y * taps_x * groups * blocks * column_tiles * -(-rows // block_rows)
-
-    # The samples in chunks, as many as give work to all multiprocessors. Each chunk has a sum of its own, and these are
-    # added up in the end, in the same order every time.
-    chunk = -(-batch // max(1, _PROGRAMS // tiles(_LARGEST)))
-    chunks = -(-batch // chunk)
-    none = gains.new_empty(0, dtype=torch.float32)
-    sums_of_chunks = none.new_empty(chunks, taps_y, taps_x, out_channels, group_in) if needs[0] else none
-    sums_of_columns = none.new_empty(column_tiles, *gains.shape) if needs[1] else none
-    _launch(
-        "sum_products",
-        lambda tile: (chunks * tiles(tile["block_rows"]),),
-        grad_output=grad_output,
-        input=input,
-        weight=weight.permute(2, 3, 0, 1).contiguous(),
-        gain=gains,
-        grad_weight=sums_of_chunks,
-        grad_gain=sums_of_columns,
-        **_strides("source", input),
-        chunk=chunk,
-        **_geometry(input, grad_output, step, origin, reach),
-        rows=rows,
-        columns=columns,
-        blocks=blocks,
-        groups=groups,
-        taps_y=taps_y,
-        taps_x=taps_x,
-        needs_weight=needs[0],
-        needs_gain=needs[1],
-        precision=_precision(),
-        block_columns=block_columns,
-    )
-    return (
-        sums_of_chunks.sum(0).permute(2, 3, 0, 1).to(weight.dtype).contiguous() if needs[0] else None,
-        _gain_gradient(sums_of_columns.sum(0), gains) if needs[1] else None,
-    )
-
-
-def _depthwise_sum_products(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gains: Tensor,
-    step: Sequence[int],
-    origin: Sequence[int],
-    reach: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the weight and the gain where a group has one input channel."""
-    channels, _, taps_y, taps_x = weight.shape
-    batch = gains.shape[0]
-    sums = gains.new_empty(batch, taps_y, taps_x, channels, dtype=torch.float32)
-    _launch(
-        "depthwise_sum_products",
-        lambda tile: (batch * taps_y * taps_x * -(-channels // tile["block_columns"]),),
-        grad_output=grad_output,
-        input=input,
-        sums=sums,
-        **_strides("source", input),
-        **_geometry(input, grad_output, step, origin, reach),
-        channels=channels,
-        multiplier=channels // input.shape[3],
-        taps_y=taps_y,
-        taps_x=taps_x,
-    )
-    grad_weight = grad_gain = None
+    above, weights = _last(grad_output), _last(weight)
+    grad_input = grad_weight = grad_gain = None
     if needs[0]:
-        grad_weight = (sums * gains.squeeze(1)).sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype).contiguous()
-    if needs[1]:
-        grad_gain = _gain_gradient((sums * weight.permute(1, 2, 3, 0)).unsqueeze(1), gains)
-    return grad_weight, grad_gain
+        grad_input = _grad_input(above, input, weights, gain, geometry)
+    if needs[1] or needs[2]:
+        products = _depthwise_products if weight.shape[1] == 1 else _products
+        grad_weight, grad_gain = products(above, _last(input), weights, gain, geometry, needs[1], needs[2])
+    if grad_weight is not None and grad_weight.stride() != weight.stride():
+        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+    return grad_input, grad_weight, grad_gain
 
 
-def _gain_gradient(sums: Tensor, gains: Tensor) -> Tensor:
-    """Shape (N, blocks, h, w, C2) to (N, C2, blocks, h * w), in the dtype of the gains."""
-    return sums.flatten(2, 3).permute(0, 3, 1, 2).to(gains.dtype).contiguous()
+def _with_two_axes(geometry: Geometry) -> Geometry:
+    """A convolution over one axis as one over two, of which the first has size 1."""
+    stride, padding, dilation, groups = geometry
+    return Geometry((1, *stride), ((0, 0), *padding), (1, *dilation), groups)
 
 
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": tensor.stride(index) for index, axis in enumerate("nyx")}
+def is_channels_last(image: Tensor) -> bool:
+    """Whether an image of two spatial axes has its channels last, and cannot be read otherwise."""
+    return image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
 
 
-def _geometry(
-    source: Tensor, positions: Tensor, step: Sequence[int], origin: Sequence[int], reach: Sequence[int]
-) -> dict[str, int]:
-    """Which pixel a position sees through a tap: step * position + origin + reach * tap, along each axis."""
-    batch, height, width, _ = positions.shape
-    return dict(
-        samples=batch,
-        height=height,
-        width=width,
-        seen_height=source.shape[1],
-        seen_width=source.shape[2],
-        step_y=step[0],
-        step_x=step[1],
-        origin_y=origin[0],
-        origin_x=origin[1],
-        reach_y=reach[0],
-        reach_x=reach[1],
-        samples_key=batch.bit_length(),
-        positions_key=(height * width).bit_length(),
-    )
+def empty_like_image(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised image, with its channels last where those of another are."""
+    last = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
 
 
-def _row_tiles(positions: Tensor, tile: dict[str, Any]) -> int:
-    """Tiles of positions: of each sample, or of all together."""
-    batch, height, width, _ = positions.shape
-    rows: int = tile["block_rows"]
-    return batch * -(-height * width // rows) if tile["one_sample"] else -(-batch * height * width // rows)
+def _last(image: Tensor) -> Tensor:
+    """The tensor with its channels last, copied only if they are not."""
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def _precision() -> str:
@@ -403,18 +132,332 @@ def _precision() -> str:
     return "tf32" if convolutions.conv.fp32_precision == "tf32" else "ieee"
 
 
-def _launch(kernel: str, grid: Callable[[dict[str, Any]], tuple[int]], **arguments: Any) -> None:
-    """Runs a kernel on the device of its first tensor, with tiles that were timed, or fixed ones where results must not
-    depend on timings."""
-    from awconv.ops.fused import triton_kernels
+class _Axis(NamedTuple):
+    """What a kernel of the correlate family does along one axis: the fields are its arguments, in their order.
 
-    run = getattr(triton_kernels, kernel)
-    first = next(iter(arguments.values()))
-    if not first.is_cuda:  # Triton's interpreter
-        run.fn[grid](**arguments, **triton_kernels.SMALLEST[run])
-        return
-    with torch.cuda.device(first.device):
-        if torch.are_deterministic_algorithms_enabled():
-            run.fn[grid](**arguments, **triton_kernels.FIXED[run])
+    Position i is pixel ``first + spread * i`` of the target; through its tap number j, which is ``tap + every * j`` of the
+    weight, it sees pixel ``step * i + origin + reach * j`` of the source.
+    """
+
+    positions: int
+    target: int
+    first: int
+    spread: int
+    seen: int
+    step: int
+    origin: int
+    reach: int
+    tap: int
+    every: int
+    taps: int
+
+
+def _output_axes(size: int, out_size: int, kernel: int, stride: int, before: int, dilation: int) -> _Axis:
+    return _Axis(out_size, out_size, 0, 1, size, stride, -before, dilation, 0, 1, kernel)
+
+
+def _input_phases(size: int, out_size: int, kernel: int, stride: int, before: int, dilation: int) -> list[_Axis | None]:
+    """For the gradient of the input, the pixels ``first``, ``first + stride``, ... for each first: these see the same
+    taps, at pixels of the output's gradient that lie side by side. None where no tap sees them."""
+    every = stride // gcd(dilation, stride)
+    phases: list[_Axis | None] = []
+    for first in range(min(stride, size)):
+        phase = None
+        for tap in range(min(every, kernel)):
+            origin, rest = divmod(first + before - dilation * tap, stride)
+            if rest == 0:
+                positions, taps = -(-(size - first) // stride), -(-(kernel - tap) // every)
+                reach = -dilation * every // stride
+                phase = _Axis(positions, size, first, stride, out_size, 1, origin, reach, tap, every, taps)
+                break
+        phases.append(phase)
+    return phases
+
+
+class _Launch(NamedTuple):
+    """All of a launch but its tensors and the strides of the gain."""
+
+    module: str
+    tile: tiles.Tile
+    programs: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+    def run(self, *tensors: Tensor | None, gain: Tensor | None = None, more: tuple[int, ...] = ()) -> None:
+        first = tensors[0]
+        assert first is not None
+        kernel = getattr(_kernels(self.module), self.tile.kernel)
+        strides = () if gain is None else _gain_strides(gain)
+        options = self.tile.sizes
+        if not first.is_cuda:  # Triton's interpreter
+            kernel[(self.programs,)](*tensors, *strides, *self.sizes, *more, **self.constants, **options)
+            return
+        options = options | dict(num_warps=self.tile.warps, num_stages=self.tile.stages)
+        with torch.cuda.device(first.device):
+            kernel[(self.programs,)](*tensors, *strides, *self.sizes, *more, **self.constants, **options)
+
+
+@functools.cache
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"awconv.ops.fused.{module}")  # Triton is imported by who runs it
+
+
+def _gain_strides(gain: Tensor) -> tuple[int, ...]:
+    """Along samples, blocks, taps and output channels, as the kernels take them."""
+    sample, channel, block, tap = gain.stride()
+    return sample, block, tap, channel
+
+
+def _correlate(
+    axes: tuple[_Axis, _Axis],
+    kernel: tuple[int, ...],
+    samples: int,
+    channels: tuple[int, int, int, int, int],
+    transposed: bool,
+    facts: tuple[torch.dtype, str, bool],
+) -> _Launch:
+    """A launch of ``scaled_weights`` or ``scaled_sums``.
+
+    Args:
+        axes: along y and x.
+        kernel: its size.
+        samples: of the batch.
+        channels: rows, blocks of rows, inner, blocks of inner, groups.
+        transposed: whether it makes the gradient of the input.
+        facts: of the tensors: dtype, precision of products, whether the target has its channels last.
+    """
+    rows, row_blocks, inner, inner_blocks, groups = channels
+    dtype, precision, channels_last = facts
+    positions = axes[0].positions * axes[1].positions
+    tile = tiles.correlate(rows, inner, positions, dtype.itemsize)
+    pixel_tiles = (
+        samples * -(-positions // tile.sizes["block_pixels"])
+        if tile.kernel == "scaled_weights"
+        else -(-samples * positions // tile.sizes["block_pixels"])
+    )
+    constants = dict(
+        rows=rows,
+        row_blocks=row_blocks,
+        inner=inner,
+        inner_blocks=inner_blocks,
+        groups=groups,
+        kernel_taps=kernel[0] * kernel[1],
+        transposed=transposed,
+        channels_last=channels_last,
+        precision=precision,
+    )
+    programs = pixel_tiles * groups * row_blocks * -(-rows // tile.sizes["block_rows"])
+    sizes = (samples, *itertools.chain(*zip(*axes, strict=True)), kernel[1])
+    return _Launch("triton_correlate", tile, programs, sizes, constants)
+
+
+def _depthwise_correlate(
+    axes: tuple[_Axis, _Axis],
+    kernel: tuple[int, ...],
+    samples: int,
+    channels: int,
+    multiplier: int,
+    transposed: bool,
+    channels_last: bool,
+) -> _Launch:
+    positions = axes[0].positions * axes[1].positions
+    tile = tiles.depthwise("depthwise_correlate", channels, positions)
+    constants = dict(
+        channels=channels,
+        multiplier=multiplier,
+        kernel_taps=kernel[0] * kernel[1],
+        transposed=transposed,
+        channels_last=channels_last,
+    )
+    programs = samples * -(-positions // tile.sizes["block_pixels"]) * -(-channels // tile.sizes["block_channels"])
+    sizes = (samples, *itertools.chain(*zip(*axes, strict=True)), kernel[1])
+    return _Launch("triton_depthwise", tile, programs, sizes, constants)
+
+
+def _along_axes(make: Any, size: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> list[Any]:
+    out_size = geometry.output_size(size, kernel)
+    before = [pair[0] for pair in geometry.padding]
+    return list(map(make, size, out_size, kernel, geometry.stride, before, geometry.dilation))
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def _forward_launch(
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    blocks: int,
+    geometry: Geometry,
+    facts: tuple[torch.dtype, str, bool],
+) -> _Launch:
+    samples, in_channels, *size = input_shape
+    out_channels, group_in, *kernel = weight_shape
+    axes = tuple(_along_axes(_output_axes, tuple(size), tuple(kernel), geometry))
+    if group_in == 1:
+        multiplier = out_channels // in_channels
+        return _depthwise_correlate(axes, tuple(kernel), samples, out_channels, multiplier, False, facts[2])
+    channels = (out_channels // geometry.groups, 1, group_in // blocks, blocks, geometry.groups)
+    return _correlate(axes, tuple(kernel), samples, channels, False, facts)
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def _grad_input_launches(
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    blocks: int,
+    geometry: Geometry,
+    facts: tuple[torch.dtype, str, bool],
+) -> tuple[list[_Launch], bool]:
+    """The launches, one for each phase of the stride, and whether they make every pixel."""
+    samples, in_channels, *size = input_shape
+    out_channels, group_in, *kernel = weight_shape
+    phases_y, phases_x = _along_axes(_input_phases, tuple(size), tuple(kernel), geometry)
+    launches = []
+    for axes in itertools.product(filter(None, phases_y), filter(None, phases_x)):
+        if group_in == 1:
+            multiplier = out_channels // in_channels
+            launch = _depthwise_correlate(axes, tuple(kernel), samples, in_channels, multiplier, True, facts[2])
         else:
-            run[grid](**arguments)
+            channels = (group_in // blocks, blocks, out_channels // geometry.groups, 1, geometry.groups)
+            launch = _correlate(axes, tuple(kernel), samples, channels, True, facts)
+        launches.append(launch)
+    return launches, None not in phases_y and None not in phases_x
+
+
+def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
+    grad = empty_like_image(tuple(input.shape), input)
+    facts = (input.dtype, _precision(), is_channels_last(grad))
+    launches, whole = _grad_input_launches(
+        tuple(input.shape), tuple(weights.shape), gain.shape[2], geometry, facts
+    )
+    if not whole:
+        grad.zero_()
+    unit = None
+    if input.dtype == torch.float16 and any(launch.tile.kernel == "scaled_sums" for launch in launches):
+        largest = gain.abs().nan_to_num(nan=0, posinf=0).amax().float()  # one sample's infinity is not another's
+        unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest.clamp(min=1)).exponent)
+    depthwise = weights.shape[1] == 1
+    for launch in launches:
+        launch.run(above, weights, gain, grad, *(() if depthwise else (unit,)), gain=gain)
+    return grad
+
+
+class _Sums(NamedTuple):
+    """How the gradients of weight and gain are summed."""
+
+    products: _Launch
+    add: _Launch
+    pieces: tuple[int, ...]
+    parts: int  # sums that each element of the gain's gradient is made of
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def _sums(
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    blocks: int,
+    geometry: Geometry,
+    facts: tuple[torch.dtype, str, int],
+    needs: tuple[bool, bool],
+) -> _Sums:
+    samples, _, *size = input_shape
+    out_channels, group_in, *kernel = weight_shape
+    dtype, precision, processors = facts
+    axes = _along_axes(_output_axes, tuple(size), tuple(kernel), geometry)
+    rows, columns, taps = out_channels // geometry.groups, group_in // blocks, kernel[0] * kernel[1]
+    tile = tiles.sum_products(rows, columns, axes[0].positions * axes[1].positions, dtype.itemsize)
+    parts = -(-columns // tile.sizes["block_segment"])
+    wide = tile.sizes["block_columns"] // tile.sizes["block_segment"]
+    count = geometry.groups * -(-rows // tile.sizes["block_rows"]) * -(-taps * blocks * parts // wide)
+    programs = min(processors * (2 if tile.warps == 4 else 1), count * samples)
+    structure = dict(rows=rows, columns=columns, blocks=blocks, groups=geometry.groups, taps=taps)
+    constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], precision=precision)
+    (height, width), (seen_y, seen_x) = zip(*((axis.positions, axis.seen) for axis in axes), strict=True)
+    steps = itertools.chain(*zip(*((axis.step, axis.origin, axis.reach) for axis in axes), strict=True))
+    sizes = (samples, height, width, *_divider(width), programs, seen_y, seen_x, *steps, kernel[1])
+    added = min(tile.sizes["block_rows"], tiles.LEAST)
+    added_sizes = {name: size for name, size in tile.sizes.items() if name != "block_positions"}
+    add = tiles.Tile("add_pieces", added_sizes | dict(block_added=added), 4, 1)
+    return _Sums(
+        _Launch("triton_sums", tile, programs, sizes, constants),
+        _Launch(
+            "triton_sums",
+            add,
+            count * (tile.sizes["block_rows"] // added),
+            (samples, programs),
+            structure,
+        ),
+        (programs + count, tile.sizes["block_rows"], tile.sizes["block_columns"]),
+        parts,
+    )
+
+
+def _divider(number: int) -> tuple[int, int]:
+    """What a kernel divides numbers below 2**31 by a constant with: ``high(2 * n * multiplier) >> shift``, where high is
+    the upper half of 64 bits; the multiplier as a signed number."""
+    shift = (number - 1).bit_length()
+    multiplier = -(-(2 ** (31 + shift)) // number)
+    return multiplier - 2**32 if multiplier >= 2**31 else multiplier, shift
+
+
+def _products(
+    above: Tensor, input: Tensor, weights: Tensor, gain: Tensor, geometry: Geometry, for_weight: bool, for_gain: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the weight, with its channels last, and of the gain."""
+    processors = _INTERPRETED
+    if input.is_cuda:
+        processors = torch.cuda.get_device_properties(input.device).multi_processor_count
+    sums = _sums(
+        tuple(input.shape),
+        tuple(weights.shape),
+        gain.shape[2],
+        geometry,
+        (input.dtype, _precision(), processors),
+        (for_weight, for_gain),
+    )
+    grad_gain = torch.empty_like(gain)
+    if grad_gain.stride() != gain.stride():  # expanded, or with gaps
+        gain = grad_gain.copy_(gain)
+        grad_gain = torch.empty_like(gain)
+    parts = grad_gain
+    if sums.parts > 1:
+        parts = gain.new_empty(sums.parts, gain.numel(), dtype=torch.float32)
+    pieces = gain.new_empty(sums.pieces if for_weight else 0, dtype=torch.float32)
+    sums.products.run(above, input, weights, gain, pieces, parts, gain=gain, more=(gain.numel(),))
+    grad_weight = None
+    if for_weight:
+        grad_weight = torch.empty_like(weights)
+        sums.add.run(pieces, grad_weight)
+    if for_gain and sums.parts > 1:
+        total = parts.sum(0)
+        grad_gain.copy_(total.as_strided(gain.shape, gain.stride()))
+    return grad_weight, grad_gain if for_gain else None
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def _depthwise_sums(input_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry) -> _Launch:
+    samples, in_channels, *size = input_shape
+    channels, _, *kernel = weight_shape
+    axes = _along_axes(_output_axes, tuple(size), tuple(kernel), geometry)
+    names = ("positions", "seen", "step", "origin", "reach")
+    sizes = itertools.chain(*([getattr(axis, name) for axis in axes] for name in names))
+    tile = tiles.depthwise("depthwise_sum_products", channels, axes[0].positions * axes[1].positions)
+    taps = kernel[0] * kernel[1]
+    constants = dict(channels=channels, multiplier=channels // in_channels, taps=taps)
+    programs = samples * taps * -(-channels // tile.sizes["block_channels"])
+    return _Launch("triton_depthwise", tile, programs, (samples, *sizes, kernel[1]), constants)
+
+
+def _depthwise_products(
+    above: Tensor, input: Tensor, weights: Tensor, gain: Tensor, geometry: Geometry, for_weight: bool, for_gain: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same where a group has one input channel."""
+    samples, channels, _, taps = gain.shape
+    sums = gain.new_empty(samples, taps, channels, dtype=torch.float32)
+    _depthwise_sums(tuple(input.shape), tuple(weights.shape), geometry).run(above, input, sums)
+    grad_weight = grad_gain = None
+    if for_weight:
+        scaled = (sums * gain.squeeze(2).transpose(1, 2)).sum(0)
+        grad_weight = torch.empty_like(weights).copy_(scaled.T.reshape(weights.shape))
+    if for_gain:
+        scaled = sums * weights.reshape(channels, taps).T
+        grad_gain = torch.empty_like(gain).copy_(scaled.transpose(1, 2).unsqueeze(2))
+    return grad_weight, grad_gain

@@ -1,0 +1,207 @@
+# mypy: ignore-errors
+"""The gradients of an AW-convolution's weight and gain, in Triton; ``cuda.py`` launches.
+
+Images have their channels last. With rows p (output channels), columns c (input channels) and taps t,
+
+    u[n, t, p, c]         = sum over y of       grad_output[n, y, p] input[n, seen(y, t), c]
+    grad_weight[p, t, c]  = sum over n of       gain[n, p, b(c), t] u[n, t, p, c]
+    grad_gain[n, p, b, t] = sum over c of b of  weight[p, t, c] u[n, t, p, c]
+
+A segment is the columns that share a gain: those of one tap and one block. A tile of u is rows times columns of one
+segment, or of several where they are narrow. A tile for one sample is an item of work; items are dealt out evenly to a
+fixed number of programs, a program adds up what it has of a tile, a piece, and ``add_pieces`` adds the pieces of a tile
+in their order. All sums are kept in single precision, in an order that only sizes and the number of programs decide.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_SIZES = [
+    *("gain_n", "gain_b", "gain_t", "gain_p", "samples", "height", "width", "multiplier", "shift", "programs"),
+    *("seen_height", "seen_width", "step_y", "step_x", "origin_y", "origin_x", "reach_y", "reach_x"),
+    *("taps_x", "part_of_gain"),
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def sum_products(
+    grad_output,  # (samples, height, width, groups * rows)
+    input,  # (samples, seen_height, seen_width, groups * blocks * columns)
+    weight,  # (groups * rows, taps, blocks * columns)
+    gain,  # (samples, groups * rows, blocks, taps), of any strides
+    pieces,  # (programs + tiles, block_rows, block_columns) in single precision
+    grad_gain,  # (tiles of a segment's columns, ...), each with the strides of gain
+    gain_n,
+    gain_b,
+    gain_t,
+    gain_p,
+    samples,
+    height,
+    width,
+    multiplier,  # position // width is the high half of (2 * position) * multiplier, shifted
+    shift,
+    programs,
+    seen_height,
+    seen_width,
+    step_y,
+    step_x,
+    origin_y,
+    origin_x,
+    reach_y,
+    reach_x,
+    taps_x,
+    part_of_gain,  # elements of one of the parts of grad_gain
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    blocks: tl.constexpr,
+    groups: tl.constexpr,
+    taps: tl.constexpr,
+    needs_weight: tl.constexpr,
+    needs_gain: tl.constexpr,
+    precision: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_segment: tl.constexpr,  # columns of one segment in a tile
+    block_positions: tl.constexpr,
+):
+    """One program's share of the items."""
+    row_tiles: tl.constexpr = (rows + block_rows - 1) // block_rows
+    parts: tl.constexpr = (columns + block_segment - 1) // block_segment  # of a segment
+    wide: tl.constexpr = block_columns // block_segment  # segments, or parts of them, in a tile
+    column_tiles: tl.constexpr = (taps * blocks * parts + wide - 1) // wide
+    tiles: tl.constexpr = groups * row_tiles * column_tiles
+    out_channels: tl.constexpr = groups * rows
+    in_channels: tl.constexpr = groups * blocks * columns
+    positions = height * width
+    item = tl.program_id(0).to(tl.int64) * (samples * tiles) // programs
+    last = (tl.program_id(0) + 1).to(tl.int64) * (samples * tiles) // programs
+    while item < last:
+        tile = (item // samples).to(tl.int32)
+        first = (item % samples).to(tl.int32)
+        count = tl.minimum(last - item, samples - first).to(tl.int32)
+        group = tile // (row_tiles * column_tiles)
+        row = tile // column_tiles % row_tiles * block_rows + tl.arange(0, block_rows)
+        row_exists = row < rows
+        out_channel = group * rows + row
+        local = tl.arange(0, block_columns)
+        segment = tile % column_tiles * wide + local // block_segment
+        column = segment % parts * block_segment + local % block_segment
+        block = segment // parts % blocks
+        tap = segment // (parts * blocks)
+        column_exists = (column < columns) & (tap < taps)
+        index_y = tap // taps_x
+        index_x = tap % taps_x
+        from_y = origin_y + index_y * reach_y
+        from_x = origin_x + index_x * reach_x
+        offset = (from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column
+        here = row_exists[:, None] & column_exists[None, :]
+        if needs_gain:
+            weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
+            factor = tl.load(weight + weights, mask=here, other=0.0)
+
+        total = tl.full((block_rows, block_columns), 0, tl.float32)
+        partial = tl.full((block_rows, block_columns), 0, tl.float32)
+        sample = first.to(tl.int64)
+        start = 0
+        for _ in range(count * tl.cdiv(positions, block_positions)):
+            position = start + tl.arange(0, block_positions)
+            exists = position < positions
+            y = (tl.umulhi((2 * position).to(tl.uint32), multiplier.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+            x = position - y * width
+            seen_y = y * step_y
+            seen_x = x * step_x
+            at_y = seen_y[:, None] + from_y[None, :]
+            at_x = seen_x[:, None] + from_x[None, :]
+            seen = (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+            left = tl.load(
+                grad_output + sample * positions * out_channels + (position[None, :] * out_channels + out_channel[:, None]),
+                mask=row_exists[:, None] & exists[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                input
+                + sample * seen_height * seen_width * in_channels
+                + ((seen_y * seen_width + seen_x) * in_channels)[:, None]
+                + offset[None, :],
+                mask=seen & exists[:, None] & column_exists[None, :],
+                other=0.0,
+            )
+            partial = tl.dot(left, right, partial, input_precision=precision)
+            ends = start + block_positions >= positions
+            if ends:
+                gains = gain + sample * gain_n + out_channel * gain_p
+                grads = grad_gain + sample * gain_n + out_channel * gain_p
+                if needs_gain:
+                    products = partial * factor.to(tl.float32)
+                for index in tl.static_range(wide):
+                    one = tile % column_tiles * wide + index
+                    at = one // parts % blocks * gain_b + one // (parts * blocks) * gain_t
+                    real = row_exists & (one < taps * blocks * parts)
+                    if wide > 1:
+                        chosen = (local // block_segment == index)[None, :]
+                    if needs_weight:
+                        scale = tl.load(gains + at, mask=real, other=0.0).to(tl.float32)[:, None]
+                        if wide > 1:
+                            total += tl.where(chosen, partial * scale, 0.0)
+                        else:
+                            total += partial * scale
+                    if needs_gain:
+                        if wide > 1:
+                            sums = tl.sum(tl.where(chosen, products, 0.0), 1)
+                        else:
+                            sums = tl.sum(products, 1)
+                        at += (one % parts).to(tl.int64) * part_of_gain
+                        tl.store(grads + at, sums.to(grad_gain.dtype.element_ty), mask=real)
+                partial = tl.full((block_rows, block_columns), 0, tl.float32)
+            start = tl.where(ends, 0, start + block_positions)
+            sample += ends.to(tl.int64)
+        if needs_weight:
+            piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (block_rows * block_columns)
+            tl.store(piece + tl.arange(0, block_rows)[:, None] * block_columns + local[None, :], total)
+        item += count
+
+
+@triton.jit(do_not_specialize=["samples", "programs"])
+def add_pieces(
+    pieces,  # as sum_products leaves them
+    grad_weight,  # (groups * rows, taps, blocks * columns)
+    samples,
+    programs,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    blocks: tl.constexpr,
+    groups: tl.constexpr,
+    taps: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+    block_segment: tl.constexpr,
+    block_added: tl.constexpr,  # rows of a tile that one program adds
+):
+    """The gradient of the weight, from the pieces of every tile in the order of the programs that made them."""
+    row_tiles: tl.constexpr = (rows + block_rows - 1) // block_rows
+    parts: tl.constexpr = (columns + block_segment - 1) // block_segment
+    wide: tl.constexpr = block_columns // block_segment
+    column_tiles: tl.constexpr = (taps * blocks * parts + wide - 1) // wide
+    tiles: tl.constexpr = groups * row_tiles * column_tiles
+    tile = tl.program_id(0) // (block_rows // block_added)
+    row_of_tile = tl.program_id(0) % (block_rows // block_added) * block_added + tl.arange(0, block_added)
+    local = tl.arange(0, block_columns)
+    # Program p has the items from p * items // programs on.
+    items = samples.to(tl.int64) * tiles
+    first = ((tile.to(tl.int64) * samples + 1) * programs - 1) // items
+    last = ((tile + 1).to(tl.int64) * samples * programs - 1) // items
+    total = tl.full((block_added, block_columns), 0, tl.float32)
+    for program in range(first.to(tl.int32), last.to(tl.int32) + 1):
+        piece = pieces + (program + tile).to(tl.int64) * (block_rows * block_columns)
+        total += tl.load(piece + row_of_tile[:, None] * block_columns + local[None, :])
+    row = tile // column_tiles % row_tiles * block_rows + row_of_tile
+    segment = tile % column_tiles * wide + local // block_segment
+    column = segment % parts * block_segment + local % block_segment
+    block = segment // parts % blocks
+    tap = segment // (parts * blocks)
+    out_channel = tile // (row_tiles * column_tiles) * rows + row
+    weights = out_channel[:, None] * (taps * blocks * columns) + ((tap * blocks + block) * columns + column)[None, :]
+    exists = (row < rows)[:, None] & ((column < columns) & (tap < taps))[None, :]
+    tl.store(grad_weight + weights, total.to(grad_weight.dtype.element_ty), mask=exists)
