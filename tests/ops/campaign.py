@@ -89,7 +89,8 @@ def draw(seed: int) -> Drawn:
     problem = describe(dims, *tensors, None, stride, padding, dilation, groups, bool(random.random() < 0.8))
     if before != after:
         pairs = tuple(zip(before, after, strict=True))
-        problem = replace(problem, stride=stride, padding=pairs, out_size=positions, unseeing=((0, 0),) * dims)
+        geometry = problem.geometry._replace(stride=stride, padding=pairs)
+        problem = replace(problem, geometry=geometry, out_size=positions, unseeing=((0, 0),) * dims)
     wanted = (True,) * 3 if random.random() < 0.8 else tuple(bool(b) for b in random.random(3) < 0.5)
     pairs = tuple(zip(before, after, strict=True))
     return Drawn(seed, problem, tensors, wanted if any(wanted) else (True, False, False), stride, pairs)
@@ -102,9 +103,9 @@ def expected_output(drawn: Drawn, input: Tensor, weight: Tensor, attention: Tens
         attention = attention.repeat_interleave(weight.shape[axis - 1] // attention.shape[axis], axis)
     weights = attention * weight + (weight if problem.residual else 0)
     padded = F.pad(input, [amount for pair in reversed(drawn.padding) for amount in pair])
-    reached = [d * (k - 1) for d, k in zip(problem.dilation, problem.kernel, strict=True)]
-    padded = padded.unflatten(1, (problem.groups, -1))
-    weights = weights.unflatten(1, (problem.groups, -1))
+    reached = [d * (k - 1) for d, k in zip(problem.geometry.dilation, problem.kernel, strict=True)]
+    padded = padded.unflatten(1, (problem.geometry.groups, -1))
+    weights = weights.unflatten(1, (problem.geometry.groups, -1))
     total: Any = 0
     for tap in product(*map(range, problem.kernel)):
         seen = padded[
@@ -113,7 +114,7 @@ def expected_output(drawn: Drawn, input: Tensor, weight: Tensor, attention: Tens
                 *(
                     slice(t * d, extent - reach + t * d, s)
                     for t, d, s, extent, reach in zip(
-                        tap, problem.dilation, drawn.stride, padded.shape[3:], reached, strict=True
+                        tap, problem.geometry.dilation, drawn.stride, padded.shape[3:], reached, strict=True
                     )
                 ),
             )

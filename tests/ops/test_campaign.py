@@ -69,7 +69,7 @@ def test_the_sums_of_the_campaign_are_the_papers() -> None:
         if problem.multiply_adds * len(tensors[0]) > 5_000:  # loops in Python
             continue
         values = [tensor.numpy() for tensor in tensors]
-        arguments = (drawn.stride, drawn.padding, problem.dilation, problem.groups, problem.residual)
+        arguments = (drawn.stride, drawn.padding, *problem.geometry[2:], problem.residual)
         paper = aw_convolution(*values, None, *arguments)
         np.testing.assert_allclose(expected_output(drawn, *tensors).numpy(), paper, rtol=1e-11, atol=1e-11)
         checked += 1

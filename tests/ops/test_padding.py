@@ -14,6 +14,7 @@ from torch import Tensor
 
 from awconv.ops import aw_conv2d
 from awconv.ops.choose import choose
+from awconv.ops.geometry import Geometry
 from awconv.ops.problem import Problem, describe
 
 SIZE = 27
@@ -101,9 +102,10 @@ def test_positions_that_see_nothing_are_left_out() -> None:
     problem = described(dict(stride=100, padding=1_000), 3)
     assert (problem.out_size, problem.unseeing) == ((1, 1), ((10, 10), (10, 10)))
     assert problem.padded_elements == 4 * 3 * 3
-    assert described(dict(stride=10_000, padding=1), 3).stride == (SIZE, SIZE)
+    assert described(dict(stride=10_000, padding=1), 3).geometry.stride == (SIZE, SIZE)
     usual = described(dict(stride=2, padding=1), 3)
-    assert (usual.stride, usual.padding, usual.unseeing) == ((2, 2), ((1, 1), (1, 1)), ((0, 0), (0, 0)))
+    assert usual.geometry == Geometry((2, 2), ((1, 1), (1, 1)), (1, 1), 1)
+    assert usual.unseeing == ((0, 0), (0, 0))
 
 
 _MEASURED = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -66,21 +66,8 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def convolve(problem: Problem, input: Tensor, weight: Tensor, groups: int) -> Tensor:
     """The plain convolution of a problem, with the weights and the number of groups that the caller made of it."""
-    both, rest = split_padding(problem.padding)
+    geometry = problem.geometry
+    both, rest = geometry.split_padding()
     if any(rest):
         input = F.pad(input, rest)
-    return CONV[problem.dims](input, weight, None, problem.stride, both, problem.dilation, groups)
-
-
-def split_padding(padding: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Splits padding into what a convolution takes itself and never writes, and what is left for one of two sides.
-
-    Args:
-        padding: zeros ``(before, after)`` each spatial axis.
-
-    Returns:
-        Zeros on both sides of each axis, and the rest as ``torch.nn.functional.pad`` takes it: last axis first.
-    """
-    both = [min(pair) for pair in padding]
-    rest = [amount - least for pair, least in zip(reversed(padding), reversed(both), strict=True) for amount in pair]
-    return both, rest
+    return CONV[problem.dims](input, weight, None, geometry.stride, both, geometry.dilation, groups)

@@ -23,25 +23,27 @@ def _output_obstacle(problem: Problem) -> str | None:
 
 def _output_gain(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     gain = problem.gain(attention).flatten(1).repeat_interleave(problem.rates[0], dim=1)
-    return convolve(problem, input, weight, problem.groups) * gain.reshape(*gain.shape, *(1,) * problem.dims)
+    return convolve(problem, input, weight, problem.geometry.groups) * gain.reshape(*gain.shape, *(1,) * problem.dims)
 
 
 def _input_obstacle(problem: Problem) -> str | None:
     out_blocks, _, *kernel_blocks = problem.attention_blocks
-    if problem.groups % out_blocks == 0 and all(blocks == 1 for blocks in kernel_blocks):
+    if problem.geometry.groups % out_blocks == 0 and all(blocks == 1 for blocks in kernel_blocks):
         return None
     return (
         "the attention must have size 1 along the kernel axes and, along the output channels, "
-        f"a divisor of groups = {problem.groups}"
+        f"a divisor of groups = {problem.geometry.groups}"
     )
 
 
 def _input_gain(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     out_blocks = problem.attention_blocks[0]
     gain = problem.gain(attention).flatten(2)
-    gain = gain.repeat_interleave(problem.groups // out_blocks, dim=1).repeat_interleave(problem.rates[1], dim=2)
+    gain = gain.repeat_interleave(problem.geometry.groups // out_blocks, dim=1).repeat_interleave(
+        problem.rates[1], dim=2
+    )
     gain = gain.reshape(-1, problem.in_channels, *(1,) * problem.dims)
-    return convolve(problem, input * gain, weight, problem.groups)
+    return convolve(problem, input * gain, weight, problem.geometry.groups)
 
 
 def _cost(problem: Problem, machine: Machine) -> float:

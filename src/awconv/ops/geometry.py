@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
 
 class Geometry(NamedTuple):
     """Stride, padding, dilation and groups of a convolution, one entry for each spatial axis.
@@ -32,11 +34,68 @@ class Geometry(NamedTuple):
         padding = [amount for pair in self.padding for amount in pair]
         return list(self.stride), padding, list(self.dilation), self.groups
 
+    def padding_before(self) -> tuple[int, ...]:
+        """Zeros before each axis."""
+        return tuple(before for before, _ in self.padding)
+
+    def reversed_padding(self) -> list[int]:
+        """The padding in the order that ``torch.nn.functional.pad`` takes: last axis first."""
+        return [amount for pair in reversed(self.padding) for amount in pair]
+
+    def split_padding(self) -> tuple[list[int], list[int]]:
+        """Splits the padding into what a convolution takes itself and never writes, and what is left for one side.
+
+        Returns:
+            Zeros on both sides of each axis, and the rest in the order that ``torch.nn.functional.pad`` takes.
+        """
+        both = [min(pair) for pair in self.padding]
+        pairs = zip(reversed(self.padding), reversed(both), strict=True)
+        return both, [amount - least for pair, least in pairs for amount in pair]
+
+    def reach(self, kernel: Sequence[int]) -> tuple[int, ...]:
+        """How many pixels of each axis a kernel spans, from its first tap to its last."""
+        return tuple(dilation * (taps - 1) + 1 for taps, dilation in zip(kernel, self.dilation, strict=True))
+
+    def seen_size(self, positions: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """How many pixels of each axis, padding among them, some positions see together."""
+        axes = zip(positions, self.stride, self.reach(kernel), strict=True)
+        return tuple(stride * (count - 1) + reach for count, stride, reach in axes)
+
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """The size of the output along each axis, from those of the input and the kernel."""
-        return tuple(
-            (extent + before + after - dilation * (taps - 1) - 1) // stride + 1
-            for extent, taps, stride, (before, after), dilation in zip(
-                size, kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        axes = zip(size, self.padding, self.reach(kernel), self.stride, strict=True)
+        return tuple((extent + before + after - reach) // stride + 1 for extent, (before, after), reach, stride in axes)
+
+    def seeing(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[Geometry, tuple[tuple[int, int], ...]]:
+        """The geometry without the positions that see nothing but padding: with absurd strides and paddings these can
+        be nearly all, and what computes them takes minutes (PyTorch's own backward, too, or it crashes).
+
+        Returns:
+            The geometry of the positions that see something, and the positions ``(before, after)`` these along each
+            axis that do not.
+        """
+        strides, paddings, unseeing = [], [], []
+        axes = zip(size, self.reach(kernel), self.stride, self.padding, self.output_size(size, kernel), strict=True)
+        for extent, reach, stride, padding, positions in axes:
+            skipped, padding = _without_unseeing(extent, reach, stride, *padding)
+            longest = extent + sum(padding) - reach + 1
+            unseeing.append((skipped, positions - skipped - (longest - 1) // stride - 1))
+            strides.append(longest if statically_known_true(stride > longest) else stride)
+            paddings.append(padding)
+        return Geometry(tuple(strides), tuple(paddings), self.dilation, self.groups), tuple(unseeing)
+
+
+def _without_unseeing(size: int, reach: int, stride: int, before: int, after: int) -> tuple[int, tuple[int, int]]:
+    """How many positions before those that see something are left out along one axis, and the padding that stays."""
+    if min(before, after) < reach or statically_known_true(size == 0):
+        return 0, (before, after)
+    skipped = (before - reach + 1) // stride
+    # One more, where as much padding on both sides still reaches all that see something.
+    tight = min(-(-(before - reach + 1) // stride), before // stride)
+    left, needed = before - tight * stride, -(-(size + before) // stride) - tight
+    if statically_known_true(size + 2 * left >= reach) and statically_known_true(
+        (size + 2 * left - reach) // stride + 1 >= needed
+    ):
+        skipped = tight
+    before -= skipped * stride
+    return skipped, (before, min(after, before))

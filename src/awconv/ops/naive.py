@@ -29,8 +29,8 @@ def aw_conv(problem: Problem, I: Tensor, K: Tensor, A: Tensor) -> Tensor:
     A = expand(A, problem.rates)
     AK = K + A * K if problem.residual else A * K
 
-    I = windows(problem, I).unflatten(1, (problem.groups, problem.group_in_channels))
-    AK = AK.unflatten(1, (problem.groups, problem.out_channels // problem.groups))
+    I = windows(problem, I).unflatten(1, (problem.geometry.groups, problem.group_in_channels))
+    AK = AK.unflatten(1, (problem.geometry.groups, problem.out_channels // problem.geometry.groups))
     position, tap = "zyx"[-problem.dims :], "hij"[-problem.dims :]
     O = torch.einsum(f"n g c {position} {tap}, n g p c {tap} -> n g p {position}", I, AK)
     return O.flatten(1, 2)
@@ -45,10 +45,10 @@ def expand(A: Tensor, rates: tuple[int, ...]) -> Tensor:
 
 def windows(problem: Problem, I: Tensor) -> Tensor:
     """What the kernel sees at each output position: N x C1 x H' x W' x h x w."""
-    I = F.pad(I, problem.flat_padding)
-    for axis in range(problem.dims):
-        reach = problem.dilation[axis] * (problem.kernel[axis] - 1) + 1
-        I = I.unfold(2 + axis, reach, problem.stride[axis])[..., :: problem.dilation[axis]]
+    I = F.pad(I, problem.geometry.reversed_padding())
+    axes = zip(problem.geometry.reach(problem.kernel), problem.geometry.stride, problem.geometry.dilation, strict=True)
+    for axis, (reach, stride, dilation) in enumerate(axes, start=2):
+        I = I.unfold(axis, reach, stride)[..., ::dilation]
     return I
 
 

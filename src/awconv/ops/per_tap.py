@@ -47,14 +47,14 @@ def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
 
 def _by_convolutions(problem: Problem, input: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
     """The same for an exported graph, whose runtimes know pointwise convolutions of constant weights best."""
-    padded = F.pad(input, problem.flat_padding)
+    padded = F.pad(input, problem.geometry.reversed_padding())
     pointwise, scales = (
         tensor.reshape(*tensor.shape[:2], problem.taps, *(1,) * (problem.dims - 1)).split(1, dim=2)
         for tensor in (weight, gain)
     )
     output: Tensor | None = None
     for tap in range(problem.taps):
-        partial = CONV[problem.dims](_window(problem, padded, tap), pointwise[tap], groups=problem.groups)
+        partial = CONV[problem.dims](_window(problem, padded, tap), pointwise[tap], groups=problem.geometry.groups)
         scaled = partial.to(_sum_dtype(input)) * scales[tap]
         output = scaled if output is None else output + scaled
     assert output is not None
@@ -119,7 +119,7 @@ def _backward(
             grad_gain.append(inner.sum(3, keepdim=True).to(gain.dtype))
     grad_input = None
     if grad_padded is not None:
-        unpadded = F.pad(grad_padded, [-amount for amount in problem.flat_padding])
+        unpadded = F.pad(grad_padded, [-amount for amount in problem.geometry.reversed_padding()])
         grad_input = unpadded.transpose(0, 1).to(input.dtype)
     return (
         grad_input,
@@ -141,16 +141,16 @@ def _chunks(problem: Problem, input: Tensor) -> list[slice]:
 
 def _channels_first(problem: Problem, input: Tensor) -> Tensor:
     """The padded input with the channels before the samples, so that the samples of a channel lie side by side."""
-    return F.pad(input.transpose(0, 1), problem.flat_padding).contiguous()
+    return F.pad(input.transpose(0, 1), problem.geometry.reversed_padding()).contiguous()
 
 
 def _window(problem: Problem, padded: Tensor, tap: int) -> Tensor:
     """What a tap of the flattened kernel sees, as a view of shape (C1, N, H', W')."""
     for axis in reversed(range(problem.dims)):
         position, tap = tap % problem.kernel[axis], tap // problem.kernel[axis]
-        stride = problem.stride[axis]
+        stride = problem.geometry.stride[axis]
         length = stride * (problem.out_size[axis] - 1) + 1
-        padded = padded.narrow(2 + axis, position * problem.dilation[axis], length)
+        padded = padded.narrow(2 + axis, position * problem.geometry.dilation[axis], length)
         if stride > 1:
             padded = padded[(slice(None),) * (2 + axis) + (slice(None, None, stride),)]
     return padded
@@ -165,7 +165,7 @@ def _columns(problem: Problem, padded: Tensor, taps: slice) -> Tensor:
 def _by_group(problem: Problem, tensor: Tensor) -> Tensor:
     """Shape (taps, channels, \\*rest) to (taps * groups, channels/groups, product of rest)."""
     taps, channels, *rest = tensor.shape
-    return tensor.reshape(taps * problem.groups, channels // problem.groups, product(rest))
+    return tensor.reshape(taps * problem.geometry.groups, channels // problem.geometry.groups, product(rest))
 
 
 def _partials(problem: Problem, weights: Tensor, columns: Tensor) -> Tensor:

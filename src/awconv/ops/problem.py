@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from awconv.ops.geometry import Geometry
+
 # What an algorithm that makes the padding explicit may hold for a sample: this many elements (16 MiB in single
 # precision), or this many times the input and the output.
 _MOST_PADDED = 2**22
@@ -30,14 +32,12 @@ class Problem:
         empty: the batch holds no sample.
         out_channels: C2.
         in_channels: C1.
-        groups: number of groups of the convolution.
         kernel: kernel size along each spatial axis.
         size: input size along each spatial axis, before padding.
         out_size: output size along each spatial axis, without positions that see nothing but padding.
         unseeing: positions ``(before, after)`` these along each spatial axis, whose output is zero.
-        stride: one number for each spatial axis; where there is one position, as long as the input at the most.
-        padding: zeros added ``(before, after)`` each spatial axis, without what only positions left out see.
-        dilation: one number for each spatial axis.
+        geometry: that of these positions: no padding that only positions left out see, and where there is one
+            position, a stride as long as the input at the most.
         rates: how often ``Expand`` repeats the attention along C2, C1/groups and each kernel axis (r_C2, r_C1, r_hw).
         residual: K + A * K if true, A * K otherwise.
         device: the type of the device, such as ``"cpu"``.
@@ -48,14 +48,11 @@ class Problem:
     empty: bool
     out_channels: int
     in_channels: int
-    groups: int
     kernel: tuple[int, ...]
     size: tuple[int, ...]
     out_size: tuple[int, ...]
     unseeing: tuple[tuple[int, int], ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
+    geometry: Geometry
     rates: tuple[int, ...]
     residual: bool
     device: str
@@ -70,7 +67,7 @@ class Problem:
     @property
     def group_in_channels(self) -> int:
         """Input channels that one output channel sees: C1/groups."""
-        return self.in_channels // self.groups
+        return self.in_channels // self.geometry.groups
 
     @property
     def taps(self) -> int:
@@ -95,13 +92,7 @@ class Problem:
     @property
     def padded_elements(self) -> int:
         """Elements of the input of one sample with as much of its padding as the kernel reaches."""
-        reached = [
-            stride * (positions - 1) + dilation * (kernel - 1) + 1
-            for positions, stride, dilation, kernel in zip(
-                self.out_size, self.stride, self.dilation, self.kernel, strict=True
-            )
-        ]
-        return self.in_channels * product(reached)
+        return self.in_channels * product(self.geometry.seen_size(self.out_size, self.kernel))
 
     @property
     def padding_obstacle(self) -> str | None:
@@ -126,11 +117,6 @@ class Problem:
     def gain(self, attention: Tensor) -> Tensor:
         """What the weights are multiplied with: 1 + A, since K + A * K = (1 + A) * K, or A without the residual."""
         return 1 + attention if self.residual else attention
-
-    @property
-    def flat_padding(self) -> list[int]:
-        """The padding in the order that ``torch.nn.functional.pad`` takes: last axis first."""
-        return [amount for pair in reversed(self.padding) for amount in pair]
 
     def with_unseeing(self, output: Tensor) -> Tensor:
         """The whole output, from that of the positions that see some of the input."""
@@ -224,32 +210,17 @@ def describe(
         )
 
     rates = _rates(name, kernel_names, input, weight, attention)
-    strides = _per_axis(name, "stride", stride, dims, least=1)
-    dilations = _per_axis(name, "dilation", dilation, dims, least=1)
-    paddings = _paddings(name, padding, kernel, strides, dilations)
-    axes = []
-    for axis in range(dims):
-        padded = size[axis] + paddings[axis][0] + paddings[axis][1]
-        reach = dilations[axis] * (kernel[axis] - 1) + 1
-        if padded < reach:
-            raise ValueError(
-                f"{name}: input is too small along axis {SPATIAL_NAMES[dims][axis]}: {size[axis]} with padding "
-                f"{paddings[axis]} makes {padded}, and the dilated kernel reaches over {reach}; pad the input"
-            )
-        axes.append(_seeing(size[axis], reach, strides[axis], *paddings[axis]))
-    out_size, unseeing, strides, paddings = zip(*axes, strict=True)
+    geometry = _geometry(name, size, kernel, stride, padding, dilation, groups)
+    geometry, unseeing = geometry.seeing(size, kernel)
     return Problem(
         empty=bool(input.shape[0] == 0),
         out_channels=out_channels,
         in_channels=in_channels,
-        groups=groups,
         kernel=kernel,
         size=tuple(size),
-        out_size=out_size,
+        out_size=geometry.output_size(size, kernel),
         unseeing=unseeing,
-        stride=strides,
-        padding=paddings,
-        dilation=dilations,
+        geometry=geometry,
         rates=rates,
         residual=residual,
         device=input.device.type,
@@ -258,33 +229,22 @@ def describe(
     )
 
 
-def _seeing(
-    size: int, reach: int, stride: int, before: int, after: int
-) -> tuple[int, tuple[int, int], int, tuple[int, int]]:
-    """One axis of a problem without the positions that see nothing but padding: with absurd strides and paddings these
-    can be nearly all, and what computes them takes minutes (PyTorch's own backward, too, or it crashes).
-
-    Returns:
-        Positions that see something, positions (before, after) these that do not, stride, padding (before, after).
-    """
-    positions = (size + before + after - reach) // stride + 1
-    skipped = 0
-    if min(before, after) >= reach and not statically_known_true(size == 0):
-        skipped = (before - reach + 1) // stride
-        # One more, where as much padding on both sides still reaches all that see something.
-        tight = min(-(-(before - reach + 1) // stride), before // stride)
-        left, needed = before - tight * stride, -(-(size + before) // stride) - tight
-        if statically_known_true(size + 2 * left >= reach) and statically_known_true(
-            (size + 2 * left - reach) // stride + 1 >= needed
-        ):
-            skipped = tight
-        before -= skipped * stride
-        after = min(after, before)
-    longest = size + before + after - reach + 1
-    seeing = (longest - 1) // stride + 1
-    if statically_known_true(stride > longest):
-        stride = longest
-    return seeing, (skipped, positions - skipped - seeing), stride, (before, after)
+def _geometry(
+    name: str, size: Sequence[int], kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int
+) -> Geometry:
+    dims = len(kernel)
+    strides = _per_axis(name, "stride", stride, dims, least=1)
+    dilations = _per_axis(name, "dilation", dilation, dims, least=1)
+    geometry = Geometry(strides, _paddings(name, padding, kernel, strides, dilations), dilations, groups)
+    axes = zip(SPATIAL_NAMES[dims], size, geometry.padding, geometry.reach(kernel), strict=True)
+    for axis, extent, pair, reach in axes:
+        padded = extent + sum(pair)
+        if padded < reach:
+            raise ValueError(
+                f"{name}: input is too small along axis {axis}: {extent} with padding {pair} makes {padded}, and the "
+                f"dilated kernel reaches over {reach}; pad the input"
+            )
+    return geometry
 
 
 def _rates(name: str, kernel_names: str, input: Tensor, weight: Tensor, attention: Tensor) -> tuple[int, ...]:
@@ -335,7 +295,7 @@ def _paddings(
         return ((0, 0),) * len(kernel)
     if padding != "same":
         raise ValueError(f"{name}: padding must be 'same', 'valid' or numbers, got {padding!r}")
-    if any(step != 1 for step in stride):
+    if any(distance != 1 for distance in stride):
         raise ValueError(f"{name}: padding='same' needs stride 1, got {tuple(stride)}; give the padding as numbers")
     totals = [rate * (extent - 1) for rate, extent in zip(dilation, kernel, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awconv.ops.algorithm import Algorithm, Machine, split_padding
+from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.fused import cpu, cuda
+from awconv.ops.geometry import Geometry
 from awconv.ops.problem import Problem
 
 _KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
@@ -38,16 +39,13 @@ def _fused(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -
     for axis, rate in enumerate(problem.rates, start=1):
         if rate > 1 and axis != 2:
             gain = gain.repeat_interleave(rate, dim=axis)
-    padding = [amount for pair in problem.padding for amount in pair]
-    arguments = (list(problem.stride), padding, list(problem.dilation), problem.groups)
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     run = _Fused.apply if transformed else torch.ops.awconv.fused
-    output: Tensor = run(input, weight, gain.flatten(3), *arguments)
+    output: Tensor = run(input, weight, gain.flatten(3), *problem.geometry.arguments())
     return output
 
 
-# Padding is (before, after) of each axis in turn. The gain is 1 + a, of shape (N, C2, blocks, taps): blocks of input
-# channels of a group share a value.
+# The last four arguments are those of Geometry.of. The gain has shape (N, C2, blocks of input channels, taps).
 _ARGUMENTS = "Tensor input, Tensor weight, Tensor gain, int[] stride, int[] padding, int[] dilation, int groups"
 _LIBRARY = torch.library.Library("awconv", "DEF")
 _LIBRARY.define(f"fused({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -55,17 +53,6 @@ _LIBRARY.define(
     f"fused_backward(Tensor grad_output, {_ARGUMENTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-
-
-def _output_size(
-    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[int, ...]:
-    return tuple(
-        (extent + before + after - reach * (kernel - 1) - 1) // step + 1
-        for extent, before, after, kernel, step, reach in zip(
-            input.shape[2:], padding[::2], padding[1::2], weight.shape[2:], stride, dilation, strict=True
-        )
-    )
 
 
 def _laid_out(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -76,51 +63,44 @@ def _laid_out(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(batch, *size, channels).movedim(-1, 1)
 
 
-def _fake(input: Tensor, weight: Tensor, gain: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    size = _output_size(input, weight, stride, padding, dilation)
+def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    size = geometry.output_size(input.shape[2:], weight.shape[2:])
     return _laid_out((input.shape[0], weight.shape[0], *size), input)
+
+
+def _gradients(input: Tensor, weight: Tensor, gain: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    """Uninitialised gradients in the layout of the kernels, empty where not needed."""
+    if input.device.type == "cuda":
+        grads = _laid_out(tuple(input.shape), input), torch.empty_like(weight), torch.empty_like(gain)
+    else:
+        grads = input.new_empty(input.shape), weight.new_empty(weight.shape), gain.new_empty(gain.shape)
+    return tuple(grad if needed else grad.new_empty(0) for grad, needed in zip(grads, needs, strict=True))
+
+
+def _fake(input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any) -> Tensor:
+    return _output(input, weight, Geometry.of(*arguments))
 
 
 def _fake_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    needs = arguments[-1]
-    return (
-        _laid_out(tuple(input.shape), input) if needs[0] else input.new_empty(0),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        gain.new_empty(gain.shape if needs[2] else 0),
-    )
+    return _gradients(input, weight, gain, arguments[-1])
 
 
-def _forward(
-    input: Tensor, weight: Tensor, gain: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> Tensor:
-    size = _output_size(input, weight, stride, padding, dilation)
+def _forward(input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any) -> Tensor:
+    geometry = Geometry.of(*arguments)
     if input.shape[0] == 0:
-        return _laid_out((0, weight.shape[0], *size), input)
-    kernel = _KERNELS[input.device.type]
-    output: Tensor = kernel.forward(input, weight, gain, size, stride, padding, dilation, groups)
+        return _output(input, weight, geometry)
+    output: Tensor = _KERNELS[input.device.type].forward(input, weight, gain, geometry)
     return output.to(input.dtype)
 
 
-def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+def _backward(grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *geometry, needs = arguments
     tensors = (input, weight, gain)
     if input.shape[0] == 0:
-        return tuple(
-            tensor.new_zeros(tensor.shape if needed else 0) for tensor, needed in zip(tensors, needs, strict=True)
-        )
-    kernel = _KERNELS[input.device.type]
-    grads = kernel.backward(grad_output, *tensors, stride, padding, dilation, groups, needs)
+        return tuple(grad.zero_() for grad in _gradients(*tensors, needs))
+    grads = _KERNELS[input.device.type].backward(grad_output, *tensors, Geometry.of(*geometry), needs)
     return tuple(
         tensor.new_empty(0) if grad is None else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, tensors, strict=True)
@@ -147,55 +127,44 @@ class _Fused(torch.autograd.Function):
     backward = staticmethod(_grads)
 
     @staticmethod
-    def forward(  # torch.compile would put its context among variable arguments
-        input: Tensor,
-        weight: Tensor,
-        gain: Tensor,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
+    def forward(
+        input: Tensor, weight: Tensor, gain: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
     ) -> Tensor:
+        # No variable arguments: torch.compile would put its context among them.
         output: Tensor = torch.ops.awconv.fused(input, weight, gain, stride, padding, dilation, groups)
         return output
 
 
 def _differentiable_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
+    grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """The same gradients from the weights of every sample, by operations that have derivatives themselves."""
+    *lists, needs = arguments
+    geometry = Geometry.of(*lists)
     batch, out_channels, blocks, _ = gain.shape
     blocked = weight.reshape(out_channels, blocks, -1, gain.shape[3])
     scale = gain.unsqueeze(3)
     weights = (blocked * scale).reshape(batch * out_channels, *weight.shape[1:])
-    both, flat = split_padding(list(zip(padding[::2], padding[1::2], strict=True)))
-    padded = F.pad(input, flat)
+    both, rest = geometry.split_padding()
+    padded = F.pad(input, rest)
     grad_padded, grad_weights, _ = torch.ops.aten.convolution_backward(
         grad_output.reshape(1, -1, *grad_output.shape[2:]),
         padded.reshape(1, -1, *padded.shape[2:]),
         weights,
         None,
-        stride,
+        geometry.stride,
         both,
-        dilation,
+        geometry.dilation,
         False,
-        [0] * len(stride),
-        batch * groups,
+        [0] * len(both),
+        batch * geometry.groups,
         [needs[0], needs[1] or needs[2], False],
     )
     empty = gain.new_empty(0)
     if needs[1] or needs[2]:
         grad_weights = grad_weights.reshape(batch, *blocked.shape)
     return (
-        F.pad(grad_padded.reshape(padded.shape), [-amount for amount in flat]) if needs[0] else empty,
+        F.pad(grad_padded.reshape(padded.shape), [-amount for amount in rest]) if needs[0] else empty,
         (grad_weights * scale).sum(0).reshape(weight.shape) if needs[1] else empty,
         (grad_weights * blocked).sum(3) if needs[2] else empty,
     )
@@ -252,7 +221,7 @@ def _cost(problem: Problem, machine: Machine) -> float:
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
         multiply_adds = _BFLOAT16 * multiply_adds
     padding = 0 if problem.device == "cuda" else problem.padded_elements - problem.in_elements
-    return multiply_adds + _SCALED * weights + _GROUP * problem.groups + _PADDED * padding
+    return multiply_adds + _SCALED * weights + _GROUP * problem.geometry.groups + _PADDED * padding
 
 
 ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost, portable=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from awconv.ops.build import library
+from awconv.ops.geometry import Geometry
 from awconv.ops.problem import Problem
 
 _SOURCE = Path(__file__).with_name("cpu.c")
@@ -81,54 +82,33 @@ def _sizes(
     weight_size: tuple[int, ...],
     blocks: int,
     output_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    geometry: Geometry,
     threads: int,
 ) -> Any:
     """A pointer to ``problem_t``."""
     sizes = _Sizes(
         input_size[0],
-        groups,
-        weight_size[0] // groups,
+        geometry.groups,
+        weight_size[0] // geometry.groups,
         weight_size[1],
         blocks,
         _axes(input_size[2:], 1),
         _axes(output_size, 1),
         _axes(weight_size[2:], 1),
-        _axes(stride, 1),
-        _axes(dilation, 1),
-        _axes(padding[::2], 0),  # what comes after follows from the output's size
+        _axes(geometry.stride, 1),
+        _axes(geometry.dilation, 1),
+        _axes(geometry.padding_before(), 0),  # what comes after follows from the output's size
         threads,
     )
     return ctypes.byref(sizes)
 
 
-def forward(
-    input: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    output_size: tuple[int, ...],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """The output, of shape (N, C2, \\*output_size)."""
+def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
+    """The output, of shape (N, C2, \\*output_size), in single precision at least."""
     input, weight, gain = _prepared(input, weight, gain)
     loaded = _loaded(input.dtype)
-    sizes = _sizes(
-        input.shape,
-        weight.shape,
-        gain.shape[2],
-        output_size,
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        groups,
-        torch.get_num_threads(),
-    )
+    output_size = geometry.output_size(input.shape[2:], weight.shape[2:])
+    sizes = _sizes(input.shape, weight.shape, gain.shape[2], output_size, geometry, torch.get_num_threads())
     output = input.new_empty(input.shape[0], weight.shape[0], *output_size)
     workspace = input.new_empty(loaded.workspace_elements(sizes, 0))
     loaded.forward(sizes, *map(_pointer, (input, weight, gain, output, workspace)))
@@ -136,30 +116,13 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs: list[bool],
+    grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight and gain, None where not needed."""
+    """The gradients of input, weight and gain, None where not needed, in single precision at least."""
     grad_output, input, weight, gain = _prepared(grad_output, input, weight, gain)
     loaded = _loaded(input.dtype)
-    sizes = _sizes(
-        input.shape,
-        weight.shape,
-        gain.shape[2],
-        tuple(grad_output.shape[2:]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        groups,
-        torch.get_num_threads(),
-    )
+    output_size = tuple(grad_output.shape[2:])
+    sizes = _sizes(input.shape, weight.shape, gain.shape[2], output_size, geometry, torch.get_num_threads())
     sums = needs[1] or needs[2]  # both gradients are made of the same sums
     grads = [
         torch.empty_like(tensor) if made else None
