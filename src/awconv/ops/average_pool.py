@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.build import library
+from awconv.ops.gpu import empty_like_image, is_channels_last, power_of_two, triton_obstacle
 from awconv.ops.problem import product
+from awconv.ops.tracing import compiling, exporting, in_forward_mode, jit_tracing, transforming
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _AXES = 3
-_MAX_BINS = 64  # of the C code, along an axis
+_MAX_BINS = 64  # of the kernels, along an axis
 _SIZES = (ctypes.c_int64 * _AXES,) * 2
+_TILE = 4096  # elements of a tile of the kernels for GPUs
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
-    r"""Adaptive average pooling in one pass over the input: by C code on a CPU, or as a product with a small matrix.
+    r"""Adaptive average pooling in one pass over the input: by C code on a CPU, by a Triton kernel on a GPU, or as a
+    product with a small matrix.
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
-    device (pytorch issue 50198). A number that is not finite spoils the bins that cover it. In a product with a matrix,
-    which GPUs and compiled or exported graphs use, it spoils every bin of its channel and sample: zero times infinity
-    is no zero, and what would tell them apart reads the input once more for each bin, or has other sizes baked in.
+    device (pytorch issue 50198). Sums are kept in single precision at least. A number that is not finite spoils the
+    bins that cover it. In a product with a matrix, which exported graphs, graphs compiled for a CPU, and GPUs with
+    three axes or without Triton use, it spoils every bin of its channel and sample: zero times infinity is no zero, and
+    what would tell them apart reads the input once more for each bin, or has other sizes baked in.
 
     Args:
         input: shape (N, C, \*size), with as many spatial axes as ``output_size`` has numbers.
@@ -33,24 +40,39 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
             ceil((i + 1) * size / bins).
 
     Returns:
-        Shape (N, C, \*output_size).
+        Shape (N, C, \*output_size), with its channels last on a GPU where those of the input are.
     """
-    if max(output_size) <= _MAX_BINS and _has_c_code(input):
+    if max(output_size) <= _MAX_BINS and _has_kernel(input):
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
         return pooled
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if input.device.type == "cpu" and not traced:
+    if input.device.type == "cpu" and not compiling() and not jit_tracing():
         return _by_slices(input, output_size)
     return _by_matrices(input, output_size)
 
 
-def _has_c_code(input: Tensor) -> bool:
-    if torch.compiler.is_compiling() or input.device.type != "cpu" or input.numel() == 0:
+def _has_kernel(input: Tensor) -> bool:
+    if input.device.type == "cuda":
+        if exporting() or jit_tracing() or not _on_gpu(input):
+            return False
+    elif not _in_c(input):
         return False
-    if input.dtype not in (torch.float32, torch.float64):
+    return compiling() or not (transforming() or in_forward_mode())
+
+
+def _in_c(input: Tensor) -> bool:
+    if compiling() or input.device.type != "cpu" or input.numel() == 0:
         return False
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return not transformed and not isinstance(library(_SOURCE, input.dtype), str)
+    return input.dtype in (torch.float32, torch.float64) and not isinstance(library(_SOURCE, input.dtype), str)
+
+
+def _on_gpu(input: Tensor) -> bool:
+    """Whether the kernels take a tensor: they have two axes, and count in 32 bits within a sample."""
+    return (
+        input.dim() in (3, 4)
+        and input.dtype.is_floating_point
+        and not statically_known_true(product(input.shape[1:]) >= 2**31)
+        and triton_obstacle() is None
+    )
 
 
 _LIBRARY = torch.library.Library("awconv", "FRAGMENT")
@@ -59,7 +81,8 @@ _LIBRARY.define("average_pool_backward(Tensor grad, int[] size) -> Tensor", tags
 
 
 def _resized(input: Tensor, size: Sequence[int]) -> Tensor:
-    return input.new_empty(*input.shape[:2], *size)
+    shape = (*input.shape[:2], *size)
+    return empty_like_image(shape, input) if input.device.type == "cuda" else input.new_empty(shape)
 
 
 def _pool(input: Tensor, bins: list[int]) -> Tensor:
@@ -71,15 +94,28 @@ def _pool_backward(grad: Tensor, size: list[int]) -> Tensor:
     return _call("backward", grad, _resized(grad, size), size, bins)
 
 
+def _pool_on_gpu(input: Tensor, bins: list[int]) -> Tensor:
+    target = _resized(input, bins)
+    _launch("pool", input, target, input.shape[2:], bins)
+    return target
+
+
+def _pool_backward_on_gpu(grad: Tensor, size: list[int]) -> Tensor:
+    target = _resized(grad, size)
+    _launch("spread", grad, target, size, grad.shape[2:], added=False)
+    return target
+
+
 def _save(ctx: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> None:
     ctx.size = list(inputs[0].shape[2:])
 
 
-for _name, _run, _reverse in (
-    ("average_pool", _pool, torch.ops.awconv.average_pool_backward),
-    ("average_pool_backward", _pool_backward, torch.ops.awconv.average_pool),
+for _name, _run, _run_on_gpu, _reverse in (
+    ("average_pool", _pool, _pool_on_gpu, torch.ops.awconv.average_pool_backward),
+    ("average_pool_backward", _pool_backward, _pool_backward_on_gpu, torch.ops.awconv.average_pool),
 ):
     _LIBRARY.impl(_name, _run, "CPU")
+    _LIBRARY.impl(_name, _run_on_gpu, "CUDA")
     torch.library.register_fake(f"awconv::{_name}", _resized, lib=_LIBRARY)
     # both are linear, and each is the gradient of the other
     torch.library.register_autograd(
@@ -88,6 +124,43 @@ for _name, _run, _reverse in (
         setup_context=_save,
         lib=_LIBRARY,
     )
+
+
+def _launch(
+    kernel: str, source: Tensor, target: Tensor, size: Sequence[int], bins: Sequence[int], **constants: bool
+) -> None:
+    """Runs a Triton kernel; one axis is the second of two."""
+    from awconv.ops import triton_average_pool
+
+    if target.numel() == 0:
+        return
+    if len(size) == 1:
+        source, target, size, bins = source.unsqueeze(2), target.unsqueeze(2), (1, *size), (1, *bins)
+    if not source.is_contiguous(memory_format=torch.channels_last):
+        source = source.contiguous()
+    image = target if kernel == "spread" else source
+    samples, channels = image.shape[:2]
+    channels_last = is_channels_last(image)
+    covered = [-(-extent // count) + 1 for extent, count in zip(size, bins, strict=True)]  # positions of a bin, at most
+    positions = product(covered if kernel == "pool" else size)
+    block_channels = power_of_two(channels, 64 if channels_last else 8)
+    block_positions = power_of_two(positions, _TILE // block_channels)
+    tiles = -(-channels // block_channels)
+    programs = samples * tiles * (product(bins) if kernel == "pool" else -(-positions // block_positions))
+    with torch.cuda.device(image.device) if image.is_cuda else nullcontext():
+        getattr(triton_average_pool, kernel)[(programs,)](
+            source,
+            target,
+            *source.stride(),
+            *target.stride(),
+            channels,
+            *size,
+            *bins,
+            **constants,
+            channels_last=channels_last,
+            block_channels=block_channels,
+            block_positions=block_positions,
+        )
 
 
 def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.fused import cpu, cuda
 from awconv.ops.geometry import Geometry
+from awconv.ops.gpu import empty_like_image
 from awconv.ops.problem import Problem
 
 _KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
@@ -56,11 +57,8 @@ _LIBRARY.define(
 
 
 def _laid_out(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised image in the layout of the kernels: the channels are last on a GPU."""
-    if like.device.type != "cuda":
-        return like.new_empty(shape)
-    batch, channels, *size = shape
-    return like.new_empty(batch, *size, channels).movedim(-1, 1)
+    """An uninitialised image, on a GPU in the layout of another."""
+    return empty_like_image(shape, like) if like.device.type == "cuda" else like.new_empty(shape)
 
 
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

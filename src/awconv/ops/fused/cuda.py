@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import itertools
 from math import gcd
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.fused import tiles
 from awconv.ops.geometry import Geometry
+from awconv.ops.gpu import empty_like_image, is_channels_last, triton_obstacle
 from awconv.ops.problem import Problem
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,18 +44,8 @@ def obstacle(problem: Problem) -> str | None:
     for name, elements in (("input", problem.in_elements), ("output", problem.out_elements)):
         if statically_known_true(elements >= 2**31):
             return f"its kernels for GPUs count in 32 bits within a sample, whose {name} has {elements:,} elements"
-    reason: str | None = _why_not_compiled()
+    reason: str | None = triton_obstacle()
     return reason
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _why_not_compiled() -> str | None:
-    """What is missing to compile the kernels, a constant to torch.compile."""
-    if importlib.util.find_spec("triton") is None:
-        return "its kernels for GPUs need Triton, which is not installed"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "its kernels for GPUs need compute capability 8.0"
-    return None
 
 
 def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
@@ -108,17 +98,6 @@ def _with_two_axes(geometry: Geometry) -> Geometry:
     """A convolution over one axis as one over two, of which the first has size 1."""
     stride, padding, dilation, groups = geometry
     return Geometry((1, *stride), ((0, 0), *padding), (1, *dilation), groups)
-
-
-def is_channels_last(image: Tensor) -> bool:
-    """Whether an image of two spatial axes has its channels last, and cannot be read otherwise."""
-    return image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
-
-
-def empty_like_image(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised image, with its channels last where those of another are."""
-    last = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
 
 
 def _last(image: Tensor) -> Tensor:

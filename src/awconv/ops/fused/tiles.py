@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from awconv.ops.gpu import power_of_two
+
 LEAST = 16  # rows, columns and depth of the smallest matrix product
 
 
@@ -21,8 +23,8 @@ class Tile(NamedTuple):
 
 
 def ceiling(size: int, most: int) -> int:
-    """The power of two that holds a number of channels or positions, within what a tile may have."""
-    return min(max(1 << (size - 1).bit_length(), LEAST), most)
+    """What a tile has of a number of channels or positions."""
+    return power_of_two(size, most, LEAST)
 
 
 def _filled(positions: int, block: int) -> float:
