@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awconv.ops.fused import cuda
+from awconv.ops.fused import cuda, tiles
+from awconv.ops.fused.tiles import Tile
 from awconv.ops.geometry import Geometry
 from awconv.ops.problem import describe
 from tests.ops.problems import Case
@@ -45,12 +48,23 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _exact_products(device: str) -> Iterator[None]:
+    """The kernels round products of float32 as PyTorch's convolutions do: on a GPU to TF32, unless told otherwise."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 def prepared(case: Case, device: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Geometry]:
     """Input, weight, gain (1 + attention), and the geometry, as the operator gets them."""
     input, weight, attention = (case.tensors[name].to(device, dtype) for name in ("input", "weight", "attention"))
     gain = (1 + attention).flatten(3)
     padding = tuple(case.padding_pairs())
-    return (input, weight, gain), Geometry(case.per_axis(case.stride), padding, case.per_axis(case.dilation), case.groups)
+    return (input, weight, gain), Geometry(
+        case.per_axis(case.stride), padding, case.per_axis(case.dilation), case.groups
+    )
 
 
 def run(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -87,6 +101,84 @@ def test_equals_the_definition(name: str, dtype: torch.dtype, device: str) -> No
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter does not multiply matrices in bfloat16")
     check(CASES[name], device, dtype)
+
+
+SMALL = dict(block_rows=16, block_inner=16)
+TILES = {
+    "weights": Tile("scaled_weights", dict(block_rows=64, block_pixels=64, block_inner=32), 4, 3),
+    "weights, small": Tile("scaled_weights", SMALL | dict(block_pixels=16), 4, 2),
+    "sums": Tile("scaled_sums", dict(block_rows=64, block_pixels=64, block_inner=32), 4, 3),
+    "sums, small": Tile("scaled_sums", SMALL | dict(block_pixels=16), 4, 2),
+}
+PRODUCTS = {
+    "a segment": dict(block_rows=32, block_columns=32, block_segment=32, block_positions=32),
+    "half a segment": dict(block_rows=64, block_columns=16, block_segment=16, block_positions=16),
+    "four segments": dict(block_rows=16, block_columns=128, block_segment=32, block_positions=16),
+}
+TILED = {
+    "partial tiles": Case(2, 3, (5, 7), (24, 20, 3, 3), (24, 1, 3, 3), padding=1),
+    "groups, blocks and strides": Case(2, 3, (6, 5), (36, 40, 3, 2), (36, 2, 3, 2), padding=1, groups=2, stride=2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", TILED)
+def test_equals_the_definition_for_every_tile(
+    name: str, tile: str, products: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if list(TILES).index(tile) % len(PRODUCTS) != list(PRODUCTS).index(products):
+        pytest.skip("each with one of the others")
+    monkeypatch.setattr(tiles, "correlate", lambda *_: TILES[tile])
+    monkeypatch.setattr(tiles, "sum_products", lambda *_: Tile("sum_products", PRODUCTS[products], 4, 3))
+    planned = (cuda._forward_launch, cuda._grad_input_launches, cuda._sums)
+    for cached in planned:
+        cached.cache_clear()
+    check(TILED[name], device, dtype)
+    for cached in planned:
+        cached.cache_clear()
+
+
+# Input channels, output channels, size, stride of 3x3 convolutions, some with channels on both sides of a tile's.
+REAL = [
+    *((64, 64, 56, 1), (128, 128, 56, 2), (256, 256, 14, 1), (512, 512, 7, 1), (512, 512, 14, 2)),
+    *((16, 16, 32, 1), (16, 32, 32, 2), (32, 64, 16, 2), (129, 65, 28, 1), (48, 272, 9, 1)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", REAL)
+def test_equals_a_convolution_for_every_sample_at_real_sizes(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool
+) -> None:
+    columns, rows, size, stride = shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    make = torch.Generator("cuda").manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        image = torch.randn(sizes, generator=make, device="cuda").to(dtype).contiguous(memory_format=layout)
+        return image.requires_grad_()
+
+    input, weight, above = random(5, columns, size, size), random(rows, columns, 3, 3), None
+    gain = (torch.rand(5, rows, 1, 9, generator=make, device="cuda") + 1).to(dtype)
+    geometry = Geometry((stride, stride), ((1, 1), (1, 1)), (1, 1), 1)
+    output = cuda.forward(input.detach(), weight.detach(), gain, geometry)
+    above = torch.randn(output.shape, generator=make, device="cuda").to(dtype).contiguous(memory_format=layout)
+    grads = cuda.backward(above, input.detach(), weight.detach(), gain, geometry, [True] * 3)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (input, weight, gain)]
+    scaled = exact[1] * exact[2].reshape(5, rows, 1, 3, 3)
+    expected = torch.cat(
+        [torch.conv2d(image[None], kernel, None, stride, 1) for image, kernel in zip(exact[0], scaled, strict=True)]
+    )
+    references = (expected, *torch.autograd.grad(expected, exact, above.double()))
+    for value, reference, like in zip((output, *grads), references, (input, input, weight, gain), strict=True):
+        assert value.is_contiguous(memory_format=layout) or value is grads[2]
+        # Weights, gains and results are rounded to the type, at random: some eps of it, beside sums in single precision.
+        error = (value.double() - reference).norm() / reference.norm()
+        assert error < torch.finfo(dtype).eps + 1e-5, like.shape
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])

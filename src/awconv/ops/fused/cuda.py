@@ -34,7 +34,7 @@ def obstacle(problem: Problem) -> str | None:
     if problem.dtype not in _DTYPES:
         return f"its kernels for GPUs take {', '.join(map(str, _DTYPES))}, not {problem.dtype}"
     block_channels = problem.group_in_channels // problem.attention_blocks[1]
-    group_out = problem.out_channels // problem.groups
+    group_out = problem.out_channels // problem.geometry.groups
     if problem.group_in_channels > 1 and min(block_channels, group_out) < tiles.LEAST:
         return (
             f"its kernels for GPUs take depthwise convolutions, and others with at least {tiles.LEAST} input "
@@ -304,9 +304,7 @@ def _grad_input_launches(
 def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
     grad = empty_like_image(tuple(input.shape), input)
     facts = (input.dtype, _precision(), is_channels_last(grad))
-    launches, whole = _grad_input_launches(
-        tuple(input.shape), tuple(weights.shape), gain.shape[2], geometry, facts
-    )
+    launches, whole = _grad_input_launches(tuple(input.shape), tuple(weights.shape), gain.shape[2], geometry, facts)
     if not whole:
         grad.zero_()
     unit = None

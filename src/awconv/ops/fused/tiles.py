@@ -43,10 +43,14 @@ def correlate(rows: int, inner: int, positions: int, bytes: int) -> Tile:
     """
     block_rows, block_inner = ceiling(rows, 128), ceiling(inner, 64)
     if bytes == 4:
-        sizes = dict(block_rows=min(block_rows, 64), block_pixels=ceiling(positions, 64), block_inner=min(block_inner, 32))
+        sizes = dict(
+            block_rows=min(block_rows, 64), block_pixels=ceiling(positions, 64), block_inner=min(block_inner, 32)
+        )
         return Tile("scaled_weights", sizes, 4, 3)
     if _filled(positions, ceiling(positions, 128)) < 0.75:
-        return Tile("scaled_sums", dict(block_rows=min(block_rows, 64), block_pixels=128, block_inner=block_inner), 4, 3)
+        return Tile(
+            "scaled_sums", dict(block_rows=min(block_rows, 64), block_pixels=128, block_inner=block_inner), 4, 3
+        )
     block_pixels = 256 if _filled(positions, 256) >= _filled(positions, 128) - 0.05 else 128
     warps = 8 if block_rows * block_pixels >= 128 * 128 else 4
     sizes = dict(block_rows=block_rows, block_pixels=ceiling(positions, block_pixels), block_inner=block_inner)

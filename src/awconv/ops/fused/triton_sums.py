@@ -116,7 +116,9 @@ def sum_products(
             at_x = seen_x[:, None] + from_x[None, :]
             seen = (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
             left = tl.load(
-                grad_output + sample * positions * out_channels + (position[None, :] * out_channels + out_channel[:, None]),
+                grad_output
+                + sample * positions * out_channels
+                + (position[None, :] * out_channels + out_channel[:, None]),
                 mask=row_exists[:, None] & exists[None, :],
                 other=0.0,
             )

@@ -1,0 +1,231 @@
+"""Times the tiles that the kernels for GPUs could take, where ``awconv/ops/fused/tiles.py`` says which they do.
+
+    python benchmarks/tiles.py --out tiles.json [--seconds 120] [--only fused,sums]
+
+For each 3x3 convolution of ResNet-50 at 224x224 (batch 256) and of ResNet-20 at 32x32 (batch 512), in bfloat16 with the
+channels last: microseconds of the output, the input's gradient, and the gradients of weight and attention, for every
+candidate, beside cuDNN's plain convolution. Candidates are compiled first, side by side in as many processes as there
+are cores. Results are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from awconv.ops.fused import cuda, tiles
+from awconv.ops.fused.tiles import Tile
+from awconv.ops.geometry import Geometry
+
+# batch, input channels, output channels, size, stride
+RESNET50 = [
+    (256, 64, 64, 56, 1),
+    (256, 128, 128, 56, 2),
+    (256, 128, 128, 28, 1),
+    (256, 256, 256, 28, 2),
+    (256, 256, 256, 14, 1),
+    (256, 512, 512, 14, 2),
+    (256, 512, 512, 7, 1),
+]
+RESNET20 = [(512, 16, 16, 32, 1), (512, 16, 32, 32, 2), (512, 32, 32, 16, 1), (512, 32, 64, 16, 2), (512, 64, 64, 8, 1)]
+WORK = ("output", "input", "sums")
+
+# kernel, block_rows, block_pixels, block_inner, warps, stages
+CORRELATE = [
+    ("scaled_weights", 128, 256, 64, 8, 3),
+    ("scaled_weights", 128, 128, 64, 8, 3),
+    ("scaled_weights", 128, 128, 64, 4, 3),
+    ("scaled_weights", 128, 64, 64, 4, 4),
+    ("scaled_weights", 64, 256, 64, 8, 3),
+    ("scaled_weights", 64, 256, 64, 4, 3),
+    ("scaled_weights", 64, 256, 32, 4, 4),
+    ("scaled_weights", 64, 128, 64, 4, 4),
+    ("scaled_weights", 64, 64, 64, 4, 4),
+    ("scaled_sums", 128, 128, 64, 8, 3),
+    ("scaled_sums", 64, 128, 64, 4, 3),
+    ("scaled_sums", 128, 64, 64, 4, 3),
+    ("scaled_sums", 64, 256, 64, 8, 3),
+    ("scaled_weights", 32, 256, 32, 4, 3),
+    ("scaled_weights", 32, 128, 32, 4, 3),
+    ("scaled_weights", 16, 256, 16, 4, 3),
+    ("scaled_weights", 16, 128, 16, 4, 4),
+    ("scaled_sums", 32, 128, 32, 4, 3),
+    ("scaled_sums", 16, 128, 16, 4, 3),
+    ("scaled_sums", 16, 256, 16, 4, 3),
+]
+# block_rows, block_columns, block_positions, warps, stages
+SUMS = [
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
+    (64, 128, 64, 4, 3),
+    (128, 64, 64, 4, 3),
+    (64, 128, 32, 4, 4),
+    (64, 256, 64, 8, 3),
+    (64, 64, 64, 4, 4),
+    (32, 128, 64, 4, 3),
+    (16, 128, 64, 4, 3),
+    (32, 64, 64, 4, 3),
+    (16, 64, 64, 4, 3),
+]
+
+
+def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
+    """The tiles that are no larger than a shape's channels."""
+    _, columns, rows, size, stride = shape
+    if work == "sums":
+        for block_rows, block_columns, block_positions, warps, stages in SUMS:
+            if block_rows <= tiles.ceiling(rows, 128) and block_rows * 4 >= min(rows, 128):
+                sizes = dict(block_rows=block_rows, block_columns=block_columns)
+                segment = min(tiles.ceiling(columns, 128), block_columns)
+                yield Tile(
+                    "sum_products", sizes | dict(block_segment=segment, block_positions=block_positions), warps, stages
+                )
+        return
+    made, summed = (rows, columns) if work == "output" else (columns, rows)
+    for kernel, block_rows, block_pixels, block_inner, warps, stages in CORRELATE:
+        if (
+            block_rows <= tiles.ceiling(made, 128)
+            and block_rows * 2 >= min(made, 128)
+            and block_inner <= max(summed, 16)
+        ):
+            if block_inner * 2 >= min(summed, 64) and block_pixels <= 2 * (size // stride) ** 2:
+                sizes = dict(block_rows=block_rows, block_pixels=block_pixels, block_inner=block_inner)
+                yield Tile(kernel, sizes, warps, stages)
+
+
+def forget() -> None:
+    for cached in (cuda._forward_launch, cuda._grad_input_launches, cuda._sums):
+        cached.cache_clear()
+
+
+class Work:
+    """One layer's tensors, and a call for each part of the work."""
+
+    def __init__(self, shape: tuple[int, ...], device: str, batch: int | None = None) -> None:
+        self.shape = shape
+        samples, columns, rows, size, stride = shape
+        samples = batch or samples
+        last = torch.channels_last
+        dtype = torch.bfloat16 if device == "cuda" else torch.float16  # which Triton's interpreter multiplies
+        make = torch.Generator(device).manual_seed(0)
+
+        def random(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=make, device=device).to(dtype).contiguous(memory_format=last)
+
+        self.input = random(samples, columns, size, size)
+        self.weight = random(rows, columns, 3, 3)
+        self.gain = random(samples, rows, 3, 3).unflatten(1, (rows, 1)).flatten(3)
+        self.above = random(samples, rows, size // stride, size // stride)
+        self.geometry = Geometry((stride, stride), ((1, 1), (1, 1)), (1, 1), 1)
+        self.arguments = (self.above, self.input, self.weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
+
+    def run(self, work: str, tile: Tile | None) -> None:
+        """Ours with some tile, or with the one that would be taken."""
+        name = "sum_products" if work == "sums" else "correlate"
+        with mock.patch.object(tiles, name, lambda *_: tile) if tile else contextlib.nullcontext():
+            if work == "output":
+                cuda.forward(self.input, self.weight, self.gain, self.geometry)
+            else:
+                needs = [work == "input", work == "sums", work == "sums"]
+                cuda.backward(self.above, self.input, self.weight, self.gain, self.geometry, needs)
+
+    def plain(self, work: str) -> None:
+        if work == "output":
+            torch.conv2d(self.input, self.weight, None, self.geometry.stride, 1)
+        else:
+            torch.ops.aten.convolution_backward(*self.arguments, [work == "input", work == "sums", False])
+
+
+def microseconds(call: Any, device: str, rounds: int = 10) -> float:
+    """The median of some calls, each timed by itself."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+    call()
+    torch.cuda._sleep(10**7)  # so that the calls wait for the GPU, not it for them
+    times = []
+    for _ in range(rounds):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        times.append((start, stop))
+    torch.cuda.synchronize()
+    return sorted(1e3 * start.elapsed_time(stop) for start, stop in times)[rounds // 2]
+
+
+def compile_share(share: tuple[int, int, list[tuple[int, ...]], str]) -> None:
+    """Runs every candidate once on two samples, which leaves its code in Triton's cache."""
+    index, shares, shapes, device = share
+    number = 0
+    for shape in shapes:
+        small = None
+        for work in WORK:
+            for tile in candidates(work, shape):
+                number += 1
+                if number % shares == index:
+                    small = small or Work(shape, device, batch=2)
+                    forget()
+                    try:
+                        small.run(work, tile)
+                    except Exception:  # said where it is timed
+                        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tiles.json"))
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--shapes", type=int, nargs="*", help="indices of the shapes, all if none is given")
+    options = parser.parse_args()
+    start = time.monotonic()
+    torch.backends.cudnn.benchmark = True
+    shapes = [*RESNET50, *RESNET20]
+    shapes = [shapes[index] for index in options.shapes] if options.shapes else shapes
+    if options.device == "cuda":
+        shares = [(index, options.processes, shapes, options.device) for index in range(options.processes)]
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            pool.map(compile_share, shares, chunksize=1)
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    results: list[dict[str, Any]] = []
+    for shape in shapes:
+        layer = Work(shape, options.device, batch=2 if options.device == "cpu" else None)
+        for work in WORK:
+            if time.monotonic() - start > options.seconds:
+                print("out of time")
+                return
+            plain = microseconds(lambda: layer.plain(work), options.device)
+            forget()
+            taken = microseconds(lambda: layer.run(work, None), options.device)
+            timed: list[tuple[float, str]] = []
+            for tile in candidates(work, shape):
+                name = " ".join(map(str, (tile.kernel, *tile.sizes.values(), tile.warps, tile.stages)))
+                forget()
+                try:
+                    timed.append((round(microseconds(lambda: layer.run(work, tile), options.device), 1), name))
+                except Exception as error:
+                    timed.append((float("inf"), f"{name}: {str(error)[:80]}"))
+            timed.sort()
+            results.append(dict(shape=shape, work=work, plain=plain, taken=taken, tiles=timed))
+            options.out.write_text(json.dumps(results, indent=1))
+            print(
+                shape, work, f"plain {plain:.0f}, taken {taken:.0f};", *(f"{t} {n};" for t, n in timed[:4]), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
