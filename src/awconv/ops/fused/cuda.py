@@ -64,7 +64,7 @@ def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> 
             (input.dtype, _precision(), is_channels_last(output)),
         )
         depthwise = weight.shape[1] == 1
-        launch.run(_last(input), _last(weight), gain, output, *(() if depthwise else (None,)), gain=gain)
+        launch.run(_last(input), _last(weight), _gains(gain), output, *(() if depthwise else (None,)))
     return output
 
 
@@ -82,16 +82,14 @@ def backward(
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((input, weight, gain), needs, strict=True)
         )
-    above, weights = _last(grad_output), _last(weight)
+    above, weights, gains = _last(grad_output), _last(weight), _gains(gain)
     grad_input = grad_weight = grad_gain = None
     if needs[0]:
-        grad_input = _grad_input(above, input, weights, gain, geometry)
+        grad_input = _grad_input(above, input, weights, gains, geometry)
     if needs[1] or needs[2]:
         products = _depthwise_products if weight.shape[1] == 1 else _products
-        grad_weight, grad_gain = products(above, _last(input), weights, gain, geometry, needs[1], needs[2])
-    if grad_weight is not None and grad_weight.stride() != weight.stride():
-        grad_weight = torch.empty_like(weight).copy_(grad_weight)
-    return grad_input, grad_weight, grad_gain
+        grad_weight, grad_gain = products(above, _last(input), weights, gains, geometry, needs[1], needs[2])
+    return grad_input, _laid_out(grad_weight, weight), _laid_out(grad_gain, gain)
 
 
 def _with_two_axes(geometry: Geometry) -> Geometry:
@@ -103,6 +101,18 @@ def _with_two_axes(geometry: Geometry) -> Geometry:
 def _last(image: Tensor) -> Tensor:
     """The tensor with its channels last, copied only if they are not."""
     return image.contiguous(memory_format=torch.channels_last)
+
+
+def _gains(gain: Tensor) -> Tensor:
+    """Shape (N, C2, blocks, taps) to (N, blocks, taps, C2), in single precision: narrower loads are not pipelined."""
+    return gain.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
+def _laid_out(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    """A gradient with the strides that ``torch.empty_like`` gives it."""
+    if grad is None or grad.stride() == like.stride():
+        return grad
+    return torch.empty_like(like).copy_(grad)
 
 
 def _precision() -> str:
@@ -154,7 +164,7 @@ def _input_phases(size: int, out_size: int, kernel: int, stride: int, before: in
 
 
 class _Launch(NamedTuple):
-    """All of a launch but its tensors and the strides of the gain."""
+    """All of a launch but its tensors."""
 
     module: str
     tile: tiles.Tile
@@ -162,29 +172,22 @@ class _Launch(NamedTuple):
     sizes: tuple[int, ...]
     constants: dict[str, Any]
 
-    def run(self, *tensors: Tensor | None, gain: Tensor | None = None, more: tuple[int, ...] = ()) -> None:
+    def run(self, *tensors: Tensor | None) -> None:
         first = tensors[0]
         assert first is not None
         kernel = getattr(_kernels(self.module), self.tile.kernel)
-        strides = () if gain is None else _gain_strides(gain)
-        options = self.tile.sizes
+        options = self.constants | self.tile.sizes
         if not first.is_cuda:  # Triton's interpreter
-            kernel[(self.programs,)](*tensors, *strides, *self.sizes, *more, **self.constants, **options)
+            kernel[(self.programs,)](*tensors, *self.sizes, **options)
             return
-        options = options | dict(num_warps=self.tile.warps, num_stages=self.tile.stages)
+        options |= dict(num_warps=self.tile.warps, num_stages=self.tile.stages)
         with torch.cuda.device(first.device):
-            kernel[(self.programs,)](*tensors, *strides, *self.sizes, *more, **self.constants, **options)
+            kernel[(self.programs,)](*tensors, *self.sizes, **options)
 
 
 @functools.cache
 def _kernels(module: str) -> Any:
     return importlib.import_module(f"awconv.ops.fused.{module}")  # Triton is imported by who runs it
-
-
-def _gain_strides(gain: Tensor) -> tuple[int, ...]:
-    """Along samples, blocks, taps and output channels, as the kernels take them."""
-    sample, channel, block, tap = gain.stride()
-    return sample, block, tap, channel
 
 
 def _correlate(
@@ -301,19 +304,19 @@ def _grad_input_launches(
     return launches, None not in phases_y and None not in phases_x
 
 
-def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
+def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, geometry: Geometry) -> Tensor:
     grad = empty_like_image(tuple(input.shape), input)
     facts = (input.dtype, _precision(), is_channels_last(grad))
-    launches, whole = _grad_input_launches(tuple(input.shape), tuple(weights.shape), gain.shape[2], geometry, facts)
+    launches, whole = _grad_input_launches(tuple(input.shape), tuple(weights.shape), gains.shape[1], geometry, facts)
     if not whole:
         grad.zero_()
     unit = None
     if input.dtype == torch.float16 and any(launch.tile.kernel == "scaled_sums" for launch in launches):
-        largest = gain.abs().nan_to_num(nan=0, posinf=0).amax().float()  # one sample's infinity is not another's
+        largest = gains.abs().nan_to_num(nan=0, posinf=0).amax()  # one sample's infinity is not another's
         unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest.clamp(min=1)).exponent)
     depthwise = weights.shape[1] == 1
     for launch in launches:
-        launch.run(above, weights, gain, grad, *(() if depthwise else (unit,)), gain=gain)
+        launch.run(above, weights, gains, grad, *(() if depthwise else (unit,)))
     return grad
 
 
@@ -376,37 +379,27 @@ def _divider(number: int) -> tuple[int, int]:
 
 
 def _products(
-    above: Tensor, input: Tensor, weights: Tensor, gain: Tensor, geometry: Geometry, for_weight: bool, for_gain: bool
+    above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, geometry: Geometry, for_weight: bool, for_gain: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the weight, with its channels last, and of the gain."""
     processors = _INTERPRETED
     if input.is_cuda:
         processors = torch.cuda.get_device_properties(input.device).multi_processor_count
-    sums = _sums(
-        tuple(input.shape),
-        tuple(weights.shape),
-        gain.shape[2],
-        geometry,
-        (input.dtype, _precision(), processors),
-        (for_weight, for_gain),
-    )
-    grad_gain = torch.empty_like(gain)
-    if grad_gain.stride() != gain.stride():  # expanded, or with gaps
-        gain = grad_gain.copy_(gain)
-        grad_gain = torch.empty_like(gain)
-    parts = grad_gain
-    if sums.parts > 1:
-        parts = gain.new_empty(sums.parts, gain.numel(), dtype=torch.float32)
-    pieces = gain.new_empty(sums.pieces if for_weight else 0, dtype=torch.float32)
-    sums.products.run(above, input, weights, gain, pieces, parts, gain=gain, more=(gain.numel(),))
+    facts = (input.dtype, _precision(), processors)
+    shapes = tuple(input.shape), tuple(weights.shape)
+    sums = _sums(*shapes, gains.shape[1], geometry, facts, (for_weight, for_gain))
+    dtype = input.dtype if sums.parts == 1 else torch.float32
+    grad_gains = gains.new_empty(sums.parts if for_gain else 0, *gains.shape, dtype=dtype)
+    pieces = gains.new_empty(sums.pieces if for_weight else 0)
+    sums.products.run(above, input, weights, gains, pieces, grad_gains)
     grad_weight = None
     if for_weight:
         grad_weight = torch.empty_like(weights)
         sums.add.run(pieces, grad_weight)
-    if for_gain and sums.parts > 1:
-        total = parts.sum(0)
-        grad_gain.copy_(total.as_strided(gain.shape, gain.stride()))
-    return grad_weight, grad_gain if for_gain else None
+    if not for_gain:
+        return grad_weight, None
+    grad_gain = grad_gains[0] if sums.parts == 1 else grad_gains.sum(0).to(input.dtype)
+    return grad_weight, grad_gain.permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=_PLANS)
@@ -424,17 +417,17 @@ def _depthwise_sums(input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
 
 
 def _depthwise_products(
-    above: Tensor, input: Tensor, weights: Tensor, gain: Tensor, geometry: Geometry, for_weight: bool, for_gain: bool
+    above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, geometry: Geometry, for_weight: bool, for_gain: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same where a group has one input channel."""
-    samples, channels, _, taps = gain.shape
-    sums = gain.new_empty(samples, taps, channels, dtype=torch.float32)
+    gains = gains.squeeze(1)
+    sums = torch.empty_like(gains)
     _depthwise_sums(tuple(input.shape), tuple(weights.shape), geometry).run(above, input, sums)
     grad_weight = grad_gain = None
     if for_weight:
-        scaled = (sums * gain.squeeze(2).transpose(1, 2)).sum(0)
-        grad_weight = torch.empty_like(weights).copy_(scaled.T.reshape(weights.shape))
+        summed = (sums * gains).sum(0).T.reshape(weights.shape)
+        grad_weight = torch.empty_like(weights).copy_(summed)
     if for_gain:
-        scaled = sums * weights.reshape(channels, taps).T
-        grad_gain = torch.empty_like(gain).copy_(scaled.transpose(1, 2).unsqueeze(2))
+        scaled = sums * weights.reshape(weights.shape[0], -1).T
+        grad_gain = scaled.to(weights.dtype).transpose(1, 2).unsqueeze(2)
     return grad_weight, grad_gain

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 _SIZES = [
-    *("gain_n", "gain_b", "gain_t", "gain_p", "samples", "height", "width"),
+    *("samples", "height", "width"),
     *("target_height", "target_width", "first_y", "first_x", "spread_y", "spread_x"),
     *("seen_height", "seen_width", "step_y", "step_x", "origin_y", "origin_x", "reach_y", "reach_x"),
     *("tap_y", "tap_x", "every_y", "every_x", "taps_y", "taps_x", "kernel_x"),
@@ -31,13 +31,9 @@ _SIZES = [
 def scaled_weights(
     source,  # (samples, seen_height, seen_width, groups * inner_blocks * inner)
     weight,  # (output channels, taps, input channels of a group)
-    gain,  # (samples, output channels, blocks, taps), of any strides
+    gain,  # (samples, blocks, taps, output channels), in single precision: narrower loads are not pipelined
     target,  # (samples, target_height, target_width, groups * row_blocks * rows)
     unit,  # None: for scaled_sums
-    gain_n,
-    gain_b,
-    gain_t,
-    gain_p,
     samples,
     height,  # positions along each axis: first + spread * position in target
     width,
@@ -101,11 +97,11 @@ def scaled_weights(
     if transposed:  # weight (k, tap, row): the columns of a block, of the output channels of a group
         columns: tl.constexpr = row_blocks * rows
         weight += group * inner * (kernel_taps * columns) + row_block * rows
-        gain += sample * gain_n + row_block * gain_b + group * inner * gain_p
+        gain += (sample * row_blocks + row_block) * (kernel_taps * groups * inner) + group * inner
     else:
         columns: tl.constexpr = inner_blocks * inner
         weight += group * rows * (kernel_taps * columns)
-        gain += sample * gain_n + group * rows * gain_p
+        gain += sample * (inner_blocks * kernel_taps * groups * rows) + group * rows
 
     steps: tl.constexpr = (inner + block_inner - 1) // block_inner
     total = tl.full((block_rows, block_pixels), 0, tl.float32)
@@ -122,10 +118,10 @@ def scaled_weights(
         shift = (index_y * reach_y * seen_width + index_x * reach_x) * source_channels + block * inner
         if transposed:
             weights = channel[None, :] * (kernel_taps * columns) + row[:, None]
-            gains = gain + tap * gain_t + channel * gain_p
+            gains = gain + tap * (groups * inner) + channel
         else:
             weights = row[:, None] * (kernel_taps * columns) + block * inner + channel[None, :]
-            gains = gain + tap * gain_t + block * gain_b + row * gain_p
+            gains = gain + (block * kernel_taps + tap) * (groups * rows) + row
         weights += tap * columns
         pixels = shift + pixel[None, :] + channel[:, None]
         if inner % block_inner == 0:
@@ -138,9 +134,17 @@ def scaled_weights(
             right = tl.load(source + pixels, mask=seen[None, :] & (channel < inner)[:, None], other=0.0)
             left = tl.load(weight + weights, mask=row_exists[:, None] & (channel < inner)[None, :], other=0.0)
         if transposed:
-            left = left * tl.load(gains, mask=channel < inner, other=0.0)[None, :]
+            if inner % block_inner == 0:
+                scale = tl.load(gains)
+            else:
+                scale = tl.load(gains, mask=channel < inner, other=0.0)
+            left = left * scale.to(left.dtype)[None, :]
         else:
-            left = left * tl.load(gains, mask=row_exists, other=0.0)[:, None]
+            if rows % block_rows == 0:
+                scale = tl.load(gains)
+            else:
+                scale = tl.load(gains, mask=row_exists, other=0.0)
+            left = left * scale.to(left.dtype)[:, None]
         total = tl.dot(left, right, total, input_precision=precision)
         part += 1
         index_x += (part == inner_blocks * steps).to(tl.int32)
@@ -169,10 +173,6 @@ def scaled_sums(
     gain,
     target,
     unit,  # one number, a power of two, or None
-    gain_n,
-    gain_b,
-    gain_t,
-    gain_p,
     samples,
     height,
     width,
@@ -237,15 +237,14 @@ def scaled_sums(
     source_channels: tl.constexpr = groups * inner_blocks * inner
     source += group * (inner_blocks * inner)
     pixel = (sample * seen_height * seen_width + seen_y * seen_width + seen_x) * source_channels
-    gains = gain + sample * gain_n
     if transposed:
         columns: tl.constexpr = row_blocks * rows
         weight += group * inner * (kernel_taps * columns) + row_block * rows
-        gains += row_block * gain_b + group * inner * gain_p
+        gains = gain + (sample * row_blocks + row_block) * (kernel_taps * groups * inner) + group * inner
     else:
         columns: tl.constexpr = inner_blocks * inner
         weight += group * rows * (kernel_taps * columns)
-        gains += group * rows * gain_p
+        gains = gain + sample * (inner_blocks * kernel_taps * groups * rows) + group * rows
 
     steps: tl.constexpr = (inner + block_inner - 1) // block_inner
     total = tl.full((block_pixels, block_rows), 0, tl.float32)
@@ -278,7 +277,7 @@ def scaled_sums(
             right = tl.load(weight + weights, mask=row_exists[None, :] & (channel < inner)[:, None], other=0.0)
         if transposed:
             here = exists[:, None] & (channel < inner)[None, :]
-            scale = tl.load(gains[:, None] + (tap * gain_t + channel * gain_p)[None, :], mask=here, other=0.0)
+            scale = tl.load(gains[:, None] + (tap * (groups * inner) + channel)[None, :], mask=here, other=0.0)
             scale = scale.to(tl.float32)
             if unit is not None:
                 scale = scale * tl.load(unit)
@@ -288,7 +287,7 @@ def scaled_sums(
             partial = tl.dot(left, right, partial, input_precision=precision)
             if part % steps == steps - 1:
                 here = exists[:, None] & row_exists[None, :]
-                scaled = gains[:, None] + (tap * gain_t + block * gain_b + row * gain_p)[None, :]
+                scaled = gains[:, None] + ((block * kernel_taps + tap) * (groups * rows) + row)[None, :]
                 total += partial * tl.load(scaled, mask=here, other=0.0).to(tl.float32)
                 partial = tl.full((block_pixels, block_rows), 0, tl.float32)
         part += 1

@@ -14,12 +14,8 @@ from awconv.ops.fused.triton_correlate import _SIZES
 def depthwise_correlate(
     source,  # (samples, seen_height, seen_width, input channels; output channels if transposed)
     weight,  # (output channels, taps)
-    gain,  # (samples, output channels, 1, taps), of any strides
+    gain,  # (samples, 1, taps, output channels)
     target,  # (samples, target_height, target_width, channels)
-    gain_n,
-    gain_b,
-    gain_t,
-    gain_p,
     samples,
     height,
     width,
@@ -70,6 +66,7 @@ def depthwise_correlate(
     source_channels: tl.constexpr = channels * multiplier if transposed else channels // multiplier
     source += sample * seen_height * seen_width * source_channels
     pixel = (seen_y * seen_width + seen_x) * source_channels
+    out_channels: tl.constexpr = channels * terms
     total = tl.full((block_pixels, block_channels), 0, tl.float32)
     for step in range(taps_y * taps_x * terms):
         index_y = step // terms // taps_x
@@ -89,7 +86,7 @@ def depthwise_correlate(
             source + pixels[:, None] + source_channel[None, :], mask=seen[:, None] & channel_exists[None, :], other=0.0
         )
         factor = tl.load(weight + out_channel * kernel_taps + tap, mask=channel_exists, other=0.0)
-        gains = gain + sample * gain_n + tap * gain_t + out_channel * gain_p
+        gains = gain + (sample * kernel_taps + tap) * out_channels + out_channel
         scale = tl.load(gains, mask=channel_exists, other=0.0)
         total += value.to(tl.float32) * (scale.to(tl.float32) * factor.to(tl.float32))[None, :]
     target += sample * target_height * target_width * channels

@@ -19,10 +19,16 @@ import triton
 import triton.language as tl
 
 _SIZES = [
-    *("gain_n", "gain_b", "gain_t", "gain_p", "samples", "height", "width", "multiplier", "shift", "programs"),
+    *("samples", "height", "width", "multiplier", "shift", "programs"),
     *("seen_height", "seen_width", "step_y", "step_x", "origin_y", "origin_x", "reach_y", "reach_x"),
-    *("taps_x", "part_of_gain"),
+    "taps_x",
 ]
+
+
+@triton.jit
+def _gain_offset(segment, parts: tl.constexpr, blocks: tl.constexpr, taps: tl.constexpr, out_channels: tl.constexpr):
+    """Where the gain of a segment lies in that of a sample."""
+    return (segment // parts % blocks * taps + segment // (parts * blocks)) * out_channels
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -30,13 +36,9 @@ def sum_products(
     grad_output,  # (samples, height, width, groups * rows)
     input,  # (samples, seen_height, seen_width, groups * blocks * columns)
     weight,  # (groups * rows, taps, blocks * columns)
-    gain,  # (samples, groups * rows, blocks, taps), of any strides
+    gain,  # (samples, blocks, taps, groups * rows) in single precision
     pieces,  # (programs + tiles, block_rows, block_columns) in single precision
-    grad_gain,  # (tiles of a segment's columns, ...), each with the strides of gain
-    gain_n,
-    gain_b,
-    gain_t,
-    gain_p,
+    grad_gain,  # (tiles of a segment's columns, samples, blocks, taps, groups * rows)
     samples,
     height,
     width,
@@ -52,7 +54,6 @@ def sum_products(
     reach_y,
     reach_x,
     taps_x,
-    part_of_gain,  # elements of one of the parts of grad_gain
     rows: tl.constexpr,
     columns: tl.constexpr,
     blocks: tl.constexpr,
@@ -74,6 +75,7 @@ def sum_products(
     tiles: tl.constexpr = groups * row_tiles * column_tiles
     out_channels: tl.constexpr = groups * rows
     in_channels: tl.constexpr = groups * blocks * columns
+    is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
     positions = height * width
     item = tl.program_id(0).to(tl.int64) * (samples * tiles) // programs
     last = (tl.program_id(0) + 1).to(tl.int64) * (samples * tiles) // programs
@@ -86,7 +88,8 @@ def sum_products(
         row_exists = row < rows
         out_channel = group * rows + row
         local = tl.arange(0, block_columns)
-        segment = tile % column_tiles * wide + local // block_segment
+        first_segment = tile % column_tiles * wide
+        segment = first_segment + local // block_segment
         column = segment % parts * block_segment + local % block_segment
         block = segment // parts % blocks
         tap = segment // (parts * blocks)
@@ -100,12 +103,16 @@ def sum_products(
         if needs_gain:
             weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
             factor = tl.load(weight + weights, mask=here, other=0.0)
+            if is_half:  # a product with one leaves it in the layout of products, where it is met
+                one = (tl.arange(0, block_columns)[:, None] == local[None, :]).to(factor.dtype)
+                factor = tl.dot(factor, one).to(factor.dtype)
 
         total = tl.full((block_rows, block_columns), 0, tl.float32)
         partial = tl.full((block_rows, block_columns), 0, tl.float32)
         sample = first.to(tl.int64)
         start = 0
         for _ in range(count * tl.cdiv(positions, block_positions)):
+            gains = sample * (blocks * taps * out_channels) + out_channel
             position = start + tl.arange(0, block_positions)
             exists = position < positions
             y = (tl.umulhi((2 * position).to(tl.uint32), multiplier.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
@@ -130,22 +137,22 @@ def sum_products(
                 mask=seen & exists[:, None] & column_exists[None, :],
                 other=0.0,
             )
+            if needs_weight and wide == 1:  # ahead of its use, beside the product
+                real = row_exists & (first_segment < taps * blocks * parts)
+                at = gains + _gain_offset(first_segment, parts, blocks, taps, out_channels)
+                scale = tl.load(gain + at, mask=real, other=0.0)[:, None]
             partial = tl.dot(left, right, partial, input_precision=precision)
             ends = start + block_positions >= positions
             if ends:
-                gains = gain + sample * gain_n + out_channel * gain_p
-                grads = grad_gain + sample * gain_n + out_channel * gain_p
                 if needs_gain:
                     products = partial * factor.to(tl.float32)
                 for index in tl.static_range(wide):
-                    one = tile % column_tiles * wide + index
-                    at = one // parts % blocks * gain_b + one // (parts * blocks) * gain_t
-                    real = row_exists & (one < taps * blocks * parts)
-                    if wide > 1:
-                        chosen = (local // block_segment == index)[None, :]
+                    chosen = (local // block_segment == index)[None, :]
+                    at = gains + _gain_offset(first_segment + index, parts, blocks, taps, out_channels)
+                    real = row_exists & (first_segment + index < taps * blocks * parts)
                     if needs_weight:
-                        scale = tl.load(gains + at, mask=real, other=0.0).to(tl.float32)[:, None]
                         if wide > 1:
+                            scale = tl.load(gain + at, mask=real, other=0.0)[:, None]
                             total += tl.where(chosen, partial * scale, 0.0)
                         else:
                             total += partial * scale
@@ -154,8 +161,8 @@ def sum_products(
                             sums = tl.sum(tl.where(chosen, products, 0.0), 1)
                         else:
                             sums = tl.sum(products, 1)
-                        at += (one % parts).to(tl.int64) * part_of_gain
-                        tl.store(grads + at, sums.to(grad_gain.dtype.element_ty), mask=real)
+                        part = ((first_segment + index) % parts).to(tl.int64) * samples * (blocks * taps * out_channels)
+                        tl.store(grad_gain + part + at, sums.to(grad_gain.dtype.element_ty), mask=real)
                 partial = tl.full((block_rows, block_columns), 0, tl.float32)
             start = tl.where(ends, 0, start + block_positions)
             sample += ends.to(tl.int64)
