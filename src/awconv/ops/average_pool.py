@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.build import library
-from awconv.ops.gpu import empty_like_image, is_channels_last, power_of_two, triton_obstacle
+from awconv.ops.gpu import divider, empty_like_image, is_channels_last, power_of_two, triton_obstacle
 from awconv.ops.problem import product
 from awconv.ops.tracing import compiling, exporting, in_forward_mode, jit_tracing, transforming
 
@@ -126,41 +128,59 @@ for _name, _run, _run_on_gpu, _reverse in (
     )
 
 
-def _launch(
-    kernel: str, source: Tensor, target: Tensor, size: Sequence[int], bins: Sequence[int], **constants: bool
-) -> None:
+def _launch(kernel: str, source: Tensor, target: Tensor, size: Sequence[int], bins: Sequence[int], **how: bool) -> None:
     """Runs a Triton kernel; one axis is the second of two."""
     from awconv.ops import triton_average_pool
 
     if target.numel() == 0:
         return
     if len(size) == 1:
-        source, target, size, bins = source.unsqueeze(2), target.unsqueeze(2), (1, *size), (1, *bins)
+        source, target = source.unsqueeze(2), target.unsqueeze(2)
     if not source.is_contiguous(memory_format=torch.channels_last):
         source = source.contiguous()
     image = target if kernel == "spread" else source
     samples, channels = image.shape[:2]
-    channels_last = is_channels_last(image)
-    covered = [-(-extent // count) + 1 for extent, count in zip(size, bins, strict=True)]  # positions of a bin, at most
-    positions = product(covered if kernel == "pool" else size)
-    block_channels = power_of_two(channels, 64 if channels_last else 8)
-    block_positions = power_of_two(positions, _TILE // block_channels)
-    tiles = -(-channels // block_channels)
-    programs = samples * tiles * (product(bins) if kernel == "pool" else -(-positions // block_positions))
+    plan = _plan(kernel, samples, channels, _two(size), _two(bins), is_channels_last(image))
     with torch.cuda.device(image.device) if image.is_cuda else nullcontext():
-        getattr(triton_average_pool, kernel)[(programs,)](
-            source,
-            target,
-            *source.stride(),
-            *target.stride(),
-            channels,
-            *size,
-            *bins,
-            **constants,
-            channels_last=channels_last,
-            block_channels=block_channels,
-            block_positions=block_positions,
-        )
+        run = getattr(triton_average_pool, kernel)[(plan.programs,)]
+        run(source, target, *source.stride(), *target.stride(), *plan.sizes, **how, **plan.constants)
+
+
+def _two(sizes: Sequence[int]) -> tuple[int, ...]:
+    return (1,) * (2 - len(sizes)) + tuple(sizes)
+
+
+class _Plan(NamedTuple):
+    programs: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    kernel: str, samples: int, channels: int, size: tuple[int, ...], bins: tuple[int, ...], channels_last: bool
+) -> _Plan:
+    """How a kernel is launched."""
+    block_channels = power_of_two(channels, 64 if channels_last else 8)
+    tiles = samples * -(-channels // block_channels)
+    constants: dict[str, Any] = dict(channels_last=channels_last, block_channels=block_channels)
+    sizes = (channels, *size, *bins)
+    most = _TILE // block_channels
+    if kernel == "pool":
+        rows, columns = (_most_covered(extent, count) for extent, count in zip(size, bins, strict=True))
+        block_x = power_of_two(columns, most)
+        constants |= dict(block_x=block_x, block_y=power_of_two(rows, most // block_x))
+        return _Plan(tiles * product(bins), sizes, constants)
+    cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
+    block_positions = power_of_two(product(size), most)
+    constants |= dict(cover_y=cover_y, cover_x=cover_x, block_positions=block_positions)
+    dividers = itertools.chain(*(divider(number) for number in (*size, *bins)))
+    return _Plan(tiles * -(-product(size) // block_positions), (*sizes, *dividers), constants)
+
+
+def _most_covered(size: int, bins: int) -> int:
+    """Positions that a bin covers at most; with size and bins exchanged, bins that cover a position."""
+    return max(-(-(index + 1) * size // bins) - index * size // bins for index in range(bins))
 
 
 def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: Sequence[int]) -> Tensor:

@@ -32,3 +32,10 @@ def empty_like_image(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def power_of_two(size: int, most: int, least: int = 1) -> int:
     """The power of two that holds a number of channels or positions, within what a tile may have."""
     return min(max(1 << (size - 1).bit_length(), least), most)
+
+
+def divider(divisor: int) -> tuple[int, int]:
+    """Multiplier (in 32 bits, signed) and shift by which kernels divide: see ``divide`` in ``triton_arithmetic.py``."""
+    shift = (divisor - 1).bit_length()
+    multiplier = -(-(2 ** (31 + shift)) // divisor)
+    return multiplier - 2**32 if multiplier >= 2**31 else multiplier, shift

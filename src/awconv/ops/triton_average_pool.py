@@ -2,8 +2,8 @@
 """Adaptive average pooling over two axes and its gradient, in Triton; ``average_pool.py`` launches.
 
 Bin i of an axis covers the positions from i * size // bins to (i + 1) * size / bins, rounded up. Sums are kept in single
-precision at least, in an order that only sizes decide, and rounded once. Images may have any strides; ``channels_last``
-says which axis lies side by side.
+precision at least, in an order that only sizes decide, and rounded once. Images may have any strides, by which a sample
+stays within 32 bits; ``channels_last`` says which axis lies side by side.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SIZES = ["height", "width", "bins_y", "bins_x", "channels"]
+from awconv.ops.triton_arithmetic import divide
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["channels", "height", "width", "bins_y", "bins_x"])
 def pool(
     input,  # (samples, channels, height, width)
     target,  # (samples, channels, bins_y, bins_x)
@@ -33,7 +33,8 @@ def pool(
     bins_x,
     channels_last: tl.constexpr,
     block_channels: tl.constexpr,
-    block_positions: tl.constexpr,
+    block_y: tl.constexpr,
+    block_x: tl.constexpr,
 ):
     """The mean of one bin of one sample, for some channels."""
     dtype: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
@@ -48,28 +49,35 @@ def pool(
     rows = ((bin_y + 1) * height + bins_y - 1) // bins_y - first_y
     columns = ((bin_x + 1) * width + bins_x - 1) // bins_x - first_x
     channel_exists = channel < channels
-    input += sample * input_n + first_y.to(tl.int64) * input_y + first_x * input_x
+    input += sample * input_n + first_y * input_y + first_x * input_x
+    y = tl.arange(0, block_y * block_x) // block_x
+    x = tl.arange(0, block_y * block_x) % block_x
     if channels_last:
-        total = tl.full((block_positions, block_channels), 0, dtype)
+        total = tl.full((block_y * block_x, block_channels), 0, dtype)
+        offsets = (y * input_y + x * input_x)[:, None] + (channel * input_c)[None, :]
     else:
-        total = tl.full((block_channels, block_positions), 0, dtype)
-    for start in range(0, rows * columns, block_positions):
-        position = start + tl.arange(0, block_positions)
-        exists = position < rows * columns
-        at = (position // columns).to(tl.int64) * input_y + position % columns * input_x
-        if channels_last:
-            offsets = at[:, None] + channel.to(tl.int64)[None, :] * input_c
-            mask = exists[:, None] & channel_exists[None, :]
-        else:
-            offsets = at[None, :] + channel.to(tl.int64)[:, None] * input_c
-            mask = exists[None, :] & channel_exists[:, None]
-        total += tl.load(input + offsets, mask=mask, other=0.0).to(dtype)
+        total = tl.full((block_channels, block_y * block_x), 0, dtype)
+        offsets = (y * input_y + x * input_x)[None, :] + (channel * input_c)[:, None]
+    for start_y in range(0, rows, block_y):
+        for start_x in range(0, columns, block_x):
+            exists = (start_y + y < rows) & (start_x + x < columns)
+            if channels_last:
+                mask = exists[:, None] & channel_exists[None, :]
+            else:
+                mask = exists[None, :] & channel_exists[:, None]
+            start = start_y * input_y + start_x * input_x
+            total += tl.load(input + start + offsets, mask=mask, other=0.0).to(dtype)
     mean = tl.sum(total, 0 if channels_last else 1) / (rows * columns).to(dtype)
     target += sample * target_n + bin_y * target_y + bin_x * target_x
-    tl.store(target + channel.to(tl.int64) * target_c, mean.to(target.dtype.element_ty), mask=channel_exists)
+    tl.store(target + channel * target_c, mean.to(target.dtype.element_ty), mask=channel_exists)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(
+    do_not_specialize=[
+        *("channels", "height", "width", "bins_y", "bins_x", "by_height", "by_height_shift", "by_width"),
+        *("by_width_shift", "by_bins_y", "by_bins_y_shift", "by_bins_x", "by_bins_x_shift"),
+    ]
+)
 def spread(
     grad,  # (samples, channels, bins_y, bins_x), of what pool made
     target,  # (samples, channels, height, width): the gradient of its input
@@ -86,7 +94,17 @@ def spread(
     width,
     bins_y,
     bins_x,
+    by_height,
+    by_height_shift,
+    by_width,
+    by_width_shift,
+    by_bins_y,
+    by_bins_y_shift,
+    by_bins_x,
+    by_bins_x_shift,
     added: tl.constexpr,  # to what is in target
+    cover_y: tl.constexpr,  # bins that cover a position, at most
+    cover_x: tl.constexpr,
     channels_last: tl.constexpr,
     block_channels: tl.constexpr,
     block_positions: tl.constexpr,
@@ -100,14 +118,13 @@ def spread(
     position = tl.program_id(0) % position_tiles * block_positions + tl.arange(0, block_positions)
     channel_exists = channel < channels
     exists = position < height * width
-    y = position // width
-    x = position % width
-    at = y.to(tl.int64) * target_y + x * target_x
+    y = divide(position, by_width, by_width_shift)
+    x = position - y * width
     if channels_last:
-        offsets = at[:, None] + channel.to(tl.int64)[None, :] * target_c
+        offsets = (y * target_y + x * target_x)[:, None] + (channel * target_c)[None, :]
         mask = exists[:, None] & channel_exists[None, :]
     else:
-        offsets = at[None, :] + channel.to(tl.int64)[:, None] * target_c
+        offsets = (y * target_y + x * target_x)[None, :] + (channel * target_c)[:, None]
         mask = exists[None, :] & channel_exists[:, None]
     target += sample * target_n + offsets
     if added:
@@ -116,19 +133,25 @@ def spread(
         total = tl.full((block_positions, block_channels), 0, dtype)
     else:
         total = tl.full((block_channels, block_positions), 0, dtype)
-    grad += sample * grad_n + channel.to(tl.int64) * grad_c
-    for bin in range(bins_y * bins_x):
-        bin_y = bin // bins_x
-        bin_x = bin % bins_x
-        first_y = bin_y * height // bins_y
-        first_x = bin_x * width // bins_x
-        last_y = ((bin_y + 1) * height + bins_y - 1) // bins_y
-        last_x = ((bin_x + 1) * width + bins_x - 1) // bins_x
-        value = tl.load(grad + bin_y * grad_y + bin_x * grad_x, mask=channel_exists, other=0.0).to(dtype)
-        value = value / ((last_y - first_y) * (last_x - first_x)).to(dtype)
-        covers = (y >= first_y) & (y < last_y) & (x >= first_x) & (x < last_x)
+    grad += sample * grad_n
+    lowest_y = divide(y * bins_y, by_height, by_height_shift)  # the first bin that covers a position
+    lowest_x = divide(x * bins_x, by_width, by_width_shift)
+    for cover in tl.static_range(cover_y * cover_x):
+        bin_y = lowest_y + cover // cover_x
+        bin_x = lowest_x + cover % cover_x
+        first_y = divide(bin_y * height, by_bins_y, by_bins_y_shift)
+        first_x = divide(bin_x * width, by_bins_x, by_bins_x_shift)
+        rows = divide((bin_y + 1) * height + bins_y - 1, by_bins_y, by_bins_y_shift) - first_y
+        columns = divide((bin_x + 1) * width + bins_x - 1, by_bins_x, by_bins_x_shift) - first_x
+        covered = exists & (bin_y < bins_y) & (bin_x < bins_x) & (first_y <= y) & (first_x <= x)
+        share = 1 / (rows * columns).to(dtype)
+        at = bin_y * grad_y + bin_x * grad_x
         if channels_last:
-            total += tl.where(covers[:, None], value[None, :], 0.0)
+            here = covered[:, None] & channel_exists[None, :]
+            value = tl.load(grad + at[:, None] + (channel * grad_c)[None, :], mask=here, other=0.0)
+            total += value.to(dtype) * share[:, None]
         else:
-            total += tl.where(covers[None, :], value[:, None], 0.0)
+            here = covered[None, :] & channel_exists[:, None]
+            value = tl.load(grad + at[None, :] + (channel * grad_c)[:, None], mask=here, other=0.0)
+            total += value.to(dtype) * share[None, :]
     tl.store(target, total.to(target.dtype.element_ty), mask=mask)

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.fused import tiles
 from awconv.ops.geometry import Geometry
-from awconv.ops.gpu import empty_like_image, is_channels_last, triton_obstacle
+from awconv.ops.gpu import divider, empty_like_image, is_channels_last, triton_obstacle
 from awconv.ops.problem import Problem
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -352,7 +352,7 @@ def _sums(
     constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], precision=precision)
     (height, width), (seen_y, seen_x) = zip(*((axis.positions, axis.seen) for axis in axes), strict=True)
     steps = itertools.chain(*zip(*((axis.step, axis.origin, axis.reach) for axis in axes), strict=True))
-    sizes = (samples, height, width, *_divider(width), programs, seen_y, seen_x, *steps, kernel[1])
+    sizes = (samples, height, width, *divider(width), programs, seen_y, seen_x, *steps, kernel[1])
     added = min(tile.sizes["block_rows"], tiles.LEAST)
     added_sizes = {name: size for name, size in tile.sizes.items() if name != "block_positions"}
     add = tiles.Tile("add_pieces", added_sizes | dict(block_added=added), 4, 1)
@@ -368,14 +368,6 @@ def _sums(
         (programs + count, tile.sizes["block_rows"], tile.sizes["block_columns"]),
         parts,
     )
-
-
-def _divider(number: int) -> tuple[int, int]:
-    """What a kernel divides numbers below 2**31 by a constant with: ``high(2 * n * multiplier) >> shift``, where high is
-    the upper half of 64 bits; the multiplier as a signed number."""
-    shift = (number - 1).bit_length()
-    multiplier = -(-(2 ** (31 + shift)) // number)
-    return multiplier - 2**32 if multiplier >= 2**31 else multiplier, shift
 
 
 def _products(

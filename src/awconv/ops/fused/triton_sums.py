@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from awconv.ops.triton_arithmetic import divide
+
 _SIZES = [
     *("samples", "height", "width", "multiplier", "shift", "programs"),
     *("seen_height", "seen_width", "step_y", "step_x", "origin_y", "origin_x", "reach_y", "reach_x"),
@@ -42,7 +44,7 @@ def sum_products(
     samples,
     height,
     width,
-    multiplier,  # position // width is the high half of (2 * position) * multiplier, shifted
+    multiplier,  # what divides by width
     shift,
     programs,
     seen_height,
@@ -115,7 +117,7 @@ def sum_products(
             gains = sample * (blocks * taps * out_channels) + out_channel
             position = start + tl.arange(0, block_positions)
             exists = position < positions
-            y = (tl.umulhi((2 * position).to(tl.uint32), multiplier.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+            y = divide(position, multiplier, shift)
             x = position - y * width
             seen_y = y * step_y
             seen_x = x * step_x
