@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awconv.ops import aw_conv2d, build
+from awconv.ops import aw_conv2d, build, functional
 from tests.ops.conftest import INSTRUCTIONS
 from tests.ops.problems import TYPICAL, Case
 
@@ -82,7 +82,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 def _without_compiler(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("awconv.ops.functional._PLANS", {})
+    monkeypatch.setattr(functional, "_remembered_plan", functional._remembered_plan.__wrapped__)
     build.library.cache_clear()
 
 

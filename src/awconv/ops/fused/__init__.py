@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awconv.ops import tracing
 from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.fused import cpu, cuda
 from awconv.ops.geometry import Geometry
@@ -39,7 +40,7 @@ def _fused(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -
     for axis, rate in enumerate(problem.rates, start=1):
         if rate > 1 and axis != 2:
             gain = gain.repeat_interleave(rate, dim=axis)
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    transformed = tracing.compiling() or tracing.transforming()
     run = _Fused.apply if transformed else torch.ops.awconv.fused
     output: Tensor = run(input, weight, gain.flatten(3), *problem.geometry.arguments())
     return output

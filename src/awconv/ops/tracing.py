@@ -1,0 +1,48 @@
+"""What goes on around a call: compilation, export, transforms, autocast. Asked here, and nowhere else in the package's
+operators, since every question is put to PyTorch in another way."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def compiling() -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` is tracing: sizes may be symbols."""
+    return torch.compiler.is_compiling()
+
+
+def compiling_bytecode() -> bool:
+    """Whether Dynamo is reading the code instead of Python: it keeps no cache and writes no log."""
+    return torch.compiler.is_dynamo_compiling()
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` is tracing: other runtimes will run the graph."""
+    return torch.compiler.is_exporting()
+
+
+def jit_tracing() -> bool:
+    """Whether ``torch.jit.trace`` is recording: sizes of the example become constants."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined,no-any-return]
+
+
+def transforming() -> bool:
+    """Whether ``torch.func`` is at work (``vmap``, ``grad``, ``jvp``, ...). Not to be asked while compiling."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are being taken in forward mode. Compiled code has none."""
+    return not compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for a type of device (which is_autocast_available asks, and torch 2.9 cannot compile)."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Keeps what is computed inside from being cast."""
+    return torch.autocast(device, enabled=False) if autocasting(device) else nullcontext()
