@@ -46,19 +46,14 @@ def _aw_conv(
     return output
 
 
-def _plan(
-    algorithm: str, dims: int, input: Any, weight: Any, attention: Any, bias: Any, *arguments: Any
-) -> tuple[Problem, Algorithm]:
+def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
     """The checked problem and the algorithm chosen for it."""
-    facts = _facts(input), _facts(weight), _facts(attention), _facts(bias)
     if not tracing.compiling():
         try:
-            return _remembered_plan(tracing.in_forward_mode(), algorithm, dims, *facts, *arguments)
-        except (
-            TypeError
-        ):  # of lists and of sizes that are symbols, which have no hash; or of a check, which comes again
-            pass
-    return _new_plan(algorithm, dims, *facts, *arguments)
+            return _remembered_plan(tracing.in_forward_mode(), algorithm, dims, *map(_facts, arguments))
+        except TypeError:
+            pass  # lists and sizes that are symbols have no hash; that of a check comes again
+    return _new_plan(algorithm, dims, *arguments)
 
 
 def _new_plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
