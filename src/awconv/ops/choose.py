@@ -50,20 +50,20 @@ _asked_in_thread = _OfThread()
 
 @contextmanager
 def use_algorithm(algorithm: str | None) -> Iterator[None]:
-    """Holds every AW-convolution inside the block that leaves the choice open (``algorithm="auto"``) to one algorithm.
+    """Holds every AW-convolution inside that leaves the choice open (``algorithm="auto"``) to one algorithm.
 
     To compare algorithms over a whole network, or to pin one down:
 
         with awconv.use_algorithm("per_tap"):
             output = network(images)
 
-    It holds for the thread or the task that entered the block, and for what these call. Threads that they start, as
-    ``nn.DataParallel`` does, choose for themselves. A backward runs the algorithm of its forward, whatever thread of
-    autograd it runs in; a forward that activation checkpointing repeats is a new one, and on a GPU it is repeated in
-    a thread of autograd, which does not see the block: give such layers ``algorithm=`` itself.
+    It holds for the thread or the task that asked, and for what these call. Threads that they start, as
+    ``nn.DataParallel`` does for its replicas, choose for themselves. A backward belongs to the algorithm of its
+    forward, in whichever of autograd's threads it runs. Not so the forward that activation checkpointing repeats: on a
+    GPU a thread of autograd repeats it, which sees no choice of another; give ``algorithm=`` itself there.
 
-    A function made by ``torch.compile`` is traced anew for each algorithm that it is called with, the block being
-    around the call. It follows the thread and not the task. An exported program keeps what it was exported with.
+    A function made by ``torch.compile`` is traced once for each algorithm that is asked for around its calls. It
+    follows the thread and not the task. An exported program keeps what it was exported with.
 
     Args:
         algorithm: a name that ``algorithm=`` of :func:`aw_conv2d` takes. None or ``"auto"`` gives the choice back.

@@ -103,7 +103,7 @@ class Problem:
 
     @property
     def padded_elements(self) -> int:
-        """Elements of the input of one sample with as much of its padding as the kernel reaches."""
+        """Elements of the input of one sample with as much of its padding as the kernel sees."""
         return self.in_channels * product(self.geometry.seen_size(self.out_size, self.kernel))
 
     @property
