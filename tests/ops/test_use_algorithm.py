@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import awconv
 from awconv.ops import functional
+from awconv.ops.algorithm import Algorithm
 from awconv.ops.choose import ALGORITHMS, choose
 from awconv.ops.problem import Problem, describe
 from tests.ops.problems import TYPICAL
@@ -196,6 +197,25 @@ def test_an_exported_program_keeps_what_it_was_exported_with() -> None:
         with awconv.use_algorithm("fused"):
             program = torch.export.export(Layer(), TENSORS, strict=strict)
         assert "awconv.fused.default" in [str(node.target) for node in program.graph.nodes]
+
+
+def test_a_registered_algorithm_can_be_asked_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Problem] = []
+
+    def run(problem: Problem, *tensors: Tensor) -> Tensor:
+        runs.append(problem)
+        return ALGORITHMS["naive"].run(problem, *tensors)
+
+    new = Algorithm("new", run, lambda problem: None, lambda problem, machine: -1.0)
+    monkeypatch.setitem(ALGORITHMS, "new", new)
+    monkeypatch.setattr(functional, "_remembered_plan", functional._remembered_plan.__wrapped__)
+    CASE.run("new")
+    with awconv.use_algorithm("new"):
+        CASE.run()
+    CASE.run()  # the cheapest
+    assert len(runs) == 3
+    with pytest.raises(ValueError, match="'new'"):
+        CASE.run("fastest")
 
 
 def problem(channels: int = 6) -> Problem:

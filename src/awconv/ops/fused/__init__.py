@@ -1,7 +1,7 @@
 """Attention of any structure, one kernel for each direction: C code on a CPU, Triton on a GPU.
 
-The weights of a sample exist for a few channels at a time, in the cache (CPU), or not at all: each tap's partial product is scaled
-as it is added up (GPU). Nothing of the size of N sets of weights is made, forward or backward.
+The weights of a sample exist for a few channels at a time, in the cache (CPU), or not at all: each tap's partial
+product is scaled as it is added up (GPU). Nothing of the size of N sets of weights is made, forward or backward.
 
 The kernels are two operators of PyTorch, ``awconv::fused`` and ``awconv::fused_backward``, which torch.compile and
 torch.export see as one node each. A backward that is differentiated itself is made of another algorithm's operations.
