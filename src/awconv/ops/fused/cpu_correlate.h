@@ -59,11 +59,6 @@ static void correlate_panel(const problem_t *problem, int transposed, const layo
     }
 }
 
-/* Samples whose copies are held at once: few enough to stay in the cache, but as many as are needed at least. */
-static int64_t samples_at_once(const problem_t *problem, int64_t elements, int64_t needed) {
-    return least(problem->batch, most(needed, CACHED_ELEMENTS / most(1, elements)));
-}
-
 /* Of a thread: a panel of weights, its gains, and their product for a sample. */
 static int64_t scratch_elements(const problem_t *problem, int transposed) {
     int64_t reduced = transposed ? problem->group_out : problem->group_in;

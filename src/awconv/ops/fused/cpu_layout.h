@@ -152,3 +152,11 @@ static real *result_row(const int64_t *size, const axis_t *axes, real *result, i
     z = axes[0].result_start + z * axes[0].result_stride, y = axes[1].result_start + y * axes[1].result_stride;
     return result + (z * size[1] + y) * size[2] + axes[2].result_start;
 }
+
+/* What the copies of the samples at hand may hold, so that they stay in the cache (1 MiB in single precision). */
+enum { CACHED_ELEMENTS = 1 << 18 };
+
+/* Samples whose copies are held at once: few enough to stay in the cache, but as many as are needed at least. */
+static int64_t samples_at_once(const problem_t *problem, int64_t elements, int64_t needed) {
+    return least(problem->batch, most(needed, CACHED_ELEMENTS / most(1, elements)));
+}

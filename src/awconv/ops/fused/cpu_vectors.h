@@ -37,9 +37,6 @@ typedef REAL real;
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 typedef __typeof__((vec){0} < (vec){0}) mask; /* of integers: all bits of a lane are set, or none */
 
-/* What the copies of the samples at hand may hold, so that they stay in the cache (1 MiB in single precision). */
-enum { CACHED_ELEMENTS = 1 << 18 };
-
 typedef struct {
     int64_t batch, groups, group_out, group_in, blocks; /* blocks of input channels of a group that share a gain */
     int64_t size[3], out_size[3], kernel[3], stride[3], dilation[3], padding[3];
