@@ -57,8 +57,8 @@ static int64_t sum_workspace(const problem_t *problem) {
     return 2 * sizes.weights + sizes.rows + samples * (sizes.sample + 2 * gains);
 }
 
-/* What the gradients are summed from and in, all of it in the workspace. What is packed is laid out as
- * [group][panel][channel][tap][lane], and that of the samples that are held as [sample][group][panel][position or tap][lane]. */
+/* What the gradients are summed from and in, all of it in the workspace: what is packed as
+ * [group][panel][channel][tap][lane], what is held of samples as [sample][group][panel][position or tap][lane]. */
 typedef struct {
     layout_t layout; /* of inputs */
     int64_t at_once, taps, panels, padded, per_lane, positions, group_weights, rows;
