@@ -6,7 +6,7 @@ Importing it registers the AW models with timm.
 from awconv import models
 from awconv.convert import convert
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
-from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, use_algorithm
 from awconv.parameter_groups import parameter_groups
 from awconv.summary import Summary, summary
 from awconv.version import __version__
@@ -24,4 +24,5 @@ __all__ = [
     "models",
     "parameter_groups",
     "summary",
+    "use_algorithm",
 ]

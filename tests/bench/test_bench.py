@@ -17,7 +17,8 @@ from awconv.bench.rivals import RoutedCondConv2d, with_condconv
 from awconv.bench.roofline import work_of
 from awconv.bench.timing import peak_memory, ratios
 from awconv.cli import main
-from awconv.ops.choose import ALGORITHMS, forced
+from awconv.ops import functional
+from awconv.ops.choose import ALGORITHMS, use_algorithm
 from awconv.ops.problem import describe
 from tests.ops.problems import TYPICAL
 from tests.photographs import photograph
@@ -175,11 +176,11 @@ def test_operations_and_bytes_by_hand() -> None:
 def test_all_calls_can_be_held_to_one_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     case = TYPICAL["per_tap"]
-    monkeypatch.setattr("awconv.ops.functional._PLANS", {})
+    monkeypatch.setattr(functional, "_remembered_plan", functional._remembered_plan.__wrapped__)
     for name, algorithm in list(ALGORITHMS.items()):
         run = lambda *a, name=name, run=algorithm.run: (ran.append(name), run(*a))[1]  # noqa: E731
         monkeypatch.setitem(ALGORITHMS, name, algorithm._replace(run=run))
-    with forced("per_sample"):
+    with use_algorithm("per_sample"):
         case.run()
         case.run("per_tap")
     case.run()

@@ -285,6 +285,20 @@ def test_what_killed_processes_left_is_removed_where_nobody_can_be_writing(
     assert len(builds) == 1
 
 
+def test_a_change_in_any_part_of_the_c_code_rebuilds_it(cache: Path, source: Path, builds: list[str]) -> None:
+    from awconv.ops.fused import cpu
+
+    source.write_text('#include "outer.h"\n' + SOURCE.replace("sizeof(REAL)", "NUMBER"))
+    source.with_name("outer.h").write_text('#pragma once\n#include "inner.h"\n#include "outer.h"\n')
+    for number in (1, 2, 1):
+        source.with_name("inner.h").write_text(f"#define NUMBER {number}\n")
+        assert answer(source) == number
+    assert len(builds) == 2
+    folder = cpu._SOURCE.parent
+    assert set(build._parts(cpu._SOURCE)) == {cpu._SOURCE, *folder.glob("cpu_*.h")}
+    assert len(set(folder.glob("cpu_*.h"))) > 3
+
+
 def test_every_function_of_the_c_code_has_its_types() -> None:
     from awconv.ops import average_pool
     from awconv.ops.fused import cpu

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, functional
 from awconv.ops.choose import ALGORITHMS
 
 
@@ -91,7 +91,7 @@ def test_nothing_is_computed_before_the_check(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: Any) -> None:
         raise AssertionError("an algorithm ran")
 
-    monkeypatch.setattr("awconv.ops.functional._PLANS", {})
+    monkeypatch.setattr(functional, "_remembered_plan", functional._remembered_plan.__wrapped__)
     for name, algorithm in list(ALGORITHMS.items()):
         monkeypatch.setitem(ALGORITHMS, name, algorithm._replace(run=fail))
     with pytest.raises(AssertionError):

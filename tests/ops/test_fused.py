@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awconv.ops import aw_conv2d, build
+from awconv.ops import aw_conv2d, build, functional
 from tests.ops.conftest import INSTRUCTIONS
 from tests.ops.problems import TYPICAL, Case
 
@@ -82,7 +82,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 def _without_compiler(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("awconv.ops.functional._PLANS", {})
+    monkeypatch.setattr(functional, "_remembered_plan", functional._remembered_plan.__wrapped__)
     build.library.cache_clear()
 
 
@@ -177,9 +177,10 @@ def test_an_exported_program_does_not_hold_it_unasked(case: Case) -> None:
     assert not [node for node in exported.graph.nodes if "awconv" in str(node.target)]
 
 
-def test_the_operators_keep_pytorchs_rules() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_operators_keep_pytorchs_rules(layout: torch.memory_format) -> None:
     case = TYPICAL["fused"]
-    tensors = [case.tensors[name].clone().requires_grad_() for name in ("input", "weight")]
+    tensors = [case.tensors[name].clone(memory_format=layout).requires_grad_() for name in ("input", "weight")]
     gain = torch.rand(case.batch, 4, 2, 6, dtype=torch.float64, requires_grad=True)
     arguments = (*tensors, gain, [2, 1], [1, 1, 2, 2], [1, 2], 2)
     torch.library.opcheck(torch.ops.awconv.fused, arguments)

@@ -72,7 +72,7 @@ def test_what_is_not_finite_spoils_what_depends_on_it_and_nothing_else(instructi
             def run(*leaves: Tensor, algorithm: Any = algorithm, problem: Any = drawn.problem) -> Tensor:
                 return problem.with_unseeing(algorithm.run(problem, *leaves))
 
-            unseen = name == "input_gain" and index == 0  # as gain.py says
+            unseen = name == "input_gain" and index == 0  # as factored.py says
             for what, value in first_order(run, tensors[3], *tensors[:3]).items():
                 spoilt = ~value.isfinite()
                 where = f"{name}: {what}, seed {seed}, tensor {index} at {place}; {drawn}"

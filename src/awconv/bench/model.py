@@ -15,7 +15,7 @@ from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
 from awconv.layers import AttentionBranch
 from awconv.models.registry import TWINS
-from awconv.ops.choose import ALGORITHMS, forced
+from awconv.ops.choose import ALGORITHMS, use_algorithm
 
 FIRST_MAPS = 8  # times the images, the least that a network's first feature maps take
 
@@ -152,7 +152,7 @@ class Side:
     def settings(self) -> Iterator[None]:
         """The algorithm, and autocast."""
         cast = nullcontext() if self.amp == "off" else torch.autocast(self.device, getattr(torch, self.amp))
-        with forced(self.algorithm), cast:
+        with use_algorithm(self.algorithm), cast:
             yield
 
     def held(self) -> int:

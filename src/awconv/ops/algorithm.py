@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,16 +47,6 @@ class Algorithm(NamedTuple):
     cost: Callable[[Problem, Machine], float]
     constant_weights: bool = False
     portable: bool = True
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device (which is_autocast_available asks, and torch 2.9 cannot compile)."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def without_autocast(device: str) -> AbstractContextManager[None]:
-    """Keeps what is computed inside from being cast."""
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -189,14 +189,27 @@ def _load(folder: int, file: str) -> ctypes.CDLL:
 
 
 def _fingerprint(compiler: list[str], source: Path) -> str:
-    """What a build depends on: the code, the compiler, the C library, and the processor that -march=native means."""
+    """What a build depends on: the code and what it includes, the compiler, the C library, and the processor that
+    -march=native means."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    digest = hashlib.sha256(source.read_bytes())
+    digest = hashlib.sha256()
+    for part in _parts(source):
+        digest.update(part.read_bytes() + b"\0")
     machine = (platform.machine(), platform.processor(), _processor_features(), *platform.libc_ver())
-    for part in (*compiler, *_FLAGS, *_OPTIONAL_FLAGS, *machine):
-        digest.update(part.encode() + b"\0")
+    for text in (*compiler, *_FLAGS, *_OPTIONAL_FLAGS, *machine):
+        digest.update(text.encode() + b"\0")
     digest.update(version)
     return digest.hexdigest()[:16]
+
+
+def _parts(source: Path) -> list[Path]:
+    """A file of C code, and all that it and these include of the package's own, each once."""
+    parts = [source]
+    for part in parts:
+        for name in re.findall(r'^#include "(.+)"$', part.read_text(), re.MULTILINE):
+            if (included := part.with_name(name)) not in parts:
+                parts.append(included)
+    return parts
 
 
 def _processor_features() -> str:

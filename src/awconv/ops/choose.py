@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
-from awconv.ops import fused, gain, naive, per_sample, per_tap
+from awconv.ops import factored, fused, naive, per_sample, per_tap, tracing
 from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.problem import Problem
 
-# From the most special to the most general.
+# From the most special to the most general: the first of equal costs is taken, and the first that exports well.
 ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
-        gain.OUTPUT_GAIN,
-        gain.INPUT_GAIN,
+        factored.OUTPUT_GAIN,
+        factored.INPUT_GAIN,
         fused.ALGORITHM,
         per_tap.ALGORITHM,
         per_sample.ALGORITHM,
@@ -24,30 +27,67 @@ ALGORITHMS = {
     )
 }
 
-# By type of device. The CPU's were measured with benchmarks/choice.py on 2 cores with AVX-512 in float32 (all but the
-# last, earlier, on 2 cores with AVX2); others have no measurement yet. The kernels for GPUs have only been run by an
-# interpreter, so that algorithm="fused" takes them there, and "auto" does not until they have been measured.
-_CPU = Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=0.95)
-MACHINES = {"cpu": _CPU, "cuda": _CPU._replace(fused=1e6)}
+# By type of device; others take the CPU's.
+MACHINES = {
+    # Measured with benchmarks/choice.py on 2 cores with AVX-512 in float32 (all but the last, earlier, with AVX2).
+    "cpu": Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=0.95),
+    # Estimates, until measured.
+    "cuda": Machine(element=25, grouped=1.05, weight=4, call=50_000, fused=1.0),
+}
+
+_log = logging.getLogger(__name__)
 
 
-_forced: str | None = None
+class _OfThread(threading.local):
+    def __init__(self) -> None:  # in each thread: torch.compile guards what an instance has, and no class attribute
+        self.algorithm = "auto"
+
+
+# The same twice: torch.compile cannot read a ContextVar (torch 2.13), and its guards look at the thread's instead.
+_asked: ContextVar[str] = ContextVar("awconv.use_algorithm", default="auto")
+_asked_in_thread = _OfThread()
 
 
 @contextmanager
-def forced(algorithm: str | None) -> Iterator[None]:
-    """Holds every ``algorithm="auto"`` to one algorithm (to none if it is None), to compare whole networks."""
-    global _forced
-    before, _forced = _forced, algorithm
+def use_algorithm(algorithm: str | None) -> Iterator[None]:
+    """Holds every AW-convolution inside that leaves the choice open (``algorithm="auto"``) to one algorithm.
+
+    To compare algorithms over a whole network, or to pin one down:
+
+        with awconv.use_algorithm("per_tap"):
+            output = network(images)
+
+    It holds for the thread or the task that asked, and for what these call. Threads that they start, as
+    ``nn.DataParallel`` does for its replicas, choose for themselves. A backward belongs to the algorithm of its
+    forward, in whichever of autograd's threads it runs. Not so the forward that activation checkpointing repeats: on a
+    GPU a thread of autograd repeats it, which sees no choice of another; give ``algorithm=`` itself there.
+
+    A function made by ``torch.compile`` is traced once for each algorithm that is asked for around its calls. It
+    follows the thread and not the task. An exported program keeps what it was exported with.
+
+    Args:
+        algorithm: a name that ``algorithm=`` of :func:`aw_conv2d` takes. None or ``"auto"`` gives the choice back.
+
+    Raises:
+        ValueError: no algorithm has that name. One that cannot run a problem makes the convolution raise.
+    """
+    name = "auto" if algorithm is None else algorithm
+    if name != "auto" and name not in ALGORITHMS:
+        raise ValueError(f"use_algorithm: algorithm must be None, 'auto' or one of {list(ALGORITHMS)}, got {name!r}")
+    token = _asked.set(name)
+    before, _asked_in_thread.algorithm = _asked_in_thread.algorithm, name
     try:
         yield
     finally:
-        _forced = before
+        _asked_in_thread.algorithm = before
+        _asked.reset(token)
 
 
 def wanted(algorithm: str) -> str:
-    """What ``algorithm=`` stands for now."""
-    return _forced if algorithm == "auto" and _forced is not None else algorithm
+    """What ``algorithm=`` stands for here and now."""
+    if algorithm != "auto":
+        return algorithm
+    return _asked_in_thread.algorithm if tracing.compiling_bytecode() else _asked.get()
 
 
 def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:
@@ -57,26 +97,67 @@ def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:
         ValueError: no algorithm has that name, or it cannot run the problem.
     """
     if algorithm != "auto":
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"{caller}: algorithm must be 'auto' or one of {list(ALGORITHMS)}, got {algorithm!r}")
-        chosen = ALGORITHMS[algorithm]
-        obstacle = chosen.obstacle(problem)
-        if obstacle is not None:
-            raise ValueError(
-                f"{caller}: algorithm={algorithm!r} cannot run this problem: {obstacle}; the attention has "
-                f"sizes {problem.attention_blocks} without the batch. Use algorithm='auto'"
-            )
-        return chosen
-    able = [candidate for candidate in ALGORITHMS.values() if candidate.obstacle(problem) is None]
-    if torch.compiler.is_exporting():
-        # Runtimes want constant weights, and sizes may be symbolic: structure alone decides.
-        portable = [candidate for candidate in able if candidate.portable]
-        constant = [candidate for candidate in portable if candidate.constant_weights]
-        return (constant or portable)[0]
-    machine = MACHINES.get(problem.device, MACHINES["cpu"])
-    cheapest, least = able[0], able[0].cost(problem, machine)
+        chosen, why = _named(problem, algorithm, caller), "asked for"
+    elif tracing.exporting():
+        chosen, why = _most_portable(problem), "constant weights and PyTorch's own operators, for an exported graph"
+    else:
+        chosen, why = _cheapest(problem), "least cost"
+    if tracing.compiling_bytecode():
+        _log_traced(caller, chosen.name, why)
+    elif _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s: %s, %s%s", caller, chosen.name, why, _judged(problem))
+    return chosen
+
+
+def _named(problem: Problem, algorithm: str, caller: str) -> Algorithm:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{caller}: algorithm must be 'auto' or one of {list(ALGORITHMS)}, got {algorithm!r}")
+    obstacle = ALGORITHMS[algorithm].obstacle(problem)
+    if obstacle is not None:
+        raise ValueError(
+            f"{caller}: algorithm={algorithm!r} cannot run this problem: {obstacle}; the attention has sizes "
+            f"{problem.attention_blocks} without the batch. Use algorithm='auto', and no use_algorithm around it"
+        )
+    return ALGORITHMS[algorithm]
+
+
+def _able(problem: Problem) -> list[Algorithm]:
+    return [candidate for candidate in ALGORITHMS.values() if candidate.obstacle(problem) is None]
+
+
+def _most_portable(problem: Problem) -> Algorithm:
+    """Runtimes want constant weights, and sizes may be symbolic: structure alone decides."""
+    portable = [candidate for candidate in _able(problem) if candidate.portable]
+    constant = [candidate for candidate in portable if candidate.constant_weights]
+    return (constant or portable)[0]
+
+
+def _cheapest(problem: Problem) -> Algorithm:
+    able = _able(problem)
+    cheapest, least = able[0], able[0].cost(problem, _machine(problem))
     for candidate in able[1:]:  # not min(key=...), which torch.compile cannot trace with symbolic sizes
-        cost = candidate.cost(problem, machine)
+        cost = candidate.cost(problem, _machine(problem))
         if cost < least:
             cheapest, least = candidate, cost
     return cheapest
+
+
+def _machine(problem: Problem) -> Machine:
+    return MACHINES.get(problem.device, MACHINES["cpu"])
+
+
+def _judged(problem: Problem) -> str:
+    """What each algorithm would cost or why it cannot run, and the problem, for the log."""
+    lines = [f" for {problem}; in multiply-adds of a plain convolution of one sample, of {problem.multiply_adds:,}:"]
+    for name, algorithm in ALGORITHMS.items():
+        obstacle = algorithm.obstacle(problem)
+        lines.append(
+            f"{name}: {f'{algorithm.cost(problem, _machine(problem)):,.0f}' if obstacle is None else obstacle}"
+        )
+    return "\n  ".join(lines)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _log_traced(caller: str, name: str, why: str) -> None:
+    """The same without the sizes, which may be symbols: torch.compile calls it as it traces."""
+    _log.debug("%s: %s, %s, compiled", caller, name, why)

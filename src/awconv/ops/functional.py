@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from awconv.ops.algorithm import Algorithm, autocasts, without_autocast
+from awconv.ops import tracing
+from awconv.ops.algorithm import Algorithm
 from awconv.ops.choose import choose, wanted
-from awconv.ops.problem import Problem, describe
+from awconv.ops.problem import Problem, TensorFacts, describe
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -28,14 +30,13 @@ def _aw_conv(
     residual: bool,
     algorithm: str,
 ) -> Tensor:
-    if isinstance(input, Tensor) and autocasts(input.device.type):
+    if isinstance(input, Tensor) and tracing.autocasting(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, attention = _autocast(input, dtype), _autocast(weight, dtype), _autocast(attention, dtype)
         bias = _autocast(bias, dtype)
-    problem, chosen = _plan(
-        algorithm, dims, input, weight, attention, bias, stride, padding, dilation, groups, residual
-    )
-    with without_autocast(problem.device):
+    tensors = (input, weight, attention, bias)
+    problem, chosen = _plan(wanted(algorithm), dims, *tensors, stride, padding, dilation, groups, residual)
+    with tracing.without_autocast(problem.device):
         output = problem.with_unseeing(chosen.run(problem, input, weight, attention))
         if bias is not None:
             output = output + bias.unflatten(0, (-1,) + (1,) * dims)
@@ -45,33 +46,31 @@ def _aw_conv(
     return output
 
 
-_PLANS: dict[tuple[Any, ...], tuple[Problem, Algorithm]] = {}
-_MOST_PLANS = 4096
-
-
 def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
-    """The checked problem and the algorithm chosen for it, remembered by what they follow from: in small layers the
-    checks would take longer than the convolution."""
-    algorithm = wanted(algorithm)
-    key = None
-    if not torch.compiler.is_compiling():
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        facts = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        others = [type(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
-        key = (algorithm, dims, *facts, *others, *map(type, others), torch.autograd.forward_ad._current_level)
+    """The checked problem and the algorithm chosen for it."""
+    if not tracing.compiling():
         try:
-            plan = _PLANS.get(key)
-        except TypeError:  # lists, and sizes that are symbols
-            key = plan = None
-        if plan is not None:
-            return plan
+            return _remembered_plan(tracing.in_forward_mode(), algorithm, dims, *map(_facts, arguments))
+        except TypeError:
+            pass  # lists and sizes that are symbols have no hash; that of a check comes again
+    return _new_plan(algorithm, dims, *arguments)
+
+
+def _new_plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
     problem = describe(dims, *arguments)
-    plan = problem, choose(problem, algorithm, f"aw_conv{dims}d")
-    if key is not None:
-        if len(_PLANS) >= _MOST_PLANS:
-            _PLANS.clear()
-        _PLANS[key] = plan
-    return plan
+    return problem, choose(problem, algorithm, f"aw_conv{dims}d")
+
+
+@lru_cache(maxsize=4096, typed=True)  # typed: True is no stride, and equals 1
+def _remembered_plan(in_forward_mode: bool, *arguments: Any) -> tuple[Problem, Algorithm]:
+    """A plan for all that it follows from: in small layers the checks would take longer than the convolution."""
+    return _new_plan(*arguments)
+
+
+def _facts(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return TensorFacts(argument.shape, argument.dtype, argument.device)
+    return argument
 
 
 _Argument = TypeVar("_Argument", Tensor, Tensor | None)
@@ -104,7 +103,7 @@ def aw_conv1d(
         weight: shape (C2, C1/groups, k).
         attention: shape (N, a2, a1, ak), each a divisor of the weight's size along its axis.
         bias: shape (C2,), or None.
-        stride: step of the window.
+        stride: distance between two positions of the window.
         padding: zeros on both sides, or ``"same"`` or ``"valid"``.
         dilation: distance between the taps of the kernel.
         groups: number of groups of channels.
@@ -150,13 +149,14 @@ def aw_conv2d(
         attention: shape (N, a2, a1, ah, aw), each a divisor of the weight's size along its axis: 1 is the usual
             broadcast, and C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw are the rates of the paper.
         bias: shape (C2,), or None. Attention does not touch it.
-        stride: step of the window, one number or two.
+        stride: distance between two positions of the window, one number or two.
         padding: zeros on both sides, one number or two, or ``"same"`` or ``"valid"``.
         dilation: distance between the taps of the kernel, one number or two.
         groups: number of groups of channels; C1 for a depthwise convolution.
         residual: weights K + A * K if true, A * K otherwise.
-        algorithm: ``"auto"`` chooses by the attention's shape and an estimate of the cost; the others force one:
-            ``"output_gain"``, ``"input_gain"``, ``"per_tap"``, ``"per_sample"``, ``"naive"``. All compute the same.
+        algorithm: ``"auto"`` chooses by the attention's shape and an estimate of the cost, or takes what
+            :func:`awconv.use_algorithm` asks for around the call. A name takes one: those of
+            ``awconv.ops.choose.ALGORITHMS``, which docs/operator.md describes. All compute the same.
 
     Returns:
         Shape (N, C2, H', W'), with the dtype of ``input`` (autocast's where it is on).
@@ -190,7 +190,7 @@ def aw_conv3d(
         weight: shape (C2, C1/groups, d, h, w).
         attention: shape (N, a2, a1, ad, ah, aw), each a divisor of the weight's size along its axis.
         bias: shape (C2,), or None.
-        stride: step of the window, one number or three.
+        stride: distance between two positions of the window, one number or three.
         padding: zeros on both sides, one number or three, or ``"same"`` or ``"valid"``.
         dilation: distance between the taps of the kernel, one number or three.
         groups: number of groups of channels.

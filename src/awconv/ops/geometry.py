@@ -90,7 +90,7 @@ def _without_unseeing(size: int, reach: int, stride: int, before: int, after: in
     if min(before, after) < reach or statically_known_true(size == 0):
         return 0, (before, after)
     skipped = (before - reach + 1) // stride
-    # One more, where as much padding on both sides still reaches all that see something.
+    # One more, where as much padding on both sides still covers all that see something.
     tight = min(-(-(before - reach + 1) // stride), before // stride)
     left, needed = before - tight * stride, -(-(size + before) // stride) - tight
     if statically_known_true(size + 2 * left >= reach) and statically_known_true(

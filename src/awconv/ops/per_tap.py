@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awconv.ops.algorithm import CONV, Algorithm, Machine, without_autocast
+from awconv.ops import tracing
+from awconv.ops.algorithm import CONV, Algorithm, Machine
 from awconv.ops.problem import Problem, product
 
 _CHUNK_ELEMENTS = 2**24  # 64 MiB in single precision
@@ -37,7 +38,7 @@ def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
     for axis, rate in enumerate((problem.rates[0], *problem.rates[2:]), start=1):
         if rate > 1:
             gain = gain.repeat_interleave(rate, dim=axis)
-    if torch.compiler.is_exporting():
+    if tracing.exporting():
         return _by_convolutions(problem, input, weight, gain)
     gain = gain.flatten(2).permute(2, 1, 0).unsqueeze(3)  # taps, C2, N, 1
     weights = weight.flatten(2).permute(2, 0, 1)  # taps, C2, C1/groups
@@ -88,7 +89,7 @@ class _PerTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        with without_autocast(ctx.problem.device):
+        with tracing.without_autocast(ctx.problem.device):
             return _backward(ctx.problem, ctx.saved_tensors, grads[0], ctx.needs_input_grad)
 
 
@@ -132,7 +133,7 @@ def _backward(
 def _chunks(problem: Problem, input: Tensor) -> list[slice]:
     """Taps that are multiplied at once: as many as keep what they see and give within a fixed number of elements."""
     at_once = 1
-    if not torch.compiler.is_compiling():  # where the batch size may be symbolic
+    if not tracing.compiling():  # where the batch size may be symbolic
         seen = input.shape[0] * (problem.in_channels + problem.out_channels) * product(problem.out_size)
         at_once = max(1, _CHUNK_ELEMENTS // max(1, seen))
     starts = range(0, problem.taps, at_once)

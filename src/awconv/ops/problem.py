@@ -1,16 +1,28 @@
-"""One AW-convolution, described and checked: what every algorithm is asked to run."""
+"""One AW-convolution, described and checked: what every algorithm is asked to run.
+
+Words that mean one thing each in this folder, in Python and in C:
+
+- **position**: of the window, one for each pixel of the output; **tap**: of the kernel.
+- **reach**: how many pixels of an axis the kernel spans, from its first tap to its last.
+- **gain**: what the attention multiplies by, 1 + a with the residual and a without.
+- **block**: weights that share a gain. A number of blocks is that along one axis: of the input channels of a group,
+  where none is named.
+- **rate**: how many weights along an axis are in a block (r_C2, r_C1, r_hw).
+- **stride** and **step**: from one position to the next, in pixels and in elements of memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from awconv.ops import tracing
 from awconv.ops.geometry import Geometry
 
 # What an algorithm that makes the padding explicit may hold for a sample: this many elements (16 MiB in single
@@ -91,7 +103,7 @@ class Problem:
 
     @property
     def padded_elements(self) -> int:
-        """Elements of the input of one sample with as much of its padding as the kernel reaches."""
+        """Elements of the input of one sample with as much of its padding as the kernel sees."""
         return self.in_channels * product(self.geometry.seen_size(self.out_size, self.kernel))
 
     @property
@@ -133,12 +145,20 @@ def product(sizes: Sequence[int]) -> int:
     return result
 
 
+class TensorFacts(NamedTuple):
+    """All that a problem follows from of a tensor. Unlike the tensor it has a hash by value, and holds no memory."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 def describe(
     dims: int,
-    input: Tensor,
-    weight: Tensor,
-    attention: Tensor,
-    bias: Tensor | None,
+    input: Tensor | TensorFacts,
+    weight: Tensor | TensorFacts,
+    attention: Tensor | TensorFacts,
+    bias: Tensor | TensorFacts | None,
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
@@ -153,15 +173,41 @@ def describe(
             and what came.
     """
     name = f"aw_conv{dims}d"
-    spatial = ", ".join(SPATIAL_NAMES[dims])
-    kernel_names = ", ".join("k" + axis for axis in SPATIAL_NAMES[dims])
-
     tensors = {"input": input, "weight": weight, "attention": attention}
-    if bias is not None:
-        tensors["bias"] = bias
+    _check_tensors(name, tensors if bias is None else tensors | {"bias": bias})
+    _check_axes(name, dims, input.shape, weight.shape)
+    _check_channels(name, input.shape[1], weight.shape, groups)
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"{name}: bias must have shape ({weight.shape[0]},), one value for each output channel, "
+            f"got {tuple(bias.shape)}"
+        )
+    rates = _rates(name, dims, input.shape[0], weight.shape, attention.shape)
+    size = tuple(input.shape[2:])
+    kernel = tuple(int(taps) for taps in weight.shape[2:])  # a compiled or exported graph has one kernel size
+    geometry, unseeing = _geometry(name, size, kernel, stride, padding, dilation, groups).seeing(size, kernel)
+    return Problem(
+        empty=bool(input.shape[0] == 0),
+        out_channels=weight.shape[0],
+        in_channels=input.shape[1],
+        kernel=kernel,
+        size=size,
+        out_size=geometry.output_size(size, kernel),
+        unseeing=unseeing,
+        geometry=geometry,
+        rates=rates,
+        residual=residual,
+        device=input.device.type,
+        dtype=input.dtype,
+        forward_mode=tracing.in_forward_mode(),
+    )
+
+
+def _check_tensors(name: str, tensors: dict[str, Tensor | TensorFacts]) -> None:
     for argument, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, (Tensor, TensorFacts)):
             raise TypeError(f"{name}: {argument} must be a Tensor, got {type(tensor).__name__}")
+    input = tensors["input"]
     for argument, tensor in tensors.items():
         if not tensor.dtype.is_floating_point:
             raise TypeError(
@@ -178,20 +224,21 @@ def describe(
                 f"move it with .to(input.device)"
             )
 
-    if input.dim() != dims + 2:
-        raise ValueError(
-            f"{name}: input must have {dims + 2} axes (N, C1, {spatial}), got shape {tuple(input.shape)}"
-            + ("; add the batch axis with input[None] if it is one sample" if input.dim() == dims + 1 else "")
-        )
-    if weight.dim() != dims + 2:
-        raise ValueError(
-            f"{name}: weight must have {dims + 2} axes (C2, C1/groups, {kernel_names}), got shape {tuple(weight.shape)}"
-        )
+
+def _check_axes(name: str, dims: int, input: torch.Size, weight: torch.Size) -> None:
+    if len(input) != dims + 2:
+        axes = ", ".join(SPATIAL_NAMES[dims])
+        remedy = "; add the batch axis with input[None] if it is one sample" if len(input) == dims + 1 else ""
+        raise ValueError(f"{name}: input must have {dims + 2} axes (N, C1, {axes}), got shape {tuple(input)}{remedy}")
+    if len(weight) != dims + 2:
+        axes = ", ".join(_kernel_names(dims))
+        raise ValueError(f"{name}: weight must have {dims + 2} axes (C2, C1/groups, {axes}), got shape {tuple(weight)}")
+
+
+def _check_channels(name: str, in_channels: int, weight: torch.Size, groups: int) -> None:
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"{name}: groups must be a positive integer, got {groups!r}")
-    out_channels, group_in_channels = weight.shape[:2]
-    kernel = tuple(int(size) for size in weight.shape[2:])  # a compiled or exported graph has one kernel size
-    in_channels, *size = input.shape[1:]
+    out_channels, group_in_channels = weight[:2]
     if in_channels != group_in_channels * groups:
         raise ValueError(
             f"{name}: input must have {group_in_channels * groups} channels (weight.shape[1] = {group_in_channels} "
@@ -201,32 +248,12 @@ def describe(
         raise ValueError(
             f"{name}: weight must have a number of output channels divisible by groups = {groups}, got {out_channels}"
         )
-    if product(weight.shape) == 0:
-        raise ValueError(f"{name}: weight must not be empty, got shape {tuple(weight.shape)}")
-    if bias is not None and tuple(bias.shape) != (out_channels,):
-        raise ValueError(
-            f"{name}: bias must have shape ({out_channels},), one value for each output channel, "
-            f"got {tuple(bias.shape)}"
-        )
+    if product(weight) == 0:
+        raise ValueError(f"{name}: weight must not be empty, got shape {tuple(weight)}")
 
-    rates = _rates(name, kernel_names, input, weight, attention)
-    geometry = _geometry(name, size, kernel, stride, padding, dilation, groups)
-    geometry, unseeing = geometry.seeing(size, kernel)
-    return Problem(
-        empty=bool(input.shape[0] == 0),
-        out_channels=out_channels,
-        in_channels=in_channels,
-        kernel=kernel,
-        size=tuple(size),
-        out_size=geometry.output_size(size, kernel),
-        unseeing=unseeing,
-        geometry=geometry,
-        rates=rates,
-        residual=residual,
-        device=input.device.type,
-        dtype=input.dtype,
-        forward_mode=not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0,
-    )
+
+def _kernel_names(dims: int) -> list[str]:
+    return ["k" + axis for axis in SPATIAL_NAMES[dims]]
 
 
 def _geometry(
@@ -247,25 +274,25 @@ def _geometry(
     return geometry
 
 
-def _rates(name: str, kernel_names: str, input: Tensor, weight: Tensor, attention: Tensor) -> tuple[int, ...]:
-    if attention.dim() != weight.dim() + 1:
-        blocks = ", ".join(f"{axis}/r_hw" for axis in kernel_names.split(", "))
+def _rates(name: str, dims: int, batch: int, weight: torch.Size, attention: torch.Size) -> tuple[int, ...]:
+    if len(attention) != dims + 3:
+        kernel = ", ".join(f"{axis}/r_hw" for axis in _kernel_names(dims))
         raise ValueError(
-            f"{name}: attention must have {weight.dim() + 1} axes (N, C2/r_C2, (C1/groups)/r_C1, {blocks}), "
-            f"got shape {tuple(attention.shape)}"
+            f"{name}: attention must have {dims + 3} axes (N, C2/r_C2, (C1/groups)/r_C1, {kernel}), "
+            f"got shape {tuple(attention)}"
         )
-    if attention.shape[0] != input.shape[0]:
+    if attention[0] != batch:
         raise ValueError(
-            f"{name}: attention must have the batch size of input, {input.shape[0]}, got {attention.shape[0]}; "
-            f"share one map among all samples with attention.expand({input.shape[0]}, ...)"
+            f"{name}: attention must have the batch size of input, {batch}, got {attention[0]}; "
+            f"share one map among all samples with attention.expand({batch}, ...)"
         )
     rates = []
-    axes = ["out_channels", "in_channels / groups", *kernel_names.split(", ")]
-    for axis, whole, part in zip(axes, weight.shape, attention.shape[1:], strict=True):
+    axes = ["out_channels", "in_channels / groups", *_kernel_names(dims)]
+    for axis, whole, part in zip(axes, weight, attention[1:], strict=True):
         if part < 1 or whole % part:
             raise ValueError(
                 f"{name}: attention must have a size that divides the weight's along {axis}: a divisor of {whole}, "
-                f"got {part} (attention {tuple(attention.shape)}, weight {tuple(weight.shape)})"
+                f"got {part} (attention {tuple(attention)}, weight {tuple(weight)})"
             )
         rates.append(whole // part)
     return tuple(rates)

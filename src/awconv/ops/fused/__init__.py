@@ -1,7 +1,7 @@
 """Attention of any structure, one kernel for each direction: C code on a CPU, Triton on a GPU.
 
-The weights of a sample exist a block at a time, in the cache (CPU), or not at all: each tap's partial product is scaled
-as it is added up (GPU). Nothing of the size of N sets of weights is made, forward or backward.
+The weights of a sample exist for a few channels at a time, in the cache (CPU), or not at all: each tap's partial
+product is scaled as it is added up (GPU). Nothing of the size of N sets of weights is made, forward or backward.
 
 The kernels are two operators of PyTorch, ``awconv::fused`` and ``awconv::fused_backward``, which torch.compile and
 torch.export see as one node each. A backward that is differentiated itself is made of another algorithm's operations.
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awconv.ops import tracing
 from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.fused import cpu, cuda
 from awconv.ops.geometry import Geometry
@@ -40,7 +41,7 @@ def _fused(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -
     for axis, rate in enumerate(problem.rates, start=1):
         if rate > 1 and axis != 2:
             gain = gain.repeat_interleave(rate, dim=axis)
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    transformed = tracing.compiling() or tracing.transforming()
     run = _Fused.apply if transformed else torch.ops.awconv.fused
     output: Tensor = run(input, weight, gain.flatten(3), *problem.geometry.arguments())
     return output

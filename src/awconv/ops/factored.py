@@ -37,13 +37,11 @@ def _input_obstacle(problem: Problem) -> str | None:
 
 
 def _input_gain(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
-    out_blocks = problem.attention_blocks[0]
+    groups, out_blocks = problem.geometry.groups, problem.attention_blocks[0]
     gain = problem.gain(attention).flatten(2)
-    gain = gain.repeat_interleave(problem.geometry.groups // out_blocks, dim=1).repeat_interleave(
-        problem.rates[1], dim=2
-    )
+    gain = gain.repeat_interleave(groups // out_blocks, dim=1).repeat_interleave(problem.rates[1], dim=2)
     gain = gain.reshape(-1, problem.in_channels, *(1,) * problem.dims)
-    return convolve(problem, input * gain, weight, problem.geometry.groups)
+    return convolve(problem, input * gain, weight, groups)
 
 
 def _cost(problem: Problem, machine: Machine) -> float:

@@ -1,0 +1,100 @@
+/* The problem, vectors, and the transposition of what they are loaded from. */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define thread_number() omp_get_thread_num()
+#else
+#define thread_number() 0
+#endif
+
+#ifndef REAL
+#define REAL float
+#endif
+typedef REAL real;
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define WIDEST 14 /* positions of a tile of two vectors: 28 accumulators of 32 registers */
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#define WIDEST 6
+#elif defined(__aarch64__)
+#define VECTOR_BYTES 16
+#define WIDEST 14
+#else
+#define VECTOR_BYTES 16
+#define WIDEST 6
+#endif
+#define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#define PANEL (2 * LANES) /* channels of a tile: two vectors, one where no more are left */
+#define MAX_TAPS 512
+#define INLINE static inline __attribute__((always_inline))
+
+typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef __typeof__((vec){0} < (vec){0}) mask; /* of integers: all bits of a lane are set, or none */
+
+typedef struct {
+    int64_t batch, groups, group_out, group_in, blocks; /* blocks of input channels of a group that share a gain */
+    int64_t size[3], out_size[3], kernel[3], stride[3], dilation[3], padding[3];
+    int64_t threads;
+} problem_t;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t product(const int64_t *sizes) { return sizes[0] * sizes[1] * sizes[2]; }
+static int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
+static int64_t floor_div(int64_t a, int64_t b) { return -ceil_div(-a, b); }
+
+/* The transpose of a square of LANES vectors, in registers: at each step, halves (quarters, ...) change places. */
+INLINE void transpose_square(vec *rows) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        mask low, high;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; lane++) {
+            low[lane] = lane & half ? LANES + lane - half : lane;
+            high[lane] = lane & half ? LANES + lane : lane + half;
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < LANES; row++)
+            if (!(row & half)) {
+                vec first = rows[row], second = rows[row + half];
+                rows[row] = __builtin_shuffle(first, second, low);
+                rows[row + half] = __builtin_shuffle(first, second, high);
+            }
+    }
+#else
+    for (int row = 0; row < LANES; row++)
+        for (int lane = 0; lane < row; lane++) {
+            real kept = rows[row][lane];
+            rows[row][lane] = rows[lane][row];
+            rows[lane][row] = kept;
+        }
+#endif
+}
+
+/* to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns. Vectors are read beyond the last column,
+ * but not beyond the end of what may be read. */
+static void transpose(const real *from, int64_t from_stride, int64_t rows, int64_t columns, const real *end, real *to,
+                      int64_t to_stride) {
+    for (int64_t row = 0; row < rows; row += LANES)
+        for (int64_t column = 0; column < columns; column += LANES) {
+            const int64_t height = least(LANES, rows - row), width = least(LANES, columns - column);
+            const real *corner = from + row * from_stride + column;
+            real *target = to + column * to_stride + row;
+            if (height < LANES || corner + (LANES - 1) * from_stride + LANES > end) {
+                for (int64_t j = 0; j < width; j++)
+                    for (int64_t i = 0; i < height; i++) target[j * to_stride + i] = corner[i * from_stride + j];
+                continue;
+            }
+            vec square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = *(const vec *)(corner + i * from_stride);
+            transpose_square(square);
+            for (int64_t j = 0; j < width; j++) *(vec *)(target + j * to_stride) = square[j];
+        }
+}
