@@ -15,7 +15,7 @@ from timm.layers import pad_same
 from torch import Tensor, nn
 
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
-from awconv.ops.average_pool import average_pool
+from awconv.ops.average_pool import average_pool, pool_beside
 from awconv.ops.problem import SPATIAL_NAMES
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
@@ -77,14 +77,18 @@ class AttentionBranch(nn.Module):
         self.norm2 = norm_layer(out_blocks * in_blocks) if norm_layer is not None else nn.Identity()
         self.act2 = ACTIVATIONS[activation]()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, pooled: Tensor | None = None) -> Tensor:
         """Maps an input of shape (N, C1, H, W) to a compact attention map, shape (N, \\*attention_size).
+
+        Args:
+            input: of the convolution.
+            pooled: A0, shape (N, C1, h/r_hw, w/r_hw), from who has it already.
 
         Raises:
             ValueError: batch statistics would have to be taken over a single value.
         """
         out_blocks, in_blocks, *kernel = self.attention_size
-        attention: Tensor = average_pool(input, kernel)
+        attention: Tensor = average_pool(input, kernel) if pooled is None else pooled
         if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
             _check_statistics(attention)
         attention = self.act1(self.norm1(self.conv1(attention)))
@@ -208,7 +212,11 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             ValueError: the input does not have ``in_channels`` channels or the right number of axes.
         """
         batch = _as_batch(input, type(self).__name__, self.in_channels, len(self.kernel_size))
-        attention = self.attention(batch)
+        if type(self.attention) is AttentionBranch:
+            batch, pooled = pool_beside(batch, self.attention.attention_size[2:])
+            attention = self.attention(batch, pooled)
+        else:
+            attention = self.attention(batch)
         batch, padding = self._pad(batch)
         output = _convolve(
             batch,
@@ -291,7 +299,7 @@ def _without_batch_like(output: Tensor, input: Tensor) -> Tensor:
 
 
 # torch.fx does not look into these: they depend on the shapes of their arguments.
-for _function in ("average_pool", "pad_same", "_check_statistics", "_as_batch", "_convolve", "_without_batch_like"):
+for _function in ("average_pool", "pool_beside", "pad_same", "_check_statistics", "_as_batch", "_convolve", "_without_batch_like"):
     torch.fx.wrap(_function)
 
 

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.build import library
-from awconv.ops.gpu import divider, empty_like_image, is_channels_last, power_of_two, triton_obstacle
+from awconv.ops.gpu import Kernel, divider, empty_like_image, is_channels_last, power_of_two, triton_obstacle
 from awconv.ops.problem import product
-from awconv.ops.tracing import compiling, exporting, in_forward_mode, jit_tracing, transforming
+from awconv.ops.tracing import compiling, eager, exporting, in_forward_mode, jit_tracing, transforming
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _AXES = 3
@@ -45,11 +44,47 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
         Shape (N, C, \*output_size), with its channels last on a GPU where those of the input are.
     """
     if max(output_size) <= _MAX_BINS and _has_kernel(input):
+        if not (input.requires_grad and torch.is_grad_enabled()) and eager(input):
+            return _KERNELS[input.device.type](input, list(output_size))
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
         return pooled
     if input.device.type == "cpu" and not compiling() and not jit_tracing():
         return _by_slices(input, output_size)
     return _by_matrices(input, output_size)
+
+
+def pool_beside(input: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """:func:`average_pool` for a tensor that has one more use, a convolution.
+
+    Returns:
+        What the convolution is to take in the place of the input, equal to it; and the pooled tensor. On a GPU, the
+        pooled tensor's gradient is added to that of the convolution where it lies, which saves two passes over it.
+    """
+    if input.device.type == "cuda" and input.requires_grad and torch.is_grad_enabled() and eager(input):
+        if max(output_size) <= _MAX_BINS and _has_kernel(input):
+            passed, pooled = _PoolBeside.apply(input, list(output_size))
+            return passed, pooled
+    return input, average_pool(input, output_size)
+
+
+class _PoolBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.size = list(input.shape[2:])
+        return input.view_as(input), _pool_on_gpu(input, output_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad_passed: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad_passed is None or grad_pooled is None:
+            pooled = None if grad_pooled is None else torch.ops.awconv.average_pool_backward(grad_pooled, ctx.size)
+            return grad_passed if pooled is None else pooled, None
+        dense = is_channels_last(grad_passed) or grad_passed.is_contiguous()
+        if torch.is_grad_enabled() or not dense or grad_passed.dtype != grad_pooled.dtype:
+            return grad_passed + torch.ops.awconv.average_pool_backward(grad_pooled, ctx.size), None
+        # The convolution made it, and nobody else has it.
+        _launch("spread", grad_pooled, grad_passed, ctx.size, grad_pooled.shape[2:], added=True)
+        return grad_passed, None
 
 
 def _has_kernel(input: Tensor) -> bool:
@@ -104,13 +139,15 @@ def _pool_on_gpu(input: Tensor, bins: list[int]) -> Tensor:
 
 def _pool_backward_on_gpu(grad: Tensor, size: list[int]) -> Tensor:
     target = _resized(grad, size)
-    _launch("spread", grad, target, size, grad.shape[2:], added=False)
+    _launch("spread", grad, target, size, grad.shape[2:])
     return target
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> None:
     ctx.size = list(inputs[0].shape[2:])
 
+
+_KERNELS = {"cpu": _pool, "cuda": _pool_on_gpu}  # forward
 
 for _name, _run, _run_on_gpu, _reverse in (
     ("average_pool", _pool, _pool_on_gpu, torch.ops.awconv.average_pool_backward),
@@ -128,22 +165,18 @@ for _name, _run, _run_on_gpu, _reverse in (
     )
 
 
-def _launch(kernel: str, source: Tensor, target: Tensor, size: Sequence[int], bins: Sequence[int], **how: bool) -> None:
+def _launch(
+    kernel: str, source: Tensor, target: Tensor, size: Sequence[int], bins: Sequence[int], added: bool = False
+) -> None:
     """Runs a Triton kernel; one axis is the second of two."""
-    from awconv.ops import triton_average_pool
-
     if target.numel() == 0:
         return
     if len(size) == 1:
         source, target = source.unsqueeze(2), target.unsqueeze(2)
-    if not source.is_contiguous(memory_format=torch.channels_last):
-        source = source.contiguous()
-    image = target if kernel == "spread" else source
-    samples, channels = image.shape[:2]
-    plan = _plan(kernel, samples, channels, _two(size), _two(bins), is_channels_last(image))
-    with torch.cuda.device(image.device) if image.is_cuda else nullcontext():
-        run = getattr(triton_average_pool, kernel)[(plan.programs,)]
-        run(source, target, *source.stride(), *target.stride(), *plan.sizes, **how, **plan.constants)
+    channels_last = is_channels_last(target if kernel == "spread" else source)
+    source = source.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    plan = _plan(kernel, *source.shape[:2], _two(size), _two(bins), channels_last, added)
+    plan.kernel.launch(plan.programs, (source, target), plan.integers)
 
 
 def _two(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -151,31 +184,40 @@ def _two(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Plan(NamedTuple):
+    kernel: Kernel
     programs: int
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
+    integers: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    kernel: str, samples: int, channels: int, size: tuple[int, ...], bins: tuple[int, ...], channels_last: bool
+    kernel: str,
+    samples: int,
+    channels: int,
+    size: tuple[int, ...],
+    bins: tuple[int, ...],
+    channels_last: bool,
+    added: bool,
 ) -> _Plan:
     """How a kernel is launched."""
     block_channels = power_of_two(channels, 64 if channels_last else 8)
-    tiles = samples * -(-channels // block_channels)
-    constants: dict[str, Any] = dict(channels_last=channels_last, block_channels=block_channels)
-    sizes = (channels, *size, *bins)
     most = _TILE // block_channels
+    layout = dict(channels=channels, channels_last=channels_last, block_channels=block_channels)
+    constants: dict[str, Any]
+    integers = (*size, *bins)
     if kernel == "pool":
         rows, columns = (_most_covered(extent, count) for extent, count in zip(size, bins, strict=True))
         block_x = power_of_two(columns, most)
-        constants |= dict(block_x=block_x, block_y=power_of_two(rows, most // block_x))
-        return _Plan(tiles * product(bins), sizes, constants)
-    cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
-    block_positions = power_of_two(product(size), most)
-    constants |= dict(cover_y=cover_y, cover_x=cover_x, block_positions=block_positions)
-    dividers = itertools.chain(*(divider(number) for number in (*size, *bins)))
-    return _Plan(tiles * -(-product(size) // block_positions), (*sizes, *dividers), constants)
+        constants = layout | dict(block_y=power_of_two(rows, most // block_x), block_x=block_x)
+        tiles = product(bins)
+    else:
+        cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
+        block_positions = power_of_two(product(size), most)
+        constants = dict(added=added, cover_y=cover_y, cover_x=cover_x, **layout, block_positions=block_positions)
+        integers += tuple(itertools.chain(*(divider(number) for number in integers)))
+        tiles = -(-product(size) // block_positions)
+    made = Kernel("awconv.ops.triton_average_pool", kernel, constants)
+    return _Plan(made, samples * -(-channels // block_channels) * tiles, integers)
 
 
 def _most_covered(size: int, bins: int) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +35,52 @@ def empty_like_image(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def power_of_two(size: int, most: int, least: int = 1) -> int:
     """The power of two that holds a number of channels or positions, within what a tile may have."""
     return min(max(1 << (size - 1).bit_length(), least), most)
+
+
+class Kernel:
+    """A Triton kernel with its constants. On a CPU, Triton's interpreter runs it.
+
+    Where it ran before, it is launched without asking Triton again which code suits its arguments, which takes longer
+    than a small layer: their dtypes decide it, and that addresses are multiples of 16; no integer does.
+
+    Args:
+        module: where the kernel is, imported at the first launch, since it imports Triton.
+        name: of the kernel, whose parameters are tensors, integers in ``do_not_specialize``, and the constants.
+        constants: by name.
+        warps: of a program.
+        stages: of the pipeline of its loops.
+    """
+
+    def __init__(self, module: str, name: str, constants: dict[str, Any], warps: int = 4, stages: int = 3) -> None:
+        self.module, self.name, self.constants = module, name, constants
+        self.options = dict(num_warps=warps, num_stages=stages)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def launch(self, programs: int, tensors: tuple[Tensor | None, ...], integers: tuple[int, ...]) -> None:
+        """Runs the kernel on the device of its first tensor."""
+        first = tensors[0]
+        assert first is not None
+        if not first.is_cuda:
+            self._kernel[(programs,)](*tensors, *integers, **self.constants)
+            return
+        if first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return self.launch(programs, tensors, integers)
+        key: tuple[Any, ...] = (first.get_device(), *[None if tensor is None else tensor.dtype for tensor in tensors])
+        compiled = self._compiled.get(key)
+        aligned = not any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors)
+        if compiled is not None and aligned:
+            compiled[(programs, 1, 1)](*tensors, *integers, *self.constants.values())
+            return
+        compiled = self._kernel[(programs,)](*tensors, *integers, **self.constants, **self.options)
+        if aligned:
+            self._compiled[key] = compiled
+
+    @functools.cached_property
+    def _kernel(self) -> Any:
+        kernel = getattr(importlib.import_module(self.module), self.name)
+        assert kernel.arg_names[-len(self.constants) :] == list(self.constants), "constants are in another order"
+        return kernel
 
 
 def divider(divisor: int) -> tuple[int, int]:

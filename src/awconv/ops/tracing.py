@@ -6,6 +6,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 
 def compiling() -> bool:
@@ -26,6 +28,18 @@ def exporting() -> bool:
 def jit_tracing() -> bool:
     """Whether ``torch.jit.trace`` is recording: sizes of the example become constants."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined,no-any-return]
+
+
+def eager(*tensors: Tensor) -> bool:
+    """Whether a call runs now, on data: nothing traces, transforms or watches it, and no tensor is of another kind.
+    What it does need not be an operator then, through whose dispatch a call of Python takes thrice as long."""
+    return (
+        not compiling()
+        and not jit_tracing()
+        and not transforming()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    )
 
 
 def transforming() -> bool:

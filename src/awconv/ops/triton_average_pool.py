@@ -2,8 +2,8 @@
 """Adaptive average pooling over two axes and its gradient, in Triton; ``average_pool.py`` launches.
 
 Bin i of an axis covers the positions from i * size // bins to (i + 1) * size / bins, rounded up. Sums are kept in single
-precision at least, in an order that only sizes decide, and rounded once. Images may have any strides, by which a sample
-stays within 32 bits; ``channels_last`` says which axis lies side by side.
+precision at least, in an order that only sizes decide, and rounded once. Images have their channels last or are
+contiguous; a sample stays within 32 bits.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import triton.language as tl
 from awconv.ops.triton_arithmetic import divide
 
 
-@triton.jit(do_not_specialize=["channels", "height", "width", "bins_y", "bins_x"])
+@triton.jit
+def _strides(channels: tl.constexpr, height, width, channels_last: tl.constexpr):
+    """Along channels, y and x."""
+    if channels_last:
+        return 1, width * channels, channels
+    else:
+        return height * width, width, 1
+
+
+@triton.jit(do_not_specialize=["height", "width", "bins_y", "bins_x"])
 def pool(
     input,  # (samples, channels, height, width)
     target,  # (samples, channels, bins_y, bins_x)
-    input_n,
-    input_c,
-    input_y,
-    input_x,
-    target_n,
-    target_c,
-    target_y,
-    target_x,
-    channels,
     height,
     width,
     bins_y,
     bins_x,
+    channels: tl.constexpr,
     channels_last: tl.constexpr,
     block_channels: tl.constexpr,
     block_y: tl.constexpr,
@@ -49,7 +50,8 @@ def pool(
     rows = ((bin_y + 1) * height + bins_y - 1) // bins_y - first_y
     columns = ((bin_x + 1) * width + bins_x - 1) // bins_x - first_x
     channel_exists = channel < channels
-    input += sample * input_n + first_y * input_y + first_x * input_x
+    input_c, input_y, input_x = _strides(channels, height, width, channels_last)
+    input += sample * channels * height * width + first_y * input_y + first_x * input_x
     y = tl.arange(0, block_y * block_x) // block_x
     x = tl.arange(0, block_y * block_x) % block_x
     if channels_last:
@@ -68,28 +70,20 @@ def pool(
             start = start_y * input_y + start_x * input_x
             total += tl.load(input + start + offsets, mask=mask, other=0.0).to(dtype)
     mean = tl.sum(total, 0 if channels_last else 1) / (rows * columns).to(dtype)
-    target += sample * target_n + bin_y * target_y + bin_x * target_x
+    target_c, target_y, target_x = _strides(channels, bins_y, bins_x, channels_last)
+    target += sample * channels * bins + bin_y * target_y + bin_x * target_x
     tl.store(target + channel * target_c, mean.to(target.dtype.element_ty), mask=channel_exists)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("channels", "height", "width", "bins_y", "bins_x", "by_height", "by_height_shift", "by_width"),
+        *("height", "width", "bins_y", "bins_x", "by_height", "by_height_shift", "by_width"),
         *("by_width_shift", "by_bins_y", "by_bins_y_shift", "by_bins_x", "by_bins_x_shift"),
     ]
 )
 def spread(
     grad,  # (samples, channels, bins_y, bins_x), of what pool made
     target,  # (samples, channels, height, width): the gradient of its input
-    grad_n,
-    grad_c,
-    grad_y,
-    grad_x,
-    target_n,
-    target_c,
-    target_y,
-    target_x,
-    channels,
     height,
     width,
     bins_y,
@@ -105,6 +99,7 @@ def spread(
     added: tl.constexpr,  # to what is in target
     cover_y: tl.constexpr,  # bins that cover a position, at most
     cover_x: tl.constexpr,
+    channels: tl.constexpr,
     channels_last: tl.constexpr,
     block_channels: tl.constexpr,
     block_positions: tl.constexpr,
@@ -120,20 +115,22 @@ def spread(
     exists = position < height * width
     y = divide(position, by_width, by_width_shift)
     x = position - y * width
+    target_c, target_y, target_x = _strides(channels, height, width, channels_last)
     if channels_last:
         offsets = (y * target_y + x * target_x)[:, None] + (channel * target_c)[None, :]
         mask = exists[:, None] & channel_exists[None, :]
     else:
         offsets = (y * target_y + x * target_x)[None, :] + (channel * target_c)[:, None]
         mask = exists[None, :] & channel_exists[:, None]
-    target += sample * target_n + offsets
+    target += sample * channels * height * width + offsets
     if added:
         total = tl.load(target, mask=mask, other=0.0).to(dtype)
     elif channels_last:
         total = tl.full((block_positions, block_channels), 0, dtype)
     else:
         total = tl.full((block_channels, block_positions), 0, dtype)
-    grad += sample * grad_n
+    grad_c, grad_y, grad_x = _strides(channels, bins_y, bins_x, channels_last)
+    grad += sample * channels * bins_y * bins_x
     lowest_y = divide(y * bins_y, by_height, by_height_shift)  # the first bin that covers a position
     lowest_x = divide(x * bins_x, by_width, by_width_shift)
     for cover in tl.static_range(cover_y * cover_x):

@@ -41,9 +41,14 @@ def _fused(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -
     for axis, rate in enumerate(problem.rates, start=1):
         if rate > 1 and axis != 2:
             gain = gain.repeat_interleave(rate, dim=axis)
+    gain = gain.flatten(3)
+    output: Tensor
+    if problem.device in _KERNELS and tracing.eager(input, weight, gain):
+        output = _Eager.apply(input, weight, gain, problem.geometry)
+        return output
     transformed = tracing.compiling() or tracing.transforming()
     run = _Fused.apply if transformed else torch.ops.awconv.fused
-    output: Tensor = run(input, weight, gain.flatten(3), *problem.geometry.arguments())
+    output = run(input, weight, gain, *problem.geometry.arguments())
     return output
 
 
@@ -87,7 +92,10 @@ def _fake_backward(
 
 
 def _forward(input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any) -> Tensor:
-    geometry = Geometry.of(*arguments)
+    return _run(input, weight, gain, Geometry.of(*arguments))
+
+
+def _run(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
     if input.shape[0] == 0:
         return _output(input, weight, geometry)
     output: Tensor = _KERNELS[input.device.type].forward(input, weight, gain, geometry)
@@ -132,6 +140,23 @@ class _Fused(torch.autograd.Function):
         # No variable arguments: torch.compile would put its context among them.
         output: Tensor = torch.ops.awconv.fused(input, weight, gain, stride, padding, dilation, groups)
         return output
+
+
+class _Eager(torch.autograd.Function):
+    """The same without an operator between."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(input, weight, gain)
+        ctx.geometry = geometry
+        return _run(input, weight, gain, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:3])
+        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
+        grads = backward(grad_output, *ctx.saved_tensors, *ctx.geometry.arguments(), needs)
+        return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None)
 
 
 def _differentiable_backward(

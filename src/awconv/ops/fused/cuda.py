@@ -8,8 +8,8 @@ gain. The first call of a size compiles, which a CUDA graph cannot capture: run 
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
+from collections.abc import Iterator, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from awconv.ops import gpu
 from awconv.ops.fused import tiles
 from awconv.ops.geometry import Geometry
 from awconv.ops.gpu import divider, empty_like_image, is_channels_last, triton_obstacle
@@ -166,28 +167,17 @@ def _input_phases(size: int, out_size: int, kernel: int, stride: int, before: in
 class _Launch(NamedTuple):
     """All of a launch but its tensors."""
 
-    module: str
-    tile: tiles.Tile
+    kernel: gpu.Kernel
     programs: int
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
+    integers: tuple[int, ...]
 
     def run(self, *tensors: Tensor | None) -> None:
-        first = tensors[0]
-        assert first is not None
-        kernel = getattr(_kernels(self.module), self.tile.kernel)
-        options = self.constants | self.tile.sizes
-        if not first.is_cuda:  # Triton's interpreter
-            kernel[(self.programs,)](*tensors, *self.sizes, **options)
-            return
-        options |= dict(num_warps=self.tile.warps, num_stages=self.tile.stages)
-        with torch.cuda.device(first.device):
-            kernel[(self.programs,)](*tensors, *self.sizes, **options)
+        self.kernel.launch(self.programs, tensors, self.integers)
 
 
-@functools.cache
-def _kernels(module: str) -> Any:
-    return importlib.import_module(f"awconv.ops.fused.{module}")  # Triton is imported by who runs it
+def _launch(module: str, tile: tiles.Tile, constants: dict[str, Any], programs: int, *integers: int) -> _Launch:
+    kernel = gpu.Kernel(f"awconv.ops.fused.{module}", tile.kernel, constants | tile.sizes, tile.warps, tile.stages)
+    return _Launch(kernel, programs, integers)
 
 
 def _correlate(
@@ -229,8 +219,7 @@ def _correlate(
         precision=precision,
     )
     programs = pixel_tiles * groups * row_blocks * -(-rows // tile.sizes["block_rows"])
-    sizes = (samples, *itertools.chain(*zip(*axes, strict=True)), kernel[1])
-    return _Launch("triton_correlate", tile, programs, sizes, constants)
+    return _launch("triton_correlate", tile, constants, programs, samples, *_of_axes(axes), kernel[1])
 
 
 def _depthwise_correlate(
@@ -252,8 +241,12 @@ def _depthwise_correlate(
         channels_last=channels_last,
     )
     programs = samples * -(-positions // tile.sizes["block_pixels"]) * -(-channels // tile.sizes["block_channels"])
-    sizes = (samples, *itertools.chain(*zip(*axes, strict=True)), kernel[1])
-    return _Launch("triton_depthwise", tile, programs, sizes, constants)
+    return _launch("triton_depthwise", tile, constants, programs, samples, *_of_axes(axes), kernel[1])
+
+
+def _of_axes(axes: Sequence[Sequence[int]]) -> Iterator[int]:
+    """The numbers of two axes in turn."""
+    return itertools.chain(*zip(*axes, strict=True))
 
 
 def _along_axes(make: Any, size: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> list[Any]:
@@ -311,7 +304,7 @@ def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, ge
     if not whole:
         grad.zero_()
     unit = None
-    if input.dtype == torch.float16 and any(launch.tile.kernel == "scaled_sums" for launch in launches):
+    if input.dtype == torch.float16 and any(launch.kernel.name == "scaled_sums" for launch in launches):
         largest = gains.abs().nan_to_num(nan=0, posinf=0).amax()  # one sample's infinity is not another's
         unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest.clamp(min=1)).exponent)
     depthwise = weights.shape[1] == 1
@@ -350,21 +343,16 @@ def _sums(
     programs = min(processors * (2 if tile.warps == 4 else 1), count * samples)
     structure = dict(rows=rows, columns=columns, blocks=blocks, groups=geometry.groups, taps=taps)
     constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], precision=precision)
-    (height, width), (seen_y, seen_x) = zip(*((axis.positions, axis.seen) for axis in axes), strict=True)
-    steps = itertools.chain(*zip(*((axis.step, axis.origin, axis.reach) for axis in axes), strict=True))
-    sizes = (samples, height, width, *divider(width), programs, seen_y, seen_x, *steps, kernel[1])
+    height, width = (axis.positions for axis in axes)
+    steps = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
+    integers = (samples, height, width, *divider(width), programs, *steps, kernel[1])
     added = min(tile.sizes["block_rows"], tiles.LEAST)
     added_sizes = {name: size for name, size in tile.sizes.items() if name != "block_positions"}
     add = tiles.Tile("add_pieces", added_sizes | dict(block_added=added), 4, 1)
+    add_programs = count * (tile.sizes["block_rows"] // added)
     return _Sums(
-        _Launch("triton_sums", tile, programs, sizes, constants),
-        _Launch(
-            "triton_sums",
-            add,
-            count * (tile.sizes["block_rows"] // added),
-            (samples, programs),
-            structure,
-        ),
+        _launch("triton_sums", tile, constants, programs, *integers),
+        _launch("triton_sums", add, structure, add_programs, samples, programs),
         (programs + count, tile.sizes["block_rows"], tile.sizes["block_columns"]),
         parts,
     )
@@ -399,13 +387,12 @@ def _depthwise_sums(input_shape: tuple[int, ...], weight_shape: tuple[int, ...],
     samples, in_channels, *size = input_shape
     channels, _, *kernel = weight_shape
     axes = _along_axes(_output_axes, tuple(size), tuple(kernel), geometry)
-    names = ("positions", "seen", "step", "origin", "reach")
-    sizes = itertools.chain(*([getattr(axis, name) for axis in axes] for name in names))
+    integers = _of_axes([(axis.positions, axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
     tile = tiles.depthwise("depthwise_sum_products", channels, axes[0].positions * axes[1].positions)
     taps = kernel[0] * kernel[1]
     constants = dict(channels=channels, multiplier=channels // in_channels, taps=taps)
     programs = samples * taps * -(-channels // tile.sizes["block_channels"])
-    return _Launch("triton_depthwise", tile, programs, (samples, *sizes, kernel[1]), constants)
+    return _launch("triton_depthwise", tile, constants, programs, samples, *integers, kernel[1])
 
 
 def _depthwise_products(
