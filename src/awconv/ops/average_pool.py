@@ -80,7 +80,8 @@ class _PoolBeside(torch.autograd.Function):
             pooled = None if grad_pooled is None else torch.ops.awconv.average_pool_backward(grad_pooled, ctx.size)
             return grad_passed if pooled is None else pooled, None
         dense = is_channels_last(grad_passed) or grad_passed.is_contiguous()
-        if torch.is_grad_enabled() or not dense or grad_passed.dtype != grad_pooled.dtype:
+        dense = dense and grad_passed.dtype == grad_pooled.dtype and eager(grad_passed, grad_pooled)
+        if torch.is_grad_enabled() or not dense:
             return grad_passed + torch.ops.awconv.average_pool_backward(grad_pooled, ctx.size), None
         # The convolution made it, and nobody else has it.
         _launch("spread", grad_pooled, grad_passed, ctx.size, grad_pooled.shape[2:], added=True)

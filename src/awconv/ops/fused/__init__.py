@@ -154,7 +154,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        backward = _differentiable_backward if torch.is_grad_enabled() else _backward
+        backward: Any = _backward if tracing.eager(grad_output) else torch.ops.awconv.fused_backward
+        if torch.is_grad_enabled():
+            backward = _differentiable_backward
         grads = backward(grad_output, *ctx.saved_tensors, *ctx.geometry.arguments(), needs)
         return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None)
 
