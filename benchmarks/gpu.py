@@ -72,6 +72,7 @@ def _drive(settings: Settings) -> int:
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "results.json"
     path.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the processes below end with this one
     journal = Journal(path)
     journal.results["about"] = {"command": sys.argv, "began": time.strftime("%Y-%m-%d %H:%M:%S")}
     journal.save()
@@ -87,7 +88,7 @@ def _drive(settings: Settings) -> int:
         journal.results["about"].setdefault("crashes", []).append(reason)
         journal.save()
     print(*lines(journal.results), sep="\n")
-    return 0 if begun >= 0 and not journal.failed() else 1
+    return int(journal.failed())
 
 
 def _watch(command: list[str], path: Path, deadline: float) -> str | None:
@@ -123,8 +124,8 @@ def _work(settings: Settings) -> None:
     journal = Journal(settings.out / "results.json")
     journal.results["about"] |= environment(settings.device)
     journal.save()
-    gc.freeze()  # what was imported need not be looked through before each graph
     modules = {stage: importlib.import_module(f"gpu_stages.{STAGES[stage][0]}") for stage in settings.stages}
+    gc.freeze()  # what was imported need not be looked through before each graph
     entries = {stage: module.entries(settings) for stage, module in modules.items()}
     for stage in settings.stages:
         print(f"{stage}:", flush=True)

@@ -123,8 +123,9 @@ class Journal:
         return sum("began" in figures for entries in self.results["stages"].values() for figures in entries.values())
 
     def failed(self) -> bool:
-        """Whether an entry ended with an error."""
-        return any("error" in figures for entries in self.results["stages"].values() for figures in entries.values())
+        """Whether an entry ended with an error, or a process before its time."""
+        entries = [entry for stage in self.results["stages"].values() for entry in stage.values()]
+        return "crashes" in self.results["about"] or any("error" in entry for entry in entries)
 
     def abandon(self, reason: str) -> None:
         """Ends the entry that is running, whose process is no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +23,7 @@ WAYS = ("fused", "per_tap", "per_sample")
 WORKS = ("forward", "input_gradient", "weight_gradients")
 _LONGEST = 0.25  # seconds of a call, beyond which a way is not timed
 _SHARE = 0.5  # of the memory that is free, beyond which the weights of all samples are not made
+_TRACEBACK = 2500  # characters that are kept, the last ones
 _TAPS = 3
 
 Call = Callable[[], None]
@@ -145,14 +147,21 @@ def compare(makers: dict[str, Callable[[], Call]], settings: Settings) -> dict[s
 
     Returns:
         ``eager`` and ``replayed``, each a ratio by name; ``fastest`` of those but the baseline, replayed where that
-        worked; ``left_out``, by name the reason.
+        worked; ``left_out``, by name the reason; ``failed``, by name the traceback.
     """
     left_out: dict[str, str] = {}
+    failed: dict[str, str] = {}
     calls: dict[str, Call] = {}
     for name, make in makers.items():
         call = _with_cudnn_benchmark(make(), name == "plain")
-        call()
-        seconds = _wall_seconds(call, settings.device)
+        try:
+            call()
+            seconds = _wall_seconds(call, settings.device)
+        except Exception:
+            if name == "plain":
+                raise
+            failed[name] = traceback.format_exc()[-_TRACEBACK:]
+            continue
         if seconds > _LONGEST and name != "plain":
             left_out[name] = f"one call takes {seconds:.2f} s"
         else:
@@ -163,15 +172,14 @@ def compare(makers: dict[str, Callable[[], Call]], settings: Settings) -> dict[s
         for name in calls:
             try:
                 replays[name] = graphed(_with_cudnn_benchmark(makers[name](), name == "plain"))
-            except Exception as error:
-                left_out[f"{name}, replayed"] = f"{type(error).__name__}: {error}"[:500]
+            except Exception:
+                failed[f"{name}, in a graph"] = traceback.format_exc()[-_TRACEBACK:]
         if "plain" in replays:
             result["replayed"] = _timed(replays, settings)
     best = result.get("replayed", result["eager"])
-    result["fastest"] = min(
-        (name for name in best if name != "plain"), key=lambda name: best[name]["seconds"], default=""
-    )
-    return result | {"left_out": left_out}
+    others = [name for name in best if name != "plain"]
+    fastest = min(others, key=lambda name: best[name]["seconds"], default=None)
+    return result | {"fastest": fastest, "left_out": left_out, "failed": failed}
 
 
 def _timed(calls: dict[str, Call], settings: Settings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from awconv.bench.model import RIVALS, CompileMode, Side, competitors, measure
 from awconv.models.registry import TWINS
@@ -99,6 +100,7 @@ def _timed(
     figures |= _about(subject, settings) | {"compile_mode": mode, "cudnn_benchmark": benchmark, "works": {}}
     torch.backends.cudnn.benchmark = benchmark
     torch._dynamo.reset()
+    counters.clear()
     sides = _sides(subject, rivals, mode, settings)
     for work in works:
         found = figures["works"][work] = {}
@@ -112,6 +114,9 @@ def _timed(
             rounds = min(rounds, _FEW) if slowest > _SLOW else rounds
         for row in measure(subject[0], sides, work, rounds, settings.device):
             found[row.way] = asdict(row.ratio) | row.facts | {"rounds": rounds}
+        if mode is not None:
+            found["graph_breaks"] = sum(counters["graph_break"].values())
+            found["cudagraph_skips"] = counters["inductor"]["cudagraph_skips"]
         save()
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -31,13 +32,14 @@ def _pytest(settings: Settings, figures: dict[str, Any], save: Callable[[], None
     if settings.quick:
         command.append("tests/ops/test_gpu.py")
     figures["command"] = command[1:]
+    seconds = max(1.0, min(_SECONDS, settings.deadline - time.time() - 2 * _TO_END))
     log = settings.out / "tests.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=_ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
-            figures["status"] = process.wait(_SECONDS)
+            figures["status"] = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            figures["stopped_after_seconds"] = _SECONDS
+            figures["stopped_after_seconds"] = seconds
             process.send_signal(signal.SIGINT)  # after which pytest still tells of the failures so far
             try:
                 process.wait(_TO_END)

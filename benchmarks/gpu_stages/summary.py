@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 _WIDTH = 150
+_SHORT = {"forward": "fwd", "input_gradient": "dx", "weight_gradients": "dw"}
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
     """One for each entry, below its stage."""
     about = results["about"]
+    for crash in about.get("crashes", ()):
+        yield f"CRASH: {crash}"
     yield f"{about.get('device', '?')}, torch {about.get('torch', '?')}, Triton {about.get('triton', '?')}"
     for stage, entries in results["stages"].items():
         skipped = [name for name, figures in entries.items() if "skipped" in figures]
@@ -37,20 +40,17 @@ def _tests(figures: dict[str, Any]) -> str:
 
 
 def _layers(figures: dict[str, Any]) -> str:
-    works = figures.get("works") or {name: part for name, part in figures.items() if isinstance(part, dict)}
-    if "works" not in figures:  # the pooling: forward and backward of each layer
-        return "; ".join(
-            _ways(part["forward"]) + ", backward " + _ways(part["backward"])
-            for part in works.values()
-            if "backward" in part
-        )
-    parts = [f"{work.partition('_')[0]} {_ways(compared)}" for work, compared in works.items()]
-    return f"{' | '.join(parts)} (auto: {figures['chosen']})"
+    if "works" in figures:
+        parts = [f"{_SHORT[work]} {_ways(compared)}" for work, compared in figures["works"].items()]
+        return f"auto {figures['chosen']} | {' | '.join(parts)}"
+    pools = [part for part in figures.values() if isinstance(part, dict) and "backward" in part]
+    return "; ".join(f"{_ways(pool['forward'])}, back {_ways(pool['backward'])}" for pool in pools)
 
 
 def _ways(compared: dict[str, Any]) -> str:
     best = compared.get("replayed", compared["eager"])
-    return " ".join(f"{way.replace('per_', '')} {ratio['median']:.2f}" for way, ratio in best.items() if way != "plain")
+    ratios = [f"{way.replace('per_', '')} {ratio['median']:.2f}" for way, ratio in best.items() if way != "plain"]
+    return " ".join([*ratios, *(f"{way} FAILED" for way in compared["failed"])])
 
 
 def _networks(figures: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,8 +58,12 @@ def environment(device: str) -> dict[str, Any]:
         "awconv": __version__,
     }
     if on_gpu:
-        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": version("triton")}
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": _triton()}
     return facts
+
+
+def _triton() -> str | None:
+    return None if find_spec("triton") is None else str(import_module("triton").__version__)
 
 
 def _processor() -> str:
