@@ -15,9 +15,10 @@ from typing import Any
 
 from gpu_stages.journal import Entry, Settings
 
+OPTIONS = ("-vv", "-rfE", "--tb=short", "--continue-on-collection-errors")
 _ROOT = Path(__file__).parent.parent.parent
 _SECONDS, _TO_END = 150.0, 10.0
-_LONGEST = 6000  # characters of the failures
+_LONGEST, _MOST_FAILURES = 1500, 30  # characters of a failure's report, the last ones
 _OUTCOME = re.compile(r" (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
@@ -28,7 +29,17 @@ def entries(settings: Settings) -> list[Entry]:
 
 def _pytest(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> None:
     """Counts outcomes in the log, which is there however the tests end."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-vv",
+        "-rfE",
+        "--tb=short",
+        "--continue-on-collection-errors",
+    ]
     if settings.quick:
         command.append("tests/ops/test_gpu.py")
     figures["command"] = command[1:]
@@ -46,8 +57,27 @@ def _pytest(settings: Settings, figures: dict[str, Any], save: Callable[[], None
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-    text = log.read_text(errors="replace")
-    figures["outcomes"] = dict(Counter(_OUTCOME.findall(text.partition("= FAILURES =")[0])))
-    figures["failed"] = re.findall(r"^(?:FAILED|ERROR) (\S+::.*)$", text, re.MULTILINE)
-    if figures["failed"]:
-        figures["failures"] = text[-_LONGEST:]
+    figures |= read_log(log.read_text(errors="replace"))
+
+
+def read_log(text: str) -> dict[str, Any]:
+    """What pytest has said so far, with ``OPTIONS``.
+
+    Returns:
+        ``outcomes``, how many tests had each; ``failed``, which and with what message; ``failures``, the end of each
+        one's report by its name; ``not_collected``, files that could not be imported.
+    """
+    progress = re.split(r"^=+ (?:ERRORS|FAILURES) =+$", text, maxsplit=1, flags=re.MULTILINE)[0]
+    parts = re.split(r"^=+ (.+?) =+$", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    told = sections.get("ERRORS", "") + sections.get("FAILURES", "")
+    reports = re.split(r"^_{3,} (.+?) _{3,}$", told, flags=re.MULTILINE)[1:]
+    names, bodies = reports[::2], reports[1::2]
+    return {
+        "outcomes": dict(Counter(_OUTCOME.findall(progress))),
+        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+::.*)$", text, re.MULTILINE),
+        "not_collected": re.findall(r"^ERROR (\S+\.py)(?: -.*)?$", text, re.MULTILINE),
+        "failures": {
+            name: body.strip()[-_LONGEST:] for name, body in list(zip(names, bodies, strict=True))[:_MOST_FAILURES]
+        },
+    }

@@ -36,7 +36,8 @@ def _said(stage: str, figures: dict[str, Any]) -> str:
 def _tests(figures: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} {outcome.lower()}" for outcome, count in figures.get("outcomes", {}).items())
     stopped = " stopped for time" if "stopped_after_seconds" in figures else ""
-    return f"{counts}{stopped}"
+    lost = f", {len(files)} files not imported" if (files := figures.get("not_collected")) else ""
+    return f"{counts}{lost}{stopped}"
 
 
 def _layers(figures: dict[str, Any]) -> str:

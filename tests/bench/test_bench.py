@@ -171,7 +171,11 @@ def test_a_gradient_alone_is_that_of_the_whole_backward(way: str, monkeypatch: p
 def test_a_graph_replays_what_a_function_launches() -> None:
     layer = Layer(16, 8, 4, 3, device="cuda", dtype=torch.bfloat16, channels_last=True)
     numbers = torch.zeros(8, device="cuda")
-    replay = graphed(lambda: numbers.add_(1) and None)
+
+    def add() -> None:
+        numbers.add_(1)
+
+    replay = graphed(add)
     before = numbers[0].item()
     replay()
     assert numbers[0].item() == before + 1

@@ -104,3 +104,29 @@ def test_a_process_that_crashes_or_hangs_costs_one_entry(
         == "the time of the whole run is over"
     )
     assert gpu._watch([sys.executable, "-c", ""], path, deadline=4e9) is None
+
+
+def test_the_log_of_tests_is_read_however_they_end(tmp_path: Path, gpu_stages: None) -> None:
+    from gpu_stages.suite import OPTIONS, read_log
+
+    (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there")
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'as it is'\n"
+        "@pytest.mark.skip\ndef test_left_out(): pass\n"
+        "@pytest.fixture\ndef broken(): raise OSError('no fixture')\n"
+        "def test_without_a_fixture(broken): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", *OPTIONS, "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    found = read_log(done.stdout)
+    assert found["outcomes"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
+    assert [line.split(" - ")[0].rpartition("::")[2] for line in found["failed"]] == [
+        "test_wrong",
+        "test_without_a_fixture",
+    ]
+    assert found["failures"]["test_wrong"].endswith("AssertionError: as it is\nE   assert 1 == 2")
+    assert "OSError: no fixture" in found["failures"]["ERROR at setup of test_without_a_fixture"]
+    assert [Path(name).name for name in found["not_collected"]] == ["test_broken.py"]
+    assert read_log(done.stdout[:200])["failed"] == []
