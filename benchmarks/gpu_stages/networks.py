@@ -115,8 +115,8 @@ def _timed(
         for row in measure(subject[0], sides, work, rounds, settings.device):
             found[row.way] = asdict(row.ratio) | row.facts | {"rounds": rounds}
         if mode is not None:
-            found["graph_breaks"] = sum(counters["graph_break"].values())
-            found["cudagraph_skips"] = counters["inductor"]["cudagraph_skips"]
+            figures["graph_breaks"] = sum(counters["graph_break"].values())
+            figures["cudagraph_skips"] = counters["inductor"]["cudagraph_skips"]
         save()
 
 

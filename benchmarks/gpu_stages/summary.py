@@ -68,7 +68,8 @@ def _networks(figures: dict[str, Any]) -> str:
     for way in ("plain", "aw"):
         found = figures.get(way, {})
         texts = [f"{key.removesuffix('_seconds')} {1e3 * found[key]:.1f} ms" for key in keys if key in found]
-        parts.append(f"{way} {', '.join(texts)}")
+        if texts:
+            parts.append(f"{way} {', '.join(texts)}")
     return "; ".join(parts)
 
 

@@ -87,6 +87,7 @@ def test_a_process_that_crashes_or_hangs_costs_one_entry(
 ) -> None:
     import gpu
     from gpu_stages.journal import Journal
+    from gpu_stages.summary import lines
 
     path = tmp_path / "results.json"
     journal = Journal(path)
@@ -97,6 +98,8 @@ def test_a_process_that_crashes_or_hangs_costs_one_entry(
     journal.abandon(reason)
     assert Journal(path).results["stages"]["layers"]["other"]["error"] == reason
     assert Journal(path).running() is None
+    journal.results["stages"] |= {stage: {"one": journal.results["stages"]["layers"]["other"]} for stage in gpu.STAGES}
+    assert list(lines(journal.results))[2::2] == ["  one: FAILED (it took more than 1 s) "] * len(gpu.STAGES)
     crash = gpu._watch([sys.executable, "-c", "import os; os.abort()"], path, deadline=4e9)
     assert crash == "its process ended with exit status -6"
     assert (
