@@ -84,7 +84,7 @@ def entries(settings: Settings) -> list[Entry]:
     """One for each layer, and the pooling of ResNet-50's."""
 
     def named(network: str, shapes: list[Shape]) -> list[Entry]:
-        return [Entry(f"{network}, {shape}", 6, partial(_layer, shape, settings)) for shape in shapes]
+        return [Entry(f"{network}, {shape}", 12, partial(_layer, shape, settings)) for shape in shapes]
 
     if settings.quick:
         return [*named("layer", QUICK), Entry("pooling", 0, partial(_pooling, QUICK[:1], settings))]

@@ -22,6 +22,7 @@ from gpu_stages.journal import Entry, Settings
 from gpu_stages.kernels import host_seconds, profile_step
 
 _SEED = 0
+_SUBJECTS = (("aw_resnet50", 256, 224), ("aw_resnet20_cifar", 512, 32))  # batch and size of the images
 _FIRST_STEP_SECONDS = 180.0
 _SLOW, _FEW = 0.5, 3  # seconds of a call, beyond which there are few rounds
 
@@ -44,7 +45,7 @@ def entries(settings: Settings) -> list[Entry]:
     several = [
         ("eager", 40, timed(large, ("forward", "memory", "training"))),
         ("profile", 15, partial(_profile, large, settings)),
-        ("compiled training", 110, timed(large, ("training",), mode="default")),
+        ("compiled training", 90, timed(large, ("training",), mode="default")),
         ("compiled forward", 60, timed(large, ("forward",), mode="default")),
         ("small, eager", 15, timed(small, ("forward", "training"))),
         ("small, reduce-overhead", 70, timed(small, ("training",), mode="reduce-overhead")),
@@ -55,9 +56,6 @@ def entries(settings: Settings) -> list[Entry]:
         ("first step", 60, partial(_first_step, large, settings)),
     ]
     return [Entry(name, guess / 4 if settings.quick else guess, work) for name, guess, work in several]
-
-
-_SUBJECTS = (("aw_resnet50", 256, 224), ("aw_resnet20_cifar", 512, 32))
 
 
 def _sides(
@@ -118,6 +116,7 @@ def _timed(
             figures["graph_breaks"] = sum(counters["graph_break"].values())
             figures["cudagraph_skips"] = counters["inductor"]["cudagraph_skips"]
         save()
+    torch._dynamo.reset()  # lets go of the compiled networks, and of the memory of their graphs
 
 
 def _seconds(call: Callable[[], None], device: str) -> float:

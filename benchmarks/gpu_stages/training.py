@@ -24,7 +24,7 @@ from gpu_stages.kernels import host_seconds
 
 _ROOT = Path(__file__).parent.parent.parent
 _RECIPE = _ROOT / "recipes" / "cifar10_jpeg_resnet8_short.yaml"  # with the longer network, for a fixed time
-_BATCH, _IMAGE = 128, 32
+_IMAGE = 32
 _TO_START = 60  # seconds in which the processes read the data
 _LONGEST = 4000  # characters of an error
 
@@ -47,24 +47,28 @@ def entries(settings: Settings) -> list[Entry]:
     return [alone, bare, *together, fit("1 plain run", TWINS[network], 1)]
 
 
+def _batch(settings: Settings) -> int:
+    return 32 if settings.quick else 128
+
+
 def _fit(network: str, runs: int, seconds: int, settings: Settings, figures: dict[str, Any], save: Save) -> None:
     missing = [name for name in ("jsonargparse", "lightning", "pyarrow") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"awconv fit needs {', '.join(missing)}; install awconv[train,parquet]")
     if not (settings.data / "train.parquet").is_file():
         raise FileNotFoundError(f"--data must be a folder with CIFAR-10's train.parquet, got {settings.data}")
-    figures |= {"network": network, "runs": runs, "batch": _BATCH, "dtype": "float32"}
+    figures |= {"network": network, "runs": runs, "batch": _batch(settings), "dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
         roots = [Path(folder) / str(run) for run in range(runs)]
         commands = [_command(network, seconds, root, run, settings) for run, root in enumerate(roots)]
         figures["command"] = commands[0][1:]
         errors = _together(commands, roots, seconds + _TO_START)
-        figures["images_per_second"] = [_pace(root) for root in roots]
+        figures["images_per_second"] = [_pace(root, _batch(settings)) for root in roots]
     figures["errors"] = [error for error in errors if error]
     paces = [pace for pace in figures["images_per_second"] if pace]
     if paces:
         figures["together"] = sum(paces)
-        figures["step_seconds"] = _BATCH * len(paces) / sum(paces)
+        figures["step_seconds"] = _batch(settings) * len(paces) / sum(paces)
     if figures["errors"]:
         raise RuntimeError(f"{len(figures['errors'])} of {runs} trainings failed:\n{figures['errors'][0]}")
 
@@ -77,6 +81,7 @@ def _command(network: str, seconds: int, root: Path, seed: int, settings: Settin
         "data.init_args.train": settings.data / "train.parquet",
         "data.init_args.test": settings.data / "test.parquet",
         "data.init_args.val_fraction": 0,
+        "data.init_args.batch_size": _batch(settings),
         "trainer.default_root_dir": root,
         "trainer.accelerator": "gpu" if settings.device == "cuda" else "cpu",
         "trainer.max_epochs": 1000,
@@ -113,14 +118,14 @@ def _together(commands: list[list[str]], roots: list[Path], seconds: float) -> l
     return errors
 
 
-def _pace(root: Path) -> float | None:
+def _pace(root: Path, batch: int) -> float | None:
     """Images a second between the first and the last line of a training's log, which counts from its start."""
     known = []
     for path in root.rglob("metrics.csv"):
         with path.open() as file:
             for line in csv.DictReader(file):
                 if line.get("images_per_second"):
-                    images = (int(line["step"]) + 1) * _BATCH
+                    images = (int(line["step"]) + 1) * batch
                     known.append((images, images / float(line["images_per_second"])))
     if len(known) < 2:
         return None
@@ -130,14 +135,15 @@ def _pace(root: Path) -> float | None:
 
 def _bare_loop(network: str, settings: Settings, figures: dict[str, Any], save: Save) -> None:
     """The same step without Lightning, loaders and augmentation; Python's time is that at two images."""
+    usual = _batch(settings)
     for way, name in {"plain": TWINS[network], "aw": network}.items():
         sides = {}
-        for batch in (_BATCH, 2):
+        for batch in (usual, 2):
             images = torch.randn(batch, 3, _IMAGE, _IMAGE, device=settings.device)
             sides[batch] = Side(
                 timm.create_model(name, num_classes=10), settings.algorithm, images, "off", settings.device
             )
-        timed = ratios({"step": sides[_BATCH].training}, settings.rounds, settings.device)
+        timed = ratios({"step": sides[usual].training}, settings.rounds, settings.device)
         figures[way] = {"step_seconds": timed["step"].seconds, "host_seconds": host_seconds(sides[2])}
-        figures[way]["images_per_second"] = _BATCH / timed["step"].seconds
+        figures[way]["images_per_second"] = usual / timed["step"].seconds
         save()

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch  # noqa: F401  # the first import sets log levels, which no test may leave behind
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,6 +169,7 @@ def test_a_gradient_alone_is_that_of_the_whole_backward(way: str, monkeypatch: p
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("one_tile")
 def test_a_graph_replays_what_a_function_launches() -> None:
     layer = Layer(16, 8, 4, 3, device="cuda", dtype=torch.bfloat16, channels_last=True)
     numbers = torch.zeros(8, device="cuda")

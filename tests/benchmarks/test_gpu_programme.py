@@ -65,14 +65,14 @@ def test_every_stage_writes_its_figures_and_the_summary_names_them(tmp_path: Pat
 
 def test_what_fails_or_has_no_time_says_why_and_the_rest_goes_on(tmp_path: Path) -> None:
     arguments = ["--stage", "training", "networks", "--only=^(1 run|compiled training|small, eager)", "--data=missing"]
-    done, results = run(tmp_path / "out", *arguments, "--seconds=25")
+    done, results = run(tmp_path / "out", *arguments, "--seconds=20")
     assert done.returncode == 1
     failed = results["stages"]["training"]["1 run"]["error"]
     assert failed.startswith("Traceback")
     assert "--data must be a folder with CIFAR-10's train.parquet, got " in failed
     assert "1 run: FAILED (FileNotFoundError: --data must be" in done.stdout
     networks = results["stages"]["networks"]
-    assert "it takes some 28 s, and" in networks["compiled training"]["skipped"]
+    assert "it takes some 22 s, and" in networks["compiled training"]["skipped"]
     assert "no time for: compiled training" in done.stdout
     assert networks["small, eager"]["works"]["training"]["aw"]["seconds"] > 0
 
