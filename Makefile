@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 PROBLEMS := 10000
+SECONDS := 480
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test campaign lint format clean
+.PHONY: demo test campaign gpu lint format clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
@@ -15,6 +16,10 @@ test: $(INSTALLED)
 # Random problems and damaged inputs, half an hour on 2 cores: with PROBLEMS=500, as many of the operator's.
 campaign: $(INSTALLED)
 	OMP_NUM_THREADS=1 AWCONV_CAMPAIGN_PROBLEMS=$(PROBLEMS) $(VENV)/bin/python -m pytest -m campaign -n auto --maxprocesses 4 -p tests.ops.figures
+
+# What it costs on this machine's GPU, and whether it is right there: at most SECONDS, results under build/gpu.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --seconds $(SECONDS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -41,7 +41,7 @@ LAYERS = [
 def time_layer(channels: int, size: int, batch: int, stride: int, groups: int, rounds: int, device: str) -> dict:
     """The ratios of one layer's algorithms to the plain convolution."""
     layer = Layer(channels, size, batch, 3, stride=stride, groups=groups, device=device)
-    timed = layer.time(["all"], step=True, rounds=rounds)
+    timed = layer.time(["all"], "step", rounds)
     ratios = {way: ratio.median for way, ratio in timed.items() if way != "plain"}
     return {
         "layer": dict(channels=channels, size=size, batch=batch, stride=stride, groups=groups),

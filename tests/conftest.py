@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ if not torch.cuda.is_available():
     )  # before Triton is imported, whose kernels are tested on the CPU then
 
 torch.set_num_threads(1)  # the tensors of tests are small, and several workers share the cores
+# Tolerances are those of whole float32 products. With the newer conv.fp32_precision alone, torch.export fails.
+torch.backends.cudnn.allow_tf32 = False
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic mode needs on CUDA
@@ -34,6 +37,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for GPUs take their smallest tile: to compile and time all of them takes longer than the tests."""
+    if not torch.cuda.is_available():
+        return
+    from triton.runtime import Autotuner
+
+    from awconv.ops.fused import triton_kernels
+
+    for kernel in vars(triton_kernels).values():
+        if isinstance(kernel, Autotuner):
+            smallest = min(kernel.configs, key=lambda config: math.prod(config.kwargs.values()))
+            monkeypatch.setattr(kernel, "configs", [smallest])
 
 
 @pytest.fixture(autouse=True)

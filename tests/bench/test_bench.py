@@ -7,15 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch  # noqa: F401  # the first import sets log levels, which no test may leave behind
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from awconv.bench.detector import twin_detectors
+from awconv.bench.op import Layer
 from awconv.bench.rivals import RoutedCondConv2d, with_condconv
 from awconv.bench.roofline import work_of
-from awconv.bench.timing import peak_memory, ratios
+from awconv.bench.timing import graphed, peak_memory, ratios
 from awconv.cli import main
 from awconv.ops import functional
 from awconv.ops.choose import ALGORITHMS, use_algorithm
@@ -33,11 +35,13 @@ def rows(capsys: pytest.CaptureFixture[str]) -> list[dict]:
 
 
 def test_a_layer_is_timed_by_every_way(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "op", *TINY, "--size=6", "--ways=all,layer,branch,se,condconv", "--format=json"]) == 0
+    works = ["forward", "step", "input_gradient", "weight_gradients"]
+    arguments = ["--size=6", "--ways=all,layer,branch,se,condconv", f"--work={','.join(works)}", "--format=json"]
+    assert main(["bench", "op", *TINY, *arguments]) == 0
     measured = rows(capsys)
     able = [name for name in ALGORITHMS if "gain" not in name]
     ways = ["plain", *able, "layer", "branch", "se", "condconv"]
-    expected = [(work, way) for work in ("forward", "step") for way in ways]
+    expected = [(work, way) for work in works for way in ways]
     assert [(row["work"], row["way"]) for row in measured] == expected
     for row in measured:
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
@@ -54,11 +58,11 @@ def test_a_sweep_makes_a_row_for_each_number_and_a_picture(capsys: pytest.Captur
 
 
 def test_a_network_is_timed_beside_its_rivals(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--batch=2", "--rounds=1", "--rivals=true", "--size=16", "--work=forward,step,memory,branch"]
+    arguments = ["--batch=2", "--rounds=1", "--rivals=true", "--size=16", "--work=forward,step,training,memory,branch"]
     assert main(["bench", "model", "aw_resnet8_cifar", *arguments, "--format=json"]) == 0
     measured = rows(capsys)
     ways = ["plain", "aw", "se", "condconv", "aw, per_sample"]
-    expected = [(work, way) for work in ("forward", "step", "memory") for way in ways]
+    expected = [(work, way) for work in ("forward", "step", "training", "memory") for way in ways]
     assert [(row["work"], row["way"]) for row in measured] == [*expected, ("branch", "aw")]
     assert measured[-1]["ratio"]["median"] > 0
     assert all(row["facts"]["bytes"] > 0 for row in measured if row["work"] == "memory")
@@ -132,7 +136,7 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["detector", "resnet50"], "backbones must be AW networks with a plain twin, got 'resnet50'"),
         (["model", "resnet50"], "must be AW networks with a plain twin, got 'resnet50'"),
         (["model", "aw_resnet8_cifar", "--algorithm=fast"], "algorithm must be some of auto, .*, got 'fast'"),
-        (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, memory, branch"),
+        (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, training, memory, branch"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +149,41 @@ def test_what_is_wrong_is_said(arguments: list[str], message: str, capsys: pytes
 def test_a_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "op", "--device=cuda"]) == 1
     assert "finds no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["plain", "auto", "per_tap"])
+def test_a_gradient_alone_is_that_of_the_whole_backward(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(4, 6, 2, 3, out_channels=8, stride=2, channels_last=True)
+    layer.call(way, "step")()
+    grad, given = torch.autograd.grad, []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: given.append(grad(*a, **k)))
+    for work in ("input_gradient", "weight_gradients"):
+        backward = layer.call(way, work)
+        backward()
+        backward()  # from what the first call made
+    (first,), (again,), weights, weights_again = given
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, layer.input.grad)
+    assert len(weights) == len(weights_again) == 2
+    for gradient, tensor in zip(weights, (layer.weight, layer.attention), strict=True):
+        torch.testing.assert_close(gradient, tensor.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("one_tile")
+def test_a_graph_replays_what_a_function_launches() -> None:
+    layer = Layer(16, 8, 4, 3, device="cuda", dtype=torch.bfloat16, channels_last=True)
+    numbers = torch.zeros(8, device="cuda")
+
+    def add() -> None:
+        numbers.add_(1)
+
+    replay = graphed(add)
+    before = numbers[0].item()
+    replay()
+    assert numbers[0].item() == before + 1
+    for work in ("forward", "input_gradient", "weight_gradients"):
+        assert ratios({"plain": graphed(layer.call("plain", work))}, rounds=2, device="cuda")["plain"].seconds > 0
 
 
 def test_the_first_function_is_the_baseline() -> None:
@@ -166,10 +205,10 @@ def test_the_peak_counts_what_lives_at_once() -> None:
 def test_operations_and_bytes_by_hand() -> None:
     tensors = (torch.empty(5, 6, 8, 8), torch.empty(10, 3, 3, 3), torch.empty(5, 10, 1, 3, 3))
     problem = describe(2, *tensors, None, 2, 1, 1, 2, True)
-    work = work_of(problem, batch=5, step=False)
+    work = work_of(problem, batch=5, passes=1)
     assert work.operations == 2 * 5 * (10 * 4 * 4) * (3 * 9)
     assert work.bytes == 4 * (5 * 6 * 8 * 8 + 5 * 10 * 4 * 4 + 10 * 3 * 9)
-    step = work_of(problem, batch=5, step=True)
+    step = work_of(problem, batch=5, passes=3)
     assert (step.operations, step.bytes) == (3 * work.operations, 3 * work.bytes)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
@@ -17,6 +20,9 @@ from awconv.layers import AttentionBranch
 from awconv.models.registry import TWINS
 from awconv.ops.choose import ALGORITHMS, use_algorithm
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+WORKS = ("forward", "step", "training", "memory", "branch")
+RIVALS = ("se", "condconv", "aw, per_sample")
 FIRST_MAPS = 8  # times the images, the least that a network's first feature maps take
 
 
@@ -31,6 +37,7 @@ def bench_model(
     device: str = "cpu",
     channels_last: bool = False,
     compile: bool = False,
+    compile_mode: CompileMode = "default",
     rounds: int = 9,
     format: Format = "table",
 ) -> int:
@@ -39,8 +46,9 @@ def bench_model(
     Args:
         networks: their names, such as aw_resnet50.
         batch: images; more than one number, with commas, makes rows for each.
-        work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training), ``memory`` (bytes at the
-            peak of a step), ``branch`` (the attention branches alone, as a share of the forward).
+        work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training), ``training`` (a step
+            with a cross-entropy, and the update by SGD with momentum), ``memory`` (bytes at the peak of a step),
+            ``branch`` (the attention branches alone, as a share of the forward).
         size: height and width of the images; the network's own by default.
         algorithm: what the AW networks are held to, such as ``fused``; auto by default.
         rivals: also the twin with SE, with timm's CondConv2d in the places of AW, and AW by the weights of every sample
@@ -49,6 +57,7 @@ def bench_model(
         device: cpu or cuda.
         channels_last: memory format of networks and images.
         compile: compiles all of them.
+        compile_mode: how, in the words of torch.compile.
         rounds: how often each is timed.
         format: a table, the same as Markdown, or JSON with all figures.
 
@@ -60,14 +69,14 @@ def bench_model(
     """
     check_device(device)
     check_range(rounds=rounds, **({} if size is None else {"size": size}))
-    works = names("work", work, ("forward", "step", "memory", "branch"))
+    works = names("work", work, WORKS)
     batches = numbers("batch", batch)
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
     check_twins("networks", networks)
     rows: list[Row] = []
     for name in networks:
-        competitors = _competitors(name, algorithm, rivals)
-        plain = competitors["plain"][0]
+        networks_of = competitors(name, algorithm, RIVALS if rivals else ())
+        plain = networks_of["plain"][0]
         shape: tuple[int, int, int] = plain.pretrained_cfg["input_size"]  # type: ignore[assignment,index]
         for images in batches:
             height, width = size or shape[1], size or shape[2]
@@ -76,21 +85,10 @@ def bench_model(
             if channels_last:
                 input = input.contiguous(memory_format=torch.channels_last)
             sides = {
-                way: Side(network, algorithm, input, amp, device, channels_last, compile)
-                for way, (network, algorithm) in competitors.items()
+                way: Side(network, held, input, amp, device, channels_last, compile_mode if compile else None)
+                for way, (network, held) in networks_of.items()
             }
-            subject = f"{name}, batch {images}"
-            for kind in works:
-                if kind == "memory":
-                    rows += _memory(subject, sides, device)
-                    continue
-                if kind == "branch":
-                    functions = {"whole": sides["aw"].forward, "aw": _branches(sides["aw"])}
-                else:
-                    functions = {way: getattr(side, kind) for way, side in sides.items()}
-                timed = ratios(functions, rounds, device)
-                timed.pop("whole", None)
-                rows += [Row(subject, kind, way, ratio, {"batch": images}) for way, ratio in timed.items()]
+            rows += [row for kind in works for row in measure(f"{name}, batch {images}", sides, kind, rounds, device)]
     print_rows(rows, device, format)
     return 0
 
@@ -103,17 +101,46 @@ def check_twins(argument: str, networks: Sequence[str]) -> None:
             raise ValueError(f"{argument} must be AW networks with a plain twin, got {name!r}; there are {known}")
 
 
-def _competitors(name: str, algorithm: str, rivals: bool) -> dict[str, tuple[nn.Module, str | None]]:
-    """The networks by what they are called in the table, with the algorithm that each is held to."""
+def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[str, tuple[nn.Module, str | None]]:
+    """The networks by what they are called in the table, with the algorithm that each is held to.
+
+    Args:
+        name: of an AW network. Its plain twin comes first.
+        algorithm: what it is held to.
+        rivals: some of ``RIVALS``; SE is left out where timm has no such network.
+    """
     plain, aw = timm.create_model(TWINS[name]), timm.create_model(name)
     result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, algorithm)}
-    if rivals:
-        if timm.is_model("se" + TWINS[name]):
-            result["se"] = timm.create_model("se" + TWINS[name]), None
+    if "se" in rivals and timm.is_model("se" + TWINS[name]):
+        result["se"] = timm.create_model("se" + TWINS[name]), None
+    if "condconv" in rivals:
         places = [place.rpartition(".")[0] for place, part in aw.named_modules() if isinstance(part, AttentionBranch)]
         result["condconv"] = with_condconv(plain, places), None
+    if "aw, per_sample" in rivals:
         result["aw, per_sample"] = timm.create_model(name), "per_sample"
     return result
+
+
+def measure(subject: str, sides: dict[str, Side], work: str, rounds: int, device: str) -> list[Row]:
+    """Times one kind of work of networks in turn, or weighs its memory.
+
+    Args:
+        subject: what the rows are called.
+        sides: ``"plain"``, which comes first, ``"aw"`` and others.
+        work: one of ``WORKS``.
+        rounds: how often each is timed.
+        device: that of the networks.
+    """
+    facts = {"batch": len(sides["aw"].input)}
+    if work == "memory":
+        return [replace(row, facts=row.facts | facts) for row in _memory(subject, sides, device)]
+    if work == "branch":
+        functions = {"whole": sides["aw"].forward, "aw": _branches(sides["aw"])}
+    else:
+        functions = {way: getattr(side, work) for way, side in sides.items()}
+    timed = ratios(functions, rounds, device)
+    timed.pop("whole", None)
+    return [Row(subject, work, way, ratio, facts) for way, ratio in timed.items()]
 
 
 class Side:
@@ -127,13 +154,15 @@ class Side:
         amp: str,
         device: str,
         channels_last: bool = False,
-        compile: bool = False,
+        compile_mode: CompileMode | None = None,
     ) -> None:
         self.network = network.to(device)
         if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.input, self.algorithm, self.amp, self.device = input, algorithm, amp, device
-        self.run: Callable[[Tensor], Tensor] = torch.compile(self.network) if compile else self.network
+        self.run: Callable[[Tensor], Tensor] = self.network
+        if compile_mode is not None:
+            self.run = _compiled(self.network, compile_mode)
 
     def forward(self) -> None:
         """In evaluation."""
@@ -148,6 +177,26 @@ class Side:
             loss = self.run(self.input).float().square().mean()
             loss.backward()
 
+    def training(self) -> None:
+        """A step with a cross-entropy, and the update."""
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.settings():
+            loss = F.cross_entropy(self.run(self.input).float(), self.targets)
+        loss.backward()
+        self.optimizer.step()
+
+    @cached_property
+    def optimizer(self) -> torch.optim.SGD:
+        """Its momentum takes memory from the first update on."""
+        return torch.optim.SGD(self.network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Classes of the images."""
+        classes: int = self.network.num_classes  # type: ignore[assignment]
+        return torch.arange(len(self.input), device=self.device) % classes
+
     @contextmanager
     def settings(self) -> Iterator[None]:
         """The algorithm, and autocast."""
@@ -161,6 +210,16 @@ class Side:
         return sum(tensor.nbytes for tensor in tensors)
 
 
+def _compiled(network: nn.Module, mode: CompileMode) -> Callable[[Tensor], Tensor]:
+    run: Callable[[Tensor], Tensor] = torch.compile(network, mode=mode)
+
+    def call(input: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call gave is not needed any more
+        return run(input)
+
+    return call
+
+
 def _memory(subject: str, sides: dict[str, Side], device: str) -> list[Row]:
     """Bytes at the peak of a training step; networks that wait are moved out of a GPU's memory."""
     rows = []
@@ -172,6 +231,8 @@ def _memory(subject: str, sides: dict[str, Side], device: str) -> list[Row]:
         peak = peak_memory(side.step, side.held(), device)
         side.network.zero_grad(set_to_none=True)
         rows.append((way, peak))
+    for side in sides.values():
+        side.network.to(device)
     return [
         Row(subject, "memory", way, Ratio(peak / rows[0][1], peak / rows[0][1], peak / rows[0][1], 0), {"bytes": peak})
         for way, peak in rows

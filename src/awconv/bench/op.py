@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,8 @@ from awconv.ops.problem import Problem, describe
 
 LAYERS = ("layer", "branch", "se", "condconv")  # ways that are layers of their own
 WAYS = ("all", "auto", *ALGORITHMS, *LAYERS)
+WORKS = ("forward", "step", "input_gradient", "weight_gradients")
+_Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 _SWEPT = ("channels", "size", "batch", "kernel_size")
 
 
@@ -66,7 +69,8 @@ def bench_op(
         blocks: blocks of input channels of a group that have attention of their own.
         ways: with commas: ``auto`` or an algorithm; ``all`` that can run it; ``layer``, the AWConv2d with its branch;
             ``branch``, that alone; ``se`` and ``condconv``, timm's SE after a convolution and its CondConv2d.
-        work: ``forward``, ``step`` (forward and backward), or both.
+        work: with commas: ``forward``, ``step`` (forward and backward), ``input_gradient`` (that part of the backward
+            alone), ``weight_gradients`` (of weight and attention alone).
         dtype: of all tensors.
         device: cpu or cuda.
         channels_last: memory format of the images.
@@ -86,7 +90,7 @@ def bench_op(
     check_picture("plot", plot)
     check_picture("roofline", roofline)
     check_range(stride=stride, groups=groups, blocks=blocks, rounds=rounds)
-    wanted, works = names("ways", ways, WAYS), names("work", work, ("forward", "step"))
+    wanted, works = names("ways", ways, WAYS), names("work", work, WORKS)
     texts = dict(channels=channels, size=size, batch=batch, kernel_size=kernel_size)
     values = {name: numbers(name, text) for name, text in texts.items()}
     even = [value for value in values["kernel_size"] if value % 2 == 0]
@@ -108,8 +112,8 @@ def bench_op(
             channels_last=channels_last,
         )
         for kind in works:
-            timed = layer.time(wanted, kind == "step", rounds)
-            counted = work_of(layer.problem, layer.batch, kind == "step")
+            timed = layer.time(wanted, kind, rounds)
+            counted = work_of(layer.problem, layer.batch, 3 if kind == "step" else 1)
             for way, ratio in timed.items():
                 facts = dict(zip(_SWEPT, sizes, strict=True)) | dict(
                     stride=stride,
@@ -133,7 +137,10 @@ def bench_op(
 
 
 class Layer:
-    """A convolution with as many output as input channels, random data, and the ways to compute it."""
+    """A convolution, random data, and the ways to compute it; ``out_channels`` are as many as ``channels`` by default.
+
+    The attention is laid out as the branch of a layer gives it.
+    """
 
     def __init__(
         self,
@@ -142,6 +149,7 @@ class Layer:
         batch: int,
         kernel_size: int,
         *,
+        out_channels: int | None = None,
         stride: int = 1,
         groups: int = 1,
         blocks: int = 1,
@@ -149,57 +157,101 @@ class Layer:
         device: str = "cpu",
         channels_last: bool = False,
     ) -> None:
-        if channels % groups or (channels // groups) % blocks:
+        columns = out_channels or channels
+        if channels % groups or columns % groups or (channels // groups) % blocks:
             raise ValueError(
                 f"groups must divide the channels, and blocks those of a group, got {channels} channels, {groups} "
                 f"groups, {blocks} blocks"
             )
-        input, output = (batch * channels * size**2, batch * channels * (-(-size // stride)) ** 2)
-        weight, attention = (
-            count * kernel_size**2 for count in (channels * channels // groups, batch * channels * blocks)
-        )
-        check_memory(  # with gradients
-            2 * (input + output + weight + attention),
-            device,
-            channels=channels,
-            size=size,
-            batch=batch,
-            kernel_size=kernel_size,
-        )
-        generator = torch.Generator().manual_seed(0)
+        shapes = {
+            "input": (batch, channels, size, size),
+            "output": (batch, columns, *[-(-size // stride)] * 2),
+            "weight": (columns, channels // groups, kernel_size, kernel_size),
+            "attention": (batch, columns * blocks, kernel_size, kernel_size),
+        }
+        sizes = dict(channels=channels, size=size, batch=batch, kernel_size=kernel_size)
+        check_memory(2 * sum(map(math.prod, shapes.values())), device, **sizes)  # with gradients
+        generator = torch.Generator(device).manual_seed(0)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
 
-        def tensor(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+        def tensor(name: str) -> Tensor:
+            values = torch.randn(shapes[name], generator=generator, device=device, dtype=dtype)
+            return values.contiguous(memory_format=layout)
 
         self.batch, self.device = batch, device
         self.name = f"{channels} at {size} (batch {batch}, kernel {kernel_size}, stride {stride}, groups {groups})"
-        self.input = tensor(batch, channels, size, size).detach()
-        if channels_last:
-            self.input = self.input.contiguous(memory_format=torch.channels_last)
-        self.input.requires_grad_()
-        self.weight = tensor(channels, channels // groups, kernel_size, kernel_size)
-        self.attention = tensor(batch, channels, blocks, kernel_size, kernel_size)
+        self.input, self.weight = tensor("input").requires_grad_(), tensor("weight").requires_grad_()
+        attention = tensor("attention").reshape(batch, columns, blocks, kernel_size, kernel_size)
+        self.attention = attention.requires_grad_()
         self.arguments: tuple[Any, ...] = (None, stride, (kernel_size - 1) // 2, 1, groups)
         self.problem: Problem = describe(2, self.input, self.weight, self.attention, *self.arguments, True)
         self.chosen = choose(self.problem, "auto", "").name
-        self._shape: dict[str, Any] = dict(in_channels=channels, out_channels=channels, kernel_size=kernel_size)
+        self.able = [name for name, algorithm in ALGORITHMS.items() if algorithm.obstacle(self.problem) is None]
+        self._shape: dict[str, Any] = dict(in_channels=channels, out_channels=columns, kernel_size=kernel_size)
         self._shape |= dict(stride=stride, padding=self.arguments[2], groups=groups, bias=False)
         self._blocks = blocks
         self._place: dict[str, Any] = dict(device=device, dtype=dtype)
 
-    def time(self, ways: list[str], step: bool, rounds: int) -> dict[str, Ratio]:
+    def time(self, ways: list[str], work: str, rounds: int) -> dict[str, Ratio]:
         """Ratios to the plain convolution, which comes first."""
-        functions = {"plain": self._timed(lambda: F.conv2d(self.input, self.weight, *self.arguments), step)}
-        for way in ways:
-            every = [name for name, algorithm in ALGORITHMS.items() if algorithm.obstacle(self.problem) is None]
-            for name in every if way == "all" else [way]:
-                functions[name] = self._timed(self._forward(name), step)
-        return ratios(functions, rounds, self.device)
+        every = [name for way in ways for name in (self.able if way == "all" else [way])]
+        return ratios({way: self.call(way, work) for way in ("plain", *every)}, rounds, self.device)
 
-    def _forward(self, way: str) -> Callable[[], Tensor]:
+    def call(self, way: str, work: str) -> Callable[[], None]:
+        """What is timed.
+
+        Args:
+            way: ``"plain"``, ``"auto"``, an algorithm or a layer.
+            work: one of ``WORKS``. For a gradient alone, the first call also makes what is differentiated.
+        """
+        forward, parameters = self._forward(way)
+        if work == "forward":
+
+            def without_gradients() -> None:
+                with torch.inference_mode():
+                    forward(self.input, self.weight, self.attention)
+
+            return without_gradients
+        if work == "step":
+
+            def both_ways() -> None:
+                output = forward(self.input, self.weight, self.attention)
+                output.backward(torch.ones_like(output))
+
+            return both_ways
+        return self._gradients(forward, parameters, of_input=work == "input_gradient")
+
+    def _gradients(self, forward: _Forward, parameters: list[nn.Parameter], of_input: bool) -> Callable[[], None]:
+        made: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+
+        def make() -> tuple[Tensor, Tensor, list[Tensor]]:
+            for parameter in parameters:
+                parameter.requires_grad_(not of_input)
+            input = self.input.detach().requires_grad_(of_input)
+            weight, attention = (
+                tensor.detach().requires_grad_(not of_input) for tensor in (self.weight, self.attention)
+            )
+            output = forward(input, weight, attention)
+            return output, torch.ones_like(output), [input] if of_input else [weight, attention, *parameters]
+
+        def backward() -> None:
+            if not made:
+                made.append(make())
+            output, grad, wanted = made[0]
+            torch.autograd.grad(output, wanted, grad, retain_graph=True, allow_unused=True)
+
+        return backward
+
+    def _forward(self, way: str) -> tuple[_Forward, list[nn.Parameter]]:
+        """The output from input, weight and attention, and the parameters of a layer of its own."""
+        if way == "plain":
+            return lambda input, weight, attention: F.conv2d(input, weight, *self.arguments), []
         if way not in LAYERS:
             choose(self.problem, way, "awconv bench op")  # its error comes before anything is timed
-            return lambda: aw_conv2d(self.input, self.weight, self.attention, *self.arguments, algorithm=way)
+            return (
+                lambda input, weight, attention: aw_conv2d(input, weight, attention, *self.arguments, algorithm=way),
+                [],
+            )
         module: nn.Module
         if way in ("layer", "branch"):
             group = self.weight.shape[1]
@@ -210,22 +262,7 @@ class Layer:
             module = nn.Sequential(nn.Conv2d(**self._shape, **self._place), se)
         else:
             module = RoutedCondConv2d(**self._shape).to(**self._place)
-        return lambda: module(self.input)
-
-    def _timed(self, forward: Callable[[], Tensor], step: bool) -> Callable[[], None]:
-        if not step:
-
-            def without_gradients() -> None:
-                with torch.inference_mode():
-                    forward()
-
-            return without_gradients
-
-        def both_ways() -> None:
-            output = forward()
-            output.backward(torch.ones_like(output))
-
-        return both_ways
+        return lambda input, weight, attention: module(input), list(module.parameters())
 
 
 def _plot(rows: list[Row], argument: str, path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +32,7 @@ class Row:
 
     Attributes:
         subject: the layer or the network.
-        work: ``"forward"``, ``"step"`` or ``"memory"``.
+        work: what was timed, such as ``"forward"``, ``"step"`` or ``"memory"``.
         way: how it was computed; the plain convolution or network is the baseline.
         ratio: of times, or of bytes with equal deciles and no seconds.
         facts: whatever else belongs to it.
@@ -45,9 +47,9 @@ class Row:
 
 def environment(device: str) -> dict[str, Any]:
     """The machine and the versions."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {
-        "device": name,
+    on_gpu = device == "cuda"
+    facts = {
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -55,6 +57,13 @@ def environment(device: str) -> dict[str, Any]:
         "timm": timm.__version__,
         "awconv": __version__,
     }
+    if on_gpu:
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": _triton()}
+    return facts
+
+
+def _triton() -> str | None:
+    return None if find_spec("triton") is None else str(import_module("triton").__version__)
 
 
 def _processor() -> str:

@@ -28,16 +28,16 @@ class Work:
     bytes: int
 
 
-def work_of(problem: Problem, batch: int, step: bool) -> Work:
+def work_of(problem: Problem, batch: int, passes: int) -> Work:
     """The work of the plain convolution of a problem, whatever computes it.
 
-    A step is the forward and the two products of the backward: the gradients of the input and of the weight, which
-    read the gradient of the output each, and the weight or the input, and write what has the size of the other.
+    A step has three passes: the forward and the two products of the backward, the gradients of the input and of the
+    weight, which read the gradient of the output each, and the weight or the input, and write what has the size of the
+    other.
     """
     input = batch * problem.in_channels * product(problem.size)
     output = batch * problem.out_elements
     weight = problem.out_channels * problem.group_in_channels * problem.taps
-    passes = 3 if step else 1
     itemsize = torch.empty((), dtype=problem.dtype).element_size()
     return Work(passes * 2 * batch * problem.multiply_adds, passes * (input + output + weight) * itemsize)
 
