@@ -38,7 +38,7 @@ def eager(*tensors: Tensor) -> bool:
         and not jit_tracing()
         and not transforming()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+        and all(type(tensor) in (Tensor, Parameter) and torch._C._has_storage(tensor) for tensor in tensors)
     )
 
 
