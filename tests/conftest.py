@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 from collections.abc import Iterator
@@ -37,21 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for GPUs take their smallest tile: to compile and time all of them takes longer than the tests."""
-    if not torch.cuda.is_available():
-        return
-    from triton.runtime import Autotuner
-
-    from awconv.ops.fused import triton_kernels
-
-    for kernel in vars(triton_kernels).values():
-        if isinstance(kernel, Autotuner):
-            smallest = min(kernel.configs, key=lambda config: math.prod(config.kwargs.values()))
-            monkeypatch.setattr(kernel, "configs", [smallest])
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from awconv import AWConv2d, convert
 
-pytestmark = pytest.mark.usefixtures("one_tile")
-
 Run = Callable[[Tensor], Tensor]
 
 

@@ -299,7 +299,15 @@ def _without_batch_like(output: Tensor, input: Tensor) -> Tensor:
 
 
 # torch.fx does not look into these: they depend on the shapes of their arguments.
-for _function in ("average_pool", "pool_beside", "pad_same", "_check_statistics", "_as_batch", "_convolve", "_without_batch_like"):
+for _function in (
+    "average_pool",
+    "pool_beside",
+    "pad_same",
+    "_check_statistics",
+    "_as_batch",
+    "_convolve",
+    "_without_batch_like",
+):
     torch.fx.wrap(_function)
 
 

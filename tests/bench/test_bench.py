@@ -170,7 +170,6 @@ def test_a_gradient_alone_is_that_of_the_whole_backward(way: str, monkeypatch: p
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("one_tile")
 def test_a_graph_replays_what_a_function_launches() -> None:
     layer = Layer(16, 8, 4, 3, device="cuda", dtype=torch.bfloat16, channels_last=True)
     numbers = torch.zeros(8, device="cuda")

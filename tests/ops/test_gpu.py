@@ -13,8 +13,6 @@ from torch import Tensor
 from awconv.ops.choose import ALGORITHMS
 from tests.ops.problems import Case
 
-pytestmark = pytest.mark.usefixtures("one_tile")
-
 # Sixteen channels and more, which the kernels for GPUs take; attention as each algorithm wants it.
 CASES = {
     name: Case(2, 5, (9, 8), (32, 16, 3, 3), attention, padding=1, has_bias=True)

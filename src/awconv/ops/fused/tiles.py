@@ -51,7 +51,7 @@ def correlate(rows: int, inner: int, positions: int, bytes: int) -> Tile:
         return Tile(
             "scaled_sums", dict(block_rows=min(block_rows, 64), block_pixels=128, block_inner=block_inner), 4, 3
         )
-    block_pixels = 256 if _filled(positions, 256) >= _filled(positions, 128) - 0.05 else 128
+    block_pixels = 128 if block_rows == 128 else 256
     warps = 8 if block_rows * block_pixels >= 128 * 128 else 4
     sizes = dict(block_rows=block_rows, block_pixels=ceiling(positions, block_pixels), block_inner=block_inner)
     return Tile("scaled_weights", sizes, warps, 3)
