@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -16,11 +15,6 @@ from awconv.ops.fused.tiles import Tile
 from awconv.ops.geometry import Geometry
 from awconv.ops.problem import describe
 from tests.ops.problems import Case
-
-triton = pytest.importorskip("triton")
-old = triton.__version__.startswith("3.5.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-if old and not torch.cuda.is_available():
-    pytest.skip("Triton 3.5's interpreter does not run with NumPy 2.4", allow_module_level=True)
 
 # What the kernels take: 16 channels and more of a block and of a group, or depthwise; partial tiles of each.
 # Small ones: by the interpreter, each tap of each tile takes milliseconds.
@@ -44,11 +38,9 @@ EXAMPLES = 15 if torch.cuda.is_available() else 8
 POINTWISE = Geometry((1, 1), ((0, 0), (0, 0)), (1, 1), 1)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip("the interpreter is for machines without a GPU")
-    return request.param
+@pytest.fixture
+def device(triton_device: str) -> str:
+    return triton_device
 
 
 def prepared(case: Case, device: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Geometry]:
