@@ -38,7 +38,7 @@ def sum_products(
     grad_output,  # (samples, height, width, groups * rows)
     input,  # (samples, seen_height, seen_width, groups * blocks * columns)
     weight,  # (groups * rows, taps, blocks * columns)
-    gain,  # (samples, blocks, taps, groups * rows) in single precision
+    gain,  # (samples, blocks, taps, groups * rows)
     pieces,  # (programs + tiles, block_rows, block_columns) in single precision
     grad_gain,  # (tiles of a segment's columns, samples, blocks, taps, groups * rows)
     samples,
@@ -63,6 +63,7 @@ def sum_products(
     taps: tl.constexpr,
     needs_weight: tl.constexpr,
     needs_gain: tl.constexpr,
+    one_step: tl.constexpr,  # whether a tile's positions are all of a sample
     precision: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
@@ -91,7 +92,10 @@ def sum_products(
         out_channel = group * rows + row
         local = tl.arange(0, block_columns)
         first_segment = tile % column_tiles * wide
-        segment = first_segment + local // block_segment
+        if wide > 1:
+            segment = first_segment + local // block_segment
+        else:  # one for the whole tile
+            segment = first_segment
         column = segment % parts * block_segment + local % block_segment
         block = segment // parts % blocks
         tap = segment // (parts * blocks)
@@ -101,11 +105,11 @@ def sum_products(
         from_y = origin_y + index_y * reach_y
         from_x = origin_x + index_x * reach_x
         offset = (from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column
-        here = row_exists[:, None] & column_exists[None, :]
         if needs_gain:
+            here = row_exists[:, None] & column_exists[None, :]
             weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
             factor = tl.load(weight + weights, mask=here, other=0.0)
-            if is_half:  # a product with one leaves it in the layout of products, where it is met
+            if one_step and is_half:  # a product with one leaves it in the layout of products, where it is met
                 one = (tl.arange(0, block_columns)[:, None] == local[None, :]).to(factor.dtype)
                 factor = tl.dot(factor, one).to(factor.dtype)
 
@@ -121,14 +125,23 @@ def sum_products(
             x = position - y * width
             seen_y = y * step_y
             seen_x = x * step_x
-            at_y = seen_y[:, None] + from_y[None, :]
-            at_x = seen_x[:, None] + from_x[None, :]
-            seen = (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+            if wide > 1:
+                at_y = seen_y[:, None] + from_y[None, :]
+                at_x = seen_x[:, None] + from_x[None, :]
+                seen = exists[:, None] & column_exists[None, :]
+                seen &= (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+            else:
+                at_y = seen_y + from_y
+                at_x = seen_x + from_x
+                seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+                seen = seen[:, None]
+                if columns % block_segment:
+                    seen = seen & column_exists[None, :]
             left = tl.load(
                 grad_output
                 + sample * positions * out_channels
                 + (position[None, :] * out_channels + out_channel[:, None]),
-                mask=row_exists[:, None] & exists[None, :],
+                mask=row_exists[:, None] & exists[None, :] if rows % block_rows else exists[None, :],
                 other=0.0,
             )
             right = tl.load(
@@ -136,15 +149,21 @@ def sum_products(
                 + sample * seen_height * seen_width * in_channels
                 + ((seen_y * seen_width + seen_x) * in_channels)[:, None]
                 + offset[None, :],
-                mask=seen & exists[:, None] & column_exists[None, :],
+                mask=seen,
                 other=0.0,
             )
-            if needs_weight and wide == 1:  # ahead of its use, beside the product
+            if needs_weight and wide == 1 and one_step:  # ahead of its use, beside the product
                 real = row_exists & (first_segment < taps * blocks * parts)
                 at = gains + _gain_offset(first_segment, parts, blocks, taps, out_channels)
-                scale = tl.load(gain + at, mask=real, other=0.0)[:, None]
-            partial = tl.dot(left, right, partial, input_precision=precision)
-            ends = start + block_positions >= positions
+                scale = tl.load(gain + at, mask=real, other=0.0).to(tl.float32)[:, None]
+            if one_step:
+                partial = tl.dot(left, right, input_precision=precision)
+            else:
+                partial = tl.dot(left, right, partial, input_precision=precision)
+            if one_step:
+                ends = True
+            else:
+                ends = start + block_positions >= positions
             if ends:
                 if needs_gain:
                     products = partial * factor.to(tl.float32)
@@ -153,8 +172,9 @@ def sum_products(
                     at = gains + _gain_offset(first_segment + index, parts, blocks, taps, out_channels)
                     real = row_exists & (first_segment + index < taps * blocks * parts)
                     if needs_weight:
+                        if wide > 1 or not one_step:
+                            scale = tl.load(gain + at, mask=real, other=0.0).to(tl.float32)[:, None]
                         if wide > 1:
-                            scale = tl.load(gain + at, mask=real, other=0.0)[:, None]
                             total += tl.where(chosen, partial * scale, 0.0)
                         else:
                             total += partial * scale
@@ -166,8 +186,11 @@ def sum_products(
                         part = ((first_segment + index) % parts).to(tl.int64) * samples * (blocks * taps * out_channels)
                         tl.store(grad_gain + part + at, sums.to(grad_gain.dtype.element_ty), mask=real)
                 partial = tl.full((block_rows, block_columns), 0, tl.float32)
-            start = tl.where(ends, 0, start + block_positions)
-            sample += ends.to(tl.int64)
+            if one_step:
+                sample += 1
+            else:
+                start = tl.where(ends, 0, start + block_positions)
+                sample += ends.to(tl.int64)
         if needs_weight:
             piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (block_rows * block_columns)
             tl.store(piece + tl.arange(0, block_rows)[:, None] * block_columns + local[None, :], total)
