@@ -342,19 +342,23 @@ def _sums(
     dtype, precision, processors = facts
     axes = _along_axes(_output_axes, tuple(size), tuple(kernel), geometry)
     rows, columns, taps = out_channels // geometry.groups, group_in // blocks, kernel[0] * kernel[1]
-    tile = tiles.sum_products(rows, columns, dtype.itemsize)
+    tile = tiles.sum_products(rows, columns, axes[0].positions * axes[1].positions, dtype.itemsize)
     parts = -(-columns // tile.sizes["block_segment"])
     wide = tile.sizes["block_columns"] // tile.sizes["block_segment"]
     count = geometry.groups * -(-rows // tile.sizes["block_rows"]) * -(-taps * blocks * parts // wide)
     programs = min(processors * (2 if tile.warps == 4 else 1), count * samples)
     structure = dict(rows=rows, columns=columns, blocks=blocks, groups=geometry.groups, taps=taps)
-    one_step = axes[0].positions * axes[1].positions <= tile.sizes["block_positions"]
+    steps = -(-axes[0].positions * axes[1].positions // tile.sizes["block_positions"])
     constants = dict(
-        **structure, needs_weight=needs[0], needs_gain=needs[1], one_step=one_step, precision=precision
+        **structure,
+        needs_weight=needs[0],
+        needs_gain=needs[1],
+        steps=steps if steps <= tile.most_steps else 0,
+        precision=precision,
     )
     height, width = (axis.positions for axis in axes)
-    steps = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
-    integers = (samples, height, width, *divider(width), programs, *steps, kernel[1])
+    looks = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
+    integers = (samples, height, width, *divider(width), programs, *looks, kernel[1])
     added = min(tile.sizes["block_rows"], tiles.LEAST)
     added_sizes = {name: size for name, size in tile.sizes.items() if name != "block_positions"}
     add = tiles.Tile("add_pieces", added_sizes | dict(block_added=added), 4, 1)

@@ -22,6 +22,7 @@ class Tile(NamedTuple):
         warps: of a program.
         stages: of the pipeline of its loop.
         wide_gains: whether it reads gains in single precision, whose loads are pipelined, for the price of a copy.
+        most_steps: over the positions of a sample that ``sum_products`` takes in a row, with a stage for each.
     """
 
     kernel: str
@@ -29,6 +30,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     wide_gains: bool = False
+    most_steps: int = 1
 
 
 def ceiling(size: int, most: int) -> int:
@@ -69,7 +71,7 @@ def _weights(block_rows: int, block_pixels: int, block_inner: int, warps: int, w
     return Tile("scaled_weights", sizes, warps, 3, wide_gains)
 
 
-def sum_products(rows: int, columns: int, bytes: int) -> Tile:
+def sum_products(rows: int, columns: int, positions: int, bytes: int) -> Tile:
     """Tiles of ``sum_products``: rows times columns of a segment, or of several where it has few."""
     most = 64 if bytes == 4 else 128
     block_rows, block_segment = ceiling(rows, most), ceiling(columns, most)
@@ -79,6 +81,9 @@ def sum_products(rows: int, columns: int, bytes: int) -> Tile:
         block_segment=block_segment,
         block_positions=32 if bytes == 4 else 128 if block_rows == 16 else 64,
     )
+    if block_rows * block_segment == 128 * 128 and 64 < positions <= 256:
+        sizes |= dict(block_columns=64, block_segment=64)
+        return Tile("sum_products", sizes, 8, 2, most_steps=4)
     large = block_rows * block_segment >= 128 * 128
     return Tile("sum_products", sizes, 8 if large else 4, 4 if block_rows * block_segment == 64 * 64 else 3)
 

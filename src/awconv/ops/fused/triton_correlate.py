@@ -126,9 +126,7 @@ def scaled_weights(
     total = tl.full((block_rows, block_pixels), 0, tl.float32)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
-        sees = _seen_taps(
-            exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x
-        )
+        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)
     part = 0  # of the inner channels
     index_y = 0
     index_x = 0
@@ -278,9 +276,7 @@ def scaled_sums(
     partial = tl.full((block_pixels, block_rows), 0, tl.float32)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
-        sees = _seen_taps(
-            exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x
-        )
+        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)
     part = 0
     index_y = 0
     index_x = 0
