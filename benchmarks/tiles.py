@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from awconv.ops import average_pool
 from awconv.ops.fused import cuda, tiles
 from awconv.ops.fused.tiles import Tile
 from awconv.ops.geometry import Geometry
@@ -41,81 +43,80 @@ RESNET50 = [
 RESNET20 = [(512, 16, 16, 32, 1), (512, 16, 32, 32, 2), (512, 32, 32, 16, 1), (512, 32, 64, 16, 2), (512, 64, 64, 8, 1)]
 WORK = ("output", "input", "sums")
 
-# kernel, block_rows, block_pixels, block_inner, warps, stages
+# kernel, block_rows, block_pixels, block_inner, warps, stages, wide gains
 CORRELATE = [
-    ("scaled_weights", 128, 256, 64, 8, 3),
-    ("scaled_weights", 128, 256, 64, 8, 4),
-    ("scaled_weights", 128, 128, 64, 8, 3),
-    ("scaled_weights", 128, 128, 64, 8, 4),
-    ("scaled_weights", 128, 128, 32, 8, 4),
-    ("scaled_weights", 128, 128, 64, 4, 3),
-    ("scaled_weights", 128, 64, 64, 4, 4),
-    ("scaled_weights", 128, 64, 64, 8, 4),
-    ("scaled_weights", 128, 64, 64, 8, 3),
-    ("scaled_weights", 64, 256, 64, 8, 3),
-    ("scaled_weights", 64, 256, 64, 4, 3),
-    ("scaled_weights", 64, 256, 32, 4, 4),
-    ("scaled_weights", 64, 128, 64, 4, 4),
-    ("scaled_weights", 64, 128, 64, 4, 3),
-    ("scaled_weights", 64, 64, 64, 4, 4),
-    ("scaled_sums", 128, 128, 64, 8, 3),
-    ("scaled_sums", 64, 128, 64, 4, 3),
-    ("scaled_sums", 128, 64, 64, 4, 3),
-    ("scaled_sums", 128, 64, 64, 8, 3),
-    ("scaled_sums", 64, 256, 64, 8, 3),
-    ("scaled_weights", 32, 256, 32, 4, 3),
-    ("scaled_weights", 32, 128, 32, 4, 3),
-    ("scaled_weights", 32, 64, 32, 4, 3),
-    ("scaled_weights", 16, 256, 16, 4, 3),
-    ("scaled_weights", 16, 256, 16, 4, 5),
-    ("scaled_weights", 16, 128, 16, 4, 4),
+    ("scaled_weights", 128, 256, 64, 8, 3, False),
+    ("scaled_weights", 128, 256, 64, 8, 3, True),
+    ("scaled_weights", 128, 256, 64, 8, 4, False),
+    ("scaled_weights", 128, 128, 64, 8, 3, True),
+    ("scaled_weights", 128, 128, 64, 8, 3, False),
+    ("scaled_weights", 128, 128, 64, 4, 3, False),
+    ("scaled_weights", 128, 64, 64, 4, 3, True),
+    ("scaled_weights", 128, 64, 64, 8, 3, True),
+    ("scaled_weights", 128, 64, 64, 8, 3, False),
+    ("scaled_weights", 64, 256, 64, 4, 3, True),
+    ("scaled_weights", 64, 256, 64, 8, 3, False),
+    ("scaled_weights", 64, 128, 64, 4, 3, True),
+    ("scaled_weights", 64, 128, 64, 4, 3, False),
+    ("scaled_weights", 64, 128, 64, 4, 2, True),
+    ("scaled_weights", 64, 64, 64, 4, 3, True),
+    ("scaled_weights", 64, 64, 64, 4, 3, False),
+    ("scaled_weights", 64, 64, 64, 4, 4, False),
+    ("scaled_sums", 64, 128, 64, 4, 3, False),
+    ("scaled_sums", 128, 64, 64, 4, 3, False),
+    ("scaled_sums", 128, 64, 64, 4, 4, False),
+    ("scaled_sums", 128, 128, 64, 8, 3, False),
+    ("scaled_weights", 32, 256, 32, 4, 3, False),
+    ("scaled_weights", 32, 128, 32, 4, 3, False),
+    ("scaled_weights", 32, 256, 16, 4, 3, False),
+    ("scaled_weights", 16, 256, 16, 4, 3, False),
+    ("scaled_weights", 16, 512, 16, 8, 3, False),
+    ("scaled_weights", 16, 256, 16, 4, 3, True),
 ]
-# block_rows, block_columns, block_positions, warps, stages
+# block_rows, block_columns, block_positions, warps, stages, steps in a row
 SUMS = [
-    (128, 128, 64, 8, 3),
-    (128, 128, 32, 8, 4),
-    (128, 64, 64, 8, 3),
-    (128, 64, 64, 4, 3),
-    (64, 128, 64, 8, 3),
-    (64, 64, 64, 4, 4),
-    (64, 64, 64, 4, 3),
-    (64, 64, 128, 4, 3),
-    (64, 256, 64, 8, 3),
-    (32, 32, 64, 4, 3),
-    (32, 64, 64, 4, 3),
-    (32, 64, 128, 4, 3),
-    (16, 64, 64, 4, 3),
-    (16, 32, 128, 4, 3),
-    (16, 16, 128, 4, 3),
+    (128, 128, 64, 8, 3, 1),
+    (128, 128, 32, 8, 4, 1),
+    (128, 64, 64, 8, 2, 4),
+    (64, 64, 64, 4, 2, 4),
+    (128, 128, 64, 8, 2, 2),
+    (128, 64, 64, 4, 3, 1),
+    (64, 64, 64, 4, 4, 1),
+    (64, 64, 64, 4, 3, 1),
+    (64, 128, 64, 8, 3, 1),
+    (32, 32, 64, 4, 3, 1),
+    (32, 32, 64, 4, 2, 4),
+    (32, 64, 64, 4, 3, 1),
+    (16, 32, 128, 4, 3, 1),
+    (16, 32, 64, 4, 3, 1),
 ]
 
 
 def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
-    """The tiles that are no larger than a shape's channels."""
+    """The tiles that suit a shape's channels."""
     _, columns, rows, size, stride = shape
+    positions = (size // stride) ** 2
     if work == "sums":
-        for block_rows, block_columns, block_positions, warps, stages in SUMS:
-            if block_rows <= tiles.ceiling(rows, 128) and block_rows * 4 >= min(rows, 128):
-                sizes = dict(block_rows=block_rows, block_columns=block_columns)
-                segment = min(tiles.ceiling(columns, 128), block_columns)
-                yield Tile(
-                    "sum_products", sizes | dict(block_segment=segment, block_positions=block_positions), warps, stages
-                )
+        for block_rows, block_columns, block_positions, warps, stages, steps in SUMS:
+            if not min(rows, 128) // 2 <= block_rows <= tiles.ceiling(rows, 128):
+                continue
+            if steps > 1 and positions > steps * block_positions:
+                continue
+            segment = min(tiles.ceiling(columns, 128), block_columns)
+            sizes = dict(block_rows=block_rows, block_columns=block_columns, block_segment=segment)
+            yield Tile("sum_products", sizes | dict(block_positions=block_positions), warps, stages, False, steps)
         return
     made, summed = (rows, columns) if work == "output" else (columns, rows)
-    for kernel, block_rows, block_pixels, block_inner, warps, stages in CORRELATE:
-        if (
-            block_rows <= tiles.ceiling(made, 128)
-            and block_rows * 2 >= min(made, 128)
-            and block_inner <= max(summed, 16)
-        ):
-            if block_inner * 2 >= min(summed, 64) and block_pixels <= 2 * (size // stride) ** 2:
-                sizes = dict(block_rows=block_rows, block_pixels=block_pixels, block_inner=block_inner)
-                yield Tile(kernel, sizes, warps, stages)
+    for kernel, block_rows, block_pixels, block_inner, warps, stages, wide in CORRELATE:
+        if not min(made, 128) // 2 <= block_rows <= tiles.ceiling(made, 128):
+            continue
+        if min(summed, 64) // 2 <= block_inner <= summed and block_pixels <= 2 * positions:
+            sizes = dict(block_rows=block_rows, block_pixels=block_pixels, block_inner=block_inner)
+            yield Tile(kernel, sizes, warps, stages, wide)
 
 
 def forget() -> None:
-    for cached in (cuda._forward_launch, cuda._grad_input_launches, cuda._sums):
+    for cached in (cuda._forward_launch, cuda._grad_input_launches, cuda._sums, average_pool._plan):
         cached.cache_clear()
 
 
@@ -137,6 +138,7 @@ class Work:
         self.weight = random(rows, columns, 3, 3)
         self.gain = random(samples, rows, 3, 3).unflatten(1, (rows, 1)).flatten(3)
         self.above = random(samples, rows, size // stride, size // stride)
+        self.pooled = random(samples, columns, 3, 3)
         self.geometry = Geometry((stride, stride), ((1, 1), (1, 1)), (1, 1), 1)
         self.arguments = (self.above, self.input, self.weight, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
 
@@ -149,6 +151,13 @@ class Work:
             else:
                 needs = [work == "input", work == "sums", work == "sums"]
                 cuda.backward(self.above, self.input, self.weight, self.gain, self.geometry, needs)
+
+    def pool(self, work: str) -> None:
+        """The pooling of its input to 3 x 3, or its gradient added to another."""
+        if work == "pool":
+            average_pool._launch("pool", self.input, self.pooled, self.input.shape[2:], (3, 3))
+        else:
+            average_pool._launch("spread", self.pooled, self.input, self.input.shape[2:], (3, 3), added=True)
 
     def plain(self, work: str) -> None:
         if work == "output":
@@ -223,7 +232,7 @@ def main() -> None:
             taken = microseconds(lambda: layer.run(work, None), options.device)
             timed: list[tuple[float, str]] = []
             for tile in candidates(work, shape):
-                name = " ".join(map(str, (tile.kernel, *tile.sizes.values(), tile.warps, tile.stages)))
+                name = " ".join(map(str, (tile.kernel, *tile.sizes.values(), *tile[2:])))
                 forget()
                 try:
                     timed.append((round(microseconds(lambda: layer.run(work, tile), options.device), 1), name))
@@ -232,9 +241,13 @@ def main() -> None:
             timed.sort()
             results.append(dict(shape=shape, work=work, plain=plain, taken=taken, tiles=timed))
             options.out.write_text(json.dumps(results, indent=1))
-            print(
-                shape, work, f"plain {plain:.0f}, taken {taken:.0f};", *(f"{t} {n};" for t, n in timed[:4]), flush=True
-            )
+            best = (f"{time_taken} {name};" for time_taken, name in timed[:3])
+            print(shape, work, f"plain {plain:.0f}, taken {taken:.0f};", *best, flush=True)
+        for work, tile in itertools.product(("pool", "spread"), (2048, 4096, 8192, 16384)):
+            forget()
+            with mock.patch.object(average_pool, "_TILE", tile):
+                time_taken = microseconds(lambda: layer.pool(work), options.device)
+            print(shape, work, tile, f"{time_taken:.0f}", flush=True)
 
 
 if __name__ == "__main__":

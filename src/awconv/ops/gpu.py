@@ -70,7 +70,7 @@ class Kernel:
         compiled = self._compiled.get(key)
         aligned = not any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors)
         if compiled is not None and aligned:
-            compiled[(programs, 1, 1)](*tensors, *integers, *self.constants.values())
+            compiled[(programs, 1, 1)](*tensors, *integers, *self._values)
             return
         compiled = self._kernel[(programs,)](*tensors, *integers, **self.constants, **self.options)
         if aligned:
@@ -78,9 +78,12 @@ class Kernel:
 
     @functools.cached_property
     def _kernel(self) -> Any:
-        kernel = getattr(importlib.import_module(self.module), self.name)
-        assert kernel.arg_names[-len(self.constants) :] == list(self.constants), "constants are in another order"
-        return kernel
+        return getattr(importlib.import_module(self.module), self.name)
+
+    @functools.cached_property
+    def _values(self) -> list[Any]:
+        """Of the constants, in the kernel's order."""
+        return [self.constants[name] for name in self._kernel.arg_names[-len(self.constants) :]]
 
 
 def divider(divisor: int) -> tuple[int, int]:

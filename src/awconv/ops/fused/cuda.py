@@ -65,7 +65,9 @@ def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> 
             (input.dtype, _precision(), is_channels_last(output)),
         )
         depthwise = weight.shape[1] == 1
-        launch.run(_last(input), _last(weight), _gains(gain), output, *(() if depthwise else (None,)))
+        launch.run(
+            _last(input), _last(weight), _gains(gain, launch.wide_gains), output, *(() if depthwise else (None,))
+        )
     return output
 
 
@@ -83,7 +85,7 @@ def backward(
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((input, weight, gain), needs, strict=True)
         )
-    above, weights, gains = _last(grad_output), _last(weight), _gains(gain)
+    above, weights, gains = _last(grad_output), _last(weight), _gains(gain, False)
     grad_input = grad_weight = grad_gain = None
     if needs[0]:
         grad_input = _grad_input(above, input, weights, gains, geometry)
@@ -104,9 +106,10 @@ def _last(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 
-def _gains(gain: Tensor) -> Tensor:
-    """Shape (N, C2, blocks, taps) to (N, blocks, taps, C2), in single precision: narrower loads are not pipelined."""
-    return gain.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+def _gains(gain: Tensor, wide: bool) -> Tensor:
+    """Shape (N, C2, blocks, taps) to (N, blocks, taps, C2), in single precision or its own."""
+    dtype = torch.float32 if wide else gain.dtype
+    return gain.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _laid_out(grad: Tensor | None, like: Tensor) -> Tensor | None:
@@ -170,6 +173,7 @@ class _Launch(NamedTuple):
     kernel: gpu.Kernel
     programs: int
     integers: tuple[int, ...]
+    wide_gains: bool = False
 
     def run(self, *tensors: Tensor | None) -> None:
         self.kernel.launch(self.programs, tensors, self.integers)
@@ -177,7 +181,7 @@ class _Launch(NamedTuple):
 
 def _launch(module: str, tile: tiles.Tile, constants: dict[str, Any], programs: int, *integers: int) -> _Launch:
     kernel = gpu.Kernel(f"awconv.ops.fused.{module}", tile.kernel, constants | tile.sizes, tile.warps, tile.stages)
-    return _Launch(kernel, programs, integers)
+    return _Launch(kernel, programs, integers, tile.wide_gains)
 
 
 def _correlate(
@@ -201,7 +205,7 @@ def _correlate(
     rows, row_blocks, inner, inner_blocks, groups = channels
     dtype, precision, channels_last = facts
     positions = axes[0].positions * axes[1].positions
-    tile = tiles.correlate(rows, inner, positions, dtype.itemsize)
+    tile = tiles.correlate(rows, inner, positions, dtype.itemsize, transposed)
     pixel_tiles = (
         samples * -(-positions // tile.sizes["block_pixels"])
         if tile.kernel == "scaled_weights"
@@ -305,8 +309,10 @@ def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, ge
         grad.zero_()
     unit = None
     if input.dtype == torch.float16 and any(launch.kernel.name == "scaled_sums" for launch in launches):
-        largest = gains.abs().nan_to_num(nan=0, posinf=0).amax()  # one sample's infinity is not another's
+        largest = gains.abs().nan_to_num(nan=0, posinf=0).amax().float()  # one sample's infinity is not another's
         unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest.clamp(min=1)).exponent)
+    if any(launch.wide_gains for launch in launches):
+        gains = gains.float()
     depthwise = weights.shape[1] == 1
     for launch in launches:
         launch.run(above, weights, gains, grad, *(() if depthwise else (unit,)))
@@ -342,10 +348,17 @@ def _sums(
     count = geometry.groups * -(-rows // tile.sizes["block_rows"]) * -(-taps * blocks * parts // wide)
     programs = min(processors * (2 if tile.warps == 4 else 1), count * samples)
     structure = dict(rows=rows, columns=columns, blocks=blocks, groups=geometry.groups, taps=taps)
-    constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], precision=precision)
+    steps = -(-axes[0].positions * axes[1].positions // tile.sizes["block_positions"])
+    constants = dict(
+        **structure,
+        needs_weight=needs[0],
+        needs_gain=needs[1],
+        steps=steps if steps <= tile.most_steps else 0,
+        precision=precision,
+    )
     height, width = (axis.positions for axis in axes)
-    steps = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
-    integers = (samples, height, width, *divider(width), programs, *steps, kernel[1])
+    looks = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
+    integers = (samples, height, width, *divider(width), programs, *looks, kernel[1])
     added = min(tile.sizes["block_rows"], tiles.LEAST)
     added_sizes = {name: size for name, size in tile.sizes.items() if name != "block_positions"}
     add = tiles.Tile("add_pieces", added_sizes | dict(block_added=added), 4, 1)
@@ -370,7 +383,7 @@ def _products(
     sums = _sums(*shapes, gains.shape[1], geometry, facts, (for_weight, for_gain))
     dtype = input.dtype if sums.parts == 1 else torch.float32
     grad_gains = gains.new_empty(sums.parts if for_gain else 0, *gains.shape, dtype=dtype)
-    pieces = gains.new_empty(sums.pieces if for_weight else 0)
+    pieces = gains.new_empty(sums.pieces if for_weight else 0, dtype=torch.float32)
     sums.products.run(above, input, weights, gains, pieces, grad_gains)
     grad_weight = None
     if for_weight:
@@ -400,7 +413,7 @@ def _depthwise_products(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same where a group has one input channel."""
     gains = gains.squeeze(1)
-    sums = torch.empty_like(gains)
+    sums = torch.empty_like(gains, dtype=torch.float32)
     _depthwise_sums(tuple(input.shape), tuple(weights.shape), geometry).run(above, input, sums)
     grad_weight = grad_gain = None
     if for_weight:

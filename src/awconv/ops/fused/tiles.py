@@ -14,12 +14,23 @@ LEAST = 16  # rows, columns and depth of the smallest matrix product
 
 
 class Tile(NamedTuple):
-    """A kernel, the sizes of its tiles and how it runs."""
+    """A kernel, the sizes of its tiles and how it runs.
+
+    Attributes:
+        kernel: its name.
+        sizes: its constants ``block_...``.
+        warps: of a program.
+        stages: of the pipeline of its loop.
+        wide_gains: whether it reads gains in single precision, whose loads are pipelined, for the price of a copy.
+        most_steps: over the positions of a sample that ``sum_products`` takes in a row, with a stage for each.
+    """
 
     kernel: str
     sizes: dict[str, int]
     warps: int
     stages: int
+    wide_gains: bool = False
+    most_steps: int = 1
 
 
 def ceiling(size: int, most: int) -> int:
@@ -27,12 +38,7 @@ def ceiling(size: int, most: int) -> int:
     return power_of_two(size, most, LEAST)
 
 
-def _filled(positions: int, block: int) -> float:
-    """Which share of the tiles of a sample is positions."""
-    return positions / (-(-positions // block) * block)
-
-
-def correlate(rows: int, inner: int, positions: int, bytes: int) -> Tile:
+def correlate(rows: int, inner: int, positions: int, bytes: int, transposed: bool) -> Tile:
     """Tiles of ``scaled_weights`` or ``scaled_sums``.
 
     Args:
@@ -40,37 +46,46 @@ def correlate(rows: int, inner: int, positions: int, bytes: int) -> Tile:
         inner: channels that are summed over, of a group and block.
         positions: of one sample.
         bytes: of one element.
+        transposed: whether the gradient of the input is made.
     """
     block_rows, block_inner = ceiling(rows, 128), ceiling(inner, 64)
     if bytes == 4:
-        sizes = dict(
-            block_rows=min(block_rows, 64), block_pixels=ceiling(positions, 64), block_inner=min(block_inner, 32)
-        )
-        return Tile("scaled_weights", sizes, 4, 3)
-    if _filled(positions, ceiling(positions, 128)) < 0.75:
-        return Tile(
-            "scaled_sums", dict(block_rows=min(block_rows, 64), block_pixels=128, block_inner=block_inner), 4, 3
-        )
-    block_pixels = 128 if block_rows == 128 else 256
-    warps = 8 if block_rows * block_pixels >= 128 * 128 else 4
-    sizes = dict(block_rows=block_rows, block_pixels=ceiling(positions, block_pixels), block_inner=block_inner)
-    return Tile("scaled_weights", sizes, warps, 3)
+        block_rows, block_inner = min(block_rows, 64), min(block_inner, 32)
+        return _weights(block_rows, ceiling(positions, 64), block_inner, 4)
+    if block_rows < 64:
+        return _weights(block_rows, ceiling(positions, 256), block_inner, 4)
+    if positions <= 64 and inner >= 256 and not transposed:  # weights scaled for few positions are not worth it
+        sizes = dict(block_rows=block_rows, block_pixels=64, block_inner=block_inner)
+        return Tile("scaled_sums", sizes, 4, 3)
+    if positions * inner < 20_000:  # of small images
+        return _weights(block_rows, ceiling(positions, 64), block_inner, 4)
+    if block_rows == 64:
+        return _weights(64, ceiling(positions, 128), block_inner, 4, wide_gains=True)
+    if transposed or inner < 256:
+        return _weights(128, ceiling(positions, 128), block_inner, 8, wide_gains=True)
+    return _weights(128, ceiling(positions, 256), block_inner, 8)
+
+
+def _weights(block_rows: int, block_pixels: int, block_inner: int, warps: int, wide_gains: bool = False) -> Tile:
+    sizes = dict(block_rows=block_rows, block_pixels=block_pixels, block_inner=block_inner)
+    return Tile("scaled_weights", sizes, warps, 3, wide_gains)
 
 
 def sum_products(rows: int, columns: int, positions: int, bytes: int) -> Tile:
     """Tiles of ``sum_products``: rows times columns of a segment, or of several where it has few."""
-    block_rows, block_segment = ceiling(rows, 128), ceiling(columns, 128)
-    block_columns = max(block_segment, 64 if bytes == 4 else 128)
-    if bytes == 4:
-        block_rows, block_segment = min(block_rows, 64), min(block_segment, 64)
-        block_columns = 64
+    most = 64 if bytes == 4 else 128
+    block_rows, block_segment = ceiling(rows, most), ceiling(columns, most)
     sizes = dict(
         block_rows=block_rows,
-        block_columns=block_columns,
+        block_columns=32 if block_segment == 16 else max(block_segment, 64),
         block_segment=block_segment,
-        block_positions=32 if bytes == 4 else 64,
+        block_positions=32 if bytes == 4 else 128 if block_rows == 16 else 64,
     )
-    return Tile("sum_products", sizes, 8 if block_rows * block_columns >= 128 * 128 else 4, 3)
+    if block_rows * block_segment == 128 * 128 and 64 < positions <= 256:
+        sizes |= dict(block_columns=64, block_segment=64)
+        return Tile("sum_products", sizes, 8, 2, most_steps=4)
+    large = block_rows * block_segment >= 128 * 128
+    return Tile("sum_products", sizes, 8 if large else 4, 4 if block_rows * block_segment == 64 * 64 else 3)
 
 
 def depthwise(kernel: str, channels: int, positions: int) -> Tile:

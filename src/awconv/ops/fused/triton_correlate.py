@@ -27,11 +27,30 @@ _SIZES = [
 ]
 
 
+@triton.jit
+def _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x):
+    """For each position, one bit for each tap: whether it sees a pixel, and no padding."""
+    sees = tl.where(exists, 0, 0)
+    at_y = seen_y
+    at_x = seen_x
+    index_x = 0
+    for index in range(taps_y * taps_x):
+        seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+        sees |= seen.to(tl.int32) << index
+        index_x += 1
+        at_x += reach_x
+        if index_x == taps_x:
+            index_x = 0
+            at_x = seen_x
+            at_y += reach_y
+    return sees
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scaled_weights(
     source,  # (samples, seen_height, seen_width, groups * inner_blocks * inner)
     weight,  # (output channels, taps, input channels of a group)
-    gain,  # (samples, blocks, taps, output channels), in single precision: narrower loads are not pipelined
+    gain,  # (samples, blocks, taps, output channels); loads of less than 32 bits are not pipelined
     target,  # (samples, target_height, target_width, groups * row_blocks * rows)
     unit,  # None: for scaled_sums
     samples,
@@ -105,6 +124,9 @@ def scaled_weights(
 
     steps: tl.constexpr = (inner + block_inner - 1) // block_inner
     total = tl.full((block_rows, block_pixels), 0, tl.float32)
+    few_taps: tl.constexpr = kernel_taps < 32
+    if few_taps:  # bit t: whether a position sees the image through tap t
+        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)
     part = 0  # of the inner channels
     index_y = 0
     index_x = 0
@@ -112,9 +134,12 @@ def scaled_weights(
         channel = part % steps * block_inner + tl.arange(0, block_inner)
         block = part // steps
         tap = (tap_y + every_y * index_y) * kernel_x + tap_x + every_x * index_x
-        at_y = seen_y + index_y * reach_y
-        at_x = seen_x + index_x * reach_x
-        seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+        if few_taps:
+            seen = ((sees >> (index_y * taps_x + index_x)) & 1) != 0
+        else:
+            at_y = seen_y + index_y * reach_y
+            at_x = seen_x + index_x * reach_x
+            seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
         shift = (index_y * reach_y * seen_width + index_x * reach_x) * source_channels + block * inner
         if transposed:
             weights = channel[None, :] * (kernel_taps * columns) + row[:, None]
@@ -249,6 +274,9 @@ def scaled_sums(
     steps: tl.constexpr = (inner + block_inner - 1) // block_inner
     total = tl.full((block_pixels, block_rows), 0, tl.float32)
     partial = tl.full((block_pixels, block_rows), 0, tl.float32)
+    few_taps: tl.constexpr = kernel_taps < 32
+    if few_taps:  # bit t: whether a position sees the image through tap t
+        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)
     part = 0
     index_y = 0
     index_x = 0
@@ -256,9 +284,12 @@ def scaled_sums(
         channel = part % steps * block_inner + tl.arange(0, block_inner)
         block = part // steps
         tap = (tap_y + every_y * index_y) * kernel_x + tap_x + every_x * index_x
-        at_y = seen_y + index_y * reach_y
-        at_x = seen_x + index_x * reach_x
-        seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+        if few_taps:
+            seen = ((sees >> (index_y * taps_x + index_x)) & 1) != 0
+        else:
+            at_y = seen_y + index_y * reach_y
+            at_x = seen_x + index_x * reach_x
+            seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
         shift = (index_y * reach_y * seen_width + index_x * reach_x) * source_channels + block * inner
         if transposed:
             weights = channel[:, None] * (kernel_taps * columns) + row[None, :]

@@ -33,12 +33,106 @@ def _gain_offset(segment, parts: tl.constexpr, blocks: tl.constexpr, taps: tl.co
     return (segment // parts % blocks * taps + segment // (parts * blocks)) * out_channels
 
 
+@triton.jit
+def _operands(
+    grad_output,  # of one sample, at the rows of a tile
+    input,  # of one sample
+    position,
+    positions,
+    width,
+    multiplier,
+    shift,
+    step_y,
+    step_x,
+    from_y,  # of the tile's tap, or of each column's
+    from_x,
+    seen_height,
+    seen_width,
+    row_exists,
+    column_exists,
+    offset,
+    whole_rows: tl.constexpr,
+    whole_columns: tl.constexpr,
+    wide: tl.constexpr,
+    out_channels: tl.constexpr,
+    in_channels: tl.constexpr,
+):
+    """Rows of grad_output, and the pixels that they see, at some positions."""
+    exists = position < positions
+    y = divide(position, multiplier, shift)
+    seen_y = y * step_y
+    seen_x = (position - y * width) * step_x
+    if wide > 1:
+        at_y = seen_y[:, None] + from_y[None, :]
+        at_x = seen_x[:, None] + from_x[None, :]
+        seen = exists[:, None] & column_exists[None, :]
+        seen &= (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+    else:
+        at_y = seen_y + from_y
+        at_x = seen_x + from_x
+        seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+        seen = seen[:, None]
+        if not whole_columns:
+            seen = seen & column_exists[None, :]
+    mask = exists[None, :]
+    if not whole_rows:
+        mask = mask & row_exists[:, None]
+    left = tl.load(grad_output + position[None, :] * out_channels, mask=mask, other=0.0)
+    pixels = ((seen_y * seen_width + seen_x) * in_channels)[:, None] + offset[None, :]
+    right = tl.load(input + pixels, mask=seen, other=0.0)
+    return left, right
+
+
+@triton.jit
+def _finish(
+    partial,  # a tile of u for one sample
+    factor,
+    total,
+    gain,  # of one sample, at the rows of the tile
+    grad_gain,
+    part_of_gain,  # elements of a part of grad_gain
+    first_segment,
+    local,
+    row_exists,
+    needs_weight: tl.constexpr,
+    needs_gain: tl.constexpr,
+    wide: tl.constexpr,
+    parts: tl.constexpr,
+    blocks: tl.constexpr,
+    taps: tl.constexpr,
+    out_channels: tl.constexpr,
+    block_segment: tl.constexpr,
+):
+    """Scales and adds it for the weight, and reduces it for the gain."""
+    if needs_gain:
+        products = partial * factor.to(tl.float32)
+    for index in tl.static_range(wide):
+        segment = first_segment + index
+        chosen = (local // block_segment == index)[None, :]
+        at = _gain_offset(segment, parts, blocks, taps, out_channels)
+        real = row_exists & (segment < taps * blocks * parts)
+        if needs_weight:
+            scale = tl.load(gain + at, mask=real, other=0.0).to(tl.float32)[:, None]
+            if wide > 1:
+                total += tl.where(chosen, partial * scale, 0.0)
+            else:
+                total += partial * scale
+        if needs_gain:
+            if wide > 1:
+                sums = tl.sum(tl.where(chosen, products, 0.0), 1)
+            else:
+                sums = tl.sum(products, 1)
+            at += (segment % parts).to(tl.int64) * part_of_gain
+            tl.store(grad_gain + at, sums.to(grad_gain.dtype.element_ty), mask=real)
+    return total
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def sum_products(
     grad_output,  # (samples, height, width, groups * rows)
     input,  # (samples, seen_height, seen_width, groups * blocks * columns)
     weight,  # (groups * rows, taps, blocks * columns)
-    gain,  # (samples, blocks, taps, groups * rows) in single precision
+    gain,  # (samples, blocks, taps, groups * rows)
     pieces,  # (programs + tiles, block_rows, block_columns) in single precision
     grad_gain,  # (tiles of a segment's columns, samples, blocks, taps, groups * rows)
     samples,
@@ -63,6 +157,7 @@ def sum_products(
     taps: tl.constexpr,
     needs_weight: tl.constexpr,
     needs_gain: tl.constexpr,
+    steps: tl.constexpr,  # over the positions of a sample; zero where they are many
     precision: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
@@ -77,6 +172,9 @@ def sum_products(
     tiles: tl.constexpr = groups * row_tiles * column_tiles
     out_channels: tl.constexpr = groups * rows
     in_channels: tl.constexpr = groups * blocks * columns
+    gains: tl.constexpr = blocks * taps * out_channels
+    whole_rows: tl.constexpr = rows % block_rows == 0
+    whole_columns: tl.constexpr = columns % block_segment == 0
     is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
     positions = height * width
     item = tl.program_id(0).to(tl.int64) * (samples * tiles) // programs
@@ -91,83 +189,75 @@ def sum_products(
         out_channel = group * rows + row
         local = tl.arange(0, block_columns)
         first_segment = tile % column_tiles * wide
-        segment = first_segment + local // block_segment
+        if wide > 1:
+            segment = first_segment + local // block_segment
+        else:  # one for the whole tile
+            segment = first_segment
         column = segment % parts * block_segment + local % block_segment
         block = segment // parts % blocks
         tap = segment // (parts * blocks)
         column_exists = (column < columns) & (tap < taps)
-        index_y = tap // taps_x
-        index_x = tap % taps_x
-        from_y = origin_y + index_y * reach_y
-        from_x = origin_x + index_x * reach_x
+        from_y = origin_y + tap // taps_x * reach_y
+        from_x = origin_x + tap % taps_x * reach_x
         offset = (from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column
-        here = row_exists[:, None] & column_exists[None, :]
+        factor = 0.0
         if needs_gain:
+            mask = row_exists[:, None] & column_exists[None, :]
             weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
-            factor = tl.load(weight + weights, mask=here, other=0.0)
-            if is_half:  # a product with one leaves it in the layout of products, where it is met
+            factor = tl.load(weight + weights, mask=mask, other=0.0)
+            if steps > 0 and is_half:  # a product with one leaves it in the layout of products, where it is met
                 one = (tl.arange(0, block_columns)[:, None] == local[None, :]).to(factor.dtype)
                 factor = tl.dot(factor, one).to(factor.dtype)
 
         total = tl.full((block_rows, block_columns), 0, tl.float32)
         partial = tl.full((block_rows, block_columns), 0, tl.float32)
+        above = grad_output + out_channel[:, None]
         sample = first.to(tl.int64)
-        start = 0
-        for _ in range(count * tl.cdiv(positions, block_positions)):
-            gains = sample * (blocks * taps * out_channels) + out_channel
-            position = start + tl.arange(0, block_positions)
-            exists = position < positions
-            y = divide(position, multiplier, shift)
-            x = position - y * width
-            seen_y = y * step_y
-            seen_x = x * step_x
-            at_y = seen_y[:, None] + from_y[None, :]
-            at_x = seen_x[:, None] + from_x[None, :]
-            seen = (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
-            left = tl.load(
-                grad_output
-                + sample * positions * out_channels
-                + (position[None, :] * out_channels + out_channel[:, None]),
-                mask=row_exists[:, None] & exists[None, :],
-                other=0.0,
-            )
-            right = tl.load(
-                input
-                + sample * seen_height * seen_width * in_channels
-                + ((seen_y * seen_width + seen_x) * in_channels)[:, None]
-                + offset[None, :],
-                mask=seen & exists[:, None] & column_exists[None, :],
-                other=0.0,
-            )
-            if needs_weight and wide == 1:  # ahead of its use, beside the product
-                real = row_exists & (first_segment < taps * blocks * parts)
-                at = gains + _gain_offset(first_segment, parts, blocks, taps, out_channels)
-                scale = tl.load(gain + at, mask=real, other=0.0)[:, None]
-            partial = tl.dot(left, right, partial, input_precision=precision)
-            ends = start + block_positions >= positions
-            if ends:
-                if needs_gain:
-                    products = partial * factor.to(tl.float32)
-                for index in tl.static_range(wide):
-                    chosen = (local // block_segment == index)[None, :]
-                    at = gains + _gain_offset(first_segment + index, parts, blocks, taps, out_channels)
-                    real = row_exists & (first_segment + index < taps * blocks * parts)
-                    if needs_weight:
-                        if wide > 1:
-                            scale = tl.load(gain + at, mask=real, other=0.0)[:, None]
-                            total += tl.where(chosen, partial * scale, 0.0)
-                        else:
-                            total += partial * scale
-                    if needs_gain:
-                        if wide > 1:
-                            sums = tl.sum(tl.where(chosen, products, 0.0), 1)
-                        else:
-                            sums = tl.sum(products, 1)
-                        part = ((first_segment + index) % parts).to(tl.int64) * samples * (blocks * taps * out_channels)
-                        tl.store(grad_gain + part + at, sums.to(grad_gain.dtype.element_ty), mask=real)
-                partial = tl.full((block_rows, block_columns), 0, tl.float32)
-            start = tl.where(ends, 0, start + block_positions)
-            sample += ends.to(tl.int64)
+        if steps > 0:
+            for _ in range(count):
+                for step in tl.static_range(steps):
+                    position = step * block_positions + tl.arange(0, block_positions)
+                    left, right = _operands(
+                        above + sample * positions * out_channels,
+                        input + sample * seen_height * seen_width * in_channels,
+                        *(position, positions, width, multiplier, shift, step_y, step_x, from_y, from_x),
+                        *(seen_height, seen_width, row_exists, column_exists, offset),
+                        *(whole_rows, whole_columns, wide, out_channels, in_channels),
+                    )
+                    if step == 0:
+                        partial = tl.dot(left, right, input_precision=precision)
+                    else:
+                        partial = tl.dot(left, right, partial, input_precision=precision)
+                total = _finish(
+                    *(partial, factor, total, gain + sample * gains + out_channel),
+                    *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
+                    *(first_segment, local, row_exists, needs_weight, needs_gain),
+                    *(wide, parts, blocks, taps, out_channels, block_segment),
+                )
+                sample += 1
+        else:
+            start = 0
+            for _ in range(count * tl.cdiv(positions, block_positions)):  # one loop, which is one pipeline
+                left, right = _operands(
+                    above + sample * positions * out_channels,
+                    input + sample * seen_height * seen_width * in_channels,
+                    *(start + tl.arange(0, block_positions), positions, width, multiplier, shift),
+                    *(step_y, step_x, from_y, from_x, seen_height, seen_width),
+                    *(row_exists, column_exists, offset),
+                    *(whole_rows, whole_columns, wide, out_channels, in_channels),
+                )
+                partial = tl.dot(left, right, partial, input_precision=precision)
+                ends = start + block_positions >= positions
+                if ends:
+                    total = _finish(
+                        *(partial, factor, total, gain + sample * gains + out_channel),
+                        *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
+                        *(first_segment, local, row_exists, needs_weight, needs_gain),
+                        *(wide, parts, blocks, taps, out_channels, block_segment),
+                    )
+                    partial = tl.full((block_rows, block_columns), 0, tl.float32)
+                start = tl.where(ends, 0, start + block_positions)
+                sample += ends.to(tl.int64)
         if needs_weight:
             piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (block_rows * block_columns)
             tl.store(piece + tl.arange(0, block_rows)[:, None] * block_columns + local[None, :], total)
