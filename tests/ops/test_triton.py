@@ -267,3 +267,20 @@ def test_what_it_cannot_run_it_says(
     shapes = ((2, weight[1] * groups, *[5] * dims), weight, (2, weight[0], blocks, *weight[2:]))
     problem = describe(dims, *(torch.empty(shape, dtype=dtype) for shape in shapes), None, 1, 1, 1, groups, True)
     assert reason in str(cuda.obstacle(problem))
+
+
+@pytest.mark.parametrize(
+    ("height", "out_channels", "stride", "reason"),
+    [
+        (2**14, 16, 2, "whose input has 2,147,483,648 elements"),
+        (2**13, 32, 1, "whose output has 2,147,483,648 elements"),
+        (2**13, 16, 1, None),
+    ],
+)
+def test_samples_that_32_bits_do_not_count_are_left_to_others(
+    height: int, out_channels: int, stride: int, reason: str | None
+) -> None:
+    shapes = (3, 16, height, 2**13), (out_channels, 16, 3, 3), (3, out_channels, 1, 3, 3)
+    tensors = (torch.zeros(()).expand(shape) for shape in shapes)  # which take no memory
+    obstacle = cuda.obstacle(describe(2, *tensors, None, stride, 1, 1, 1, True))
+    assert obstacle is None if reason is None else reason in str(obstacle)
