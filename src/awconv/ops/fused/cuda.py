@@ -348,14 +348,8 @@ def _sums(
     count = geometry.groups * -(-rows // tile.sizes["block_rows"]) * -(-taps * blocks * parts // wide)
     programs = min(processors * (2 if tile.warps == 4 else 1), count * samples)
     structure = dict(rows=rows, columns=columns, blocks=blocks, groups=geometry.groups, taps=taps)
-    steps = -(-axes[0].positions * axes[1].positions // tile.sizes["block_positions"])
-    constants = dict(
-        **structure,
-        needs_weight=needs[0],
-        needs_gain=needs[1],
-        steps=steps if steps <= tile.most_steps else 0,
-        precision=precision,
-    )
+    one_step = axes[0].positions * axes[1].positions <= tile.sizes["block_positions"]
+    constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_step=one_step, precision=precision)
     height, width = (axis.positions for axis in axes)
     looks = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
     integers = (samples, height, width, *divider(width), programs, *looks, kernel[1])
