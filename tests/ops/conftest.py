@@ -3,7 +3,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 
 from awconv.ops import build
 
@@ -19,3 +21,16 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     yield
     monkeypatch.undo()
     build.library.cache_clear()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's kernels run: by its interpreter on a CPU, and on a GPU where there is one."""
+    triton = pytest.importorskip("triton")
+    if request.param == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter is for machines without a GPU")
+        if triton.__version__.startswith("3.5.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+            pytest.skip("Triton 3.5's interpreter does not run with NumPy 2.4")
+    device: str = request.param
+    return device
