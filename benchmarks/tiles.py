@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from awconv.ops import average_pool
-from awconv.ops.fused import cuda, tiles
+from awconv.ops.fused import cuda, cuda_plans, tiles
 from awconv.ops.fused.tiles import Tile
 from awconv.ops.geometry import Geometry
 
@@ -110,7 +110,7 @@ def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
 
 
 def forget() -> None:
-    for cached in (cuda._forward_launch, cuda._grad_input_launches, cuda._sums):
+    for cached in (cuda_plans.forward, cuda_plans.grad_input, cuda_plans.sums):
         cached.cache_clear()
 
 

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Adaptive average pooling over two axes and its gradient, in Triton; ``average_pool.py`` launches.
 
-Bin i of an axis covers the positions from i * size // bins to (i + 1) * size / bins, rounded up. Sums are kept in single
-precision at least, in an order that only sizes decide, and rounded once. Images have their channels last or are
+Bin i of an axis covers the positions from i * size // bins to (i + 1) * size / bins, rounded up. Sums are kept in
+single precision at least, in an order that only sizes decide, and rounded once. Images have their channels last or are
 contiguous; a sample stays within 32 bits.
 """
 

@@ -1,5 +1,5 @@
-"""Which tiles the kernels for GPUs take: by the sizes of a problem alone, never by timing and never by the batch size, so
-that results are the same bits each time and a first call waits for nothing but the compiler.
+"""Which tiles the kernels for GPUs take: by the sizes of a problem alone, never by timing and never by the batch size,
+so that results are the same bits each time and a first call waits for nothing but the compiler.
 
 Measured on an H100 with ``benchmarks/tiles.py``.
 """
