@@ -1,5 +1,5 @@
-"""What the CUDA half of the fused algorithm launches: kernels, tiles and numbers, which follow from shapes alone and are
-remembered by them."""
+"""What the CUDA half of the fused algorithm launches: kernels, tiles and numbers, which follow from shapes alone and
+are remembered by them."""
 
 from __future__ import annotations
 
