@@ -232,28 +232,25 @@ def sum_products(
                 )
                 sample += 1
         else:
-            start = 0
-            for _ in range(count * tl.cdiv(positions, block_positions)):  # one loop, which is one pipeline
-                left, right = _operands(
-                    above + sample * positions * out_channels,
-                    input + sample * seen_height * seen_width * in_channels,
-                    *(start + tl.arange(0, block_positions), positions, width, multiplier, shift),
-                    *(step_y, step_x, from_y, from_x, seen_height, seen_width),
-                    *(row_exists, column_exists, offset),
-                    *(whole_rows, whole_columns, wide, out_channels, in_channels),
-                )
-                partial = tl.dot(left, right, partial, input_precision=precision)
-                ends = start + block_positions >= positions
-                if ends:
-                    total = _finish(
-                        *(partial, factor, total, gain + sample * gains + out_channel),
-                        *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
-                        *(first_segment, local, row_exists, needs_weight, needs_gain),
-                        *(wide, parts, blocks, taps, out_channels, block_segment),
+            for _ in range(count):
+                partial = tl.full((block_rows, block_columns), 0, tl.float32)
+                for start in range(0, positions, block_positions):
+                    left, right = _operands(
+                        above + sample * positions * out_channels,
+                        input + sample * seen_height * seen_width * in_channels,
+                        *(start + tl.arange(0, block_positions), positions, width, multiplier, shift),
+                        *(step_y, step_x, from_y, from_x, seen_height, seen_width),
+                        *(row_exists, column_exists, offset),
+                        *(whole_rows, whole_columns, wide, out_channels, in_channels),
                     )
-                    partial = tl.full((block_rows, block_columns), 0, tl.float32)
-                start = tl.where(ends, 0, start + block_positions)
-                sample += ends.to(tl.int64)
+                    partial = tl.dot(left, right, partial, input_precision=precision)
+                total = _finish(
+                    *(partial, factor, total, gain + sample * gains + out_channel),
+                    *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
+                    *(first_segment, local, row_exists, needs_weight, needs_gain),
+                    *(wide, parts, blocks, taps, out_channels, block_segment),
+                )
+                sample += 1
         if needs_weight:
             piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (block_rows * block_columns)
             tl.store(piece + tl.arange(0, block_rows)[:, None] * block_columns + local[None, :], total)
