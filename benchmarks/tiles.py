@@ -1,6 +1,6 @@
 """Times the tiles that the kernels for GPUs could take, where ``awconv/ops/fused/tiles.py`` says which they do.
 
-    python benchmarks/tiles.py --out tiles.json [--seconds 120] [--only fused,sums]
+    python benchmarks/tiles.py --out tiles.json [--seconds 120] [--shapes 0 3]
 
 For each 3x3 convolution of ResNet-50 at 224x224 (batch 256) and of ResNet-20 at 32x32 (batch 512), in bfloat16 with the
 channels last: microseconds of the output, the input's gradient, and the gradients of weight and attention, for every
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from awconv.ops import average_pool
-from awconv.ops.fused import cuda, tiles
+from awconv.ops.fused import cuda, cuda_plans, tiles
 from awconv.ops.fused.tiles import Tile
 from awconv.ops.geometry import Geometry
 
@@ -73,22 +73,19 @@ CORRELATE = [
     ("scaled_weights", 16, 512, 16, 8, 3, False),
     ("scaled_weights", 16, 256, 16, 4, 3, True),
 ]
-# block_rows, block_columns, block_positions, warps, stages, steps in a row
+# block_rows, block_columns, block_positions, warps, stages
 SUMS = [
-    (128, 128, 64, 8, 3, 1),
-    (128, 128, 32, 8, 4, 1),
-    (128, 64, 64, 8, 2, 4),
-    (64, 64, 64, 4, 2, 4),
-    (128, 128, 64, 8, 2, 2),
-    (128, 64, 64, 4, 3, 1),
-    (64, 64, 64, 4, 4, 1),
-    (64, 64, 64, 4, 3, 1),
-    (64, 128, 64, 8, 3, 1),
-    (32, 32, 64, 4, 3, 1),
-    (32, 32, 64, 4, 2, 4),
-    (32, 64, 64, 4, 3, 1),
-    (16, 32, 128, 4, 3, 1),
-    (16, 32, 64, 4, 3, 1),
+    (128, 128, 64, 8, 3),
+    (128, 128, 32, 8, 4),
+    (128, 64, 64, 4, 3),
+    (128, 64, 64, 8, 3),
+    (64, 64, 64, 4, 4),
+    (64, 64, 64, 4, 3),
+    (64, 128, 64, 8, 3),
+    (32, 32, 64, 4, 3),
+    (32, 64, 64, 4, 3),
+    (16, 32, 128, 4, 3),
+    (16, 32, 64, 4, 3),
 ]
 
 
@@ -97,14 +94,11 @@ def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
     _, columns, rows, size, stride = shape
     positions = (size // stride) ** 2
     if work == "sums":
-        for block_rows, block_columns, block_positions, warps, stages, steps in SUMS:
-            if not min(rows, 128) // 2 <= block_rows <= tiles.ceiling(rows, 128):
-                continue
-            if steps > 1 and positions > steps * block_positions:
-                continue
-            segment = min(tiles.ceiling(columns, 128), block_columns)
-            sizes = dict(block_rows=block_rows, block_columns=block_columns, block_segment=segment)
-            yield Tile("sum_products", sizes | dict(block_positions=block_positions), warps, stages, False, steps)
+        for block_rows, block_columns, block_positions, warps, stages in SUMS:
+            if min(rows, 128) // 2 <= block_rows <= tiles.ceiling(rows, 128):
+                segment = min(tiles.ceiling(columns, 128), block_columns)
+                sizes = dict(block_rows=block_rows, block_columns=block_columns, block_segment=segment)
+                yield Tile("sum_products", sizes | dict(block_positions=block_positions), warps, stages)
         return
     made, summed = (rows, columns) if work == "output" else (columns, rows)
     for kernel, block_rows, block_pixels, block_inner, warps, stages, wide in CORRELATE:
@@ -116,7 +110,7 @@ def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
 
 
 def forget() -> None:
-    for cached in (cuda._forward_launch, cuda._grad_input_launches, cuda._sums, average_pool._plan):
+    for cached in (cuda_plans.forward, cuda_plans.grad_input, cuda_plans.sums):
         cached.cache_clear()
 
 
@@ -145,7 +139,7 @@ class Work:
     def run(self, work: str, tile: Tile | None) -> None:
         """Ours with some tile, or with the one that would be taken."""
         name = "sum_products" if work == "sums" else "correlate"
-        with mock.patch.object(tiles, name, lambda *_: tile) if tile else contextlib.nullcontext():
+        with mock.patch.object(tiles, name, return_value=tile) if tile else contextlib.nullcontext():
             if work == "output":
                 cuda.forward(self.input, self.weight, self.gain, self.geometry)
             else:
@@ -185,22 +179,27 @@ def microseconds(call: Any, device: str, rounds: int = 10) -> float:
     return sorted(1e3 * start.elapsed_time(stop) for start, stop in times)[rounds // 2]
 
 
-def compile_share(share: tuple[int, int, list[tuple[int, ...]], str]) -> None:
+def compile_share(share: tuple[int, int, list[tuple[int, ...]]]) -> None:
     """Runs every candidate once on two samples, which leaves its code in Triton's cache."""
-    index, shares, shapes, device = share
-    number = 0
-    for shape in shapes:
-        small = None
-        for work in WORK:
-            for tile in candidates(work, shape):
-                number += 1
-                if number % shares == index:
-                    small = small or Work(shape, device, batch=2)
-                    forget()
-                    try:
-                        small.run(work, tile)
-                    except Exception:  # said where it is timed
-                        pass
+    index, shares, shapes = share
+    every = [(shape, work, tile) for shape in shapes for work in WORK for tile in candidates(work, shape)]
+    for shape, work, tile in every[index::shares]:
+        forget()
+        with contextlib.suppress(Exception):  # said where it is timed
+            Work(shape, "cuda", batch=2).run(work, tile)
+
+
+def timed(layer: Work, work: str, device: str) -> list[tuple[float, str]]:
+    """Microseconds and names of the candidates, the fastest first."""
+    times = []
+    for tile in candidates(work, layer.shape):
+        name = " ".join(map(str, (tile.kernel, *tile.sizes.values(), *tile[2:])))
+        forget()
+        try:
+            times.append((round(microseconds(partial(layer.run, work, tile), device), 1), name))
+        except Exception as error:
+            times.append((float("inf"), f"{name}: {str(error)[:80]}"))
+    return sorted(times)
 
 
 def main() -> None:
@@ -211,43 +210,33 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--shapes", type=int, nargs="*", help="indices of the shapes, all if none is given")
     options = parser.parse_args()
-    start = time.monotonic()
+    device, start = options.device, time.monotonic()
     torch.backends.cudnn.benchmark = True
     shapes = [*RESNET50, *RESNET20]
     shapes = [shapes[index] for index in options.shapes] if options.shapes else shapes
-    if options.device == "cuda":
-        shares = [(index, options.processes, shapes, options.device) for index in range(options.processes)]
+    if device == "cuda":
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            shares = [(index, options.processes, shapes) for index in range(options.processes)]
             pool.map(compile_share, shares, chunksize=1)
-    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"compiled in {time.monotonic() - start:.0f} s on {torch.cuda.get_device_name()}", flush=True)
     results: list[dict[str, Any]] = []
     for shape in shapes:
-        layer = Work(shape, options.device, batch=2 if options.device == "cpu" else None)
+        layer = Work(shape, device, batch=2 if device == "cpu" else None)
         for work in WORK:
             if time.monotonic() - start > options.seconds:
                 print("out of time")
                 return
-            plain = microseconds(lambda: layer.plain(work), options.device)
+            plain = microseconds(partial(layer.plain, work), device)
             forget()
-            taken = microseconds(lambda: layer.run(work, None), options.device)
-            timed: list[tuple[float, str]] = []
-            for tile in candidates(work, shape):
-                name = " ".join(map(str, (tile.kernel, *tile.sizes.values(), *tile[2:])))
-                forget()
-                try:
-                    timed.append((round(microseconds(lambda: layer.run(work, tile), options.device), 1), name))
-                except Exception as error:
-                    timed.append((float("inf"), f"{name}: {str(error)[:80]}"))
-            timed.sort()
-            results.append(dict(shape=shape, work=work, plain=plain, taken=taken, tiles=timed))
+            taken = microseconds(partial(layer.run, work, None), device)
+            times = timed(layer, work, device)
+            results.append(dict(shape=shape, work=work, plain=plain, taken=taken, tiles=times))
             options.out.write_text(json.dumps(results, indent=1))
-            best = (f"{time_taken} {name};" for time_taken, name in timed[:3])
+            best = (f"{one} {name};" for one, name in times[:3])
             print(shape, work, f"plain {plain:.0f}, taken {taken:.0f};", *best, flush=True)
-        for work, tile in itertools.product(("pool", "spread"), (2048, 4096, 8192, 16384)):
-            forget()
-            with mock.patch.object(average_pool, "_TILE", tile):
-                time_taken = microseconds(lambda: layer.pool(work), options.device)
-            print(shape, work, tile, f"{time_taken:.0f}", flush=True)
+        pooled = {work: round(microseconds(partial(layer.pool, work), device), 1) for work in ("pool", "spread")}
+        results.append(dict(shape=shape, **pooled))
+        print(shape, pooled, flush=True)
 
 
 if __name__ == "__main__":

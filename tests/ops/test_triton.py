@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awconv.ops.fused import cuda, tiles
+from awconv.ops.fused import cuda, cuda_plans, tiles
 from awconv.ops.fused.tiles import Tile
 from awconv.ops.geometry import Geometry
 from awconv.ops.problem import describe
@@ -120,7 +120,7 @@ def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     tile, products = request.param
     monkeypatch.setattr(tiles, "correlate", lambda *_: TILES[tile])
     monkeypatch.setattr(tiles, "sum_products", lambda *_: PRODUCTS[products])
-    planned = (cuda._forward_launch, cuda._grad_input_launches, cuda._sums)
+    planned = (cuda_plans.forward, cuda_plans.grad_input, cuda_plans.sums)
     for cached in planned:
         cached.cache_clear()
     yield

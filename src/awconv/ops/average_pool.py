@@ -22,7 +22,8 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _AXES = 3
 _MAX_BINS = 64  # of the kernels, along an axis
 _SIZES = (ctypes.c_int64 * _AXES,) * 2
-_TILE = 4096  # elements of a tile of the kernels for GPUs
+# Elements of a tile of the kernels for GPUs: of pooling to bins of more positions than these, and of all else.
+_LARGE_TILE, _LARGE_BIN, _TILE = 8192, 64, 2048
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -60,10 +61,10 @@ def pool_beside(input: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tens
         What the convolution is to take in the place of the input, equal to it; and the pooled tensor. On a GPU, the
         pooled tensor's gradient is added to that of the convolution where it lies, which saves two passes over it.
     """
-    if input.device.type == "cuda" and input.requires_grad and torch.is_grad_enabled() and eager(input):
-        if max(output_size) <= _MAX_BINS and _has_kernel(input):
-            passed, pooled = _PoolBeside.apply(input, list(output_size))
-            return passed, pooled
+    differentiated = input.device.type == "cuda" and input.requires_grad and torch.is_grad_enabled()
+    if differentiated and eager(input) and max(output_size) <= _MAX_BINS and _has_kernel(input):
+        passed, pooled = _PoolBeside.apply(input, list(output_size))
+        return passed, pooled
     return input, average_pool(input, output_size)
 
 
@@ -202,19 +203,22 @@ def _plan(
 ) -> _Plan:
     """How a kernel is launched."""
     block_channels = power_of_two(channels, 64 if channels_last else 8)
-    most = _TILE // block_channels
-    layout = dict(channels=channels, channels_last=channels_last, block_channels=block_channels)
+    layout = dict(channels=channels, channels_last=channels_last)
     constants: dict[str, Any]
     integers = (*size, *bins)
     if kernel == "pool":
         rows, columns = (_most_covered(extent, count) for extent, count in zip(size, bins, strict=True))
+        most = (_LARGE_TILE if rows * columns > _LARGE_BIN else _TILE) // block_channels
         block_x = power_of_two(columns, most)
-        constants = layout | dict(block_y=power_of_two(rows, most // block_x), block_x=block_x)
-        tiles = product(bins)
+        block_y = power_of_two(rows, most // block_x)
+        each = 1 if rows * columns > _LARGE_BIN else product(bins)
+        constants = dict(**layout, each=each, block_channels=block_channels, block_y=block_y, block_x=block_x)
+        tiles = -(-product(bins) // each)
     else:
         cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
-        block_positions = power_of_two(product(size), most)
-        constants = dict(added=added, cover_y=cover_y, cover_x=cover_x, **layout, block_positions=block_positions)
+        block_positions = power_of_two(product(size), _TILE // block_channels)
+        constants = dict(added=added, cover_y=cover_y, cover_x=cover_x, **layout)
+        constants |= dict(block_channels=block_channels, block_positions=block_positions)
         integers += tuple(itertools.chain(*(divider(number) for number in integers)))
         tiles = -(-product(size) // block_positions)
     made = Kernel("awconv.ops.triton_average_pool", kernel, constants)

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Adaptive average pooling over two axes and its gradient, in Triton; ``average_pool.py`` launches.
 
-Bin i of an axis covers the positions from i * size // bins to (i + 1) * size / bins, rounded up. Sums are kept in single
-precision at least, in an order that only sizes decide, and rounded once. Images have their channels last or are
+Bin i of an axis covers the positions from i * size // bins to (i + 1) * size / bins, rounded up. Sums are kept in
+single precision at least, in an order that only sizes decide, and rounded once. Images have their channels last or are
 contiguous; a sample stays within 32 bits.
 """
 
@@ -33,46 +33,53 @@ def pool(
     bins_x,
     channels: tl.constexpr,
     channels_last: tl.constexpr,
+    each: tl.constexpr,  # bins of a program
     block_channels: tl.constexpr,
     block_y: tl.constexpr,
     block_x: tl.constexpr,
 ):
-    """The mean of one bin of one sample, for some channels."""
+    """The means of some bins of one sample, for some channels."""
     dtype: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    tiles = tl.cdiv(channels, block_channels)
+    tiles: tl.constexpr = (channels + block_channels - 1) // block_channels
     bins = bins_y * bins_x
-    sample = (tl.program_id(0) // (tiles * bins)).to(tl.int64)
-    channel = tl.program_id(0) // bins % tiles * block_channels + tl.arange(0, block_channels)
-    bin_y = tl.program_id(0) % bins // bins_x
-    bin_x = tl.program_id(0) % bins_x
-    first_y = bin_y * height // bins_y
-    first_x = bin_x * width // bins_x
-    rows = ((bin_y + 1) * height + bins_y - 1) // bins_y - first_y
-    columns = ((bin_x + 1) * width + bins_x - 1) // bins_x - first_x
+    shares = tl.cdiv(bins, each)
+    sample = (tl.program_id(0) // (tiles * shares)).to(tl.int64)
+    channel = tl.program_id(0) // shares % tiles * block_channels + tl.arange(0, block_channels)
     channel_exists = channel < channels
     input_c, input_y, input_x = _strides(channels, height, width, channels_last)
-    input += sample * channels * height * width + first_y * input_y + first_x * input_x
+    target_c, target_y, target_x = _strides(channels, bins_y, bins_x, channels_last)
+    input += sample * channels * height * width
+    target += sample * channels * bins
     y = tl.arange(0, block_y * block_x) // block_x
     x = tl.arange(0, block_y * block_x) % block_x
     if channels_last:
-        total = tl.full((block_y * block_x, block_channels), 0, dtype)
         offsets = (y * input_y + x * input_x)[:, None] + (channel * input_c)[None, :]
     else:
-        total = tl.full((block_channels, block_y * block_x), 0, dtype)
         offsets = (y * input_y + x * input_x)[None, :] + (channel * input_c)[:, None]
-    for start_y in range(0, rows, block_y):
-        for start_x in range(0, columns, block_x):
-            exists = (start_y + y < rows) & (start_x + x < columns)
-            if channels_last:
-                mask = exists[:, None] & channel_exists[None, :]
-            else:
-                mask = exists[None, :] & channel_exists[:, None]
-            start = start_y * input_y + start_x * input_x
-            total += tl.load(input + start + offsets, mask=mask, other=0.0).to(dtype)
-    mean = tl.sum(total, 0 if channels_last else 1) / (rows * columns).to(dtype)
-    target_c, target_y, target_x = _strides(channels, bins_y, bins_x, channels_last)
-    target += sample * channels * bins + bin_y * target_y + bin_x * target_x
-    tl.store(target + channel * target_c, mean.to(target.dtype.element_ty), mask=channel_exists)
+    first = tl.program_id(0) % shares * each
+    for bin in range(first, tl.minimum(first + each, bins)):
+        bin_y = bin // bins_x
+        bin_x = bin % bins_x
+        first_y = bin_y * height // bins_y
+        first_x = bin_x * width // bins_x
+        rows = ((bin_y + 1) * height + bins_y - 1) // bins_y - first_y
+        columns = ((bin_x + 1) * width + bins_x - 1) // bins_x - first_x
+        if channels_last:
+            total = tl.full((block_y * block_x, block_channels), 0, dtype)
+        else:
+            total = tl.full((block_channels, block_y * block_x), 0, dtype)
+        for start_y in range(0, rows, block_y):
+            for start_x in range(0, columns, block_x):
+                exists = (start_y + y < rows) & (start_x + x < columns)
+                if channels_last:
+                    mask = exists[:, None] & channel_exists[None, :]
+                else:
+                    mask = exists[None, :] & channel_exists[:, None]
+                start = (first_y + start_y) * input_y + (first_x + start_x) * input_x
+                total += tl.load(input + start + offsets, mask=mask, other=0.0).to(dtype)
+        mean = tl.sum(total, 0 if channels_last else 1) / (rows * columns).to(dtype)
+        at = bin_y * target_y + bin_x * target_x + channel * target_c
+        tl.store(target + at, mean.to(target.dtype.element_ty), mask=channel_exists)
 
 
 @triton.jit(

@@ -1,5 +1,5 @@
-"""Which tiles the kernels for GPUs take: by the sizes of a problem alone, never by timing and never by the batch size, so
-that results are the same bits each time and a first call waits for nothing but the compiler.
+"""Which tiles the kernels for GPUs take: by the sizes of a problem alone, never by timing and never by the batch size,
+so that results are the same bits each time and a first call waits for nothing but the compiler.
 
 Measured on an H100 with ``benchmarks/tiles.py``.
 """
@@ -22,7 +22,6 @@ class Tile(NamedTuple):
         warps: of a program.
         stages: of the pipeline of its loop.
         wide_gains: whether it reads gains in single precision, whose loads are pipelined, for the price of a copy.
-        most_steps: over the positions of a sample that ``sum_products`` takes in a row, with a stage for each.
     """
 
     kernel: str
@@ -30,7 +29,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     wide_gains: bool = False
-    most_steps: int = 1
 
 
 def ceiling(size: int, most: int) -> int:
@@ -54,15 +52,14 @@ def correlate(rows: int, inner: int, positions: int, bytes: int, transposed: boo
         return _weights(block_rows, ceiling(positions, 64), block_inner, 4)
     if block_rows < 64:
         return _weights(block_rows, ceiling(positions, 256), block_inner, 4)
-    if positions <= 64 and inner >= 256 and not transposed:  # weights scaled for few positions are not worth it
-        sizes = dict(block_rows=block_rows, block_pixels=64, block_inner=block_inner)
-        return Tile("scaled_sums", sizes, 4, 3)
-    if positions * inner < 20_000:  # of small images
+    if positions <= 64 and inner >= 256:  # scaled weights for so few positions are not worth it
+        return Tile("scaled_sums", dict(block_rows=block_rows, block_pixels=64, block_inner=block_inner), 4, 4)
+    if positions * inner < 20_000:
         return _weights(block_rows, ceiling(positions, 64), block_inner, 4)
     if block_rows == 64:
-        return _weights(64, ceiling(positions, 128), block_inner, 4, wide_gains=True)
+        return _weights(64, ceiling(positions, 256), block_inner, 4, wide_gains=inner <= 64)
     if transposed or inner < 256:
-        return _weights(128, ceiling(positions, 128), block_inner, 8, wide_gains=True)
+        return _weights(128, ceiling(positions, 128), block_inner, 4)
     return _weights(128, ceiling(positions, 256), block_inner, 8)
 
 
@@ -75,15 +72,14 @@ def sum_products(rows: int, columns: int, positions: int, bytes: int) -> Tile:
     """Tiles of ``sum_products``: rows times columns of a segment, or of several where it has few."""
     most = 64 if bytes == 4 else 128
     block_rows, block_segment = ceiling(rows, most), ceiling(columns, most)
+    if positions <= 64:
+        block_segment = min(block_segment, 64)
     sizes = dict(
         block_rows=block_rows,
         block_columns=32 if block_segment == 16 else max(block_segment, 64),
         block_segment=block_segment,
         block_positions=32 if bytes == 4 else 128 if block_rows == 16 else 64,
     )
-    if block_rows * block_segment == 128 * 128 and 64 < positions <= 256:
-        sizes |= dict(block_columns=64, block_segment=64)
-        return Tile("sum_products", sizes, 8, 2, most_steps=4)
     large = block_rows * block_segment >= 128 * 128
     return Tile("sum_products", sizes, 8 if large else 4, 4 if block_rows * block_segment == 64 * 64 else 3)
 

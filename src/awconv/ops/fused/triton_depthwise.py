@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-"""AW-convolutions whose groups have one input channel, in Triton: nothing to multiply as matrices. The symbols are those
-of ``triton_correlate.py`` and ``triton_sums.py``."""
+"""AW-convolutions whose groups have one input channel, in Triton: nothing to multiply as matrices. The symbols are
+those of ``triton_correlate.py`` and ``triton_sums.py``."""
 
 from __future__ import annotations
 

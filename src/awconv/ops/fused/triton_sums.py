@@ -157,7 +157,7 @@ def sum_products(
     taps: tl.constexpr,
     needs_weight: tl.constexpr,
     needs_gain: tl.constexpr,
-    steps: tl.constexpr,  # over the positions of a sample; zero where they are many
+    one_step: tl.constexpr,  # whether a tile's positions are all of a sample
     precision: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
@@ -205,7 +205,7 @@ def sum_products(
             mask = row_exists[:, None] & column_exists[None, :]
             weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
             factor = tl.load(weight + weights, mask=mask, other=0.0)
-            if steps > 0 and is_half:  # a product with one leaves it in the layout of products, where it is met
+            if one_step and is_half:  # a product with one leaves it in the layout of products, where it is met
                 one = (tl.arange(0, block_columns)[:, None] == local[None, :]).to(factor.dtype)
                 factor = tl.dot(factor, one).to(factor.dtype)
 
@@ -213,21 +213,17 @@ def sum_products(
         partial = tl.full((block_rows, block_columns), 0, tl.float32)
         above = grad_output + out_channel[:, None]
         sample = first.to(tl.int64)
-        if steps > 0:
+        if one_step:
             for _ in range(count):
-                for step in tl.static_range(steps):
-                    position = step * block_positions + tl.arange(0, block_positions)
-                    left, right = _operands(
-                        above + sample * positions * out_channels,
-                        input + sample * seen_height * seen_width * in_channels,
-                        *(position, positions, width, multiplier, shift, step_y, step_x, from_y, from_x),
-                        *(seen_height, seen_width, row_exists, column_exists, offset),
-                        *(whole_rows, whole_columns, wide, out_channels, in_channels),
-                    )
-                    if step == 0:
-                        partial = tl.dot(left, right, input_precision=precision)
-                    else:
-                        partial = tl.dot(left, right, partial, input_precision=precision)
+                left, right = _operands(
+                    above + sample * positions * out_channels,
+                    input + sample * seen_height * seen_width * in_channels,
+                    *(tl.arange(0, block_positions), positions, width, multiplier, shift),
+                    *(step_y, step_x, from_y, from_x, seen_height, seen_width),
+                    *(row_exists, column_exists, offset),
+                    *(whole_rows, whole_columns, wide, out_channels, in_channels),
+                )
+                partial = tl.dot(left, right, input_precision=precision)
                 total = _finish(
                     *(partial, factor, total, gain + sample * gains + out_channel),
                     *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
@@ -236,28 +232,25 @@ def sum_products(
                 )
                 sample += 1
         else:
-            start = 0
-            for _ in range(count * tl.cdiv(positions, block_positions)):  # one loop, which is one pipeline
-                left, right = _operands(
-                    above + sample * positions * out_channels,
-                    input + sample * seen_height * seen_width * in_channels,
-                    *(start + tl.arange(0, block_positions), positions, width, multiplier, shift),
-                    *(step_y, step_x, from_y, from_x, seen_height, seen_width),
-                    *(row_exists, column_exists, offset),
-                    *(whole_rows, whole_columns, wide, out_channels, in_channels),
-                )
-                partial = tl.dot(left, right, partial, input_precision=precision)
-                ends = start + block_positions >= positions
-                if ends:
-                    total = _finish(
-                        *(partial, factor, total, gain + sample * gains + out_channel),
-                        *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
-                        *(first_segment, local, row_exists, needs_weight, needs_gain),
-                        *(wide, parts, blocks, taps, out_channels, block_segment),
+            for _ in range(count):
+                partial = tl.full((block_rows, block_columns), 0, tl.float32)
+                for start in range(0, positions, block_positions):
+                    left, right = _operands(
+                        above + sample * positions * out_channels,
+                        input + sample * seen_height * seen_width * in_channels,
+                        *(start + tl.arange(0, block_positions), positions, width, multiplier, shift),
+                        *(step_y, step_x, from_y, from_x, seen_height, seen_width),
+                        *(row_exists, column_exists, offset),
+                        *(whole_rows, whole_columns, wide, out_channels, in_channels),
                     )
-                    partial = tl.full((block_rows, block_columns), 0, tl.float32)
-                start = tl.where(ends, 0, start + block_positions)
-                sample += ends.to(tl.int64)
+                    partial = tl.dot(left, right, partial, input_precision=precision)
+                total = _finish(
+                    *(partial, factor, total, gain + sample * gains + out_channel),
+                    *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
+                    *(first_segment, local, row_exists, needs_weight, needs_gain),
+                    *(wide, parts, blocks, taps, out_channels, block_segment),
+                )
+                sample += 1
         if needs_weight:
             piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (block_rows * block_columns)
             tl.store(piece + tl.arange(0, block_rows)[:, None] * block_columns + local[None, :], total)
