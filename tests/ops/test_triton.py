@@ -101,8 +101,8 @@ PRODUCTS = {
     "a segment": Tile(
         "sum_products", dict(block_rows=32, block_columns=32, block_segment=32, block_positions=32), 4, 3
     ),
-    "half a segment, in steps": Tile(
-        "sum_products", dict(block_rows=64, block_columns=16, block_segment=16, block_positions=16), 4, 2, most_steps=4
+    "half a segment": Tile(
+        "sum_products", dict(block_rows=64, block_columns=16, block_segment=16, block_positions=16), 4, 2
     ),
     "four segments": Tile(
         "sum_products", dict(block_rows=16, block_columns=128, block_segment=32, block_positions=16), 4, 3
