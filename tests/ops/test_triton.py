@@ -31,7 +31,7 @@ CASES = {
     "depthwise": Case(2, 2, (7, 6), (20, 1, 3, 3), (20, 1, 3, 3), padding=1, groups=20, stride=2),
     "two outputs a channel": Case(2, 2, (5, 5), (20, 1, 3, 2), (20, 1, 3, 2), padding=1, groups=10),
     "one axis": Case(1, 2, (20,), (18, 16, 5), (18, 1, 5), padding=2, stride=2),
-    "more taps than bits": Case(1, 1, (5,), (16, 16, 33), (16, 1, 33), padding=16),
+    "more taps than bits": Case(1, 1, (20,), (16, 16, 33), (16, 1, 33), padding=16),
 }
 QUICK = ("a stride that skips pixels", "two outputs a channel")  # one that multiplies matrices, one that is depthwise
 EXAMPLES = 15 if torch.cuda.is_available() else 8
