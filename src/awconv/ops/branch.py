@@ -1,15 +1,14 @@
 """The attention branch after its pooling on a GPU, in a few kernels. Its tensors are small: one kernel for each step of
 its modules costs more to launch than to run.
 
-The kernels run branches of plain modules (pointwise convolutions, BatchNorms, ReLU, an activation) that nothing watches,
-in training and for inference; all others run module by module. They multiply in the dtype in which the modules would,
-and keep single precision between.
+The kernels run branches of plain modules (pointwise convolutions, BatchNorms, ReLU, an activation) that nothing
+watches, in training and for inference; all others run module by module. They multiply in the dtype in which the modules
+would, and keep single precision between.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awconv.ops import branch_launches as launches
+from awconv.ops.branch_launches import LEAST, MOST_HIDDEN, PLANS, Facts
 from awconv.ops.fused.cuda import _precision
-from awconv.ops.gpu import Kernel, power_of_two, triton_obstacle
+from awconv.ops.gpu import triton_obstacle
 from awconv.ops.problem import product
 from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
 
@@ -31,15 +32,6 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[str, Callable[[Tensor], Tensor]]] = {
     nn.ReLU: ("relu", torch.relu),
 }
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_LEAST = 16  # that a product of matrices takes, of each size
-_MOST_HIDDEN = 128  # channels, of which a program has all
-_COLUMNS, _CHANNELS = 64, 64  # of a tile
-_PARTS = 64  # that the rows are in, about
-_SHARES = 8  # that the columns are in, at most, where each program of the backward adds up its share
-_ROWS = 32  # of a tile for inference
-_MERGED = 32  # parts that are loaded at once
-_ADDED = 128  # elements of a weight's gradient that a program adds
-_PLANS = 4096  # that are remembered
 
 
 class Norm(NamedTuple):
@@ -158,7 +150,7 @@ def _takes(branch: Branch, pooled: Tensor, cast: bool) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=_PLANS)
+@functools.lru_cache(maxsize=PLANS)
 def _fits(
     shapes: tuple[tuple[int, ...], ...],
     dtypes: tuple[torch.dtype, ...],
@@ -181,103 +173,11 @@ def _fits(
         and shapes[8:12] == ((columns,),) * 4
         and size == (*size[:2], *kernel)
         and columns == size[0] * size[1]
-        and channels >= _LEAST
-        and hidden <= _MOST_HIDDEN
+        and channels >= LEAST
+        and hidden <= MOST_HIDDEN
         and samples > 0
-        and _Sizes(samples * product(kernel), channels, hidden, columns).largest() < 2**31
+        and Facts(samples * product(kernel), channels, hidden, columns).largest() < 2**31
     )
-
-
-class _Sizes(NamedTuple):
-    rows: int
-    channels: int
-    hidden: int
-    columns: int
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a part."""
-        return power_of_two(-(-self.rows // _PARTS), 128, 32)
-
-    @property
-    def parts(self) -> int:
-        return -(-self.rows // self.block_rows)
-
-    @property
-    def share(self) -> int:
-        """Columns of a share."""
-        block = power_of_two(self.columns, _COLUMNS, _LEAST)
-        return -(-self.columns // (block * _SHARES)) * block
-
-    @property
-    def shares(self) -> int:
-        return -(-self.columns // self.share)
-
-    def scratch(self) -> tuple[int, ...]:
-        """Where the backward's kernels put what they hand on: sums2, sums1, grads, pieces2, pieces1; and the end."""
-        elements = (
-            self.parts * 2 * self.columns,
-            self.parts * self.shares * 2 * self.hidden,
-            self.shares * self.rows * self.hidden,
-            self.parts * self.columns * self.hidden,
-            self.parts * self.hidden * self.channels,
-        )
-        return tuple(itertools.accumulate((-(-number // 4) * 4 for number in elements), initial=0))
-
-    def largest(self) -> int:
-        """Elements of the largest tensor."""
-        return max(self.rows * max(self.channels, self.columns), self.scratch()[-1])
-
-
-class _Launch(NamedTuple):
-    kernel: Kernel
-    programs: int
-    integers: tuple[int, ...]
-
-    def run(self, *tensors: Tensor, floats: tuple[float, ...] = ()) -> None:
-        scalars: tuple[Any, ...] = (*self.integers, *floats)
-        self.kernel.launch(self.programs, tensors, scalars)
-
-
-class _Facts(NamedTuple):
-    """All that decides how the kernels are launched."""
-
-    sizes: _Sizes
-    taps: int  # between two channels of a row of pooled; of the attention's gradient where that is what a kernel reads
-    activation: str
-    low: str
-    precision: str
-
-    @classmethod
-    def of(cls, pooled: Tensor, branch: Branch, taps: int) -> _Facts:
-        samples, channels, *kernel = pooled.shape
-        sizes = _Sizes(samples * product(kernel), channels, branch.weight1.shape[0], branch.weight2.shape[0])
-        precision = _precision() if branch.dtype == torch.float32 else "ieee"
-        return cls(sizes, taps, _ACTIVATIONS[branch.activation][0], _DTYPES[branch.dtype], precision)
-
-    def launch(self, module: str, kernel: str, constants: str, programs: int, *integers: int, **other: int) -> _Launch:
-        """A launch of a kernel whose constants have these names."""
-        sizes = self.sizes
-        known = {**sizes._asdict(), **self._asdict(), "shares": sizes.shares, "share": sizes.share}
-        known |= dict(
-            block_rows=sizes.block_rows,
-            block_hidden=power_of_two(sizes.hidden, _MOST_HIDDEN, _LEAST),
-            block_columns=power_of_two(sizes.columns, _COLUMNS, _LEAST),
-            block_channels=power_of_two(sizes.channels, _CHANNELS, _LEAST),
-            block_parts=_MERGED,
-            size1=sizes.hidden * sizes.channels,
-            size2=sizes.columns * sizes.hidden,
-            block=_ADDED,
-        )
-        known |= other
-        warps = 8 if sizes.hidden > 64 else 4
-        chosen = {name: known[name] for name in constants.split()}
-        return _Launch(Kernel(f"awconv.ops.{module}", kernel, chosen, warps), programs, integers)
-
-    def tiles(self, width: str) -> int:
-        """Of the columns or channels."""
-        size: int = getattr(self.sizes, width)
-        return -(-size // power_of_two(size, _COLUMNS, _LEAST))
 
 
 def infer(pooled: Tensor, branch: Branch) -> Tensor:
@@ -285,7 +185,7 @@ def infer(pooled: Tensor, branch: Branch) -> Tensor:
     network says of a sample does not either."""
     pooled, taps = _by_rows(pooled)
     attention = _empty_attention(pooled, branch)
-    launch = _inference(_Facts.of(pooled, branch, taps))
+    launch = launches.inference(_facts(pooled, branch, taps))
     norm1, norm2 = branch.norm1, branch.norm2
     tensors = (pooled, branch.weight1, *norm1[:4], branch.weight2, *norm2[:4], attention)
     launch.run(*tensors, floats=(norm1.epsilon, norm2.epsilon))
@@ -300,10 +200,9 @@ class Train(torch.autograd.Function):
         branch: Branch = arguments[-1]
         source, taps = _by_rows(pooled)
         attention = _empty_attention(source, branch)
-        launches, elements, scratch_elements = _forward(_Facts.of(source, branch, taps))
+        (project, measure, finish), elements, handed_on = launches.forward(_facts(source, branch, taps))
         kept = source.new_empty(elements, dtype=torch.float32)
-        scratch = source.new_empty(scratch_elements, dtype=torch.float32)
-        project, measure, finish = launches
+        scratch = source.new_empty(handed_on, dtype=torch.float32)
         norm1, norm2, weight2 = branch.norm1, branch.norm2, branch.weight2
         project.run(source, branch.weight1, kept, scratch)
         measure.run(kept, scratch, weight2, *norm1[:5], floats=norm1.floats)
@@ -330,7 +229,7 @@ def _grads(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch)
     grad_taps = 1
     if not last.is_contiguous():
         grad, grad_taps = grad.contiguous(), product(branch.size[2:])
-    (sum_grads, grad_second, grad_first, add), elements = _backward(_Facts.of(pooled, branch, taps), grad_taps)
+    (sum_grads, grad_second, grad_first, add), elements = launches.backward(_facts(pooled, branch, taps), grad_taps)
     scratch = pooled.new_empty(elements, dtype=torch.float32)
     grads = tuple(map(torch.empty_like, (pooled, *inputs[1:])))
     norms = (gain1, shift1, gain2, shift2)
@@ -359,6 +258,13 @@ def _by_modules(
     return tuple(next(grads) if needed else None for needed in needs)
 
 
+def _facts(pooled: Tensor, branch: Branch, taps: int) -> Facts:
+    samples, channels, *kernel = pooled.shape
+    sizes = (samples * product(kernel), channels, branch.weight1.shape[0], branch.weight2.shape[0])
+    precision = _precision() if branch.dtype == torch.float32 else "tf32"  # which products of other dtypes do not know
+    return Facts(*sizes, taps, _ACTIVATIONS[branch.activation][0], _DTYPES[branch.dtype], precision)
+
+
 def _by_rows(pooled: Tensor) -> tuple[Tensor, int]:
     """The tensor, copied if the kernels cannot read it, and how many elements two channels of a row are apart."""
     if pooled.dim() == 4 and pooled.is_contiguous(memory_format=torch.channels_last):
@@ -371,55 +277,3 @@ def _empty_attention(pooled: Tensor, branch: Branch) -> Tensor:
     out_blocks, in_blocks, *kernel = branch.size
     rows = torch.empty((pooled.shape[0], *kernel, out_blocks, in_blocks), dtype=branch.dtype, device=pooled.device)
     return rows.permute(0, -2, -1, *range(1, 1 + len(kernel)))
-
-
-@functools.lru_cache(maxsize=_PLANS)
-def _inference(facts: _Facts) -> _Launch:
-    rows = facts.sizes.rows
-    names = "channels hidden columns taps activation low precision block_rows block_hidden block_columns block_channels"
-    programs = -(-rows // _ROWS) * facts.tiles("columns")
-    return facts.launch("triton_branch", "infer", names, programs, rows, block_rows=_ROWS)
-
-
-@functools.lru_cache(maxsize=_PLANS)
-def _forward(facts: _Facts) -> tuple[tuple[_Launch, ...], int, int]:
-    """The launches, and the elements of the buffers that they hand on: what is kept for the backward, and the rest."""
-    rows, _, hidden, columns = facts.sizes
-    parts, programs = facts.sizes.parts, facts.sizes.parts * facts.tiles("columns")
-    statistics1, statistics2, end = 0, parts * 2 * hidden, parts * 2 * (hidden + columns)
-    first = "channels hidden columns taps low precision block_rows block_hidden block_channels"
-    second = "low precision block_rows block_hidden block_columns block_parts"
-    launches = (
-        facts.launch("triton_branch", "project", first, parts, rows, statistics1),
-        facts.launch("triton_branch", "measure", f"hidden columns {second}", programs, rows, statistics1, statistics2),
-        facts.launch("triton_branch", "finish", f"hidden columns activation {second}", programs, rows, statistics2),
-    )
-    return launches, -(-2 * (hidden + columns) // 4) * 4 + rows * hidden, end
-
-
-@functools.lru_cache(maxsize=_PLANS)
-def _backward(facts: _Facts, grad_taps: int) -> tuple[tuple[_Launch, ...], int]:
-    """The launches, and the elements of the buffer that they hand on."""
-    sizes = facts.sizes
-    sums2, sums1, grads, pieces2, pieces1, end = sizes.scratch()
-    above = facts._replace(taps=grad_taps)
-    module, read = "triton_branch_grads", "hidden columns taps activation low precision"
-    second = f"{read} shares share block_rows block_hidden block_columns block_parts"
-    first = "channels hidden columns taps low precision shares block_rows block_hidden block_channels block_parts"
-    added = sum(-(-size // _ADDED) for size in (sizes.hidden * sizes.channels, sizes.columns * sizes.hidden))
-    launches = (
-        above.launch(
-            *(module, "sum_grads", f"{read} block_rows block_hidden block_columns"),
-            *(sizes.parts * facts.tiles("columns"), sizes.rows, sums2),
-        ),
-        above.launch(
-            *(module, "grad_second", second, sizes.parts * sizes.shares),
-            *(sizes.rows, sums2, sums1, grads, pieces2),
-        ),
-        facts.launch(
-            *(module, "grad_first", first, sizes.parts * facts.tiles("channels")),
-            *(sizes.rows, sums1, grads, pieces1),
-        ),
-        facts.launch(module, "add_pieces", "size1 size2 block block_parts", added, sizes.parts, pieces1, pieces2),
-    )
-    return launches, end

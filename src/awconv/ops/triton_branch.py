@@ -8,10 +8,10 @@ Rows are the samples times the taps of the pooled input. With ``norm`` over the 
     score  = value weight2^T                (rows, columns)
     attention = activation(norm2(score))    (rows, columns)
 
-Training needs the statistics of all rows twice, and so three kernels forward: ``project``, ``measure``, ``finish``; and
-four backward: ``sum_grads``, ``grad_second``, ``grad_first``, ``add_pieces``. Evaluation needs one: ``infer``. Scores are
-cheaper made again than stored. Products are taken in the dtype ``low`` and summed in single precision; all else is in
-single precision. What a program knows of its rows, a part, is merged by who needs it, in the order of the parts.
+Training needs the statistics of all rows twice, and so three kernels forward (``project``, ``measure``, ``finish``) and
+four backward (``sum_grads``, ``grad_second``, ``grad_first``, ``add_pieces``); inference needs one (``infer``). Scores
+are cheaper made again than stored. Products are taken in the dtype ``low`` and summed in single precision; all else is
+in single precision. What a program knows of its rows, a part, is merged by who needs it, in the order of the parts.
 
 Tensors of rows are (samples, channels, taps) where ``taps`` is not 1, and (rows, channels) where it is. Two buffers of
 single precision hold what is passed on:

@@ -158,7 +158,7 @@ def grad_second(
         column = tl.program_id(0) % shares * share + first + tl.arange(0, block_columns)
         is_column = column < columns
         right = load_weight2(weight2, column, hidden, columns, low, block_hidden)
-        normed, inverse, above = _grad_score(
+        normed2, inverse2, above = _grad_score(
             grad, kept, value, right, gain2, shift2, row, rows, column, hidden, columns, taps, activation, precision
         )
         grad_sum, product_sum = _merged_sums(
@@ -167,7 +167,7 @@ def grad_second(
         if part == 0:
             tl.store(grad_shift2 + column, grad_sum.to(grad_shift2.dtype.element_ty), mask=is_column)
             tl.store(grad_gain2 + column, product_sum.to(grad_gain2.dtype.element_ty), mask=is_column)
-        left = _grad_normed(above, normed, gain2, inverse, grad_sum, product_sum, row, rows, column, is_column)
+        left = _grad_normed(above, normed2, gain2, inverse2, grad_sum, product_sum, row, rows, column, is_column)
         left = rounded(left, low)
         total = tl.dot(left, tl.trans(right), total, input_precision=precision)
         piece = tl.dot(tl.trans(left), value, input_precision=precision)
