@@ -13,7 +13,6 @@ from awconv.ops.gpu import Kernel, power_of_two
 LEAST = 16  # that a product of matrices takes, of each size
 MOST_HIDDEN = 128  # channels, of which a program has all
 PLANS = 4096  # that are remembered
-_PARTS = 64  # that the rows are in, about
 _SHARES = 8  # that the columns are in, at most, where each program of the backward adds up its share
 _ROWS = 32  # of a tile for inference: of any batch size, on which what a network says of a sample does not depend then
 _MERGED = 32  # parts that are loaded at once
@@ -46,7 +45,7 @@ class Facts(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Rows, columns or channels of a tile, at most: what leaves a program's registers to itself."""
+        """Rows of a tile, and columns or channels at most: as many as a program has registers for."""
         return 32 if self._is_heavy else 64
 
     @property
@@ -54,13 +53,9 @@ class Facts(NamedTuple):
         return self.precision == "ieee" or self.hidden > 64
 
     @property
-    def block_rows(self) -> int:
-        """Rows of a part."""
-        return power_of_two(-(-self.rows // _PARTS), self.tile, 32)
-
-    @property
     def parts(self) -> int:
-        return -(-self.rows // self.block_rows)
+        """Of the rows: a tile of them each."""
+        return -(-self.rows // self.tile)
 
     def block(self, size: int) -> int:
         """Columns or channels of a tile."""
@@ -99,7 +94,7 @@ class Facts(NamedTuple):
             **self._asdict(),
             shares=self.shares,
             share=self.share,
-            block_rows=self.block_rows,
+            block_rows=self.tile,
             block_hidden=power_of_two(self.hidden, MOST_HIDDEN, LEAST),
             block_columns=self.block(self.columns),
             block_channels=self.block(self.channels),
