@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PROBLEMS := 10000
 SECONDS := 480
+OPTIONS :=
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test campaign gpu lint format clean
@@ -19,7 +20,7 @@ campaign: $(INSTALLED)
 
 # What it costs on this machine's GPU, and whether it is right there: at most SECONDS, results under build/gpu.
 gpu:
-	$(PYTHON) benchmarks/gpu.py --seconds $(SECONDS)
+	$(PYTHON) benchmarks/gpu.py --seconds $(SECONDS) $(OPTIONS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -31,6 +31,7 @@ CASES = {
     "depthwise": Case(2, 2, (7, 6), (20, 1, 3, 3), (20, 1, 3, 3), padding=1, groups=20, stride=2),
     "two outputs a channel": Case(2, 2, (5, 5), (20, 1, 3, 2), (20, 1, 3, 2), padding=1, groups=10),
     "one axis": Case(1, 2, (20,), (18, 16, 5), (18, 1, 5), padding=2, stride=2),
+    "more taps than bits": Case(1, 1, (5,), (16, 16, 33), (16, 1, 33), padding=16),
 }
 QUICK = ("a stride that skips pixels", "two outputs a channel")  # one that multiplies matrices, one that is depthwise
 EXAMPLES = 15 if torch.cuda.is_available() else 8
@@ -91,15 +92,21 @@ def test_equals_the_definition(name: str, dtype: torch.dtype, device: str) -> No
 LARGE = dict(block_rows=64, block_pixels=64, block_inner=32)
 SMALL = dict(block_rows=16, block_pixels=16, block_inner=16)
 TILES = {
-    "weights": Tile("scaled_weights", LARGE, 4, 3),
+    "weights": Tile("scaled_weights", LARGE, 4, 3, wide_gains=True),
     "weights, small": Tile("scaled_weights", SMALL, 4, 2),
     "sums": Tile("scaled_sums", LARGE, 4, 3),
     "sums, small": Tile("scaled_sums", SMALL, 4, 2),
 }
 PRODUCTS = {
-    "a segment": dict(block_rows=32, block_columns=32, block_segment=32, block_positions=32),
-    "half a segment": dict(block_rows=64, block_columns=16, block_segment=16, block_positions=16),
-    "four segments": dict(block_rows=16, block_columns=128, block_segment=32, block_positions=16),
+    "a segment": Tile(
+        "sum_products", dict(block_rows=32, block_columns=32, block_segment=32, block_positions=32), 4, 3
+    ),
+    "half a segment": Tile(
+        "sum_products", dict(block_rows=64, block_columns=16, block_segment=16, block_positions=16), 4, 2
+    ),
+    "four segments": Tile(
+        "sum_products", dict(block_rows=16, block_columns=128, block_segment=32, block_positions=16), 4, 3
+    ),
 }
 TILED = {
     "partial tiles": Case(2, 2, (3, 5), (24, 20, 2, 2), (24, 1, 2, 2), padding=1),
@@ -112,7 +119,7 @@ def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Holds the kernels to a tile of each kind, and forgets what was planned by it."""
     tile, products = request.param
     monkeypatch.setattr(tiles, "correlate", lambda *_: TILES[tile])
-    monkeypatch.setattr(tiles, "sum_products", lambda *_: Tile("sum_products", PRODUCTS[products], 4, 3))
+    monkeypatch.setattr(tiles, "sum_products", lambda *_: PRODUCTS[products])
     planned = (cuda_plans.forward, cuda_plans.grad_input, cuda_plans.sums)
     for cached in planned:
         cached.cache_clear()
