@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import average_pool, pool_beside
+from awconv.ops.branch import attend
 from awconv.ops.problem import SPATIAL_NAMES
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
@@ -91,6 +92,10 @@ class AttentionBranch(nn.Module):
         attention: Tensor = average_pool(input, kernel) if pooled is None else pooled
         if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
             _check_statistics(attention)
+        modules = (self.conv1, self.norm1, self.act1, self.conv2, self.norm2, self.act2)
+        attended = attend(modules, attention, self.attention_size)
+        if attended is not None:
+            return attended
         attention = self.act1(self.norm1(self.conv1(attention)))
         attention = self.act2(self.norm2(self.conv2(attention)))
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)

@@ -1,0 +1,163 @@
+"""How the kernels of the attention branch are launched: their tiles, buffers and constants, by sizes alone."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from awconv.ops.gpu import Kernel, power_of_two
+
+LEAST = 16  # that a product of matrices takes, of each size
+MOST_HIDDEN = 128  # channels, of which a program has all
+PLANS = 4096  # that are remembered
+_SHARES = 8  # that the columns are in, at most, where each program of the backward adds up its share
+_ROWS = 32  # of a tile for inference: of any batch size, on which what a network says of a sample does not depend then
+_MERGED = 32  # parts that are loaded at once
+_ADDED = 128  # elements of a weight's gradient that a program adds
+
+
+class Launch(NamedTuple):
+    """All of a launch but its tensors, and numbers that are no integers."""
+
+    kernel: Kernel
+    programs: int
+    integers: tuple[int, ...]
+
+    def run(self, *tensors: Tensor, floats: tuple[float, ...] = ()) -> None:
+        numbers: tuple[Any, ...] = (*self.integers, *floats)
+        self.kernel.launch(self.programs, tensors, numbers)
+
+
+class Facts(NamedTuple):
+    """All that decides the launches. Rows are samples times taps, columns the output channels of the branch."""
+
+    rows: int
+    channels: int
+    hidden: int
+    columns: int
+    taps: int = 1  # elements between two channels of a row, in memory
+    activation: str = "sigmoid"
+    low: str = "float32"  # dtype of products
+    precision: str = "ieee"  # of products of float32
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile, and columns or channels at most: as many as a program has registers for."""
+        return 32 if self._is_heavy else 64
+
+    @property
+    def _is_heavy(self) -> bool:
+        return self.precision == "ieee" or self.hidden > 64
+
+    @property
+    def parts(self) -> int:
+        """Of the rows: a tile of them each."""
+        return -(-self.rows // self.tile)
+
+    def block(self, size: int) -> int:
+        """Columns or channels of a tile."""
+        return power_of_two(size, self.tile, LEAST)
+
+    def tiles(self, size: int) -> int:
+        return -(-size // self.block(size))
+
+    @property
+    def share(self) -> int:
+        """Columns of a share."""
+        return -(-self.tiles(self.columns) // _SHARES) * self.block(self.columns)
+
+    @property
+    def shares(self) -> int:
+        return -(-self.columns // self.share)
+
+    def scratch(self) -> tuple[int, ...]:
+        """Where the backward's kernels put what they hand on: sums2, sums1, grads, pieces2, pieces1; and the end."""
+        elements = (
+            self.parts * 2 * self.columns,
+            self.parts * self.shares * 2 * self.hidden,
+            self.shares * self.rows * self.hidden,
+            self.parts * self.columns * self.hidden,
+            self.parts * self.hidden * self.channels,
+        )
+        return tuple(itertools.accumulate((-(-number // 4) * 4 for number in elements), initial=0))
+
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(self.rows * max(self.channels, self.columns), self.scratch()[-1])
+
+    def launch(self, kernel: str, constants: str, programs: int, *integers: int, **other: int) -> Launch:
+        """A launch of a kernel, by module and name, whose constants have these names."""
+        known = dict(
+            **self._asdict(),
+            shares=self.shares,
+            share=self.share,
+            block_rows=self.tile,
+            block_hidden=power_of_two(self.hidden, MOST_HIDDEN, LEAST),
+            block_columns=self.block(self.columns),
+            block_channels=self.block(self.channels),
+            block_parts=_MERGED,
+            size1=self.hidden * self.channels,
+            size2=self.columns * self.hidden,
+            block=_ADDED,
+        )
+        chosen = {name: known[name] for name in constants.split()} | other
+        module, _, name = kernel.rpartition(".")
+        warps = 8 if self._is_heavy or self.hidden > 32 else 4
+        return Launch(Kernel(f"awconv.ops.{module}", name, chosen, warps), programs, integers)
+
+
+@functools.lru_cache(maxsize=PLANS)
+def inference(facts: Facts) -> Launch:
+    names = "channels hidden columns taps activation low precision block_rows block_hidden block_columns block_channels"
+    programs = -(-facts.rows // _ROWS) * facts.tiles(facts.columns)
+    return facts.launch("triton_branch.infer", names, programs, facts.rows, block_rows=_ROWS)
+
+
+@functools.lru_cache(maxsize=PLANS)
+def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
+    """The launches, and the elements of two buffers: what is kept for the backward, and what they hand on."""
+    rows, hidden, columns, parts = facts.rows, facts.hidden, facts.columns, facts.parts
+    statistics2 = parts * 2 * hidden  # after those of norm1
+    programs = parts * facts.tiles(columns)
+    project = "channels hidden columns taps low precision block_rows block_hidden block_channels"
+    second = "low precision block_rows block_hidden block_columns block_parts"
+    made = (
+        facts.launch("triton_branch.project", project, parts, rows, 0),
+        facts.launch("triton_branch.measure", f"hidden columns {second}", programs, rows, 0, statistics2),
+        facts.launch("triton_branch.finish", f"hidden columns activation {second}", programs, rows, statistics2),
+    )
+    kept = -(-2 * (hidden + columns) // 4) * 4 + rows * hidden
+    return made, kept, statistics2 + parts * 2 * columns
+
+
+@functools.lru_cache(maxsize=PLANS)
+def backward(facts: Facts, grad_taps: int) -> tuple[tuple[Launch, ...], int]:
+    """The launches, and the elements of the buffer that they hand on; with the taps of the attention's gradient."""
+    rows, parts, above = facts.rows, facts.parts, facts._replace(taps=grad_taps)
+    sums2, sums1, grads, pieces2, pieces1, end = facts.scratch()
+    second = "hidden columns taps activation low precision"
+    tiles = "block_rows block_hidden block_columns"
+    first = "channels hidden columns taps low precision shares block_rows block_hidden block_channels block_parts"
+    added = sum(-(-size * facts.hidden // _ADDED) for size in (facts.channels, facts.columns))
+    made = (
+        above.launch(
+            "triton_branch_grads.sum_grads", f"{second} {tiles}", parts * facts.tiles(facts.columns), rows, sums2
+        ),
+        above.launch(
+            "triton_branch_grads.grad_second",
+            f"{second} shares share {tiles} block_parts",
+            parts * facts.shares,
+            *(rows, sums2, sums1, grads, pieces2),
+        ),
+        facts.launch(
+            "triton_branch_grads.grad_first",
+            first,
+            parts * facts.tiles(facts.channels),
+            *(rows, sums1, grads, pieces1),
+        ),
+        facts.launch("triton_branch_grads.add_pieces", "size1 size2 block block_parts", added, parts, pieces1, pieces2),
+    )
+    return made, end
