@@ -80,8 +80,8 @@ class _PoolBeside(torch.autograd.Function):
         if grad_passed is None or grad_pooled is None:
             pooled = None if grad_pooled is None else torch.ops.awconv.average_pool_backward(grad_pooled, ctx.size)
             return grad_passed if pooled is None else pooled, None
-        dense = is_channels_last(grad_passed) or grad_passed.is_contiguous()
-        dense = dense and grad_passed.dtype == grad_pooled.dtype and eager(grad_passed, grad_pooled)
+        dense = eager(grad_passed, grad_pooled) and grad_passed.dtype == grad_pooled.dtype
+        dense = dense and (is_channels_last(grad_passed) or grad_passed.is_contiguous())
         if torch.is_grad_enabled() or not dense:
             return grad_passed + torch.ops.awconv.average_pool_backward(grad_pooled, ctx.size), None
         # The convolution made it, and nobody else has it.
