@@ -6,20 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from awconv.ops.triton_branch import load, load_weight2, normed_hidden, relu, rounded, scaled, start_of, tanh
-
-
-@triton.jit
-def _slope(value, activation: tl.constexpr):
-    """The derivative of the activation."""
-    if activation == "sigmoid":
-        result = tl.sigmoid(value)
-        return result * (1 - result)
-    elif activation == "tanh":
-        result = tanh(value)
-        return 1 - result * result
-    else:
-        return tl.where(value <= 0, 0.0, 1.0)
+from awconv.ops.triton_branch_tiles import load, load_weight2, normed_hidden, relu, rounded, scaled, slope, start_of
 
 
 @triton.jit
@@ -70,7 +57,7 @@ def _grad_score(
     normed = (score - mean[None, :]) * inverse[None, :]
     at = start_of(row, columns, taps)[:, None] + (column * taps)[None, :]
     above = load(grad, at, (row < rows)[:, None] & is_column[None, :])
-    return normed, inverse, above * _slope(scaled(normed, gain2, shift2, column, is_column), activation)
+    return normed, inverse, above * slope(scaled(normed, gain2, shift2, column, is_column), activation)
 
 
 @triton.jit(do_not_specialize=["rows", "sums2"])
