@@ -329,7 +329,6 @@ def test_hooks_and_other_uses_of_the_input_get_its_whole_gradient(triton_device:
     torch.testing.assert_close(seen["found"], seen["expected"])
 
 
-@pytest.mark.xfail(reason="is_channels_last cannot be asked under vmap", raises=RuntimeError, strict=True)
 def test_a_backward_of_many_gradients_at_once_is_right(triton_device: str, beside: Way) -> None:
     input = image((2, 3, 5, 4), True, triton_device).requires_grad_()
     passed, pooled = beside(input, (3, 2))

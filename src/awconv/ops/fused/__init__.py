@@ -242,11 +242,13 @@ _BFLOAT16 = 2  # what the C code's single precision costs where a plain convolut
 
 
 def _cost(problem: Problem, machine: Machine) -> float:
-    weights = problem.out_channels * problem.group_in_channels * problem.taps
     multiply_adds = machine.fused * problem.multiply_adds
+    if problem.device == "cuda":
+        return multiply_adds  # weights are scaled on their way, and padding is not stored
+    weights = problem.out_channels * problem.group_in_channels * problem.taps
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
         multiply_adds = _BFLOAT16 * multiply_adds
-    padding = 0 if problem.device == "cuda" else problem.padded_elements - problem.in_elements
+    padding = problem.padded_elements - problem.in_elements
     return multiply_adds + _SCALED * weights + _GROUP * problem.geometry.groups + _PADDED * padding
 
 
