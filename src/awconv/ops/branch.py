@@ -37,7 +37,7 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: 
 
 
 class Norm(NamedTuple):
-    """A BatchNorm that has all of this."""
+    """A BatchNorm; what it lacks is None, and the kernels do not take it then."""
 
     gain: Tensor
     shift: Tensor
@@ -93,7 +93,7 @@ def attend(modules: Sequence[nn.Module], pooled: Tensor, size: tuple[int, ...]) 
     """
     if not eager(pooled) or not pooled.is_cuda or in_forward_mode() or triton_obstacle() is not None:
         return None
-    if not _plain(modules, pooled.dim()):
+    if pooled.dim() not in _KINDS or not _plain(modules, pooled.dim()):
         return None
     cast = autocasting("cuda")
     branch = Branch.of(modules, size, torch.get_autocast_dtype("cuda") if cast else pooled.dtype)
@@ -229,6 +229,7 @@ class Train(torch.autograd.Function):
 
 
 def _grads(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch) -> tuple[Tensor, ...]:
+    """The gradients of the inputs, each in the layout and dtype of what it belongs to."""
     pooled, weight1, gain1, shift1, weight2, gain2, shift2 = inputs
     pooled, taps = _by_rows(pooled)
     last = grad.permute(0, *range(3, grad.dim()), 1, 2)
