@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from awconv.ops import branch_launches as launches
 from awconv.ops.branch_launches import LEAST, MOST_HIDDEN, PLANS, Facts
-from awconv.ops.fused.cuda import _precision
-from awconv.ops.gpu import triton_obstacle
+from awconv.ops.gpu import precision_of_products, triton_obstacle
 from awconv.ops.problem import product
 from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
 
@@ -268,7 +267,9 @@ def _by_modules(
 def _facts(pooled: Tensor, branch: Branch, taps: int) -> Facts:
     samples, channels, *kernel = pooled.shape
     sizes = (samples * product(kernel), channels, branch.weight1.shape[0], branch.weight2.shape[0])
-    precision = _precision() if branch.dtype == torch.float32 else "tf32"  # which products of other dtypes do not know
+    precision = (
+        precision_of_products() if branch.dtype == torch.float32 else "tf32"
+    )  # which products of other dtypes do not know
     return Facts(*sizes, taps, _ACTIVATIONS[branch.activation][0], _DTYPES[branch.dtype], precision)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,8 +27,7 @@ class Launch(NamedTuple):
     integers: tuple[int, ...]
 
     def run(self, *tensors: Tensor, floats: tuple[float, ...] = ()) -> None:
-        numbers: tuple[Any, ...] = (*self.integers, *floats)
-        self.kernel.launch(self.programs, tensors, numbers)
+        self.kernel.launch(self.programs, tensors, (*self.integers, *floats))
 
 
 class Facts(NamedTuple):

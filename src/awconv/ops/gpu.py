@@ -21,6 +21,12 @@ def triton_obstacle() -> str | None:
     return None
 
 
+def precision_of_products() -> str:
+    """How products of float32 are rounded: as PyTorch's own convolutions do it."""
+    convolutions: Any = torch.backends.cudnn
+    return "tf32" if convolutions.conv.fp32_precision == "tf32" else "ieee"
+
+
 def is_channels_last(image: Tensor) -> bool:
     """Whether an image of two spatial axes has its channels last, and cannot be read otherwise."""
     return image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
@@ -41,11 +47,11 @@ class Kernel:
     """A Triton kernel with its constants. On a CPU, Triton's interpreter runs it.
 
     Where it ran before, it is launched without asking Triton again which code suits its arguments, which takes longer
-    than a small layer: their dtypes decide it, and that addresses are multiples of 16; no integer does.
+    than a small layer: their dtypes decide it, and that addresses are multiples of 16; no number does.
 
     Args:
         module: where the kernel is, imported at the first launch, since it imports Triton.
-        name: of the kernel, whose parameters are tensors, integers in ``do_not_specialize``, and the constants.
+        name: of the kernel, whose parameters are tensors, numbers in ``do_not_specialize``, and the constants.
         constants: by name.
         warps: of a program.
         stages: of the pipeline of its loops.
@@ -56,23 +62,23 @@ class Kernel:
         self.options = dict(num_warps=warps, num_stages=stages)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def launch(self, programs: int, tensors: tuple[Tensor | None, ...], integers: tuple[int, ...]) -> None:
+    def launch(self, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
         """Runs the kernel on the device of its first tensor."""
         first = tensors[0]
         assert first is not None
         if not first.is_cuda:
-            self._kernel[(programs,)](*tensors, *integers, **self.constants)
+            self._kernel[(programs,)](*tensors, *numbers, **self.constants)
             return
         if first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                return self.launch(programs, tensors, integers)
+                return self.launch(programs, tensors, numbers)
         key: tuple[Any, ...] = (first.get_device(), *[None if tensor is None else tensor.dtype for tensor in tensors])
         compiled = self._compiled.get(key)
         aligned = not any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors)
         if compiled is not None and aligned:
-            compiled[(programs, 1, 1)](*tensors, *integers, *self._values)
+            compiled[(programs, 1, 1)](*tensors, *numbers, *self._values)
             return
-        compiled = self._kernel[(programs,)](*tensors, *integers, **self.constants, **self.options)
+        compiled = self._kernel[(programs,)](*tensors, *numbers, **self.constants, **self.options)
         if aligned:
             self._compiled[key] = compiled
 

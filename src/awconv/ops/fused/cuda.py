@@ -7,15 +7,13 @@ and gain. The first call of a size compiles, which a CUDA graph cannot capture: 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.fused import cuda_plans, tiles
 from awconv.ops.geometry import Geometry
-from awconv.ops.gpu import empty_like_image, is_channels_last, triton_obstacle
+from awconv.ops.gpu import empty_like_image, is_channels_last, precision_of_products, triton_obstacle
 from awconv.ops.problem import Problem
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -56,7 +54,7 @@ def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> 
             tuple(weight.shape),
             gain.shape[2],
             geometry,
-            (input.dtype, _precision(), is_channels_last(output)),
+            (input.dtype, precision_of_products(), is_channels_last(output)),
         )
         depthwise = weight.shape[1] == 1
         launch.run(
@@ -112,15 +110,9 @@ def _laid_out(grad: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.empty_like(like).copy_(grad)
 
 
-def _precision() -> str:
-    """How products of float32 are rounded: as PyTorch's own convolutions do it."""
-    convolutions: Any = torch.backends.cudnn
-    return "tf32" if convolutions.conv.fp32_precision == "tf32" else "ieee"
-
-
 def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, geometry: Geometry) -> Tensor:
     grad = empty_like_image(tuple(input.shape), input)
-    facts = (input.dtype, _precision(), is_channels_last(grad))
+    facts = (input.dtype, precision_of_products(), is_channels_last(grad))
     launches, whole = cuda_plans.grad_input(tuple(input.shape), tuple(weights.shape), gains.shape[1], geometry, facts)
     if not whole:
         grad.zero_()
@@ -143,7 +135,7 @@ def _products(
     processors = _INTERPRETED
     if input.is_cuda:
         processors = torch.cuda.get_device_properties(input.device).multi_processor_count
-    facts = (input.dtype, _precision(), processors)
+    facts = (input.dtype, precision_of_products(), processors)
     shapes = tuple(input.shape), tuple(weights.shape)
     sums = cuda_plans.sums(*shapes, gains.shape[1], geometry, facts, (for_weight, for_gain))
     dtype = input.dtype if sums.parts == 1 else torch.float32
