@@ -267,9 +267,9 @@ def _by_modules(
 def _facts(pooled: Tensor, branch: Branch, taps: int) -> Facts:
     samples, channels, *kernel = pooled.shape
     sizes = (samples * product(kernel), channels, branch.weight1.shape[0], branch.weight2.shape[0])
-    precision = (
-        precision_of_products() if branch.dtype == torch.float32 else "tf32"
-    )  # which products of other dtypes do not know
+    precision = "tf32"  # of no meaning for other dtypes
+    if branch.dtype == torch.float32:
+        precision = precision_of_products()
     return Facts(*sizes, taps, _ACTIVATIONS[branch.activation][0], _DTYPES[branch.dtype], precision)
 
 
