@@ -9,6 +9,7 @@ a failure, and prints a summary. It needs one GPU and no network.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib
 import os
@@ -49,7 +50,23 @@ def main() -> int:
     if arguments.deadline is not None:
         _work(settings)
         return 0
+    if settings.device == "cuda" and not _has_gpu():
+        print(
+            "no GPU that CUDA can use was found here; try the programme in small with --device cpu --quick",
+            file=sys.stderr,
+        )
+        return 2
     return _drive(settings)
+
+
+def _has_gpu() -> bool:
+    """Asked of the driver: this process has no other use for PyTorch, which takes seconds to import."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def _parse() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import average_pool, pool_beside
 from awconv.ops.branch import attend
-from awconv.ops.problem import SPATIAL_NAMES
+from awconv.ops.problem import SPATIAL_NAMES, product
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 NormLayer = Callable[[int], nn.Module]
@@ -137,7 +137,7 @@ def _takes_batch_statistics(norm: nn.Module) -> bool:
 
 
 def _check_statistics(pooled: Tensor) -> None:
-    if pooled[:, 0].numel() == 1:
+    if product((pooled.shape[0], *pooled.shape[2:])) == 1:
         raise ValueError(
             "AW-convolution: the attention branch cannot take batch statistics of one value a channel: its "
             f"input has batch size 1 and is pooled to {tuple(pooled.shape[2:])}. Train with at least 2 samples "

@@ -72,9 +72,13 @@ class Kernel:
         if first.get_device() != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return self.launch(programs, tensors, numbers)
-        key: tuple[Any, ...] = (first.get_device(), *[None if tensor is None else tensor.dtype for tensor in tensors])
+        addresses = 0
+        for tensor in tensors:
+            if tensor is not None:
+                addresses |= tensor.data_ptr()
+        aligned = addresses % 16 == 0
+        key = (first.get_device(), *[None if tensor is None else tensor.dtype for tensor in tensors])
         compiled = self._compiled.get(key)
-        aligned = not any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors)
         if compiled is not None and aligned:
             compiled[(programs, 1, 1)](*tensors, *numbers, *self._values)
             return

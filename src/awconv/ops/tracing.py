@@ -33,13 +33,13 @@ def jit_tracing() -> bool:
 def eager(*tensors: Tensor) -> bool:
     """Whether a call runs now, on data: nothing traces, transforms or watches it, and no tensor is of another kind.
     What it does need not be an operator then, through whose dispatch a call of Python takes thrice as long."""
-    return (
-        not compiling()
-        and not jit_tracing()
-        and not transforming()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in (Tensor, Parameter) and torch._C._has_storage(tensor) for tensor in tensors)
-    )
+    if compiling() or jit_tracing() or transforming() or torch._C._len_torch_dispatch_stack():
+        return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not Parameter) or not torch._C._has_storage(tensor):
+            return False
+    return True
 
 
 def transforming() -> bool:

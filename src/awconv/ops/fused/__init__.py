@@ -104,10 +104,16 @@ def _run(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Ten
 
 def _backward(grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *geometry, needs = arguments
+    return _run_backward(grad_output, input, weight, gain, Geometry.of(*geometry), needs)
+
+
+def _run_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry, needs: list[bool]
+) -> tuple[Tensor, ...]:
     tensors = (input, weight, gain)
     if input.shape[0] == 0:
         return tuple(grad.zero_() for grad in _gradients(*tensors, needs))
-    grads = _KERNELS[input.device.type].backward(grad_output, *tensors, Geometry.of(*geometry), needs)
+    grads = _KERNELS[input.device.type].backward(grad_output, *tensors, geometry, needs)
     return tuple(
         tensor.new_empty(0) if grad is None else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, tensors, strict=True)
@@ -154,10 +160,13 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        backward: Any = _backward if tracing.eager(grad_output) else torch.ops.awconv.fused_backward
-        if torch.is_grad_enabled():
-            backward = _differentiable_backward
-        grads = backward(grad_output, *ctx.saved_tensors, *ctx.geometry.arguments(), needs)
+        grads: tuple[Tensor, ...]
+        if tracing.eager(grad_output) and not torch.is_grad_enabled():
+            input, weight, gain = ctx.saved_tensors
+            grads = _run_backward(grad_output, input, weight, gain, ctx.geometry, needs)
+        else:
+            backward: Any = _differentiable_backward if torch.is_grad_enabled() else torch.ops.awconv.fused_backward
+            grads = backward(grad_output, *ctx.saved_tensors, *ctx.geometry.arguments(), needs)
         return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None)
 
 

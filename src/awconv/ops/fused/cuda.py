@@ -99,8 +99,10 @@ def _last(image: Tensor) -> Tensor:
 
 def _gains(gain: Tensor, wide: bool) -> Tensor:
     """Shape (N, C2, blocks, taps) to (N, blocks, taps, C2), in single precision or its own."""
-    dtype = torch.float32 if wide else gain.dtype
-    return gain.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).contiguous()
+    gains = gain.permute(0, 2, 3, 1)
+    if wide:
+        gains = gains.to(torch.float32, memory_format=torch.contiguous_format)
+    return gains.contiguous()
 
 
 def _laid_out(grad: Tensor | None, like: Tensor) -> Tensor | None:
