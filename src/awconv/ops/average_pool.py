@@ -214,6 +214,7 @@ def _plan(
         each = 1 if rows * columns > _LARGE_BIN else product(bins)
         constants = dict(**layout, each=each, block_channels=block_channels, block_y=block_y, block_x=block_x)
         tiles = -(-product(bins) // each)
+        warps = 4 if each == 1 else 1  # small bins are few instructions, which every warp repeats
     else:
         cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
         block_positions = power_of_two(product(size), _TILE // block_channels)
@@ -221,7 +222,8 @@ def _plan(
         constants |= dict(block_channels=block_channels, block_positions=block_positions)
         integers += tuple(itertools.chain(*(divider(number) for number in integers)))
         tiles = -(-product(size) // block_positions)
-    made = Kernel("awconv.ops.triton_average_pool", kernel, constants)
+        warps = 4
+    made = Kernel("awconv.ops.triton_average_pool", kernel, constants, warps)
     return _Plan(made, samples * -(-channels // block_channels) * tiles, integers)
 
 
