@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from gpu_stages.journal import Entry, Settings
 OPTIONS = ("-vv", "-rfE", "--tb=short", "--continue-on-collection-errors")
 _ROOT = Path(__file__).parent.parent.parent
 _SECONDS, _TO_END = 150.0, 10.0
+_MOST_WORKERS = 12  # on one card: each takes half a gigabyte of it
 _LONGEST, _MOST_FAILURES = 1500, 30  # characters of a failure's report, the last ones
 _OUTCOME = re.compile(r" (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
@@ -29,19 +32,11 @@ def entries(settings: Settings) -> list[Entry]:
 
 def _pytest(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> None:
     """Counts outcomes in the log, which is there however the tests end."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-vv",
-        "-rfE",
-        "--tb=short",
-        "--continue-on-collection-errors",
-    ]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *OPTIONS]
     if settings.quick:
         command.append("tests/ops/test_gpu.py")
+    elif importlib.util.find_spec("xdist"):  # compilers take most of the time, and a core each
+        command += ["-n", str(max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 2)))]
     figures["command"] = command[1:]
     seconds = max(1.0, min(_SECONDS, settings.deadline - time.time() - 2 * _TO_END))
     log = settings.out / "tests.log"
