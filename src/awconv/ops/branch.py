@@ -20,7 +20,7 @@ from awconv.ops import branch_launches as launches
 from awconv.ops.branch_launches import LEAST, MOST_HIDDEN, PLANS, Facts
 from awconv.ops.gpu import precision_of_products, triton_obstacle
 from awconv.ops.problem import product
-from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
+from awconv.ops.tracing import autocasting, compiling, eager, in_forward_mode, without_autocast
 
 _KINDS: dict[int, tuple[type[nn.Module], type[nn.Module], Callable[..., Tensor]]] = {  # by axes of pooled
     3: (nn.Conv1d, nn.BatchNorm1d, F.conv1d),
@@ -90,7 +90,7 @@ def attend(modules: Sequence[nn.Module], pooled: Tensor, size: tuple[int, ...]) 
     Returns:
         The attention, shape (N, \*size), in the dtype that the modules give.
     """
-    if not eager(pooled) or not pooled.is_cuda or in_forward_mode() or triton_obstacle() is not None:
+    if compiling() or not pooled.is_cuda or in_forward_mode() or triton_obstacle() is not None:
         return None
     if pooled.dim() not in _KINDS or not _plain(modules, pooled.dim()):
         return None

@@ -78,9 +78,9 @@ _Argument = TypeVar("_Argument", Tensor, Tensor | None)
 
 def _autocast(tensor: _Argument, dtype: torch.dtype) -> _Argument:
     """Casts what PyTorch's own autocast would: any floating-point tensor but a float64 one."""
-    if isinstance(tensor, Tensor) and tensor.dtype.is_floating_point and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
+    if not isinstance(tensor, Tensor) or tensor.dtype in (dtype, torch.float64) or not tensor.dtype.is_floating_point:
+        return tensor
+    return tensor.to(dtype)
 
 
 def aw_conv1d(

@@ -14,6 +14,11 @@ from torch import Tensor
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_obstacle() -> str | None:
     """Why Triton's kernels cannot be compiled here, a constant to torch.compile; None if they can."""
+    return _triton_obstacle()
+
+
+@functools.cache  # asked at every call of a layer
+def _triton_obstacle() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "its kernels for GPUs need Triton, which is not installed"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
