@@ -51,6 +51,7 @@ CORRELATE = [
     ("scaled_weights", 128, 128, 64, 8, 3, True),
     ("scaled_weights", 128, 128, 64, 8, 3, False),
     ("scaled_weights", 128, 128, 64, 4, 3, False),
+    ("scaled_weights", 128, 128, 64, 4, 3, True),
     ("scaled_weights", 128, 64, 64, 4, 3, True),
     ("scaled_weights", 128, 64, 64, 8, 3, True),
     ("scaled_weights", 128, 64, 64, 8, 3, False),

@@ -126,7 +126,7 @@ def scaled_weights(
     total = tl.full((block_rows, block_pixels), 0, tl.float32)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
-        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)
+        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)[None, :]
     part = 0  # of the inner channels
     index_y = 0
     index_x = 0
@@ -139,7 +139,7 @@ def scaled_weights(
         else:
             at_y = seen_y + index_y * reach_y
             at_x = seen_x + index_x * reach_x
-            seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+            seen = (exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width))[None, :]
         shift = (index_y * reach_y * seen_width + index_x * reach_x) * source_channels + block * inner
         if transposed:
             weights = channel[None, :] * (kernel_taps * columns) + row[:, None]
@@ -150,13 +150,13 @@ def scaled_weights(
         weights += tap * columns
         pixels = shift + pixel[None, :] + channel[:, None]
         if inner % block_inner == 0:
-            right = tl.load(source + pixels, mask=seen[None, :], other=0.0)
+            right = tl.load(source + pixels, mask=seen, other=0.0)
             if rows % block_rows == 0:
                 left = tl.load(weight + weights)
             else:
                 left = tl.load(weight + weights, mask=row_exists[:, None], other=0.0)
         else:
-            right = tl.load(source + pixels, mask=seen[None, :] & (channel < inner)[:, None], other=0.0)
+            right = tl.load(source + pixels, mask=seen & (channel < inner)[:, None], other=0.0)
             left = tl.load(weight + weights, mask=row_exists[:, None] & (channel < inner)[None, :], other=0.0)
         if transposed:
             if inner % block_inner == 0:
@@ -276,7 +276,7 @@ def scaled_sums(
     partial = tl.full((block_pixels, block_rows), 0, tl.float32)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
-        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)
+        sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x, taps_y, taps_x)[:, None]
     part = 0
     index_y = 0
     index_x = 0
@@ -289,7 +289,7 @@ def scaled_sums(
         else:
             at_y = seen_y + index_y * reach_y
             at_x = seen_x + index_x * reach_x
-            seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
+            seen = (exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width))[:, None]
         shift = (index_y * reach_y * seen_width + index_x * reach_x) * source_channels + block * inner
         if transposed:
             weights = channel[:, None] * (kernel_taps * columns) + row[None, :]
@@ -298,13 +298,13 @@ def scaled_sums(
         weights += tap * columns
         pixels = shift + pixel[:, None] + channel[None, :]
         if inner % block_inner == 0:
-            left = tl.load(source + pixels, mask=seen[:, None], other=0.0)
+            left = tl.load(source + pixels, mask=seen, other=0.0)
             if rows % block_rows == 0:
                 right = tl.load(weight + weights)
             else:
                 right = tl.load(weight + weights, mask=row_exists[None, :], other=0.0)
         else:
-            left = tl.load(source + pixels, mask=seen[:, None] & (channel < inner)[None, :], other=0.0)
+            left = tl.load(source + pixels, mask=seen & (channel < inner)[None, :], other=0.0)
             right = tl.load(weight + weights, mask=row_exists[None, :] & (channel < inner)[:, None], other=0.0)
         if transposed:
             here = exists[:, None] & (channel < inner)[None, :]
