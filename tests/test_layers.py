@@ -256,3 +256,21 @@ def test_lora_merged_into_the_weight_is_another_function() -> None:
         layer.weight += delta
     assert (layer(input) - beside).abs().max() > 0.1
     torch.testing.assert_close(layer(input) - beside, aw_conv2d(input, delta, attention, residual=False))
+
+
+def test_what_is_done_to_the_branch_alone_is_heeded() -> None:
+    """By hooks that change what comes in or take one argument, and a forward that is replaced."""
+    layer, input = AWConv2d(16, 16, 3, padding=1).eval(), torch.randn(2, 16, 5, 5)
+    doubled = aw_conv2d(input, layer.weight, layer.attention(2 * input), layer.bias, padding=1)
+    seen: list[tuple[Tensor | None, ...]] = []
+    before = layer.attention.register_forward_pre_hook(lambda module, args: (2 * args[0],) if len(args) == 1 else None)
+    after = layer.attention.register_full_backward_hook(lambda module, grads, _: seen.append(grads))
+    output = layer(input.requires_grad_())
+    torch.testing.assert_close(output, doubled)
+    output.sum().backward()
+    assert [len(grads) for grads in seen] == [1]
+    before.remove()
+    after.remove()
+    forward = layer.attention.forward
+    layer.attention.forward = lambda input: forward(2 * input)  # type: ignore[method-assign]
+    torch.testing.assert_close(layer(input), doubled)

@@ -15,7 +15,7 @@ from timm.layers import pad_same
 from torch import Tensor, nn
 
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
-from awconv.ops.average_pool import average_pool, pool_beside
+from awconv.ops.average_pool import average_pool, pool_beside, pools_beside
 from awconv.ops.branch import attend
 from awconv.ops.problem import SPATIAL_NAMES, product
 
@@ -217,7 +217,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             ValueError: the input does not have ``in_channels`` channels or the right number of axes.
         """
         batch = _as_batch(input, type(self).__name__, self.in_channels, len(self.kernel_size))
-        if type(self.attention) is AttentionBranch:
+        if _pools_beside(self.attention, batch):
             batch, pooled = pool_beside(batch, self.attention.attention_size[2:])
             attention = self.attention(batch, pooled)
         else:
@@ -295,6 +295,19 @@ def _as_batch(input: Tensor, layer: str, in_channels: int, dims: int) -> Tensor:
     return batch
 
 
+def _pools_beside(branch: AttentionBranch, input: Any) -> bool:
+    """Whether a branch may get what was pooled for it: nothing watches what comes in, and torch.fx does not trace."""
+    return (
+        isinstance(input, Tensor)
+        and type(branch) is AttentionBranch
+        and "forward" not in branch.__dict__
+        and not (branch._forward_hooks or branch._forward_pre_hooks)
+        and not (branch._backward_hooks or branch._backward_pre_hooks)
+        and not torch.nn.modules.module._has_any_global_hook()
+        and pools_beside(input, branch.attention_size[2:])
+    )
+
+
 def _convolve(input: Tensor, weight: Tensor, *arguments: Any, residual: bool) -> Tensor:
     return _AW_CONV[weight.dim() - 2](input, weight, *arguments, residual=residual)
 
@@ -306,7 +319,6 @@ def _without_batch_like(output: Tensor, input: Tensor) -> Tensor:
 # torch.fx does not look into these: they depend on the shapes of their arguments.
 for _function in (
     "average_pool",
-    "pool_beside",
     "pad_same",
     "_check_statistics",
     "_as_batch",

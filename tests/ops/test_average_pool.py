@@ -177,6 +177,13 @@ def test_the_kernels_round_once_to_the_type(
         torch.testing.assert_close(value.double().cpu(), expected, rtol=rtol, atol=0)
 
 
+def test_one_axis_may_have_its_channels_last(triton_device: str) -> None:
+    input = torch.randn(2, 9, 5).to(triton_device).mT
+    target = empty_like_image((2, 5, 3), input)
+    module._launch("pool", input, target, (9,), (3,))
+    torch.testing.assert_close(target, F.adaptive_avg_pool1d(input, 3))
+
+
 def test_the_kernels_give_the_same_bits_twice(triton_device: str) -> None:
     for shape, bins in [((8, 64, 56, 56), (3, 3)), *KERNEL_SIZES] if triton_device == "cuda" else KERNEL_SIZES[1:2]:
         input, grad = (image(sizes, True, triton_device, torch.float32) for sizes in (shape, (*shape[:2], *bins)))

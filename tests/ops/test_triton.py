@@ -224,6 +224,36 @@ def test_a_gain_that_is_not_finite_leaves_other_samples_alone(number: float, dev
     assert not grad_input[0].isfinite().any()
 
 
+def test_one_sample_with_a_large_gain_leaves_small_gradients_of_others(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "correlate", lambda *_: Tile("scaled_sums", SMALL | dict(block_pixels=16), 4, 2))
+    cuda_plans.grad_input.cache_clear()
+    weight, gain = torch.ones(16, 16, 1, 1), torch.ones(2, 16, 1, 1)
+    gain[1] = 8000
+    tensors = [tensor.to(device, torch.float16) for tensor in (torch.ones(2, 16, 1, 1), weight, gain)]
+    above = torch.full((2, 16, 1, 1), 6e-6)  # times 1 / 8192 of another sample's gain it would vanish
+    above = above.to(device, torch.float16)
+    grad, *_ = cuda.backward(above, *tensors, POINTWISE, [True, False, False])
+    cuda_plans.grad_input.cache_clear()
+    # Small numbers of float16 are a millionth of 16 apart.
+    torch.testing.assert_close(grad[0].double().cpu(), 16 * above[0].double().cpu(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_one_axis_gives_the_strides_that_a_traced_graph_expects(last: bool, device: str) -> None:
+    input, weight, gain = torch.randn(2, 16, 9), torch.randn(16, 16, 3), torch.rand(2, 16, 1, 3)
+    if last:
+        input, weight = input.mT.contiguous().mT, weight.mT.contiguous().mT
+    input, weight, gain = (tensor.to(device).requires_grad_() for tensor in (input, weight, gain))
+    geometry = Geometry((1,), ((1, 1),), (1,), 1)
+    output = cuda.forward(input.detach(), weight.detach(), gain.detach(), geometry)
+    grads = cuda.backward(torch.ones_like(output), *(t.detach() for t in (input, weight, gain)), geometry, [True] * 3)
+    assert output._base is None  # a view could not be changed in place
+    fakes = (output.contiguous(), input.contiguous(), torch.empty_like(weight), torch.empty_like(gain))
+    assert [tensor.stride() for tensor in (output, *grads)] == [fake.stride() for fake in fakes]
+
+
 def test_the_same_bits_twice(device: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:

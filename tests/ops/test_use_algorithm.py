@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 import weakref
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import awconv
 from awconv.ops import functional
 from awconv.ops.algorithm import Algorithm
-from awconv.ops.choose import ALGORITHMS, choose
+from awconv.ops.choose import ALGORITHMS, _asked_in_thread, choose, wanted
 from awconv.ops.problem import Problem, describe
 from tests.ops.problems import TYPICAL
 
@@ -131,6 +132,42 @@ def test_tasks_choose_for_themselves(ran: list[str]) -> None:
 
     asyncio.run(both())
     assert ran == [chosen, "per_sample"]
+
+
+def test_tasks_that_end_in_any_order_leave_no_choice_behind() -> None:
+    async def first(inside: asyncio.Event, go: asyncio.Event) -> None:
+        with awconv.use_algorithm("per_sample"):
+            inside.set()
+            await go.wait()
+
+    async def second(left: asyncio.Event) -> None:
+        with awconv.use_algorithm("naive"):
+            await left.wait()
+
+    async def both() -> None:
+        inside, go, left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        one = asyncio.create_task(first(inside, go))
+        await inside.wait()
+        two = asyncio.create_task(second(left))
+        await asyncio.sleep(0)
+        go.set()
+        await one
+        left.set()
+        await two
+
+    asyncio.run(both())
+    assert wanted("auto") == _asked_in_thread.algorithm == "auto"
+
+
+def test_a_generator_may_be_closed_in_another_context() -> None:
+    def held() -> Iterator[None]:
+        with awconv.use_algorithm("naive"):
+            yield
+
+    generator = held()
+    contextvars.copy_context().run(next, generator)
+    generator.close()
+    assert wanted("auto") == _asked_in_thread.algorithm == "auto"
 
 
 def test_a_backward_follows_its_forward_outside_the_block_too(monkeypatch: pytest.MonkeyPatch) -> None:

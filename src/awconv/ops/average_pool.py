@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     Returns:
         Shape (N, C, \*output_size), with its channels last on a GPU where those of the input are.
     """
-    if max(output_size) <= _MAX_BINS and _has_kernel(input):
+    if _has_kernel(input, output_size):
         if not (input.requires_grad and torch.is_grad_enabled()) and eager(input):
             return _KERNELS[input.device.type](input, list(output_size))
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
@@ -54,18 +55,22 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     return _by_matrices(input, output_size)
 
 
+def pools_beside(input: Tensor, output_size: Sequence[int]) -> bool:
+    """Whether :func:`pool_beside` takes a tensor."""
+    differentiated = input.is_cuda and input.requires_grad and torch.is_grad_enabled()
+    return differentiated and eager(input) and _has_kernel(input, output_size)
+
+
 def pool_beside(input: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """:func:`average_pool` for a tensor that has one more use, a convolution.
+    """:func:`average_pool` for a tensor on a GPU that has one more use, a convolution.
 
     Returns:
-        What the convolution is to take in the place of the input, equal to it; and the pooled tensor. On a GPU, the
-        pooled tensor's gradient is added to that of the convolution where it lies, which saves two passes over it.
+        What the convolution is to take in the place of the input, equal to it; and the pooled tensor, whose gradient is
+        added to that of the convolution where it lies. That saves two passes over it, and changes a tensor that only
+        the convolution's node has: a hook of that node sees it change.
     """
-    differentiated = input.device.type == "cuda" and input.requires_grad and torch.is_grad_enabled()
-    if differentiated and eager(input) and max(output_size) <= _MAX_BINS and _has_kernel(input):
-        passed, pooled = _PoolBeside.apply(input, list(output_size))
-        return passed, pooled
-    return input, average_pool(input, output_size)
+    passed, pooled = _PoolBeside.apply(input, list(output_size))
+    return passed, pooled
 
 
 class _PoolBeside(torch.autograd.Function):
@@ -89,9 +94,11 @@ class _PoolBeside(torch.autograd.Function):
         return grad_passed, None
 
 
-def _has_kernel(input: Tensor) -> bool:
+def _has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
+    if max(output_size) > _MAX_BINS:
+        return False
     if input.device.type == "cuda":
-        if exporting() or jit_tracing() or not _on_gpu(input):
+        if exporting() or jit_tracing() or not _on_gpu(input, output_size):
             return False
     elif not _in_c(input):
         return False
@@ -104,12 +111,13 @@ def _in_c(input: Tensor) -> bool:
     return input.dtype in (torch.float32, torch.float64) and not isinstance(library(_SOURCE, input.dtype), str)
 
 
-def _on_gpu(input: Tensor) -> bool:
+def _on_gpu(input: Tensor, output_size: Sequence[int]) -> bool:
     """Whether the kernels take a tensor: they have two axes, and count in 32 bits within a sample."""
+    counted = (product(input.shape[1:]), *(size * (max(output_size) + 1) for size in input.shape[2:]))
     return (
         input.dim() in (3, 4)
         and input.dtype.is_floating_point
-        and not statically_known_true(product(input.shape[1:]) >= 2**31)
+        and not any(statically_known_true(number >= 2**31) for number in counted)
         and triton_obstacle() is None
     )
 
@@ -175,7 +183,7 @@ def _launch(
         return
     if len(size) == 1:
         source, target = source.unsqueeze(2), target.unsqueeze(2)
-    channels_last = is_channels_last(target if kernel == "spread" else source)
+    channels_last = len(size) == 2 and is_channels_last(target if kernel == "spread" else source)
     source = source.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     plan = _plan(kernel, *source.shape[:2], _two(size), _two(bins), channels_last, added)
     plan.kernel.launch(plan.programs, (source, target), plan.integers)
@@ -229,7 +237,7 @@ def _plan(
 
 def _most_covered(size: int, bins: int) -> int:
     """Positions that a bin covers at most; with size and bins exchanged, bins that cover a position."""
-    return max(-(-(index + 1) * size // bins) - index * size // bins for index in range(bins))
+    return 1 + -(-(size - math.gcd(size, bins)) // bins)
 
 
 def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: Sequence[int]) -> Tensor:

@@ -90,7 +90,9 @@ def attend(modules: Sequence[nn.Module], pooled: Tensor, size: tuple[int, ...]) 
     Returns:
         The attention, shape (N, \*size), in the dtype that the modules give.
     """
-    if compiling() or not pooled.is_cuda or in_forward_mode() or triton_obstacle() is not None:
+    if compiling() or not isinstance(pooled, Tensor) or not pooled.is_cuda:  # torch.fx comes with what is no tensor
+        return None
+    if in_forward_mode() or triton_obstacle() is not None:
         return None
     if pooled.dim() not in _KINDS or not _plain(modules, pooled.dim()):
         return None

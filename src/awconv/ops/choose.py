@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
@@ -41,6 +41,16 @@ _log = logging.getLogger(__name__)
 class _OfThread(threading.local):
     def __init__(self) -> None:  # in each thread: torch.compile guards what an instance has, and no class attribute
         self.algorithm = "auto"
+        self.entries: list[list[str]] = []  # of use_algorithm, which tasks may leave in another order
+
+    def enter(self, name: str) -> list[str]:
+        self.entries.append([name])
+        self.algorithm = name
+        return self.entries[-1]
+
+    def leave(self, entry: list[str]) -> None:
+        self.entries = [other for other in self.entries if other is not entry]
+        self.algorithm = self.entries[-1][0] if self.entries else "auto"
 
 
 # The same twice: torch.compile cannot read a ContextVar (torch 2.13), and its guards look at the thread's instead.
@@ -74,13 +84,13 @@ def use_algorithm(algorithm: str | None) -> Iterator[None]:
     name = "auto" if algorithm is None else algorithm
     if name != "auto" and name not in ALGORITHMS:
         raise ValueError(f"use_algorithm: algorithm must be None, 'auto' or one of {list(ALGORITHMS)}, got {name!r}")
-    token = _asked.set(name)
-    before, _asked_in_thread.algorithm = _asked_in_thread.algorithm, name
+    token, entry = _asked.set(name), _asked_in_thread.enter(name)
     try:
         yield
     finally:
-        _asked_in_thread.algorithm = before
-        _asked.reset(token)
+        _asked_in_thread.leave(entry)
+        with suppress(ValueError):  # of a generator that is closed in another context, which does not see the choice
+            _asked.reset(token)
 
 
 def wanted(algorithm: str) -> str:

@@ -43,24 +43,21 @@ def obstacle(problem: Problem) -> str | None:
 
 def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
     """The output, in the layout of the input."""
-    if len(geometry.stride) == 1:
-        output = forward(input.unsqueeze(2), weight.unsqueeze(2), gain, _with_two_axes(geometry))
-        return output.squeeze(2)
     size = geometry.output_size(input.shape[2:], weight.shape[2:])
     output = empty_like_image((input.shape[0], weight.shape[0], *size), input)
     if output.numel():
-        launch = cuda_plans.forward(
-            tuple(input.shape),
-            tuple(weight.shape),
-            gain.shape[2],
-            geometry,
-            (input.dtype, precision_of_products(), is_channels_last(output)),
-        )
-        depthwise = weight.shape[1] == 1
-        launch.run(
-            _last(input), _last(weight), _gains(gain, launch.wide_gains), output, *(() if depthwise else (None,))
-        )
+        if len(size) == 1:
+            _forward(input.unsqueeze(2), weight.unsqueeze(2), gain, output.unsqueeze(2), _with_two_axes(geometry))
+        else:
+            _forward(input, weight, gain, output, geometry)
     return output
+
+
+def _forward(input: Tensor, weight: Tensor, gain: Tensor, output: Tensor, geometry: Geometry) -> None:
+    facts = (input.dtype, precision_of_products(), is_channels_last(output))
+    launch = cuda_plans.forward(tuple(input.shape), tuple(weight.shape), gain.shape[2], geometry, facts)
+    unit = () if weight.shape[1] == 1 else (None,)
+    launch.run(_last(input), _last(weight), _gains(gain, launch.wide_gains), output, *unit)
 
 
 def backward(
@@ -68,9 +65,13 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight and gain, each in the layout of what it belongs to, None where not needed."""
     if len(geometry.stride) == 1:
-        above, input, weight = (tensor.unsqueeze(2) for tensor in (grad_output, input, weight))
-        grads = backward(above, input, weight, gain, _with_two_axes(geometry), needs)
-        return tuple(grad.squeeze(2) if index < 2 and grad is not None else grad for index, grad in enumerate(grads))
+        above, image, kernel = (tensor.unsqueeze(2) for tensor in (grad_output, input, weight))
+        grad_input, grad_weight, grad_gain = backward(above, image, kernel, gain, _with_two_axes(geometry), needs)
+        if grad_input is not None:
+            grad_input = grad_input.squeeze(2).contiguous()
+        if grad_weight is not None:
+            grad_weight = _laid_out(grad_weight.squeeze(2), weight)
+        return grad_input, grad_weight, grad_gain
     if not grad_output.numel():
         return tuple(
             torch.zeros_like(tensor) if needed else None
@@ -120,7 +121,7 @@ def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, ge
         grad.zero_()
     unit = None
     if input.dtype == torch.float16 and any(launch.kernel.name == "scaled_sums" for launch in launches):
-        largest = gains.abs().nan_to_num(nan=0, posinf=0).amax().float()  # one sample's infinity is not another's
+        largest = gains.abs().nan_to_num(nan=0, posinf=0).flatten(1).amax(1).float()
         unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest.clamp(min=1)).exponent)
     if any(launch.wide_gains for launch in launches):
         gains = gains.float()

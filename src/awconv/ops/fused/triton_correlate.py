@@ -197,7 +197,7 @@ def scaled_sums(
     weight,
     gain,
     target,
-    unit,  # one number, a power of two, or None
+    unit,  # (samples,), powers of two, or None
     samples,
     height,
     width,
@@ -238,7 +238,7 @@ def scaled_sums(
     """A tile of positions, of several samples where they are small, times channels.
 
     For the output, each tap's sum is scaled in single precision. For the gradient of the input, the pixels are scaled
-    and rounded; times ``unit`` they cannot overflow, which is undone in the end.
+    and rounded; times their sample's ``unit`` they cannot overflow, which is undone in the end.
     """
     row_tiles: tl.constexpr = (rows + block_rows - 1) // block_rows
     tiles: tl.constexpr = groups * row_blocks * row_tiles
@@ -271,6 +271,8 @@ def scaled_sums(
         weight += group * rows * (kernel_taps * columns)
         gains = gain + sample * (inner_blocks * kernel_taps * groups * rows) + group * rows
 
+    if unit is not None:
+        units = tl.load(unit + sample, mask=exists, other=1.0)
     steps: tl.constexpr = (inner + block_inner - 1) // block_inner
     total = tl.full((block_pixels, block_rows), 0, tl.float32)
     partial = tl.full((block_pixels, block_rows), 0, tl.float32)
@@ -290,7 +292,8 @@ def scaled_sums(
             at_y = seen_y + index_y * reach_y
             at_x = seen_x + index_x * reach_x
             seen = (exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width))[:, None]
-        shift = (index_y * reach_y * seen_width + index_x * reach_x) * source_channels + block * inner
+        rows_down = (index_y * reach_y).to(tl.int64)
+        shift = (rows_down * seen_width + index_x * reach_x) * source_channels + block * inner
         if transposed:
             weights = channel[:, None] * (kernel_taps * columns) + row[None, :]
         else:
@@ -311,7 +314,7 @@ def scaled_sums(
             scale = tl.load(gains[:, None] + (tap * (groups * inner) + channel)[None, :], mask=here, other=0.0)
             scale = scale.to(tl.float32)
             if unit is not None:
-                scale = scale * tl.load(unit)
+                scale = scale * units[:, None]
             left = (left.to(tl.float32) * scale).to(source.dtype.element_ty)
             total = tl.dot(left, right, total, input_precision=precision)
         else:
@@ -327,7 +330,7 @@ def scaled_sums(
         index_y += (index_x == taps_x).to(tl.int32)
         index_x = tl.where(index_x == taps_x, 0, index_x)
     if unit is not None:
-        total = total / tl.load(unit)
+        total = total / units[:, None]
     target_channels: tl.constexpr = groups * row_blocks * rows
     pixel = (first_y + spread_y * y) * target_width + first_x + spread_x * x
     row += (group * row_blocks + row_block) * rows
