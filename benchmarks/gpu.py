@@ -13,6 +13,7 @@ import ctypes
 import gc
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,7 +82,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--algorithm", default="auto", help="what AW networks are held to, such as fused")
     parser.add_argument("--rounds", type=int, help="how often each thing is timed")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)  # makes this the process that measures
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.seconds <= _TO_END:
+        parser.error(f"--seconds must be more than {_TO_END:g}, got {arguments.seconds:g}")
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    try:
+        re.compile(arguments.only)
+    except re.error as error:
+        parser.error(f"--only must be a regular expression, got {arguments.only!r}: {error}")
+    return arguments
 
 
 def _drive(settings: Settings) -> int:

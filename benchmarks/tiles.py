@@ -212,6 +212,8 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", help="indices of the shapes, all if none is given")
     options = parser.parse_args()
     device, start = options.device, time.monotonic()
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU was found here; --device cpu with TRITON_INTERPRET=1 tries it in small")
     torch.backends.cudnn.benchmark = True
     shapes = [*RESNET50, *RESNET20]
     shapes = [shapes[index] for index in options.shapes] if options.shapes else shapes

@@ -127,3 +127,21 @@ def test_the_same_bits_twice_in_deterministic_mode(algorithm: str, device: str) 
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["fused", "per_tap", "per_sample"])
+def test_one_sample_with_channels_last_takes_a_gradient_with_gaps(algorithm: str) -> None:
+    """Where PyTorch's own backward of a grouped convolution of such an input is wrong (torch 2.14)."""
+    case = Case(2, 1, (5, 5), (6, 33, 1, 3), (6, 1, 1, 3), groups=3, stride=3, padding=(0, 1))
+    tensors = {
+        name: tensor.contiguous(memory_format=torch.channels_last) if name != "attention" else tensor
+        for name, tensor in case.tensors.items()
+    }
+    gaps = torch.zeros(3, 13, 2, 2, dtype=torch.float64)[1:2, 1::2].copy_(torch.randn(1, 6, 2, 2))
+    found, expected = (
+        torch.autograd.grad(case.run(way, **leaves), tuple(leaves.values()), gaps)
+        for way in (algorithm, "naive")
+        for leaves in [{name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}]
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -21,7 +21,9 @@ def _per_sample(problem: Problem, input: Tensor, weight: Tensor, attention: Tens
     for axis in range(len(problem.rates)):
         gain = gain.unsqueeze(2 + 2 * axis)
     weights = (weight.reshape(blocked) * gain).reshape(batch * weight.shape[0], *weight.shape[1:])
-    output = convolve(problem, input.reshape(1, -1, *input.shape[2:]), weights, batch * problem.geometry.groups)
+    output = convolve(
+        problem, input.reshape(1, -1, *input.shape[2:]).contiguous(), weights, batch * problem.geometry.groups
+    )
     return output.reshape(batch, weight.shape[0], *output.shape[2:])
 
 
