@@ -2,18 +2,7 @@
  *
  * Bin i of an axis covers the positions floor(i * size / bins) to ceil((i + 1) * size / bins); bins may overlap.
  */
-#include <stdint.h>
-#ifdef _OPENMP
-#include <omp.h>
-#define thread_number() omp_get_thread_num()
-#else
-#define thread_number() 0
-#endif
-
-#ifndef REAL
-#define REAL float
-#endif
-typedef REAL real;
+#include "real.h"
 
 enum { MAX_BINS = 64 }; /* along an axis */
 

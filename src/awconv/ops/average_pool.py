@@ -8,14 +8,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.build import library
-from awconv.ops.gpu import Kernel, divider, empty_like_image, is_channels_last, power_of_two, triton_obstacle
+from awconv.ops.gpu import Kernel, Launch, divider, empty_like_image, is_channels_last, power_of_two, triton_obstacle
 from awconv.ops.problem import product
 from awconv.ops.tracing import compiling, eager, exporting, in_forward_mode, jit_tracing, transforming
 
@@ -185,18 +185,11 @@ def _launch(
         source, target = source.unsqueeze(2), target.unsqueeze(2)
     channels_last = len(size) == 2 and is_channels_last(target if kernel == "spread" else source)
     source = source.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    plan = _plan(kernel, *source.shape[:2], _two(size), _two(bins), channels_last, added)
-    plan.kernel.launch(plan.programs, (source, target), plan.integers)
+    _plan(kernel, *source.shape[:2], _two(size), _two(bins), channels_last, added).run(source, target)
 
 
 def _two(sizes: Sequence[int]) -> tuple[int, ...]:
     return (1,) * (2 - len(sizes)) + tuple(sizes)
-
-
-class _Plan(NamedTuple):
-    kernel: Kernel
-    programs: int
-    integers: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -208,7 +201,7 @@ def _plan(
     bins: tuple[int, ...],
     channels_last: bool,
     added: bool,
-) -> _Plan:
+) -> Launch:
     """How a kernel is launched."""
     block_channels = power_of_two(channels, 64 if channels_last else 8)
     layout = dict(channels=channels, channels_last=channels_last)
@@ -232,7 +225,7 @@ def _plan(
         tiles = -(-product(size) // block_positions)
         warps = 4
     made = Kernel("awconv.ops.triton_average_pool", kernel, constants, warps)
-    return _Plan(made, samples * -(-channels // block_channels) * tiles, integers)
+    return Launch(made, samples * -(-channels // block_channels) * tiles, integers)
 
 
 def _most_covered(size: int, bins: int) -> int:

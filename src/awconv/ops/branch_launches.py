@@ -6,9 +6,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from torch import Tensor
-
-from awconv.ops.gpu import Kernel, power_of_two
+from awconv.ops.gpu import Kernel, Launch, power_of_two
 
 LEAST = 16  # that a product of matrices takes, of each size
 MOST_HIDDEN = 128  # channels, of which a program has all
@@ -17,17 +15,6 @@ _SHARES = 8  # that the columns are in, at most, where each program of the backw
 _ROWS = 32  # of a tile for inference: of any batch size, on which what a network says of a sample does not depend then
 _MERGED = 32  # parts that are loaded at once
 _ADDED = 128  # elements of a weight's gradient that a program adds
-
-
-class Launch(NamedTuple):
-    """All of a launch but its tensors, and numbers that are no integers."""
-
-    kernel: Kernel
-    programs: int
-    integers: tuple[int, ...]
-
-    def run(self, *tensors: Tensor, floats: tuple[float, ...] = ()) -> None:
-        self.kernel.launch(self.programs, tensors, (*self.integers, *floats))
 
 
 class Facts(NamedTuple):

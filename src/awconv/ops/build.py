@@ -207,7 +207,7 @@ def _parts(source: Path) -> list[Path]:
     parts = [source]
     for part in parts:
         for name in re.findall(r'^#include "(.+)"$', part.read_text(), re.MULTILINE):
-            if (included := part.with_name(name)) not in parts:
+            if (included := Path(os.path.normpath(part.parent / name))) not in parts:
                 parts.append(included)
     return parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,18 @@ class Kernel:
     def _values(self) -> list[Any]:
         """Of the constants, in the kernel's order."""
         return [self.constants[name] for name in self._kernel.arg_names[-len(self.constants) :]]
+
+
+class Launch(NamedTuple):
+    """All of a launch but its tensors, and numbers that are no integers."""
+
+    kernel: Kernel
+    programs: int
+    integers: tuple[int, ...]
+
+    def run(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+        """Runs the kernel on the device of its first tensor."""
+        self.kernel.launch(self.programs, tensors, (*self.integers, *floats))
 
 
 def divider(divisor: int) -> tuple[int, int]:

@@ -1,20 +1,9 @@
 /* The problem, vectors, and the transposition of what they are loaded from. */
 #pragma once
 
-#include <stdint.h>
 #include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#define thread_number() omp_get_thread_num()
-#else
-#define thread_number() 0
-#endif
-
-#ifndef REAL
-#define REAL float
-#endif
-typedef REAL real;
+#include "../real.h"
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64

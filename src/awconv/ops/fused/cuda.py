@@ -55,9 +55,9 @@ def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> 
 
 def _forward(input: Tensor, weight: Tensor, gain: Tensor, output: Tensor, geometry: Geometry) -> None:
     facts = (input.dtype, precision_of_products(), is_channels_last(output))
-    launch = cuda_plans.forward(tuple(input.shape), tuple(weight.shape), gain.shape[2], geometry, facts)
+    launch, wide = cuda_plans.forward(tuple(input.shape), tuple(weight.shape), gain.shape[2], geometry, facts)
     unit = () if weight.shape[1] == 1 else (None,)
-    launch.run(_last(input), _last(weight), _gains(gain, launch.wide_gains), output, *unit)
+    launch.run(_last(input), _last(weight), _gains(gain, wide), output, *unit)
 
 
 def backward(
@@ -120,13 +120,13 @@ def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, ge
     if not whole:
         grad.zero_()
     unit = None
-    if input.dtype == torch.float16 and any(launch.kernel.name == "scaled_sums" for launch in launches):
+    if input.dtype == torch.float16 and any(launch.kernel.name == "scaled_sums" for launch, _ in launches):
         largest = gains.abs().nan_to_num(nan=0, posinf=0).flatten(1).amax(1).float()
         unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest.clamp(min=1)).exponent)
-    if any(launch.wide_gains for launch in launches):
+    if any(wide for _, wide in launches):
         gains = gains.float()
     depthwise = weights.shape[1] == 1
-    for launch in launches:
+    for launch, _ in launches:
         launch.run(above, weights, gains, grad, *(() if depthwise else (unit,)))
     return grad
 

@@ -10,11 +10,10 @@ from math import gcd
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from awconv.ops import gpu
 from awconv.ops.fused import tiles
 from awconv.ops.geometry import Geometry
+from awconv.ops.gpu import Kernel, Launch, divider
 
 _PLANS = 4096  # that are remembered
 
@@ -61,21 +60,16 @@ def _input_phases(size: int, out_size: int, kernel: int, stride: int, before: in
     return phases
 
 
-class Launch(NamedTuple):
-    """All of a launch but its tensors."""
+class Correlation(NamedTuple):
+    """A launch of the correlate family, and whether it reads gains in single precision."""
 
-    kernel: gpu.Kernel
-    programs: int
-    integers: tuple[int, ...]
-    wide_gains: bool = False
-
-    def run(self, *tensors: Tensor | None) -> None:
-        self.kernel.launch(self.programs, tensors, self.integers)
+    launch: Launch
+    wide_gains: bool
 
 
 def _launch(module: str, tile: tiles.Tile, constants: dict[str, Any], programs: int, *integers: int) -> Launch:
-    kernel = gpu.Kernel(f"awconv.ops.fused.{module}", tile.kernel, constants | tile.sizes, tile.warps, tile.stages)
-    return Launch(kernel, programs, integers, tile.wide_gains)
+    kernel = Kernel(f"awconv.ops.fused.{module}", tile.kernel, constants | tile.sizes, tile.warps, tile.stages)
+    return Launch(kernel, programs, integers)
 
 
 def _correlate(
@@ -85,7 +79,7 @@ def _correlate(
     channels: tuple[int, int, int, int, int],
     transposed: bool,
     facts: tuple[torch.dtype, str, bool],
-) -> Launch:
+) -> Correlation:
     """A launch of ``scaled_weights`` or ``scaled_sums``.
 
     Args:
@@ -117,7 +111,9 @@ def _correlate(
         precision=precision,
     )
     programs = pixel_tiles * groups * row_blocks * -(-rows // tile.sizes["block_rows"])
-    return _launch("triton_correlate", tile, constants, programs, samples, *_of_axes(axes), kernel[1])
+    return Correlation(
+        _launch("triton_correlate", tile, constants, programs, samples, *_of_axes(axes), kernel[1]), tile.wide_gains
+    )
 
 
 def _depthwise_correlate(
@@ -128,7 +124,7 @@ def _depthwise_correlate(
     multiplier: int,
     transposed: bool,
     channels_last: bool,
-) -> Launch:
+) -> Correlation:
     positions = axes[0].positions * axes[1].positions
     tile = tiles.depthwise("depthwise_correlate", channels, positions)
     constants = dict(
@@ -139,7 +135,9 @@ def _depthwise_correlate(
         channels_last=channels_last,
     )
     programs = samples * -(-positions // tile.sizes["block_pixels"]) * -(-channels // tile.sizes["block_channels"])
-    return _launch("triton_depthwise", tile, constants, programs, samples, *_of_axes(axes), kernel[1])
+    return Correlation(
+        _launch("triton_depthwise", tile, constants, programs, samples, *_of_axes(axes), kernel[1]), tile.wide_gains
+    )
 
 
 def _of_axes(axes: Sequence[Sequence[int]]) -> Iterator[int]:
@@ -160,7 +158,7 @@ def forward(
     blocks: int,
     geometry: Geometry,
     facts: tuple[torch.dtype, str, bool],
-) -> Launch:
+) -> Correlation:
     samples, in_channels, *size = input_shape
     out_channels, group_in, *kernel = weight_shape
     axes = tuple(_along_axes(_output_axes, tuple(size), tuple(kernel), geometry))
@@ -178,7 +176,7 @@ def grad_input(
     blocks: int,
     geometry: Geometry,
     facts: tuple[torch.dtype, str, bool],
-) -> tuple[list[Launch], bool]:
+) -> tuple[list[Correlation], bool]:
     """The launches, one for each phase of the stride, and whether they make every pixel."""
     samples, in_channels, *size = input_shape
     out_channels, group_in, *kernel = weight_shape
@@ -228,7 +226,7 @@ def sums(
     constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_step=one_step, precision=precision)
     height, width = (axis.positions for axis in axes)
     looks = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
-    integers = (samples, height, width, *gpu.divider(width), programs, *looks, kernel[1])
+    integers = (samples, height, width, *divider(width), programs, *looks, kernel[1])
     added = min(tile.sizes["block_rows"], tiles.LEAST)
     added_sizes = {name: size for name, size in tile.sizes.items() if name != "block_positions"}
     add = tiles.Tile("add_pieces", added_sizes | dict(block_added=added), 4, 1)

@@ -46,6 +46,17 @@ def _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, reach_y, reach_x
     return sees
 
 
+@triton.jit
+def _next(part, index_y, index_x, parts: tl.constexpr, taps_x):
+    """The next part of the inner channels, and after the last one the next tap."""
+    part += 1
+    index_x += (part == parts).to(tl.int32)
+    part = tl.where(part == parts, 0, part)
+    index_y += (index_x == taps_x).to(tl.int32)
+    index_x = tl.where(index_x == taps_x, 0, index_x)
+    return part, index_y, index_x
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scaled_weights(
     source,  # (samples, seen_height, seen_width, groups * inner_blocks * inner)
@@ -171,11 +182,7 @@ def scaled_weights(
                 scale = tl.load(gains, mask=row_exists, other=0.0)
             left = left * scale.to(left.dtype)[:, None]
         total = tl.dot(left, right, total, input_precision=precision)
-        part += 1
-        index_x += (part == inner_blocks * steps).to(tl.int32)
-        part = tl.where(part == inner_blocks * steps, 0, part)
-        index_y += (index_x == taps_x).to(tl.int32)
-        index_x = tl.where(index_x == taps_x, 0, index_x)
+        part, index_y, index_x = _next(part, index_y, index_x, inner_blocks * steps, taps_x)
     target_channels: tl.constexpr = groups * row_blocks * rows
     target += sample * target_height * target_width * target_channels
     pixel = (first_y + spread_y * y) * target_width + first_x + spread_x * x
@@ -324,11 +331,7 @@ def scaled_sums(
                 scaled = gains[:, None] + ((block * kernel_taps + tap) * (groups * rows) + row)[None, :]
                 total += partial * tl.load(scaled, mask=here, other=0.0).to(tl.float32)
                 partial = tl.full((block_pixels, block_rows), 0, tl.float32)
-        part += 1
-        index_x += (part == inner_blocks * steps).to(tl.int32)
-        part = tl.where(part == inner_blocks * steps, 0, part)
-        index_y += (index_x == taps_x).to(tl.int32)
-        index_x = tl.where(index_x == taps_x, 0, index_x)
+        part, index_y, index_x = _next(part, index_y, index_x, inner_blocks * steps, taps_x)
     if unit is not None:
         total = total / units[:, None]
     target_channels: tl.constexpr = groups * row_blocks * rows
