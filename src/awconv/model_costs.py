@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from awconv import terminal
-from awconv.models.registry import TWINS
+from awconv.models.registry import BASELINES
 from awconv.summary import summary
 
 
@@ -51,7 +51,7 @@ HEADINGS = ("name", "twin without", "image", "parameters", "added", "multiply-ad
 
 def cells(name: str) -> tuple[str, ...]:
     """The row of a model with attention, by ``HEADINGS``."""
-    model, twin = model_cost(name), model_cost(TWINS[name])
+    model, twin = model_cost(name), model_cost(BASELINES[name])
     return (
         name,
         twin.name,
@@ -83,11 +83,11 @@ def models(filter: str = "*", format: Literal["table", "markdown", "json"] = "ta
     Raises:
         ValueError: no model matches.
     """
-    names = [name for name in TWINS if fnmatchcase(name, filter)]
+    names = [name for name in BASELINES if fnmatchcase(name, filter)]
     if not names:
-        raise ValueError(f"no model matches {filter!r}; there are {', '.join(TWINS)}")
+        raise ValueError(f"no model matches {filter!r}; there are {', '.join(BASELINES)}")
     if format == "json":
-        pairs = [asdict(model_cost(name)) | {"twin": asdict(model_cost(TWINS[name]))} for name in names]
+        pairs = [asdict(model_cost(name)) | {"twin": asdict(model_cost(BASELINES[name]))} for name in names]
         print(json.dumps(pairs, indent=1))
     elif format == "markdown":
         print(markdown_table(names), end="")

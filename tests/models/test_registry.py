@@ -14,10 +14,10 @@ from torch import nn
 
 from awconv import AWConv2d
 from awconv.model_costs import markdown_table, model_cost
-from awconv.models import TWINS, CifarResNet, WideResNet
+from awconv.models import BASELINES, CifarResNet, WideResNet
 
 CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
-RESNETS = tuple(name for name in TWINS if name.startswith("aw_") and "resnet" in name)
+RESNETS = tuple(name for name in BASELINES if name.startswith("aw_") and "resnet" in name)
 SMALL = (
     "aw_resnet18",
     "aw_resnet50",
@@ -235,7 +235,7 @@ def attended(in_channels: int, out_channels: int, size: int, depthwise: bool = F
 
 
 def added_operations(name: str) -> int:
-    return model_cost(name).operations - model_cost(TWINS[name]).operations
+    return model_cost(name).operations - model_cost(BASELINES[name]).operations
 
 
 @pytest.mark.parametrize("depth", CIFAR_DEPTHS)
@@ -349,7 +349,7 @@ def test_squeeze_and_excitation_has_its_two_convolutions_in_each_block(name: str
 
 
 def test_every_network_with_attention_has_its_twin() -> None:
-    for name, twin in TWINS.items():
+    for name, twin in BASELINES.items():
         assert timm.is_model(name)
         assert timm.is_model(twin)
         assert twin in (name.removeprefix(prefix) for prefix in ("aw_", "se", "cbam", "eca", "aa_", "se_", "cbam_"))
@@ -358,7 +358,7 @@ def test_every_network_with_attention_has_its_twin() -> None:
 
 def test_the_documents_table_is_that_of_the_command() -> None:
     document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    assert markdown_table(list(TWINS)) in document
+    assert markdown_table(list(BASELINES)) in document
 
 
 def test_features_do_not_depend_on_those_asked_for_before() -> None:

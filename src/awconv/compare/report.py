@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 
 from awconv import terminal
 from awconv.compare.runs import Run
-from awconv.models import TWINS
+from awconv.models import BASELINES
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _figures(runs: Sequence[Run]) -> dict[str, float | None]:
 
 
 def _twin(run: Run, by_variant: Mapping[str, Sequence[Run]]) -> str:
-    without = TWINS.get(run.network)
+    without = BASELINES.get(run.network)
     for variant, group in by_variant.items():
         if group[0].network == without:
             return variant

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from awconv.data import DataModule
-from awconv.models import TWINS
+from awconv.models import BASELINES
 from awconv.summary import summary
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
@@ -222,7 +222,7 @@ def find_variant(base: str, given: str) -> Variant:
 
 
 def _known_variants(base: str) -> list[str]:
-    known = [name for name in TWINS if name.endswith(base)]
+    known = [name for name in BASELINES if name.endswith(base)]
     return ["plain", *(name.removesuffix(base).rstrip("_") for name in known)]
 
 

@@ -49,7 +49,7 @@ _MOBILENET_FEATURES: dict[str, Any] = dict(
 
 _NARROW_REDUCTION = 2  # of networks of 16 to 64 channels, chosen on held-out images: docs/experiments.md
 
-TWINS: dict[str, str] = {}
+BASELINES: dict[str, str] = {}
 """Each network with attention and its twin without: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``."""
 
 
@@ -104,7 +104,7 @@ def _register_aw(
     def build(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         return convert(timm.create_model(plain, *args, **kwargs), **(own | (aw_args or {})))
 
-    TWINS["aw_" + plain] = plain
+    BASELINES["aw_" + plain] = plain
     _register("aw_" + plain, build, cfg, paper="2108.08205", **defaults)
 
 
@@ -126,7 +126,7 @@ for _plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
 for _plain in ("resnet18", "resnet50", "resnet101"):
     for _scheme, _paper in _SCHEMES.items():
         _name = _scheme + _plain
-        TWINS[_name] = _plain
+        BASELINES[_name] = _plain
         if not timm.is_model(_name):  # timm has those with SE
             _build = partial(timm.create_model, _plain, block_args=dict(attn_layer=_scheme))
             _register(_name, _build, _IMAGENET, paper=_paper)
@@ -138,7 +138,7 @@ for _plain in ("mobilenetv1_100", "mobilenetv2_100"):
     _register_aw(_plain, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
     for _scheme in ("se", "cbam"):
         _name = f"{_scheme}_{_plain}"
-        TWINS[_name] = _plain
+        BASELINES[_name] = _plain
         _build = partial(_with_attention, _plain, _scheme)
         _register(_name, _build, _MOBILENET, paper=_SCHEMES[_scheme], **_MOBILENET_FEATURES)
         _register_aw(_name, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
@@ -149,7 +149,7 @@ for _depth in (8, 20, 32, 44, 56, 110):
     for _scheme in ("se", "cbam"):
         if _depth in (8, 20, 56):
             _name, _build = _scheme + _plain, partial(CifarResNet, _depth, attn_layer=_scheme)
-            TWINS[_name] = _plain
+            BASELINES[_name] = _plain
             _register(_name, _build, _CIFAR, paper=_SCHEMES[_scheme], **_CIFAR_FEATURES)
             _register_aw(_name, _CIFAR, in_residual_stages, _NARROW_REDUCTION, **_CIFAR_FEATURES)
 for _prefix, _options, _paper in (
@@ -160,6 +160,6 @@ for _prefix, _options, _paper in (
 ):
     _plain = f"{_prefix}wide_resnet28_10_cifar"
     if _prefix:
-        TWINS[_plain] = _plain.removeprefix(_prefix)
+        BASELINES[_plain] = _plain.removeprefix(_prefix)
     _register(_plain, partial(WideResNet, 28, 10, **_options), _CIFAR, paper=_paper, **_CIFAR_FEATURES)
     _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)

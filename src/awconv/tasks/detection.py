@@ -113,10 +113,10 @@ class DetectionTask(Task):
             )
         arguments: dict[str, Any] = own | dict(
             num_classes=len(self.classes) + 1,
-            weights_backbone=weights,
+            pretrained=weights,
             # Of weights that are only loaded later, too.
             trainable_layers="usual" if trainable is None and hparams["pretrained"] else trainable,
-            backbone_args=hparams["network_args"],
+            network_args=hparams["network_args"],
             convert=hparams["convert"],
         )
         if hparams["detector"] == "faster_rcnn":
@@ -330,7 +330,8 @@ _COCO_FIGURES = {  # torchmetrics' names of COCO's twelve numbers, and ours
 _OPTIONS = {  # what torchvision's arguments are given by
     "num_classes": "the data",
     "backbone": "--model.network",
-    "backbone_args": "--model.network_args",
-    "weights_backbone": "--model.pretrained",
+    "network": "--model.network",
+    "network_args": "--model.network_args",
+    "pretrained": "--model.pretrained",
     **{name: f"--model.{name}" for name in ("trainable_layers", "convert", "norm", "min_size", "max_size")},
 }
