@@ -143,7 +143,7 @@ def _function(command: str, arguments: Sequence[str]) -> int:
     from awconv.model_costs import models
     from awconv.predict import predict
     from awconv.publish import publish
-    from awconv.training.recipes import bounded_yaml
+    from awconv.training.yaml_files import bounded_yaml
 
     functions: dict[str, Callable[..., int]] = {
         "demo": demo,
@@ -190,7 +190,7 @@ def _path(name: str) -> Path:
 def _bench(command: str, arguments: Sequence[str]) -> int:
     jsonargparse = require("jsonargparse", extra="train")
     from awconv.bench import bench_detector, bench_model, bench_op
-    from awconv.training.recipes import bounded_yaml
+    from awconv.training.yaml_files import bounded_yaml
 
     parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description="Times AW-convolution beside others.")
     subcommands = parser.add_subcommands(dest="subject")

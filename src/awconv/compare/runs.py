@@ -28,7 +28,7 @@ from awconv.models import BASELINES
 from awconv.summary import summary
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
-from awconv.training.recipes import read_recipe
+from awconv.training.yaml_files import read_recipe
 from awconv.training.settings import SameSettings, completed, defaults, differences, settings, written
 from awconv.version import __version__
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+import awconv
 from awconv.data import ImageDataModule
 from awconv.models.pretrained import weights_overlay
 from awconv.roles import Role
 from awconv.tasks.checks import check_numbers
-from awconv.tasks.task import Task, convert_by
+from awconv.tasks.task import Task
 
 # The largest that some of timm.data.Mixup's arguments can be: a probability, or a parameter of a beta distribution.
 _OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e6}
@@ -87,9 +88,7 @@ class ClassificationTask(Task):
         compile: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            network=network, network_args=network_args, pretrained=pretrained, convert=convert, **kwargs
-        )
+        super().__init__(network=network, network_args=network_args, pretrained=pretrained, convert=convert, **kwargs)
         check_numbers(label_smoothing=(label_smoothing, 0, 1), erasing=(erasing, 0, 1), ema_decay=(ema_decay, 0, 1))
         self.classes = list(classes)
         self.input_size = list(input_size)
@@ -123,7 +122,13 @@ class ClassificationTask(Task):
             raise ValueError(
                 f"network {self.network_name} cannot be built with network_args {self.network_args}: {error}"
             ) from error
-        return convert_by(self.conversion, network)
+        return network if self.conversion is None else self._converted(network, self.conversion)
+
+    def _converted(self, network: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+        try:
+            return awconv.convert(network, **arguments)
+        except TypeError as error:
+            raise ValueError(f"convert must hold arguments of awconv.convert, got {arguments}: {error}") from error
 
     def _make_mixup(self, arguments: dict[str, Any] | None) -> Mixup | None:
         if arguments is None:

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import awconv
 from awconv.data import DataModule
 from awconv.models.pretrained import not_finite
 from awconv.roles import Role
@@ -48,7 +47,7 @@ class Task(pl.LightningModule):
     data_module: ClassVar[type[DataModule]]
     """What the task is trained on."""
     roles: ClassVar[Mapping[str, Role]]
-    """Of the arguments that decide more than the steps. Those that the data decide are properties of the data module."""
+    """Of the arguments that decide more than the steps. The data module has a property for each that the data decide."""
     score: ClassVar[str]
     """The figure by which networks are compared, a share of 1 that grows; it is logged as ``SPLIT/score``."""
     score_name: ClassVar[str]
@@ -127,9 +126,7 @@ class Task(pl.LightningModule):
         if isinstance(error, FileNotFoundError) and self.pretrained is not True:
             raise error
         mend = "; --model.pretrained=FILE takes them from a file" if self.pretrained is True else ""
-        raise ValueError(
-            f"no pretrained weights for {self.network_name} ({self.pretrained}): {error}{mend}"
-        ) from error
+        raise ValueError(f"no pretrained weights for {self.network_name} ({self.pretrained}): {error}{mend}") from error
 
     def setup(self, stage: str) -> None:
         """Takes the precision of the training before weights are loaded, which would be rounded to single else."""
@@ -184,20 +181,6 @@ class Task(pl.LightningModule):
         epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         return per_epoch, min(per_epoch * epochs, steps)
-
-
-def convert_by(arguments: dict[str, Any] | None, network: nn.Module) -> nn.Module:
-    """:func:`awconv.convert` by the arguments of a recipe; None leaves the network as it is.
-
-    Raises:
-        ValueError: there is no such argument.
-    """
-    if arguments is None:
-        return network
-    try:
-        return awconv.convert(network, **arguments)
-    except TypeError as error:
-        raise ValueError(f"convert must hold arguments of awconv.convert, got {arguments}: {error}") from error
 
 
 def _equal(one: Any, other: Any) -> bool:
