@@ -13,7 +13,7 @@ from timm.layers import make_divisible
 from torch import nn
 
 from awconv import AWConv2d
-from awconv.model_costs import markdown_table, model_cost
+from awconv.model_costs import cost_table, model_cost
 from awconv.models import BASELINES, CifarResNet, WideResNet
 
 CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
@@ -358,7 +358,7 @@ def test_every_network_with_attention_has_its_twin() -> None:
 
 def test_the_documents_table_is_that_of_the_command() -> None:
     document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    assert markdown_table(list(BASELINES)) in document
+    assert cost_table(list(BASELINES), quote="`").markdown() in document
 
 
 def test_features_do_not_depend_on_those_asked_for_before() -> None:
