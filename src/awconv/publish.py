@@ -9,10 +9,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from awconv.compare.report import markdown_cell
-from awconv.compare.runs import Run, recorded
+from awconv.compare.record import Record
+from awconv.compare.recorder import recorded
 from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS, sha256
 from awconv.predict import load_task
+from awconv.tables import markdown_cell
 from awconv.tasks import ClassificationTask
 from awconv.terminal import printable
 from awconv.training.checkpoints import find_last, read_checkpoint
@@ -53,7 +54,7 @@ def publish(
             raise ValueError(f"{name} must be one line of text, got {text[:120]!r}")
     if not run.is_file():
         raise FileNotFoundError(f"run {run} is not a file; expected one of awconv compare, such as aw-seed0.json")
-    finished = Run.load(run)
+    finished = Record.load(run)
     last = find_last(run.with_suffix(""))
     if last is None:
         raise FileNotFoundError(f"there is no checkpoint under {run.with_suffix('')}, where the run's should be")
@@ -63,9 +64,9 @@ def publish(
     task = load_task(last)
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"only classifiers are published, and {run} is of a detector")
-    if finished.network != task.hparams["network"]:
-        raise ValueError(f"{run} says that its network is {finished.network}, and {last} {task.hparams['network']}")
-    if task.hparams["network_args"] or task.hparams["convert"]:
+    if finished.network != task.network_name:
+        raise ValueError(f"{run} says that its network is {finished.network}, and {last} {task.network_name}")
+    if task.network_args or task.conversion:
         raise ValueError("a network with network_args or convert has no name of its own under which it could be loaded")
     network = task.evaluated.cpu()
     name = f"{finished.network}.{tag}"
@@ -101,11 +102,11 @@ def publish(
     return 0
 
 
-def _card(run: Run, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
+def _card(record: Record, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
     """The model card; ``folder`` is None for weights that come with the package, which go by their name."""
-    epochs = len(run.epochs)
-    versions = markdown_cell(", ".join(f"{key} {value}" for key, value in run.versions.items()))
-    validation = run.epochs[-1].val_score
+    epochs = len(record.epochs)
+    versions = markdown_cell(", ".join(f"{key} {value}" for key, value in record.versions.items()))
+    validation = record.epochs[-1].val_score
     held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
     return f"""---
 license: {license}
@@ -114,13 +115,13 @@ tags: [image-classification, timm, awconv]
 ---
 # {name}
 
-`{run.network}`, {run.parameters:,} parameters, trained on {data} by [awconv](https://arxiv.org/abs/2108.08205).
+`{record.network}`, {record.parameters:,} parameters, trained on {data} by [awconv](https://arxiv.org/abs/2108.08205).
 
 | | |
 | --- | --- |
-| {run.test_split} accuracy | {100 * run.score:.2f} %{held_out} |
+| {record.test_split} accuracy | {100 * record.score:.2f} %{held_out} |
 | recipe | `{recipe}`, {epochs} epochs, the network of the last one |
-| seed | {run.seed} |
+| seed | {record.seed} |
 | made with | {versions} |
 | licence | {license} |
 
@@ -132,16 +133,16 @@ model = timm.create_model("{name if folder is None else f"local-dir:{folder}"}",
 
 The figure comes from
 
-    {_command(run, name, recipe, folder)}
+    {_command(record, name, recipe, folder)}
 
 It is that of one run; what seeds do is in the comparison that the run belongs to. A small network on small images: made
 for tests and demonstrations, not for use on pictures of another kind.
 """
 
 
-def _command(run: Run, name: str, recipe: str, folder: Path | None) -> str:
+def _command(record: Record, name: str, recipe: str, folder: Path | None) -> str:
     weights = f"{name} --model.pretrained=true"
     if folder is not None:
-        weights = f"{run.network} --model.pretrained={folder / FILE}"
+        weights = f"{record.network} --model.pretrained={folder / FILE}"
     config = f"--config={recipe} " if recipe.endswith((".yaml", ".yml")) else ""  # the digits are the default
-    return f"awconv {run.test_split.replace('val', 'validate')} {config}--model.network={weights}"
+    return f"awconv {record.test_split.replace('val', 'validate')} {config}--model.network={weights}"

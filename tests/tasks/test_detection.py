@@ -23,10 +23,10 @@ from torch import Tensor
 from awconv import AWConv2d
 from awconv.cli import main
 from awconv.compare import compare
-from awconv.compare.runs import Run
+from awconv.compare.record import Record
 from awconv.predict import detect
 from awconv.tasks import DetectionTask
-from awconv.tasks.detection import Evaluated, Figures, coco_figures, coco_results
+from awconv.tasks.coco import Evaluated, Figures, coco_figures, coco_results
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
 from tests.photographs import CATEGORIES, annotations, boxes, photograph, write_coco
@@ -473,7 +473,7 @@ def test_twins_are_compared(photographs: Path, tmp_path: Path) -> None:
         f"data: {{class_path: awconv.data.Coco, init_args: {{root: {photographs}, val: train2017, batch_size: 1}}}}\n"
     )
     assert compare(recipe, "plain,aw", seeds=1, out=tmp_path / "out", overrides=TINY) == 0
-    plain, aw = (Run.load(tmp_path / "out" / f"{name}-seed0.json") for name in ("plain", "aw"))
+    plain, aw = (Record.load(tmp_path / "out" / f"{name}-seed0.json") for name in ("plain", "aw"))
     assert plain.metric == aw.metric == "box AP"
     assert aw.figures.keys() == {"AP50", "AP75", "AP_small", "AP_medium", "AP_large"}
     assert 0 <= aw.score <= aw.figures["AP50"] <= 1

@@ -47,7 +47,7 @@ class Task(pl.LightningModule):
     data_module: ClassVar[type[DataModule]]
     """What the task is trained on."""
     roles: ClassVar[Mapping[str, Role]]
-    """Of the arguments that decide more than the steps. The data module has a property for each that the data decide."""
+    """Of the arguments that decide more than the steps; the data module has those that the data decide."""
     score: ClassVar[str]
     """The figure by which networks are compared, a share of 1 that grows; it is logged as ``SPLIT/score``."""
     score_name: ClassVar[str]

@@ -35,7 +35,7 @@ from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
-from awconv.training.yaml_files import bounded_yaml
+from awconv.yaml_files import bounded_yaml
 
 _LOGS = "lightning_logs"
 _OF_THE_FIRST_STEP = (
@@ -266,15 +266,9 @@ def settings_of(task: type[Task], parser: LightningArgumentParser, config: Names
     return Settings(task, data, content)
 
 
-def plain(parser: LightningArgumentParser, config: Namespace, none: bool = False) -> dict[str, Any]:
-    """Settings as plain values by section.
-
-    Args:
-        parser: that they come from.
-        config: the settings.
-        none: also what is not set.
-    """
-    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True, skip_none=not none))
+def plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Settings as plain values by section, without those that are not set."""
+    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True))
     return content
 
 

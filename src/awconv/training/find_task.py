@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from awconv.tasks import ClassificationTask, DetectionTask, Task
-from awconv.training.yaml_files import parse_recipe, read_recipe
+from awconv.yaml_files import parse_recipe, read_recipe
 
 _TASKS: tuple[type[Task], ...] = (ClassificationTask, DetectionTask)
 _RECIPE, _DATA = ("--config", "-c"), ("--data", "--data.class_path")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
+from awconv.roles import Role
 from awconv.tasks import Task
 from awconv.training.cli import TrainingCLI, plain, settings_of
 from awconv.training.find_task import find_task
@@ -39,7 +39,7 @@ class Recipe:
             ValueError: a recipe is no YAML, or a number is out of its range.
         """
         task = find_task(arguments)
-        parser = _parser(task)
+        parser = _Parser.of(task)
         config = parser.parse(arguments)
         return cls(settings_of(task, parser.parser, config), config)
 
@@ -63,7 +63,7 @@ class Recipe:
 
     def build(self) -> TrainingCLI:
         """Seeds, and makes the trainer, the task and the data."""
-        return _parser(self.settings.task).build(self._config.clone())
+        return _Parser.of(self.settings.task).build(self._config.clone())
 
     def differences(self, there: Mapping[str, Any]) -> list[str]:
         """What differs from the settings of a run, a phrase for each.
@@ -72,14 +72,21 @@ class Recipe:
             there: the content that its record keeps. Settings that its version of awconv did not have are today's
                 defaults.
         """
-        parser = _parser(self.settings.task).parser
-        defaults = plain(parser, parser.get_defaults(skip_validation=True), none=True)
-        known = self.settings.completed(there, defaults)
+        known = self.settings.completed(there, _Parser.of(self.settings.task).defaults())
         return ["its settings are no longer known"] if known is None else self.settings.differences(known)
 
 
 class _Parser(TrainingCLI):
     """The command line of a task, which parses and builds trainings one by one, and runs none."""
+
+    _made: ClassVar[dict[type[Task], _Parser]] = {}
+
+    @classmethod
+    def of(cls, task: type[Task]) -> _Parser:
+        """The parser of a task, made once."""
+        if task not in cls._made:
+            cls._made[task] = cls(task)
+        return cls._made[task]
 
     def __init__(self, task: type[Task]) -> None:
         super().__init__([], run=False, save_config=False, task=task)
@@ -98,7 +105,18 @@ class _Parser(TrainingCLI):
         """Settings of a training."""
         parsed = copy.copy(self)
         TrainingCLI.parse_arguments(parsed, self.parser, list(arguments))
-        return parsed.config
+        config: Namespace = parsed.config
+        return config
+
+    def defaults(self) -> dict[str, Any]:
+        """The settings that there are by section, with what they are by default; None for those that are not set."""
+        parsed = self.parser.get_defaults(skip_validation=True)
+        content = plain(self.parser, parsed)
+        for section in ("model", "trainer"):
+            content[section] = dict.fromkeys(parsed[section].as_dict()) | content.get(section, {})
+        for name in self._task.arguments_of(Role.DATA):
+            content["model"].pop(name, None)
+        return content
 
     def build(self, config: Namespace) -> TrainingCLI:
         """Seeds, and makes what the settings describe."""
@@ -107,8 +125,3 @@ class _Parser(TrainingCLI):
         TrainingCLI._set_seed(built)
         TrainingCLI.instantiate_classes(built)
         return built
-
-
-@cache
-def _parser(task: type[Task]) -> _Parser:
-    return _Parser(task)

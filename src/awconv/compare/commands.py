@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from itertools import product
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,20 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from awconv import terminal
 from awconv.compare.ablation import arms, choices
+from awconv.compare.comparison import Comparison, Run
 from awconv.compare.processes import train_in_turn, train_side_by_side
-from awconv.compare.report import rich_table, summarise, write_report
-from awconv.compare.runs import (
-    Plan,
-    Run,
-    Split,
-    Variant,
-    base_network,
-    check_overrides,
-    find_variant,
-    parse,
-    quiet_lightning,
-)
+from awconv.compare.record import Record, TestSplit
+from awconv.compare.report import table, write_report
+from awconv.compare.variants import check_overrides, find_change, read_base
 from awconv.training.lock import locked
+from awconv.training.quiet import quiet_lightning
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
@@ -40,16 +32,16 @@ def compare(
     seeds: int = 3,
     out: Path | None = None,
     jobs: int = 1,
-    split: Split = "test",
+    split: TestSplit = "test",
     overrides: Sequence[str] = (),
     command: str = "",
 ) -> int:
-    """Trains the twins of a recipe over the same seeds and prints how they compare.
+    """Trains the variants of a recipe over the same seeds and prints how they compare.
 
     Each finished run is kept as a small JSON file. A run whose file is there is not trained again, and one that was
     interrupted goes on: Ctrl-C reports what is finished, and the same command goes on later, or elsewhere with these
-    files. A run that fails is named, and the others go on. The twins of a seed are trained one after the other, so that
-    the ratio of their times is taken on a machine in the same state.
+    files. A run that fails is named, and the others go on. The variants of a seed are trained one after the other, so
+    that the ratio of their times is taken on a machine in the same state.
 
     Args:
         recipe: a YAML file for ``awconv fit``.
@@ -71,14 +63,19 @@ def compare(
             holds a run of other settings, or an override is of what the comparison sets for each run.
     """
     check_overrides(overrides)
-    base = base_network(recipe, overrides)
-    twins = [find_variant(base, variant.strip()) for variant in variants.split(",")]
-    names = [twin.name for twin in twins]
+    base = read_base(recipe, overrides).network
+    changes = [find_change(base, variant.strip()) for variant in variants.split(",")]
+    names = [change.name for change in changes]
     if len(set(names)) < len(names):
         raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
-    title = f"{base}: {' against '.join(names)} ({recipe.stem})"
-    folder = out if out is not None else Path("runs") / recipe.stem
-    return _run(recipe, twins, seeds, folder, jobs, split, overrides, title, command)
+    comparison = Comparison(
+        tuple(change.apply(recipe, overrides) for change in changes),
+        seeds,
+        out if out is not None else Path("runs") / recipe.stem,
+        split,
+        jobs,
+    )
+    return _run(comparison, f"{base}: {' against '.join(names)} ({recipe.stem})", command)
 
 
 @quiet_lightning()
@@ -91,7 +88,7 @@ def ablate(
     overrides: Sequence[str] = (),
     command: str = "",
 ) -> int:
-    """Trains the AW twin of a recipe with other choices for its branch, and compares them on the validation split.
+    """Trains a recipe's AW network with other choices for its branch, and compares them on the validation split.
 
     The test split is not looked at. Finished and interrupted runs are taken up as in ``awconv compare``.
 
@@ -112,24 +109,28 @@ def ablate(
 
     Raises:
         FileNotFoundError: there is no such recipe.
-        ValueError: the recipe's network has no AW twin, a change is none, the data have no validation split, a file
+        ValueError: the recipe's network has no AW version, a change is none, the data have no validation split, a file
             holds a run of other settings, or an override is of what the comparison sets for each run.
     """
     check_overrides(overrides)
-    base = base_network(recipe, overrides)
-    network = base if base.startswith("aw_") else find_variant(base, "aw").network
+    base = read_base(recipe, overrides)
+    network = base.network if base.network.startswith("aw_") else find_change(base.network, "aw").network
     assert network is not None
-    network_args = parse(recipe, *overrides, build=False).config.model.network_args or {}
-    twins = arms(network, choices(network) if vary is None else vary.split(), network_args)
-    folder = out if out is not None else Path("runs") / f"{recipe.stem}_ablation"
-    title = f"{network}: choices for the branch ({recipe.stem})"
-    return _run(recipe, twins, seeds, folder, jobs, "val", overrides, title, command)
+    changes = arms(network, choices(network) if vary is None else vary.split(), base.network_args)
+    comparison = Comparison(
+        tuple(change.apply(recipe, overrides) for change in changes),
+        seeds,
+        out if out is not None else Path("runs") / f"{recipe.stem}_ablation",
+        "val",
+        jobs,
+    )
+    return _run(comparison, f"{network}: choices for the branch ({recipe.stem})", command)
 
 
 def demo(
     seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = (), command: str = "awconv demo"
 ) -> int:
-    """Trains a small ResNet and its AW twin on scikit-learn's scanned digits, and prints how they compare.
+    """Trains a small ResNet and its AW version on scikit-learn's scanned digits, and prints how they compare.
 
     Args:
         seeds: number of seeds, counted from 0.
@@ -143,85 +144,77 @@ def demo(
     return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
 
 
-def _run(
-    recipe: Path,
-    variants: Sequence[Variant],
-    seeds: int,
-    folder: Path,
-    jobs: int,
-    split: Split,
-    overrides: Sequence[str],
-    title: str,
-    command: str,
-) -> int:
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    jobs = min(jobs, seeds * len(variants))
-    plans = [
-        Plan(recipe, variant, seed, folder, tuple(overrides), split, jobs)
-        for seed, variant in product(range(seeds), variants)
-    ]
-    for plan in plans[: len(variants)]:
-        plan.check()
+def _run(comparison: Comparison, title: str, command: str) -> int:
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # of processes that train together
     console = terminal.console() if first else Console(quiet=True)
-    with locked(folder) if first else nullcontext():
-        status, runs = _train_all(plans, console)
-        if runs and first:
-            order = [variant.name for variant in variants]
-            runs.sort(key=lambda run: (run.seed, order.index(run.variant)))
-            console.print(rich_table(summarise(runs), title))
-            console.print(f"Report: {write_report(runs, folder, title, command)}", markup=False)
+    with locked(comparison.folder) if first else nullcontext():
+        status, records = _train_all(comparison, console)
+        if records and first:
+            order = [variant.name for variant in comparison.variants]
+            records.sort(key=lambda record: (record.seed, order.index(record.variant)))
+            console.print(table(records, title).rich())
+            console.print(f"Report: {write_report(records, comparison.folder, title, command)}", markup=False)
     return status
 
 
-def _train_all(plans: Sequence[Plan], console: Console) -> tuple[int, list[Run]]:
-    finished = {plan: run for plan in plans if (run := plan.finished()) is not None}
-    missing = [plan for plan in plans if plan not in finished]
-    runs, folder = list(finished.values()), plans[0].folder
-    failures: list[tuple[Plan, str]] = []
-    if runs:
-        console.print(
-            f"{len(runs)} of {len(plans)} runs are finished already, in {folder}", markup=False, highlight=False
-        )
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def _train_all(comparison: Comparison, console: Console) -> tuple[int, list[Record]]:
+    runs, folder = comparison.runs, comparison.folder
+    finished = {run.name: record for run in runs if (record := comparison.finished(run)) is not None}
+    records = list(finished.values())
+    if records:
+        _print(console, f"{len(records)} of {len(runs)} runs are finished already, in {folder}")
+    missing = [run for run in runs if run.name not in finished]
+    train = train_in_turn if comparison.jobs == 1 else train_side_by_side
+    failures: list[tuple[Run, str]] = []
     stopped = 0
-    with progress:
-        bar = progress.add_task("", total=len(missing))
-        done: dict[Plan, float] = {}
-
-        def on_progress(plan: Plan, epochs: float, of: int) -> None:
-            done[plan] = epochs / of
-            epoch = min(int(epochs) + 1, of)
-            progress.update(bar, description=f"{plan.name}, epoch {epoch}/{of}", completed=sum(done.values()))
-
-        train = train_in_turn if plans[0].jobs == 1 else train_side_by_side
+    with _Bar(console, len(missing)) as bar:
         try:
-            with closing(train(missing, on_progress)) as results:
-                for plan, result in results:
-                    if isinstance(result, Run):
-                        runs.append(result)
+            with closing(train(comparison, missing, bar.advance_run)) as results:
+                for run, result in results:
+                    if isinstance(result, Record):
+                        records.append(result)
                         score = f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
-                        console.print(f"{plan.name}: {score}", markup=False, highlight=False)
+                        _print(console, f"{run.name}: {score}")
                     else:
-                        failures.append((plan, result))
+                        failures.append((run, result))
         except (KeyboardInterrupt, SIGTERMException) as error:
             stopped = 130 if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM
-            console.print(
-                f"Interrupted; {len(runs)} finished runs are kept in {folder}, and the same command goes on",
-                markup=False,
-                highlight=False,
-            )
-    for plan, reason in failures:
-        terminal.say(*f"awconv: run {plan.name} failed: {reason}".splitlines())
-    return stopped or (1 if failures else 0), runs
+            kept = f"{len(records)} finished runs are kept in {folder}"
+            _print(console, f"Interrupted; {kept}, and the same command goes on")
+    for run, reason in failures:
+        terminal.say(*f"awconv: run {run.name} failed: {reason}".splitlines())
+    return stopped or (1 if failures else 0), records
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+class _Bar(Progress):
+    """One bar for all runs."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar = self.add_task("", total=runs)
+        self._done: dict[str, float] = {}
+
+    def advance_run(self, run: Run, epochs: float, of: int) -> None:
+        """Shows how far a run is.
+
+        Args:
+            run: that made a step.
+            epochs: those done so far.
+            of: all epochs.
+        """
+        self._done[run.name] = epochs / of
+        epoch = min(int(epochs) + 1, of)
+        self.update(self._bar, description=f"{run.name}, epoch {epoch}/{of}", completed=sum(self._done.values()))
