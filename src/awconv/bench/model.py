@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
 from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
-from awconv.layers import AttentionBranch
+from awconv.branch import AttentionBranch
 from awconv.models.registry import BASELINES, variants
 from awconv.ops.choose import ALGORITHMS, use_algorithm
 
