@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
 from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
-from awconv.layers import AttentionBranch
-from awconv.models.registry import BASELINES
+from awconv.branch import AttentionBranch
+from awconv.models.registry import BASELINES, variants
 from awconv.ops.choose import ALGORITHMS, use_algorithm
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -107,12 +107,13 @@ def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[s
     Args:
         name: of an AW network. Its plain twin comes first.
         algorithm: what it is held to.
-        rivals: some of ``RIVALS``; SE is left out where timm has no such network.
+        rivals: some of ``RIVALS``; SE is left out where there is no such network.
     """
     plain, aw = timm.create_model(BASELINES[name]), timm.create_model(name)
     result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, algorithm)}
-    if "se" in rivals and timm.is_model("se" + BASELINES[name]):
-        result["se"] = timm.create_model("se" + BASELINES[name]), None
+    squeezed = variants(BASELINES[name]).get("se")
+    if "se" in rivals and squeezed is not None:
+        result["se"] = timm.create_model(squeezed), None
     if "condconv" in rivals:
         places = [place.rpartition(".")[0] for place, part in aw.named_modules() if isinstance(part, AttentionBranch)]
         result["condconv"] = with_condconv(plain, places), None

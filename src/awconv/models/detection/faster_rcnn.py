@@ -125,7 +125,7 @@ def faster_rcnn(
     if norm is None:
         norm = "frozen" if pretrained else "batch"
     body = with_norm(body, norm)
-    if convert is not None:  # only now: a branch must know that its norm is frozen, and has no gain to learn
+    if convert is not None:  # only now: a branch must know that its norm is frozen, and has no weight to learn
         body = convert_layers(body, **convert)
     _freeze(body, "usual" if trainable_layers is None and pretrained else trainable_layers)
     pyramid = PyramidBackbone(body, out_channels, partial(nn.GroupNorm, _GROUPS) if norm == "group" else None)
