@@ -1,7 +1,7 @@
 """MkDocs' hook: what lies outside docs/ and is linked from there becomes a part of the site.
 
-The README, the changelog and CONTRIBUTING are pages of it. Another file becomes a page that shows its text, and a folder a
-page that lists its files. Links in the Markdown stay those of the repository, so that the pages read there as well.
+The README, the changelog and CONTRIBUTING are pages of it. Another file becomes a page that shows its text, and a
+folder a page that lists its files. Links in the Markdown stay those of the repository, so that they work there as well.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+_ROLE = re.compile(r":(?:func|class|meth|data|mod|attr):<code>([\w.]+)</code>")
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".c": "c", ".h": "c", ".cff": "yaml"}
 SHOWN = "repository"  # the folder of the site that holds what lies outside docs/
@@ -31,7 +32,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     linked: set[str] = set()
     for file in files.documentation_pages():
         linked.update(path for path in _links(file) if not _is_documentation(path))
-    for path in sorted(linked | {part for path in linked for part in _parts(path)}):
+    for path in sorted(linked | {part for folder in linked for part in _parts(folder)}):
         files.append(_shown(path, config))
     return files
 
@@ -93,15 +94,17 @@ def _shown(path: str, config: MkDocsConfig) -> File:
     if whole.suffix == ".md":  # a model card
         return File.generated(config, uri, content=whole.read_text())
     if whole.is_dir():
-        text = "\n".join(f"- [`{part.name}`]({_entry(part, path)})" for part in sorted(whole.iterdir()) if _listed(part))
+        parts = [part for part in sorted(whole.iterdir()) if part.is_dir() or _is_text(part)]
+        text = "\n".join(f"- [`{part.name}`]({_entry(part, path)})" for part in parts)
     else:
         text = f"````{LANGUAGES.get(whole.suffix, '')}\n{whole.read_text()}````"
     return File.generated(config, uri, content=f"{_NOT_SEARCHED}# {path}\n\n{text}\n")
 
 
-def _listed(part: Path) -> bool:
-    return part.is_dir() or _is_text(part)
-
-
 def _entry(part: Path, folder: str) -> str:
     return os.path.relpath(_uri(part.relative_to(ROOT).as_posix()), f"{SHOWN}/{folder}")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Makes links of the roles in docstrings, such as ``:func:`convert```; a name without a page stays code."""
+    return _ROLE.sub(r'<autoref identifier="\1" optional><code>\1</code></autoref>', html)
