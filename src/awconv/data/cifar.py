@@ -9,9 +9,9 @@ from typing import Any
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from awconv.data.classification import ImageDataModule
 from awconv.data.images import ArrayImages
 from awconv.data.loading import Split
-from awconv.data.module import ImageDataModule
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
