@@ -6,7 +6,7 @@ SECONDS := 480
 OPTIONS :=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test campaign gpu lint format clean
+.PHONY: demo test campaign gpu lint format docs package clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
@@ -26,6 +26,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site, into build/site.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .

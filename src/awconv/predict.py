@@ -22,9 +22,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from awconv import terminal
 from awconv.data import BrokenImageError, to_uint8
+from awconv.data.classification import check_batch
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
-from awconv.data.module import check_batch
 from awconv.models.detection.transform import NarrowImageError
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import read_checkpoint

@@ -23,14 +23,18 @@ from tests.compare.test_compare import tiny
         ("resnet20_cifar", "aw_cbam", "aw_cbamresnet20_cifar"),
         ("resnet50", "se", "seresnet50"),
         ("wide_resnet28_10_cifar", "aw_aa", "aw_aa_wide_resnet28_10_cifar"),
+        ("mobilenetv1_100", "aw_se", "aw_se_mobilenetv1_100"),
+        ("resnet50", "ecaresnet50t", "ecaresnet50t"),
     ],
 )
-def test_a_variant_is_a_prefix_of_the_networks_name(base: str, given: str, network: str) -> None:
+def test_a_variant_is_an_attention_of_the_network_or_another_network(base: str, given: str, network: str) -> None:
     assert find_change(base, given) == Change(given, network=network)
 
 
 def test_a_variant_that_does_not_exist_is_named() -> None:
-    message = r"'best' of resnet20_cifar would be .*'best_resnet20_cifar' or .* plain, aw, se, aw_se, cbam, aw_cbam, or"
+    message = (
+        "there is no variant 'best' of resnet20_cifar; there are plain, aw, se, aw_se, cbam, aw_cbam, any other network"
+    )
     with pytest.raises(ValueError, match=message):
         find_change("resnet20_cifar", "best")
     with pytest.raises(FileNotFoundError, match=r"variant none\.yaml is not a file; expected YAML with what differs"):

@@ -45,8 +45,8 @@ def compare(
 
     Args:
         recipe: a YAML file for ``awconv fit``.
-        variants: with commas between them: ``plain`` is the recipe's network, a prefix such as ``aw`` or
-            ``aw_se`` the network of that name, and ``FILE.yaml`` the recipe with that file laid over it.
+        variants: with commas between them: ``plain`` is the recipe's network, ``aw``, ``se`` or ``aw_se`` the same
+            network with that attention, and ``FILE.yaml`` the recipe with that file laid over it.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/`` and the recipe's name by default.
         jobs: how many runs go side by side, in processes that share the device.

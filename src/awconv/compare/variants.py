@@ -8,7 +8,7 @@ from pathlib import Path
 
 import timm
 
-from awconv.models import BASELINES
+from awconv.models import variants
 from awconv.training.recipe import Recipe
 from awconv.yaml_files import read_recipe
 
@@ -104,7 +104,8 @@ def find_change(base: str, given: str) -> Change:
     Args:
         base: the recipe's network.
         given: ``plain`` for the recipe as it is; ``aw``, ``se``, ``aw_se``, ... for the same network with that
-            attention; or a YAML file that is laid over the recipe and whose name is the variant's.
+            attention; the name of another network of timm; or a YAML file that is laid over the recipe and whose name
+            is the variant's.
 
     Raises:
         FileNotFoundError: there is no such YAML file.
@@ -115,17 +116,10 @@ def find_change(base: str, given: str) -> Change:
         if not path.is_file():
             raise FileNotFoundError(f"variant {given} is not a file; expected YAML with what differs from the recipe")
         return Change(path.stem, overlay=path)
-    networks = [base] if given == "plain" else [f"{given}_{base}", f"{given}{base}"]
-    known = [network for network in networks if given and timm.is_model(network)]
-    if not known:
-        raise ValueError(
-            f"variant {given!r} of {base} would be the network {' or '.join(map(repr, networks))}, which "
-            f"timm.create_model does not know; variants of it are {', '.join(_known_variants(base))}, or a YAML file "
-            "that is laid over the recipe"
-        )
-    return Change(given, network=known[0])
-
-
-def _known_variants(base: str) -> list[str]:
-    known = [name for name in BASELINES if name.endswith(base)]
-    return ["plain", *(name.removesuffix(base).rstrip("_") for name in known)]
+    networks = {"plain": base} | variants(base)
+    if given in networks or timm.is_model(given):
+        return Change(given, network=networks.get(given, given))
+    raise ValueError(
+        f"there is no variant {given!r} of {base}; there are {', '.join(networks)}, any other network of timm by its "
+        "name, or a YAML file that is laid over the recipe"
+    )

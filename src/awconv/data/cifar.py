@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from awconv.data.classification import ImageDataModule
 from awconv.data.images import ArrayImages
 from awconv.data.loading import Split
-from awconv.data.module import ImageDataModule
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.roles import Role
 

@@ -105,10 +105,10 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         split: Split,
         collate: Callable[[Any], Any],
         num_workers: int,
-        blocks: np.ndarray[Any, Any] | None = None,
+        chunks: np.ndarray[Any, Any] | None = None,
         groups: np.ndarray[Any, Any] | None = None,
     ) -> Any:
-        """A loader; ``blocks`` and ``groups`` as for :class:`TrainingBatches`."""
+        """A loader; ``chunks`` and ``groups`` as for :class:`TrainingBatches`."""
         share = self._share
         batches: Any
         if split == "train":
@@ -117,7 +117,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
                 self.batch_size,
                 share,
                 self._seed,
-                blocks,
+                chunks,
                 groups,
                 start=self._batches_done,
                 same=getattr(self.trainer, "overfit_batches", 0) > 0,
@@ -156,9 +156,9 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         """Seeds all that is drawn in the rest of a training step, and augments its batch."""
         if self.trainer is None or not self.trainer.training:
             return batch
-        step = (self._seed, self.trainer.current_epoch, self._batches_done())
-        seed_all(derive_seed(*step, self._share.rank))
-        return self._augment(batch, derive_seed(*step))
+        place = (self._seed, self.trainer.current_epoch, self._batches_done())
+        seed_all(derive_seed(*place, self._share.rank))
+        return self._augment(batch, derive_seed(*place))
 
     def _augment(self, batch: Any, seed: int) -> Any:
         """Augments a whole training batch on its device; ``seed`` is the same in all processes."""
