@@ -27,6 +27,8 @@ def poisoned() -> Iterator[None]:
     Fills what is allocated from Python, as all of ours is, the workspace of the C code too. Graphs that are being
     traced stay as they are.
     """
+    with torch.device("meta"):
+        torch.empty(0)  # now PyTorch has looked up the functions that such a context gives its device, once and for all
     with pytest.MonkeyPatch.context() as patch:
         for name in FUNCTIONS:
             patch.setattr(torch, name, _filling(getattr(torch, name), _fill))

@@ -37,6 +37,11 @@ def test_unwritten_integers_are_large() -> None:
     assert torch.empty(3, dtype=torch.bool).all()
 
 
+def test_a_device_context_still_decides() -> None:
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == torch.nn.Linear(2, 2).weight.device.type == "meta"
+
+
 def test_a_traced_graph_is_what_users_have() -> None:
     def function(x: Tensor) -> Tensor:
         return torch.empty_like(x).copy_(x)

@@ -63,7 +63,7 @@ def _resolve(file: File, target: str) -> str:
 
 
 def _is_documentation(path: str) -> bool:
-    return path in PAGES or path.startswith("docs/")
+    return path in PAGES or f"{path}/".startswith("docs/")
 
 
 def _uri(path: str) -> str:
