@@ -93,6 +93,7 @@ class ClassificationTask(Task):
         self.classes = list(classes)
         self.input_size = list(input_size)
         self.crop_pct = crop_pct
+        self.channel_means, self.channel_deviations = list(mean), list(std)  # of values from 0 to 1
         self.label_smoothing, self.erasing, self.compiles = label_smoothing, erasing, compile
         self.network = self._build()
         self.ema = None if ema_decay is None else ModelEmaV3(self.network, decay=ema_decay)
