@@ -26,6 +26,7 @@ from awconv.tasks.coco import Figures
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
 from tests.photographs import CATEGORIES, annotations, boxes, photograph, write_coco
+from tests.tasks.test_coco import pycocotools
 
 # A detector that learns two photographs in seconds.
 TINY = (
