@@ -44,8 +44,7 @@ def main() -> None:
     (archive,) = DIST.glob("*.tar.gz")
     _run("-m", "twine", "check", "--strict", str(wheel), str(archive))
     with tempfile.TemporaryDirectory() as folder:
-        python = _environment(Path(folder) / "environment")
-        _run("-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel))
+        python = _environment(Path(folder) / "environment", wheel)
         cache = {"XDG_CACHE_HOME": str(Path(folder) / "cache"), "PATH": "/usr/local/bin:/usr/bin:/bin"}
         subprocess.run([python, "-I", "-c", _first_example() + _CHECK], cwd=folder, env=cache, check=True)
 
@@ -54,13 +53,15 @@ def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], cwd=tempfile.gettempdir(), check=True)
 
 
-def _environment(folder: Path) -> Path:
-    """A fresh environment with the dependencies of this one: its site-packages, without what their .pth files add, such
-    as an editable awconv."""
-    venv.create(folder)
+def _environment(folder: Path, wheel: Path) -> Path:
+    """The Python of a fresh environment with the wheel, and with the dependencies of this one: its site-packages, but
+    not what their .pth files add, such as an editable awconv."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()))
-    return folder / "bin" / "python"
+    return python
 
 
 def _first_example() -> str:
