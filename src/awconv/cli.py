@@ -27,13 +27,13 @@ _GOES_ON = "the same command with --ckpt_path=last goes on"
 
 @dataclass(frozen=True)
 class Positional:
-    """What a command takes without a name.
+    """A command's positional argument.
 
     Attributes:
         name: of the function's argument.
-        help: what it is.
-        several: one or more of them.
-        type: what its text becomes.
+        help: for ``--help``.
+        several: whether several may be given.
+        type: makes the argument of its text.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Positional:
 
 @dataclass(frozen=True)
 class Command:
-    """A command, which calls one function with what it parses.
+    """A command that parses its arguments and calls one function.
 
     Attributes:
         summary: for the list of commands.
-        function: its module and name; is imported when it is called.
-        positional: what it takes without a name.
-        passes_on: hand the arguments after ``--`` on as ``overrides``, and the whole command as ``command``.
-        takes_bytes: arguments may be names of files that are not UTF-8.
+        function: ``module:name``, imported when the command is called.
+        positional: its positional argument.
+        passes_on: pass the arguments after ``--`` as ``overrides``, and the whole command line as ``command``.
+        takes_bytes: arguments may be file names that are not UTF-8.
     """
 
     summary: str
@@ -82,10 +82,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Benchmark(Command):
-    """A command with subcommands, of which each calls a function of the module.
+    """A command with subcommands. Each calls a function named after it.
 
     Attributes:
-        subjects: what each subcommand takes without a name.
+        subjects: the subcommands, with their positional arguments.
     """
 
     subjects: tuple[tuple[str, Positional | None], ...] = ()
@@ -107,7 +107,7 @@ class Benchmark(Command):
 
 @dataclass(frozen=True)
 class Training(Command):
-    """A command of Lightning's, which has a command line of its own."""
+    """A command of Lightning's command line."""
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Hands the arguments on."""
@@ -183,34 +183,34 @@ COMMANDS: dict[str, Command] = {
     "validate": Training("evaluate a checkpoint on the validation split", ""),
     "test": Training("evaluate a checkpoint on the test split", ""),
     "compare": Command(
-        "train the variants of a recipe over seeds, and report how they compare",
+        "train variants of a recipe over the same seeds, and compare them",
         "awconv.compare:compare",
         _RECIPE,
         passes_on=True,
     ),
     "ablate": Command(
-        "the same over the choices that an AW branch leaves, on the validation split",
+        "compare settings of the attention branch on the validation split",
         "awconv.compare:ablate",
         _RECIPE,
         passes_on=True,
     ),
     "publish": Command(
-        "write the weights of a finished run for others, with a model card",
+        "write a finished run's weights with a model card",
         "awconv.publish:publish",
-        Positional("run", "the file of a run of awconv compare: aw-seed0.json"),
+        Positional("run", "the record of a run of awconv compare, such as aw-seed0.json"),
     ),
     "predict": Command(
         "classify image files with a checkpoint, or find the objects in them",
         "awconv.predict:predict",
-        Positional("images", "image files, and folders that are searched for them", several=True, type=_path),
+        Positional("images", "image files, and folders to search for them", several=True, type=_path),
         takes_bytes=True,
     ),
     "models": Command(
-        "list the models with attention, and what they cost beside the same networks without",
+        "list the networks with attention, and their cost relative to the plain ones",
         "awconv.model_costs:models",
     ),
     "bench": Benchmark(
-        "time layers, networks or detectors beside plain ones (bench op, bench model, bench detector)",
+        "measure runtime relative to plain layers, networks or detectors (op, model, detector)",
         "awconv.bench:bench",
         subjects=(
             ("op", None),
@@ -238,8 +238,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command and its arguments; those of the process by default.
 
     Returns:
-        The exit status: 0 if all went well, 1 after an error of the user's or a broken image, 2 for arguments that
-        cannot be parsed, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0 for success, 1 for an error or a broken image, 2 for arguments that cannot be parsed, 130
+        after Ctrl-C, 143 after SIGTERM.
     """
     command, *arguments = (sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
@@ -289,7 +289,7 @@ def _is_main_thread() -> bool:
 
 
 def _message(error: Exception, arguments: Sequence[str]) -> str:
-    """What an error says, without the traceback that PyTorch puts before one of a process that loads data."""
+    """An error's message, without the traceback that PyTorch adds in processes that load data."""
     if isinstance(error, RecursionError):
         return "an argument or a file is nested too deeply"
     if isinstance(error, OverflowError):
@@ -304,7 +304,7 @@ def _message(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _expanded(argument: str) -> str:
-    """An argument ``--name=~/path`` with the user's folder, which a shell puts only where ``~`` begins a word."""
+    """Expands ``~`` in ``--name=~/path``; a shell expands it only at the start of a word."""
     name, equals, value = argument.partition("=")
     return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
 

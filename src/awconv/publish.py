@@ -1,4 +1,4 @@
-"""From a finished run to a folder of weights with a model card."""
+"""Writes a finished run's weights with a model card."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from awconv.training.checkpoints import find_last, read_checkpoint
 def publish(
     run: Path, tag: str, data: str, recipe: str, out: Path = Path("weights"), license: str = "apache-2.0"
 ) -> int:
-    """Writes the weights of a finished run, their configuration and a model card.
+    """Writes a finished run's weights, their configuration and a model card.
 
-    The folder has the layout of Hugging Face's hub: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
-    it, and so does ``hf-hub:NAME`` once it is there.
+    The folder has the layout of Hugging Face's hub. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
+    it; once uploaded, ``hf-hub:NAME`` does too.
 
     Args:
-        run: the file of a run of ``awconv compare``, with its checkpoints beside it.
-        tag: what the weights are called after the network's name, such as ``cifar10``.
-        data: what the network was trained on, in words.
-        recipe: the recipe, as the card's command is to name it.
+        run: the record of a run of ``awconv compare``, with its checkpoints beside it.
+        tag: name of the weights after the network's name, such as ``cifar10``.
+        data: the training data, in words.
+        recipe: the recipe's path, as the card's command names it.
         out: the folder in which the folder ``NETWORK.TAG`` is made.
         license: of the weights, as an SPDX identifier.
 
@@ -39,9 +39,8 @@ def publish(
         The exit status, 0.
 
     Raises:
-        FileNotFoundError: the run, or its checkpoint, is not there.
-        ValueError: the file is no run, its network has arguments, without which weights do not fit, or a text is none
-            that a card can hold.
+        FileNotFoundError: the record or its checkpoint is missing.
+        ValueError: the file is not a record, its network has arguments of its own, or a text does not fit into a card.
     """
     _check_texts(tag, license, data=data, recipe=recipe)
     record, task = _finished(run)
@@ -66,7 +65,7 @@ def publish(
 
 
 def _check_texts(tag: str, license: str, **lines: str) -> None:
-    """Raises a ValueError for a text that a card, or a folder's name, cannot hold."""
+    """Raises a ValueError for a text that does not fit into a card or a folder's name."""
     if not re.fullmatch(r"\w[\w.-]{0,99}", tag, re.ASCII):
         raise ValueError(
             f"tag must be a name, without folders, of letters, digits, '.', '-' and '_', at most 100, got {tag[:120]!r}"
@@ -79,11 +78,11 @@ def _check_texts(tag: str, license: str, **lines: str) -> None:
 
 
 def _finished(run: Path) -> tuple[Record, ClassificationTask]:
-    """The record of a run, and what its last checkpoint holds.
+    """A run's record and the task of its last checkpoint.
 
     Raises:
-        FileNotFoundError: the run, or its checkpoint, is not there.
-        ValueError: they do not belong together, or are not of a classifier that its name alone describes.
+        FileNotFoundError: the record or its checkpoint is missing.
+        ValueError: they do not belong together, or the network's name alone does not describe the network.
     """
     if not run.is_file():
         raise FileNotFoundError(f"run {run} is not a file; expected one of awconv compare, such as aw-seed0.json")
@@ -104,7 +103,7 @@ def _finished(run: Path) -> tuple[Record, ClassificationTask]:
 
 
 def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: str) -> dict[str, Any]:
-    """timm's configuration of the weights: their classes, and how images are prepared."""
+    """timm's configuration of the weights: classes and preprocessing."""
     cfg = {
         key: value
         for key, value in network.pretrained_cfg.items()
@@ -123,7 +122,7 @@ def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: s
 
 
 def _card(record: Record, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
-    """The model card; ``folder`` is None for weights that come with the package, which go by their name."""
+    """The model card. ``folder`` is None for weights that the package ships, which are loaded by name."""
     epochs = len(record.epochs)
     versions = markdown_cell(", ".join(f"{key} {value}" for key, value in record.versions.items()))
     validation = record.epochs[-1].val_score

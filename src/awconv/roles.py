@@ -1,4 +1,4 @@
-"""What a setting decides. The class that has an argument declares its role in ``roles``."""
+"""Roles of settings. A class declares the roles of its arguments in ``roles``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import enum
 
 
 class Role(enum.IntEnum):
-    """What depends on a setting; each role includes those before it.
+    """What a setting decides. A role includes those before it.
 
-    Two trainings give the same result if they agree in what decides the result. A training goes on from the checkpoint
-    of another one if both agree in what decides the steps. Weights fit if both agree in what decides the network.
+    Two trainings give the same result if their settings with the role ``RESULT`` or a later one agree. A training can
+    resume from a checkpoint if those from ``STEPS`` on agree. Weights fit if those from ``NETWORK`` on agree.
     """
 
     NOTHING = 0
-    """Speed, messages and files."""
+    """No result: speed, messages, files."""
     RESULT = 1
-    """What comes of the training, though each step would be the same: its length."""
+    """The result but not the steps, such as the number of epochs."""
     STEPS = 2
-    """Each step."""
+    """The steps of the training."""
     NETWORK = 3
-    """Which weights there are, and what they mean."""
+    """The network, and so the meaning of its weights."""
     DATA = 4
-    """The same, where the data decide it: nobody sets it."""
+    """The same, but the data set the value, such as the classes."""

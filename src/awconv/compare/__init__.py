@@ -1,7 +1,7 @@
 """Variants of a recipe, trained over the same seeds and compared (extra ``train``).
 
-A recipe becomes runs, a run leaves a record, and records make a report. Records and reports need no training, and so
-none of its libraries.
+A recipe becomes runs, a run leaves a record, and records make a report. Records and reports do not import the training
+libraries.
 """
 
 from __future__ import annotations

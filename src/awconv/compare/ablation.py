@@ -1,4 +1,4 @@
-"""The choices that an AW branch leaves, as variants of a comparison."""
+"""Settings of the attention branch as variants of a comparison."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ _TRAINING = ("branch_lr_factor", "branch_weight_decay")
 
 
 def choices(network: str) -> list[str]:
-    """Some changes of each kind, the last stage alone among them."""
+    """Some changes of each kind, and AW in the last stage alone."""
     with torch.device("meta"):
         info: Any = timm.create_model(network).feature_info
     return [*_CHOICES.split(), f"select={info[-1]['module']}.*"]
 
 
 def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] | None = None) -> list[Change]:
-    """One variant for each of the changes, after the network as it is, which is called ``default``.
+    """The network as it is, called ``default``, and one variant for each change.
 
     Args:
         network: an AW network.
         changes: such as ``"reduction=4"``, or ``"reduction=4+activation=tanh"`` for both at once.
-        network_args: those of the recipe, which a change is laid over.
+        network_args: the recipe's, to which a change is added.
 
     Raises:
-        ValueError: a change is none that a branch leaves, or there twice, or selects no layer.
+        ValueError: a change is unknown, given twice, or selects no layer.
     """
     if not changes:
         raise ValueError("vary must name at least one change, such as reduction=4")
@@ -88,7 +88,7 @@ def _value(change: str, text: str) -> Any:
 
 
 def _layers(network: str, pattern: str) -> list[str]:
-    """Those of a network's AW-convolutions whose names match: a change of the places leaves out, and adds none."""
+    """The network's AW-convolutions whose names match: a selection only leaves out."""
     with torch.device("meta"):
         modules = timm.create_model(network).named_modules()
         names = [name for name, module in modules if isinstance(module, AW_LAYERS)]

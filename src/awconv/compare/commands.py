@@ -1,4 +1,4 @@
-"""Trains the variants of a recipe over seeds, and reports what is finished."""
+"""The commands ``compare``, ``ablate`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def compare(
     overrides: Sequence[str] = (),
     command: str = "",
 ) -> int:
-    """Trains the variants of a recipe over the same seeds and prints how they compare.
+    """Trains variants of a recipe over the same seeds and compares them.
 
-    Each finished run is kept as a small JSON file. A run whose file is there is not trained again, and one that was
-    interrupted goes on: Ctrl-C reports what is finished, and the same command goes on later, or elsewhere with these
-    files. A run that fails is named, and the others go on. The variants of a seed are trained one after the other, so
-    that the ratio of their times is taken on a machine in the same state.
+    Each finished run leaves a record, a small JSON file, and is not trained again. Ctrl-C reports the finished runs, and
+    the same command resumes the interrupted one, on any machine that has the folder. A failed run is reported, and the
+    others go on. Variants of a seed are trained one after the other, so that the ratio of their times is fair.
 
     Args:
         recipe: a YAML file for ``awconv fit``.
         variants: with commas between them: ``plain`` is the recipe's network, ``aw``, ``se`` or ``aw_se`` the same
-            network with that attention, and ``FILE.yaml`` the recipe with that file laid over it.
+            network with that attention, a network of timm by its name, and ``FILE.yaml`` the recipe with that file
+            laid over it.
         seeds: number of seeds, counted from 0.
-        out: the folder of the report; ``runs/`` and the recipe's name by default.
-        jobs: how many runs go side by side, in processes that share the device.
-        split: what the networks are tested on. Choices are to be made on ``val``, before anything is seen of ``test``.
+        out: the folder of the report; ``runs/RECIPE`` by default.
+        jobs: how many runs are trained side by side, in processes that share the device.
+        split: the split to test on. Make choices on ``val``, before you look at ``test``.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
 
@@ -58,9 +58,9 @@ def compare(
         The exit status: 0, 1 if a run failed, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        FileNotFoundError: there is no such recipe or variant.
-        ValueError: the recipe names no network, a variant does not exist or twice, there is nothing to run, a file
-            holds a run of other settings, or an override is of what the comparison sets for each run.
+        FileNotFoundError: the recipe or a variant is missing.
+        ValueError: the recipe names no network, a variant is unknown or given twice, there is nothing to run, a record
+            has other settings, or the comparison itself sets an override.
     """
     check_overrides(overrides)
     base = read_base(recipe, overrides).network
@@ -88,19 +88,19 @@ def ablate(
     overrides: Sequence[str] = (),
     command: str = "",
 ) -> int:
-    """Trains a recipe's AW network with other choices for its branch, and compares them on the validation split.
+    """Compares settings of a recipe's attention branch on the validation split.
 
-    The test split is not looked at. Finished and interrupted runs are taken up as in ``awconv compare``.
+    The test split is not used. Finished and interrupted runs are treated as in ``awconv compare``.
 
     Args:
         recipe: a YAML file for ``awconv fit``.
-        vary: what is changed, one at a time, with spaces between them: arguments of the layer such as ``reduction=4``,
+        vary: changes, tried one at a time, with spaces between them: arguments of the layer such as ``reduction=4``,
             ``in_expansion=1``, ``activation=tanh``, ``residual=false``, ``norm_layer=none``; ``select=layer3.*`` for
-            the stages with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for their optimisation. Several
-            changes at once are joined by ``+``: ``reduction=4+activation=tanh``. By default some of each kind.
+            the layers with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for their optimisation. Join
+            changes by ``+`` to try them at once: ``reduction=4+activation=tanh``. The default is some of each kind.
         seeds: number of seeds, counted from 0.
-        out: the folder of the report; ``runs/`` and the recipe's name with ``_ablation`` by default.
-        jobs: how many runs go side by side, in processes that share the device.
+        out: the folder of the report; ``runs/RECIPE_ablation`` by default.
+        jobs: how many runs are trained side by side, in processes that share the device.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
 
@@ -108,9 +108,9 @@ def ablate(
         The exit status, as of :func:`compare`.
 
     Raises:
-        FileNotFoundError: there is no such recipe.
-        ValueError: the recipe's network has no AW version, a change is none, the data have no validation split, a file
-            holds a run of other settings, or an override is of what the comparison sets for each run.
+        FileNotFoundError: the recipe is missing.
+        ValueError: the recipe's network has no AW version, a change is unknown, the data have no validation split, a
+            record has other settings, or the comparison itself sets an override.
     """
     check_overrides(overrides)
     base = read_base(recipe, overrides)
@@ -130,7 +130,7 @@ def ablate(
 def demo(
     seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = (), command: str = "awconv demo"
 ) -> int:
-    """Trains a small ResNet and its AW version on scikit-learn's scanned digits, and prints how they compare.
+    """Trains a small ResNet, plain and with AW, on scikit-learn's scanned digits, and compares them.
 
     Args:
         seeds: number of seeds, counted from 0.
@@ -208,12 +208,12 @@ class _Bar(Progress):
         self._done: dict[str, float] = {}
 
     def advance_run(self, run: Run, epochs: float, of: int) -> None:
-        """Shows how far a run is.
+        """Shows the progress of a run.
 
         Args:
-            run: that made a step.
-            epochs: those done so far.
-            of: all epochs.
+            run: the run.
+            epochs: epochs done so far.
+            of: number of all epochs.
         """
         self._done[run.name] = epochs / of
         epoch = min(int(epochs) + 1, of)

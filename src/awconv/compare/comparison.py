@@ -1,4 +1,4 @@
-"""A comparison: variants of a recipe, each trained with the same seeds, and where their records are kept."""
+"""A comparison: variants of a recipe, their runs, and where the records are kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Run:
     """One training of a variant.
 
     Attributes:
-        variant: what is trained.
+        variant: the trained variant.
         seed: of the initialisation, the order of the images and their augmentation.
     """
 
@@ -25,23 +25,23 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its record and of the folder of its checkpoints."""
+        """The name of the record, and of the folder of checkpoints."""
         return f"{self.variant.name}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be there in the end.
+    """What all runs of a comparison share.
 
     Attributes:
-        variants: what is compared; the others are compared with the first.
+        variants: what is compared; the first is the baseline if no other is.
         seeds: number of seeds, counted from 0.
-        folder: holds the records, the checkpoints of each run in a folder of its name, and the report.
-        split: what the networks are tested on.
+        folder: of the records, the checkpoints and the report.
+        split: the split to test on.
         jobs: how many runs share the device.
 
     Raises:
-        ValueError: there is nothing to run, or two variants have the same name.
+        ValueError: ``seeds`` or ``jobs`` is less than 1.
     """
 
     variants: tuple[Variant, ...]
@@ -58,8 +58,7 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs; those of a seed follow each other, so that the ratio of their times is taken on a machine in the
-        same state."""
+        """All runs. Those of a seed follow each other, so that the ratio of their times is fair."""
         return [Run(variant, seed) for seed, variant in product(range(self.seeds), self.variants)]
 
     def checkpoints(self, run: Run) -> Path:
@@ -67,7 +66,7 @@ class Comparison:
         return self.folder / run.name
 
     def file(self, run: Run) -> Path:
-        """Where the record of a finished run is kept."""
+        """The file of a run's record."""
         return self.folder / f"{run.name}.json"
 
     def recipe(self, run: Run) -> Recipe:
@@ -75,10 +74,10 @@ class Comparison:
         return run.variant.recipe.for_run(run.seed, self.checkpoints(run))
 
     def finished(self, run: Run) -> Record | None:
-        """The record of a run, if it is finished already.
+        """The record of a finished run, or None.
 
         Raises:
-            ValueError: the file holds a run of other settings, or no run.
+            ValueError: the file is not a record, or has other settings.
         """
         file = self.file(run)
         if not file.is_file():

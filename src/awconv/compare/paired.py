@@ -1,4 +1,4 @@
-"""What runs say of variants: means over seeds, and differences between runs of the same seed."""
+"""Statistics of a comparison: means over seeds, and differences between runs with the same seed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from awconv.models import BASELINES
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a variant is than its baseline, over the seeds that both have finished.
+    """Paired difference between a variant and its baseline.
 
     Attributes:
-        to: the baseline: the variant with the same network but without its attention, or the first one.
+        to: the baseline: the variant with the same network without the attention, or the first variant.
         seeds: number of pairs.
-        mean: of the pairs' differences, in percentage points.
-        low: where the 95 % confidence interval of the mean begins, by Student's t; None for one pair.
-        high: where it ends.
+        mean: mean difference, in percentage points.
+        low: lower end of the mean's 95 % confidence interval, by Student's t; None for one pair.
+        high: its upper end.
     """
 
     to: str
@@ -33,19 +33,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class VariantSummary:
-    """One variant of a comparison.
+    """The runs of one variant, summarised.
 
     Attributes:
         variant: its name.
         network: name of the network.
         parameters: number of trained parameters.
-        operations: multiply-adds for one image; None where they were not counted.
+        operations: multiply-adds for one image; None if they were not counted.
         seeds: number of finished runs.
-        metric: what the score is, such as ``"accuracy"``.
+        metric: name of the score, such as ``"accuracy"``.
         score: mean over the seeds, in percent.
         spread: standard deviation over the seeds, in percentage points; None for one seed.
-        figures: means of others, in percent, such as ``AP50``; None where there is nothing to judge by.
-        difference: to the baseline; None for the first variant, and without common seeds.
+        figures: means of other figures, such as ``AP50``, in percent; None if there is nothing to evaluate.
+        difference: to the baseline; None for the baseline itself, and without common seeds.
         seconds_per_epoch: median over the runs.
         ratio: ``seconds_per_epoch`` over that of the first variant.
     """
@@ -107,7 +107,7 @@ def _baseline(record: Record, by_variant: Mapping[str, Sequence[Record]]) -> str
 
 
 def paired_difference(records: Sequence[Record], baseline: Sequence[Record]) -> Difference | None:
-    """How much better the runs of a variant are than its baseline's of the same seeds; None if there are none."""
+    """The difference between a variant's runs and its baseline's with the same seeds; None without such seeds."""
     before = {record.seed: record.score for record in baseline}
     differences = [100 * (record.score - before[record.seed]) for record in records if record.seed in before]
     if not differences:

@@ -1,4 +1,4 @@
-"""Training several runs, in turn or side by side."""
+"""Trains several runs, in turn or side by side."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def train_in_turn(comparison: Comparison, runs: Sequence[Run], on_progress: OnPr
     """Trains runs one after the other.
 
     Args:
-        comparison: what they belong to.
-        runs: those that are missing.
-        on_progress: called with a run, the epochs done so far and the number of all.
+        comparison: that they belong to.
+        runs: the missing ones.
+        on_progress: called with a run, the epochs done so far and the number of all epochs.
 
     Yields:
-        Each run with its record, or with the reason why it failed.
+        Each run with its record, or with a message why it failed.
     """
     opened, threads = OpenedData(), torch.get_num_threads()
     try:
@@ -47,7 +47,7 @@ def train_in_turn(comparison: Comparison, runs: Sequence[Run], on_progress: OnPr
 def _train(
     comparison: Comparison, run: Run, opened: OpenedData, threads: int, on_progress: Callable[[float, int], None]
 ) -> Record | str:
-    """Trains a run with some threads, or those that it was begun with."""
+    """Trains a run with a number of threads; a resumed run has its own."""
     torch.set_num_threads(threads)
     try:
         return train(comparison, run, opened, on_progress)
@@ -56,15 +56,15 @@ def _train(
 
 
 def train_side_by_side(comparison: Comparison, runs: Sequence[Run], on_progress: OnProgress) -> Results:
-    """Trains runs in processes of their own, each with its share of the cores. They end with this one.
+    """Trains runs in processes, each with its share of the cores. The processes end with this one.
 
     Args:
-        comparison: what they belong to; its ``jobs`` says how many go at once.
-        runs: those that are missing.
+        comparison: that they belong to; ``jobs`` is the number of processes.
+        runs: the missing ones.
         on_progress: as for :func:`train_in_turn`.
 
     Yields:
-        Each run with its record, or with the reason why it failed, as they finish.
+        Each run with its record, or with a message why it failed, as they finish.
     """
     if not runs:
         return
@@ -133,7 +133,7 @@ def _terminate(*_: Any) -> None:
 
 @quiet_lightning()
 def _work(connection: Connection, comparison: Comparison, threads: int) -> None:
-    """Trains the runs whose names the other process sends, until it sends nothing more."""
+    """Trains the runs whose names the main process sends, until it sends None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     opened, by_name = OpenedData(), {run.name: run for run in comparison.runs}

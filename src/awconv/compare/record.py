@@ -1,4 +1,4 @@
-"""The record of a run: the small JSON file that keeps what came of it. Needs no extra."""
+"""The record of a run: a small JSON file with its result. Needs no extra."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TestSplit = Literal["test", "val"]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch gave.
+    """One epoch of a learning curve.
 
     Attributes:
         train_loss: mean loss over the training batches.
-        val_score: the metric on the validation split; None without one, and after an epoch without an evaluation.
-        seconds: time of the training batches, without validation and checkpoints.
+        val_score: the score on the validation split, from 0 to 1; None if it was not evaluated.
+        seconds: duration of the training batches, without validation and checkpoints.
     """
 
     train_loss: float
@@ -31,23 +31,22 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run.
+    """The result of a finished run.
 
     Attributes:
-        variant: what distinguishes it from the others of its seed, such as ``"plain"`` or ``"aw"``.
+        variant: such as ``"plain"`` or ``"aw"``.
         network: name of the network.
         seed: of the initialisation, the order of the images and their augmentation.
         parameters: number of trained parameters.
-        test_split: the split that it was tested on: ``"val"`` where the data set has no ``"test"``, or where choices
-            are made by it.
-        score: the metric of the network of the last epoch on that split, from 0 to 1.
+        test_split: the split of the score. ``"val"`` if the data set has no ``"test"``, or if choices are made by it.
+        score: of the network after the last epoch on that split, from 0 to 1.
         epochs: the learning curve.
         recipe: all settings of the run.
         versions: of awconv, torch, timm and Python, and the machine.
         operations: multiply-adds for one image; None in records of versions that did not count them.
         jobs: how many runs shared the device.
-        metric: ``"accuracy"``, the share of images that were classified rightly, or ``"box AP"`` (COCO's).
-        figures: others by name, from 0 to 1, such as ``AP50``; negative where there is nothing to judge by.
+        metric: name of the score: ``"accuracy"``, or ``"box AP"`` (COCO's).
+        figures: other figures by name, such as ``AP50``, from 0 to 1; negative if there is nothing to evaluate.
     """
 
     variant: str
@@ -66,11 +65,11 @@ class Record:
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Median time of an epoch; the first, which warms up, does not count where there are others."""
+        """Median duration of an epoch, without the first one, which warms up, if there are more."""
         return median(epoch.seconds for epoch in self.epochs[1:] or self.epochs)
 
     def save(self, path: Path) -> None:
-        """Writes the record as JSON, wholly or not at all."""
+        """Writes the record as JSON, atomically."""
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         os.replace(partial, path)
@@ -80,7 +79,7 @@ class Record:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is something else.
+            ValueError: the file is not a record.
         """
         try:
             content = json.loads(path.read_text(), parse_constant=_refuse)
@@ -101,7 +100,7 @@ def _refuse(constant: str) -> None:
 
 
 def _check_types(part: Any) -> None:
-    """Raises a TypeError for an attribute of a dataclass whose value is not of its type, or no finite number."""
+    """Raises a TypeError for an attribute of a dataclass with a value of another type, or an infinite one."""
     types = get_type_hints(type(part))
     for one in fields(part):
         value = getattr(part, one.name)

@@ -1,4 +1,4 @@
-"""The learning curve of a run, kept while it is trained."""
+"""Records the learning curve of a run while it is trained."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Progress = Callable[[float, int], None]
 
 
 def recorded(checkpoint: dict[str, Any]) -> list[EpochRecord]:
-    """The learning curve of the run that a checkpoint is of."""
+    """The learning curve in a checkpoint."""
     return [EpochRecord(**epoch) for epoch in checkpoint["callbacks"].get(Recorder.state_key, {}).get("epochs", [])]
 
 
 class Recorder(pl.Callback):
-    """Keeps the learning curve, in checkpoints too, and times the batches of each epoch.
+    """Records the learning curve, also in checkpoints, and the duration of each epoch.
 
     Args:
-        on_progress: called after each batch with the epochs done so far and the number of all.
+        on_progress: called after each batch with the epochs done so far and the number of all epochs.
 
     Attributes:
         epochs: the learning curve.
-        device: what kind of device the training ran on.
+        device: type of the device, such as ``"cuda"``.
     """
 
     state_key = "_Recorder"  # in checkpoints

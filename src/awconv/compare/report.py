@@ -1,4 +1,4 @@
-"""What a comparison says: a table, learning curves, a page for a browser, and the same as JSON."""
+"""The report of a comparison: table, learning curves, HTML page and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from awconv.tables import Table
 
 
 def table(records: Sequence[Record], title: str = "") -> Table:
-    """One row for each variant of runs, which share their metric."""
+    """A row for each variant. All records have the same metric."""
     summaries = summarise(records)
     headings = (
         "variant",
@@ -53,17 +53,17 @@ _GENERATED = re.compile(r"<!-- runs: (\S+) (\S+) -->\n.*?<!-- end of runs -->", 
 
 
 def with_tables(text: str, root: Path) -> str:
-    """A Markdown text whose tables of runs are made anew from the runs' files.
+    """Updates the tables of runs in a Markdown text from the records.
 
     A table stands between ``<!-- runs: FOLDER VARIANTS -->`` and ``<!-- end of runs -->``, with commas between the
     variants.
 
     Args:
         text: the Markdown.
-        root: what the folders are relative to.
+        root: the folder that FOLDER is relative to.
 
     Raises:
-        ValueError: a folder holds no run of a variant, or a file that is none.
+        ValueError: a folder has no record of a variant, or a file that is not a record.
     """
 
     def made(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Trains a run of a comparison, from where it was interrupted, and keeps its record."""
+"""Trains a run of a comparison, resuming where it was interrupted, and writes its record."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from awconv.version import __version__
 
 
 class OpenedData:
-    """Data sets that runs share, so that they are decoded once."""
+    """Data sets that runs share, so that each is decoded once."""
 
     def __init__(self) -> None:
         self._opened: dict[str, DataModule] = {}
 
     def of(self, recipe: Recipe, built: TrainingCLI, split: TestSplit) -> DataModule:
-        """The data of a run: those of an earlier one with the same settings, or its own.
+        """The data of an earlier run with the same settings, or else the run's own.
 
         Raises:
             ValueError: there is nothing to test on.
@@ -45,18 +45,18 @@ class OpenedData:
 def train(
     comparison: Comparison, run: Run, opened: OpenedData, on_progress: Progress = lambda epochs, of: None
 ) -> Record:
-    """Trains the network, from where an interrupted run was, tests it after the last epoch and keeps the record.
+    """Trains the network, resuming an interrupted run, tests it after the last epoch and writes the record.
 
     Args:
-        comparison: what the run belongs to.
-        run: what is trained.
-        opened: the data of other runs, which may be those of this one.
-        on_progress: called after each batch with the epochs done so far and the number of all.
+        comparison: that the run belongs to.
+        run: the run.
+        opened: the data sets of other runs, to share.
+        on_progress: called after each batch with the epochs done so far and the number of all epochs.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
-        SIGTERMException: the process is to end.
-        ValueError: there is nothing to test on, or an interrupted run was of other settings.
+        SIGTERMException: SIGTERM came.
+        ValueError: there is nothing to test on, or an interrupted run had other settings.
     """
     recipe, split = comparison.recipe(run), comparison.split
     built = recipe.build()
@@ -108,10 +108,10 @@ def _versions(device: Any) -> dict[str, str]:
 
 
 def _interrupted(comparison: Comparison, run: Run, recipe: Recipe) -> str | None:
-    """The last checkpoint of a run.
+    """The last checkpoint of an interrupted run, or None.
 
     Raises:
-        ValueError: it is of other settings.
+        ValueError: it has other settings.
     """
     folder = comparison.checkpoints(run)
     last = find_last(folder)

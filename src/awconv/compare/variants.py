@@ -1,4 +1,4 @@
-"""What a comparison compares: variants of a recipe."""
+"""Variants of a recipe."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Variant:
     """A recipe with changes.
 
     Attributes:
-        name: what it is called.
-        recipe: with the changes.
+        name: such as ``"aw"``.
+        recipe: the recipe with the changes.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Change:
     """What a variant changes in a recipe.
 
     Attributes:
-        name: what the variant is called.
-        overlay: a YAML file that is laid over the recipe, and under the arguments of all variants.
-        network: in the place of the recipe's.
-        arguments: of its own, as ``awconv fit`` takes them.
+        name: of the variant.
+        overlay: a YAML file laid over the recipe; overrides of all variants come after it.
+        network: replaces the recipe's.
+        arguments: further arguments of ``awconv fit``.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Change:
     arguments: tuple[str, ...] = ()
 
     def apply(self, recipe: Path, overrides: Sequence[str]) -> Variant:
-        """The variant of a recipe.
+        """Makes the variant of a recipe.
 
         Args:
             recipe: a YAML file for ``awconv fit``.
             overrides: further arguments of all variants.
 
         Raises:
-            ValueError: the parser refuses the settings, after it has said why.
+            ValueError: the parser refused the settings and said why.
         """
         try:
             parsed = Recipe.parse(
@@ -77,7 +77,7 @@ class Change:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises a ValueError for an override of what a comparison sets for each of its runs."""
+    """Raises a ValueError for an override that the comparison itself sets for each run."""
     for override in overrides:
         name, _, value = override.partition("=")
         if name in _INSTEAD and not (name in _SILENCED and value.lower() == "false"):  # which they are
@@ -85,11 +85,11 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def read_base(recipe: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe whose variants are compared, with what is given beside it.
+    """The recipe with overrides, before any change.
 
     Raises:
-        FileNotFoundError: there is no such recipe.
-        SystemExit: the parser refuses the settings, after it has said why.
+        FileNotFoundError: the recipe is missing.
+        SystemExit: the parser refused the settings and said why.
         ValueError: the recipe names no network.
     """
     named = read_recipe(recipe).get("model", {}).get("network") is not None
@@ -99,16 +99,15 @@ def read_base(recipe: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def find_change(base: str, given: str) -> Change:
-    """What a variant of a network changes, by what the user calls the variant.
+    """What a variant changes, given its name.
 
     Args:
         base: the recipe's network.
         given: ``plain`` for the recipe as it is; ``aw``, ``se``, ``aw_se``, ... for the same network with that
-            attention; the name of another network of timm; or a YAML file that is laid over the recipe and whose name
-            is the variant's.
+            attention; the name of another network of timm; or a YAML file laid over the recipe.
 
     Raises:
-        FileNotFoundError: there is no such YAML file.
+        FileNotFoundError: the YAML file is missing.
         ValueError: there is no such network.
     """
     if given.endswith((".yaml", ".yml")):

@@ -1,4 +1,4 @@
-"""Arguments of a task that are checked before anything is built."""
+"""Checks of a task's arguments, before anything is built."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NOT_THE_NETWORKS = {
 
 
 def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
-    """Raises a ValueError for a number that is not finite, or out of its range.
+    """Raises a ValueError for a number that is NaN or out of its range.
 
     Args:
-        **numbers: by the argument's name: the number, or None for one that is not given; the least and the largest.
+        **numbers: by the argument's name: the number, or None, and the ends of its range.
     """
     for name, (number, least, most) in numbers.items():
         if number is not None and not least <= number <= most:  # which NaN is not, either
@@ -33,8 +33,8 @@ def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
 
 
 def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None:
-    """Raises a ValueError that names near ones where timm knows no such network, or no such weights of it, or where an
-    argument is not the network's own."""
+    """Raises a ValueError if timm does not know the network or its weights, and names similar ones; also if an argument
+    is not the network's own."""
     if not isinstance(arguments, Mapping | None):
         raise ValueError(f"network_args must be a mapping, got {type(arguments).__name__}")
     taken = sorted(key for key in arguments or {} if key in _NOT_THE_NETWORKS or str(key).startswith("pretrained"))

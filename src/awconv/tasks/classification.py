@@ -27,36 +27,35 @@ _OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e
 
 
 class ClassificationTask(Task):
-    """A network that is trained with cross-entropy, a linear warm-up and a decay of the learning rate.
+    """Trains a classifier with cross-entropy.
 
-    Its checkpoints hold all that a prediction needs: the network's name and arguments, the classes and how images are
+    A checkpoint holds all that a prediction needs: the network's name and arguments, the classes, and how images are
     normalised.
 
     Args:
         classes: the names of the classes, by index.
         input_size: channels, height and width of the images.
-        crop_pct: what share of an image's shorter side is evaluated.
-        mean: mean of each channel, of values from 0 to 1.
-        std: deviation of each channel.
+        crop_pct: share of an image's shorter side that is evaluated.
+        mean: mean of each channel; values are from 0 to 1.
+        std: standard deviation of each channel.
         network: a name that ``timm.create_model`` knows.
         network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``.
-        pretrained: what a training starts from: weights that timm has for the network (true), or a file of weights
-            under the network's names (safetensors, or a state dict of torch). A classifier of other classes starts
-            anew. A checkpoint needs them no more.
-        convert: arguments of :func:`awconv.convert`, by which the network, with its pretrained weights, becomes an AW
-            network: ``{"init": "identity"}``.
-        label_smoothing: of the cross-entropy in training.
+        pretrained: weights to start from: timm's for the network (true), or a file with the network's names
+            (safetensors, or a state dict of torch). A classifier for other classes is initialised anew. Checkpoints do
+            not need the weights again.
+        convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the network is converted after
+            its pretrained weights are loaded.
+        label_smoothing: of the cross-entropy in training, from 0 to 1.
         mixup: arguments of ``timm.data.Mixup``, such as ``{"mixup_alpha": 0.2, "cutmix_alpha": 1.0}``.
-        erasing: probability with which a rectangle of a training image is replaced by noise (``RandomErasing`` of
-            timm).
-        ema_decay: of an exponential moving average of the weights (``ModelEmaV3`` of timm), such as 0.9999: the network
-            that is evaluated and predicts. None for none.
-        channels_last: keep weights and images in that memory format.
-        compile: run the network by ``torch.compile``.
+        erasing: probability of replacing a rectangle of a training image by noise (timm's ``RandomErasing``).
+        ema_decay: decay of an exponential moving average of the weights (timm's ``ModelEmaV3``), such as 0.9999. The
+            averaged network is evaluated and predicts. None for none.
+        channels_last: use that memory format.
+        compile: use ``torch.compile``.
         **kwargs: as for :class:`Task`.
 
     Raises:
-        ValueError: timm does not know the network, or an argument is not what its taker takes.
+        ValueError: timm does not know the network, or an argument has a wrong value.
     """
 
     data_module = ImageDataModule
@@ -143,12 +142,11 @@ class ClassificationTask(Task):
             raise ValueError(f"mixup must hold arguments of timm.data.Mixup, got {arguments}: {error}") from error
 
     def setup(self, stage: str) -> None:
-        """Loads the pretrained weights, where a training starts from them or they are evaluated, and compiles the
-        network.
+        """Loads pretrained weights, if they are needed, and compiles the network.
 
         Raises:
             FileNotFoundError: the file of weights is not there.
-            ValueError: there are no such weights, or they are those of another network.
+            ValueError: there are no such weights, or they belong to another network.
         """
         super().setup(stage)
         if self.loads_pretrained:
@@ -181,7 +179,7 @@ class ClassificationTask(Task):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated: the average of the weights, where there is one."""
+        """The network that is evaluated: the averaged one, if there is one."""
         averaged: nn.Module = self.network if self.ema is None else self.ema.module
         return averaged
 
@@ -210,7 +208,7 @@ class ClassificationTask(Task):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step of the optimizer, and of the average of the weights."""
+        """Updates the weights, and their average."""
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update(self.network)

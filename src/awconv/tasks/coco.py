@@ -1,4 +1,4 @@
-"""COCO's figures of detections, and its format of results."""
+"""COCO's metrics of detections, and its format of results."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Evaluated(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """How good detections are.
+    """COCO's metrics.
 
     Attributes:
-        overall: COCO's twelve numbers; -1 for one that no object is counted in.
-        per_class: the AP of each category that has objects, if it was asked for.
+        overall: the twelve metrics; -1 for one that no object counts in.
+        per_class: AP of each category that has objects, if asked for.
     """
 
     overall: dict[str, float]
@@ -52,12 +52,12 @@ class Figures(NamedTuple):
 
 
 def coco_figures(images: Sequence[Evaluated], classes: Sequence[str], per_class: bool = True) -> Figures:
-    """COCO's figures of detections, by torchmetrics and faster-coco-eval.
+    """COCO's metrics of detections, by torchmetrics and faster-coco-eval.
 
     Args:
-        images: all that are evaluated; among equal scores, the order of the images counts.
+        images: all evaluated images. Their order breaks ties between equal scores.
         classes: the names of the categories, without the background.
-        per_class: also the AP of each category.
+        per_class: also compute the AP of each category.
     """
     if not images:
         return Figures(dict.fromkeys(_COCO_FIGURES.values(), -1.0), {})

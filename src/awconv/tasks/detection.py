@@ -24,37 +24,37 @@ _SHORTER, _LONGER = 4096, 8192  # pixels of the sides, at most: a backbone's fir
 
 
 class DetectionTask(Task):
-    """A detector of torchvision on a backbone of timm, judged by COCO's twelve numbers.
+    """Trains one of torchvision's detectors on a network of timm, and evaluates it by COCO's twelve metrics.
 
-    Its checkpoints hold all that a prediction needs: the backbone's name and arguments, and the categories.
+    A checkpoint holds all that a prediction needs: the network's name and arguments, and the categories.
 
     Args:
         classes: the names of the categories, without the background.
-        category_ids: their numbers in the data set, which written detections have.
+        category_ids: their numbers in the data set, for written detections.
         detector: ``"faster_rcnn"`` with a feature pyramid, or ``"ssd300"``.
-        network: the backbone's name: any of timm that has ``features_only`` for Faster R-CNN, ``vgg16`` or ``aw_vgg16``
-            for SSD300.
-        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``; SSD300's take only
-            ``aw_args``.
-        pretrained: what the backbone of a training starts from: a classifier's weights that timm (or torchvision, for
-            VGG) has for it (true), or a file of them. A checkpoint needs them no more.
-        trainable_layers: how many of the backbone's stages are trained, counted from the last; None for all of a
-            backbone without pretrained weights, and the usual number of one with.
-        convert: arguments of :func:`awconv.convert`, by which the backbone, with its pretrained weights, becomes an AW
-            network: ``{"init": "identity"}``.
-        norm: of Faster R-CNN's backbone: ``"batch"``, ``"sync"``, ``"frozen"`` or ``"group"``; None for frozen with
-            pretrained weights and batch without.
-        min_size: what the shorter side of an image is resized to in Faster R-CNN, in pixels; of several, one is drawn
-            for each image in training, and the last one evaluated.
-        max_size: what the longer side is at most.
+        network: the backbone's name. Faster R-CNN takes any network of timm with ``features_only``, SSD300 takes
+            ``vgg16`` and ``aw_vgg16``.
+        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``. SSD300 takes
+            ``aw_args`` only.
+        pretrained: the backbone's weights to start from, those of a classifier: timm's (torchvision's for VGG; true),
+            or a file. Checkpoints do not need them again.
+        trainable_layers: number of the backbone's stages that are trained, counted from the last. None trains all
+            without pretrained weights, and the usual number with them.
+        convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the backbone is converted after
+            its pretrained weights are loaded.
+        norm: of Faster R-CNN's backbone: ``"batch"``, ``"sync"``, ``"frozen"`` or ``"group"``. None is ``"frozen"``
+            with pretrained weights and ``"batch"`` without.
+        min_size: length to which Faster R-CNN resizes an image's shorter side, in pixels. Of several lengths, training
+            draws one for each image, and evaluation takes the last.
+        max_size: the largest length of the longer side, in pixels.
         detector_args: further arguments of torchvision's detector, such as ``{"box_score_thresh": 0.01}``.
-        lr: the highest learning rate; the usual one for a step of 2 images, 0.02 for 16.
+        lr: the highest learning rate. The default suits a batch of 2 images; 0.02 suits 16.
         weight_decay: of the optimizer.
         **kwargs: as for :class:`Task`.
 
     Raises:
-        ValueError: timm does not know the backbone, its norms are frozen before they have learned, or an argument is
-            not what its taker takes.
+        ValueError: timm does not know the backbone, its norms would be frozen before training, or an argument has a
+            wrong value.
     """
 
     data_module = DetectionDataModule
@@ -143,18 +143,18 @@ class DetectionTask(Task):
             raise ValueError(f"the arguments of a {self.detector} do not fit: {error}{shown}") from error
 
     def _refuse_faster_rcnns(self) -> None:
-        """Raises a ValueError for an option that SSD300 has not."""
+        """Raises a ValueError for an option that SSD300 does not have."""
         defaults = inspect.signature(DetectionTask).parameters
         given = [name for name in ("norm", "min_size", "max_size") if getattr(self, name) != defaults[name].default]
         if given:
             raise ValueError(f"{', '.join(given)} must be left out with ssd300, which has no such option")
 
     def setup(self, stage: str) -> None:
-        """Loads the backbone's pretrained weights, where a training starts from them.
+        """Loads the backbone's pretrained weights, if they are needed.
 
         Raises:
             FileNotFoundError: the file of weights is not there.
-            ValueError: there are no such weights, or they are those of another network.
+            ValueError: there are no such weights, or they belong to another network.
         """
         super().setup(stage)
         if not self.loads_pretrained:
@@ -232,7 +232,7 @@ class DetectionTask(Task):
 
 
 def _gathered(images: list[Evaluated]) -> list[Evaluated]:
-    """Those of all processes, of which one may have had fewer, in COCO's order: by their numbers."""
+    """The images of all processes in COCO's order, by their numbers. The processes may have unequal shares."""
     shares = [images]
     if torch.distributed.is_initialized():
         shares = [[] for _ in range(torch.distributed.get_world_size())]

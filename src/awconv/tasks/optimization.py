@@ -1,4 +1,4 @@
-"""How a network is optimised: by groups of parameters, with a linear warm-up and a decay of the learning rate."""
+"""Optimiser and learning rate schedule of a training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _MOST = 1e18  # products of two such numbers are finite in single precision
 
 @dataclass(frozen=True)
 class Optimization:
-    """What a network is optimised by.
+    """Optimiser, linear warm-up and decay of the learning rate.
 
     Attributes:
-        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms are not decayed.
+        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms have no weight decay.
         optimizer_args: further arguments of the optimizer.
         lr: the highest learning rate.
-        branch_lr_factor: what the learning rate of the attention branches is multiplied with.
+        branch_lr_factor: factor of the attention branches' learning rate.
         momentum: of the optimizer.
         weight_decay: of the optimizer.
-        branch_weight_decay: that of the attention branches; None for ``weight_decay``.
+        branch_weight_decay: of the attention branches; None for ``weight_decay``.
         warmup_epochs: length of the linear warm-up, in epochs.
-        decay_epochs: after which epochs the learning rate is multiplied with ``decay_rate``; a cosine decay to 0 where
-            there are none.
-        decay_rate: see there.
+        decay_epochs: epochs after which the learning rate is multiplied by ``decay_rate``. If empty, the rate decays to
+            0 as a cosine.
+        decay_rate: factor at each of ``decay_epochs``.
 
     Raises:
         ValueError: a number is out of its range.
@@ -62,10 +62,10 @@ class Optimization:
         )
 
     def make_optimizer(self, network: nn.Module) -> Optimizer:
-        """The optimizer of a network's parameters.
+        """An optimizer of a network's parameters.
 
         Raises:
-            ValueError: timm does not know it, or it does not take its arguments.
+            ValueError: timm does not know the optimizer, or the optimizer an argument.
         """
         try:
             return create_optimizer_v2(
@@ -82,7 +82,7 @@ class Optimization:
             ) from error
 
     def _parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        """timm's groups, with and without weight decay, each apart from what of it belongs to attention branches."""
+        """timm's groups, with and without weight decay, each split into attention branches and the rest."""
         groups: list[dict[str, Any]] = param_groups_weight_decay(
             network, self.weight_decay, no_weight_decay_list=getattr(network, "no_weight_decay", set)()
         )
@@ -97,14 +97,14 @@ class Optimization:
         return [group for group in split if group["params"]]
 
     def schedule(self, steps_per_epoch: float, steps: float) -> Callable[[int], float]:
-        """The share of the learning rate by the optimizer's step.
+        """A function from the optimizer's step to a factor of the learning rate.
 
         Args:
             steps_per_epoch: the optimizer's steps in an epoch.
-            steps: those of the whole training; may be infinite.
+            steps: its steps in the whole training; may be infinite.
 
         Raises:
-            ValueError: a cosine decay has no end.
+            ValueError: ``steps`` is infinite, and a cosine decay needs an end.
         """
         boundaries = [epoch * steps_per_epoch for epoch in self.decay_epochs]
         if not boundaries and math.isinf(steps):

@@ -1,4 +1,4 @@
-"""What the training of every kind of network shares: its optimisation, and which checkpoints it goes on from."""
+"""What all tasks share: the optimisation, and which checkpoints they accept."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from awconv.tasks.optimization import Optimization
 
 
 class Task(pl.LightningModule):
-    """A network that is trained with a linear warm-up and a decay of the learning rate.
+    """Trains a network.
 
-    A subclass makes ``self.network``, and names the roles of its arguments and what it is judged by. Its checkpoints
+    A subclass builds ``self.network`` and declares its data, the roles of its arguments and its score. Its checkpoints
     hold all that a prediction needs.
 
     Args:
         network: a name that ``timm.create_model`` knows.
         network_args: further arguments of the network.
-        pretrained: weights that a training starts from: timm's (true), or a file.
-        convert: arguments of :func:`awconv.convert`; None leaves the network as it is.
-        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms are not decayed.
+        pretrained: weights to start from: timm's (true), or a file.
+        convert: arguments of :func:`awconv.convert`. None leaves the network as it is.
+        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms have no weight decay.
         optimizer_args: further arguments of the optimizer, such as ``{"betas": [0.9, 0.99]}``.
         lr: the highest learning rate.
-        branch_lr_factor: what the learning rate of the attention branches is multiplied with.
+        branch_lr_factor: factor of the attention branches' learning rate.
         momentum: of the optimizer.
         weight_decay: of the optimizer.
-        branch_weight_decay: that of the attention branches; None for ``weight_decay``.
+        branch_weight_decay: of the attention branches; None for ``weight_decay``.
         warmup_epochs: length of the linear warm-up, in epochs.
-        decay_epochs: after which epochs the learning rate is multiplied with ``decay_rate``; a cosine decay to 0 where
-            there are none.
-        decay_rate: see there.
+        decay_epochs: epochs after which the learning rate is multiplied by ``decay_rate``. If empty, the rate decays to
+            0 as a cosine.
+        decay_rate: factor at each of ``decay_epochs``.
 
     Raises:
         ValueError: timm does not know the network, or a number is out of its range.
     """
 
     data_module: ClassVar[type[DataModule]]
-    """What the task is trained on."""
+    """The kind of data that the task is trained on."""
     roles: ClassVar[Mapping[str, Role]]
-    """Of the arguments that decide more than the steps; the data module has those that the data decide."""
+    """Roles of arguments; the others decide the steps. Arguments that the data decide are properties of the data."""
     score: ClassVar[str]
-    """The figure by which networks are compared, a share of 1 that grows; it is logged as ``SPLIT/score``."""
+    """Name of the figure by which networks are compared, from 0 to 1. It is logged as ``SPLIT/score``."""
     score_name: ClassVar[str]
-    """What a table calls it, in percent."""
+    """Its name in tables, which give percents."""
     further_figures: ClassVar[tuple[str, ...]] = ()
-    """Others of that kind which a table gives beside it; negative where there is nothing to judge by."""
+    """Other figures for tables, from 0 to 1; negative if there is nothing to evaluate."""
 
     network: nn.Module
 
@@ -105,23 +105,23 @@ class Task(pl.LightningModule):
         return self.network
 
     def example(self) -> Any:
-        """What the network is called with for one image, to count its operations."""
+        """The network's input for one image, to count its multiply-adds."""
         raise NotImplementedError
 
     @property
     def loads_pretrained(self) -> bool:
-        """Whether pretrained weights are due: before a training that does not go on from a checkpoint, or where they
-        are what is evaluated."""
+        """Whether pretrained weights are loaded now: at the start of a training without a checkpoint, and to evaluate
+        them."""
         if not self.pretrained or self.trainer.ckpt_path:
             return False
         return bool(self.trainer.training) or self.evaluates_pretrained
 
     def refuse_weights(self, error: Exception) -> NoReturn:
-        """Says that pretrained weights could not be loaded.
+        """Reports that pretrained weights could not be loaded.
 
         Raises:
-            FileNotFoundError: their file is not there.
-            ValueError: anything else was in the way, such as a hub that cannot be reached.
+            FileNotFoundError: their file is missing.
+            ValueError: for any other reason, such as a hub that cannot be reached.
         """
         if isinstance(error, FileNotFoundError) and self.pretrained is not True:
             raise error
@@ -129,17 +129,16 @@ class Task(pl.LightningModule):
         raise ValueError(f"no pretrained weights for {self.network_name} ({self.pretrained}): {error}{mend}") from error
 
     def setup(self, stage: str) -> None:
-        """Takes the precision of the training before weights are loaded, which would be rounded to single else."""
+        """Takes the training's precision before weights are loaded; later, they would have been rounded."""
         if self.trainer.precision == "64-true":
             self.double()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another network, those that were trained on other classes or other images, and those that
-        are no numbers.
+        """Refuses weights that do not fit.
 
         Raises:
-            ValueError: the checkpoint and this task differ in what the data decide, or in the network, or its weights
-                are infinite or NaN.
+            ValueError: the checkpoint's network, classes or images differ from this task's, or its weights are infinite
+                or NaN.
         """
         broken = not_finite(checkpoint["state_dict"], self.state_dict())
         if broken:

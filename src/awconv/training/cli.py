@@ -1,4 +1,4 @@
-"""From a recipe (YAML and overrides) to a trainer, a task and its data, by Lightning's command line."""
+"""Lightning's command line: builds trainer, task and data from a recipe (YAML) and overrides."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ _OF_THE_FIRST_STEP = (
 
 
 class TrainingCLI(LightningCLI):
-    """Lightning's command line over our tasks and data, which decide the task and tell it what they are.
+    """Lightning's command line for our tasks and data. The data choose the task, and set its classes and image sizes.
 
-    Without ``data`` it takes the digits, and without ``trainer.max_epochs`` 15 epochs. ``ckpt_path=last`` is the last
-    whole checkpoint under ``trainer.default_root_dir``; a training without any starts anew then.
+    Defaults: the digits as ``data``, and 15 epochs. ``ckpt_path=last`` is the newest intact checkpoint below
+    ``trainer.default_root_dir``; without one, a training starts anew.
 
     Args:
-        args: the arguments, with the subcommand first where ``run`` is true.
-        run: run a subcommand; false only builds ``trainer``, ``model`` and ``datamodule``.
+        args: the arguments, with the subcommand first if ``run`` is true.
+        run: run a subcommand. False only builds ``trainer``, ``model`` and ``datamodule``.
         save_config: write the configuration beside the checkpoints, as ``awconv_fit.yaml``.
-        task: what is trained; by default what the arguments' data are for.
+        task: the task; by default the one of the arguments' data.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class TrainingCLI(LightningCLI):
             read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
 
     def _parse_ckpt_path(self) -> None:
-        """Lets the checkpoint's settings win in an evaluation. A training must be given its own, and compares them."""
+        """In an evaluation, the checkpoint's settings win. A training must be given the same ones, and compares."""
         if self.config.get("subcommand") != "fit":
             try:
                 super()._parse_ckpt_path()
@@ -136,7 +136,7 @@ class TrainingCLI(LightningCLI):
         parser.add_class_arguments(RecentCheckpoint, "recent_checkpoint")
 
     def instantiate_classes(self) -> None:
-        """Makes what the configuration describes."""
+        """Builds what the configuration describes."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         check_nulls("model", self._task, config.model.as_dict())
         check_nulls("data", pydoc.locate(config.data.class_path), config.data.get("init_args", Namespace()).as_dict())
@@ -149,7 +149,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer, with logs for TensorBoard and as CSV, and with checkpoints that survive an interruption."""
+        """The trainer, with logs for TensorBoard and as CSV, and checkpoints that survive interruptions."""
         config = self._get(self.config_init, "trainer")
         ours = config.get("logger") in (None, True)
         if ours:
@@ -191,13 +191,13 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def naming(self, ckpt_path: str | None) -> Iterator[None]:
-        """Names the checkpoint, or the dictionaries of arguments, by which the first step may have failed.
+        """If the first step fails, names the checkpoint or the dictionaries of arguments that may be the reason.
 
         Args:
-            ckpt_path: where the training or evaluation goes on from; None if it starts anew.
+            ckpt_path: the checkpoint to resume from; None for a fresh start.
 
         Raises:
-            ValueError: in the place of an error that PyTorch or Lightning raised of it.
+            ValueError: instead of PyTorch's or Lightning's error.
         """
         try:
             yield
@@ -212,7 +212,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def _dictionaries(self) -> list[str]:
-        """The options that hold arguments of something else, as they were given."""
+        """Options that are dictionaries of arguments, as they were given."""
         model, data = self._get(self.config, "model"), self._get(self.config, "data").get("init_args", {})
         return [
             f"{group}.{name}={value}"
@@ -222,7 +222,7 @@ class TrainingCLI(LightningCLI):
         ]
 
     def before_fit(self) -> None:
-        """Takes a folder that no other training has, and silences a warning that is not true of our loaders."""
+        """Claims a folder for the logs, and silences a warning that does not apply to our loaders."""
         config = self._get(self.config_init, "trainer")
         if self.trainer.loggers and config.get("logger") in (None, True) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self.trainer.loggers = _loggers(config["default_root_dir"] or ".", claim=True)
@@ -244,7 +244,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"the data have no {split} split to evaluate on; name one, or give data.val_fraction")
 
     def before_test(self) -> None:
-        """Says so where the data have no test split."""
+        """Says so if the data have no test split."""
         self.before_validate()
         if self.datamodule.test_split == "val":
             say("awconv test: the data have no test split; this is their validation split")
@@ -260,31 +260,31 @@ class TrainingCLI(LightningCLI):
 
 
 def settings_of(task: type[Task], parser: LightningArgumentParser, config: Namespace) -> Settings:
-    """The settings that a parser has made of arguments."""
+    """A parsed configuration as settings."""
     content = plain(parser, config)
     data: type[DataModule] = pydoc.locate(data_of(content)["class_path"])  # type: ignore[assignment]
     return Settings(task, data, content)
 
 
 def plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
-    """Settings as plain values by section, without those that are not set."""
+    """A parsed configuration as plain values by section, without unset ones."""
     content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True))
     return content
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises a PermissionError where a folder, or what it would be made in, is closed to this user."""
+    """Raises a PermissionError if this user cannot write to a folder, or create it."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def _loggers(root: str, claim: bool = False) -> list[Logger]:
-    """Logs for TensorBoard and as CSV, under the next number that is free.
+    """Logs for TensorBoard and as CSV, under the next free number.
 
     Args:
         root: the folder of all logs.
-        claim: make the numbered folder now, so that a training which begins at the same moment takes another one.
+        claim: make the numbered folder now, so that a training that starts at the same time takes another one.
     """
     boards = TensorBoardLogger(root, name=_LOGS)
     while claim:

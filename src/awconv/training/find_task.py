@@ -1,4 +1,4 @@
-"""Which task a command line asks for: that of the data which it names last, in a recipe or by themselves."""
+"""Finds the task of a command line: the one whose data it names last, in a recipe or in an argument."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _RECIPE, _DATA = ("--config", "-c"), ("--data", "--data.class_path")
 
 
 def find_task(arguments: Sequence[str]) -> type[Task]:
-    """The task of the data that arguments name; classification where they name none, or none that there are.
+    """The task of the data that arguments name; classification if they name no known data.
 
-    The command line's parser is made for a task, so this is known before it reads them, and says what is wrong.
+    The command line's parser depends on the task. So this runs first, and leaves errors in the arguments to the parser.
 
     Raises:
-        FileNotFoundError: a recipe is not there.
-        ValueError: it is no YAML, or no mapping of settings.
+        FileNotFoundError: a recipe is missing.
+        ValueError: a recipe is not YAML, or not a mapping.
     """
     data = None
     for option, value in _options(arguments):
@@ -34,7 +34,7 @@ def find_task(arguments: Sequence[str]) -> type[Task]:
 
 
 def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """The recipes and data that arguments name, in their order."""
+    """The options that name recipes or data, in order."""
     found: list[tuple[str, str]] = []
 
     class Keep(argparse.Action):
@@ -57,7 +57,7 @@ def _names(kind: type[Any]) -> set[str]:
 
 
 def _data_of(config: str) -> Any:
-    """The class of the data in a recipe; None where it names none."""
+    """The data's class in a recipe, or None."""
     inline = config.lstrip().startswith("{")
     recipe = parse_recipe(config, "--config", Path()) if inline else read_recipe(Path(config))
     data = recipe.get("data")

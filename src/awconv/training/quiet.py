@@ -1,4 +1,4 @@
-"""Lightning's messages."""
+"""Silences Lightning's messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Lightning speaks to the user of one run; many runs under one progress bar need none of it."""
+    """Inside, Lightning prints errors only: its messages suit one run, not many under one progress bar."""
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

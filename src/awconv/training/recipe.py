@@ -1,4 +1,4 @@
-"""A recipe: the settings of a training, parsed once, of which many trainings can be made."""
+"""A recipe: the settings of a training, parsed once, from which many trainings can be built."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from awconv.training.settings import Settings
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training, parsed and checked. Nothing is built yet, and no data are looked at.
+    """The settings of a training, parsed and checked. Nothing is built and no data are read.
 
     Attributes:
-        settings: plain values, which a record keeps, and by which two trainings are told apart.
+        settings: the settings as plain values, which a record keeps and two trainings are compared by.
     """
 
     settings: Settings
-    _config: Namespace  # is copied before it is used
+    _config: Namespace  # copied before use
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Recipe:
-        """Reads arguments as ``awconv fit`` takes them, recipes (``--config=FILE``) among them.
+        """Parses arguments of ``awconv fit``, such as ``--config=FILE``.
 
         Raises:
-            FileNotFoundError: a recipe is not there.
-            SystemExit: the parser refuses an argument, after it has said why.
-            ValueError: a recipe is no YAML, or a number is out of its range.
+            FileNotFoundError: a recipe is missing.
+            SystemExit: the parser refused an argument and said why.
+            ValueError: a recipe is not YAML, or a number is out of its range.
         """
         task = find_task(arguments)
         parser = _Parser.of(task)
@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def network(self) -> str:
-        """Its name in timm."""
+        """The network's name in timm."""
         return str(self._config.model.network)
 
     @property
@@ -54,7 +54,7 @@ class Recipe:
         return dict(self._config.model.network_args or {})
 
     def for_run(self, seed: int, folder: Path) -> Recipe:
-        """The same with another seed, and with another folder for its checkpoints."""
+        """The recipe with a seed, and a folder for checkpoints."""
         config, content = self._config.clone(), copy.deepcopy(dict(self.settings.content))
         for values in (config, content):
             values["seed_everything"] = seed
@@ -62,14 +62,14 @@ class Recipe:
         return Recipe(replace(self.settings, content=content), config)
 
     def build(self) -> TrainingCLI:
-        """Seeds, and makes the trainer, the task and the data."""
+        """Sets the seed and builds trainer, task and data."""
         return _Parser.of(self.settings.task).build(self._config.clone())
 
     def differences(self, there: Mapping[str, Any]) -> list[str]:
-        """What differs from the settings of a run, a phrase for each.
+        """The differences from a run's settings, a phrase for each.
 
         Args:
-            there: the content that its record keeps. Settings that its version of awconv did not have are today's
+            there: the settings in the run's record. Those that its version of awconv did not have count as today's
                 defaults.
         """
         known = self.settings.completed(there, _Parser.of(self.settings.task).defaults())
@@ -77,13 +77,13 @@ class Recipe:
 
 
 class _Parser(TrainingCLI):
-    """The command line of a task, which parses and builds trainings one by one, and runs none."""
+    """A task's command line that parses and builds trainings, and runs none."""
 
     _made: ClassVar[dict[type[Task], _Parser]] = {}
 
     @classmethod
     def of(cls, task: type[Task]) -> _Parser:
-        """The parser of a task, made once."""
+        """A task's parser, made once."""
         if task not in cls._made:
             cls._made[task] = cls(task)
         return cls._made[task]
@@ -102,14 +102,14 @@ class _Parser(TrainingCLI):
         """Makes nothing yet."""
 
     def parse(self, arguments: Sequence[str]) -> Namespace:
-        """Settings of a training."""
+        """Parses the arguments of a training."""
         parsed = copy.copy(self)
         TrainingCLI.parse_arguments(parsed, self.parser, list(arguments))
         config: Namespace = parsed.config
         return config
 
     def defaults(self) -> dict[str, Any]:
-        """The settings that there are by section, with what they are by default; None for those that are not set."""
+        """The default of every setting, by section; None if unset."""
         parsed = self.parser.get_defaults(skip_validation=True)
         content = plain(self.parser, parsed)
         for section in ("model", "trainer"):
@@ -119,7 +119,7 @@ class _Parser(TrainingCLI):
         return content
 
     def build(self, config: Namespace) -> TrainingCLI:
-        """Seeds, and makes what the settings describe."""
+        """Sets the seed and builds what a configuration describes."""
         built = copy.copy(self)
         built.config = config
         TrainingCLI._set_seed(built)

@@ -1,4 +1,4 @@
-"""What keeps a training that goes on the same: its settings, and the number of its threads."""
+"""Callbacks that make a resumed training equal to an uninterrupted one: same settings, same threads."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MOST_THREADS = 4096
 
 
 class SameThreads(pl.Callback):
-    """Keeps the number of threads in checkpoints, and goes on with as many: sums of more parts round otherwise.
+    """Stores the number of threads in checkpoints and restores it: another number rounds sums differently.
 
     Attributes:
-        threads: that this training computes with.
+        threads: number of threads of this training.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,10 @@ class SameThreads(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Takes the number of the training that goes on.
+        """Sets the checkpoint's number of threads.
 
         Raises:
-            ValueError: no machine has as many.
+            ValueError: the number is out of range.
         """
         there = checkpoint["callbacks"].get(self.state_key)
         if trainer.state.fn == TrainerFn.FITTING and there is not None:
@@ -46,16 +46,15 @@ class SameThreads(pl.Callback):
 
 
 class SameSettings(pl.Callback):
-    """Keeps the settings in checkpoints, and refuses to go on from one of other settings.
+    """Stores the settings in checkpoints, and refuses to resume with settings that change the steps.
 
-    A training may become longer or shorter, and be logged or stopped in another way.
+    Length, logs and the way to stop may change.
 
     Args:
         settings: of this training.
 
     Attributes:
-        restoring: the training or evaluation is being set up, from a checkpoint where there is one, or makes its first
-            step, which is the first to look into the state of an optimizer.
+        restoring: true until the end of the first step, which is the first to use an optimizer's restored state.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -87,10 +86,10 @@ class SameSettings(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Compares, where a training goes on.
+        """Compares the settings when a training resumes.
 
         Raises:
-            ValueError: a setting differs that the weights or the rest of the steps depend on.
+            ValueError: a setting differs that decides the steps.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return

@@ -1,4 +1,4 @@
-"""The settings of a training as plain values, to tell whether two trainings are the same."""
+"""Settings of a training as plain values, and how they differ from another training's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from awconv.data import DataModule
 from awconv.roles import Role
 from awconv.tasks import Task
 
-# Lightning's arguments of a trainer; the others decide what comes of a training, but not its steps.
+# Arguments of Lightning's trainer; the others decide the result, not the steps.
 _TRAINER = {
     **dict.fromkeys(
         (
@@ -41,18 +41,18 @@ _TRAINER = {
         Role.STEPS,
     ),
 }
-# Sections and arguments of the command line that decide nothing.
+# Sections and arguments of the command line without an influence on the result.
 _BESIDE = ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a training, with the classes that they are of.
+    """The settings of a training, and the classes that declare their roles.
 
     Attributes:
-        task: what is trained.
-        data: the class of the data.
-        content: plain values by section (``model``, ``data``, ``trainer``, ...), without those that are not set.
+        task: class of the task.
+        data: class of the data.
+        content: plain values by section (``model``, ``data``, ``trainer``, ...), without unset ones.
     """
 
     task: type[Task]
@@ -60,7 +60,7 @@ class Settings:
     content: Mapping[str, Any]
 
     def role(self, name: str) -> Role:
-        """What a setting decides, by its dotted name, such as ``trainer.max_epochs``."""
+        """The role of a setting, given its dotted name, such as ``trainer.max_epochs``."""
         section, _, rest = name.partition(".")
         if section in _BESIDE:
             return Role.NOTHING
@@ -71,7 +71,7 @@ class Settings:
         return owners.get(section, {}).get(argument, Role.STEPS)
 
     def deciding(self, least: Role) -> dict[str, str]:
-        """The settings of a role or a greater one, each by its dotted name, as text."""
+        """The settings with at least this role: dotted names and values as JSON."""
         return self._flat(self.content, least)
 
     def _flat(self, content: Mapping[str, Any], least: Role) -> dict[str, str]:
@@ -84,10 +84,10 @@ class Settings:
         return {name: value for name, value in flat.items() if self.role(name) >= least}
 
     def differences(self, there: Mapping[str, str], least: Role = Role.RESULT) -> list[str]:
-        """What differs between this training and another one, a phrase for each setting of a role or a greater one.
+        """The differences from another training, a phrase for each setting with at least this role.
 
         Args:
-            there: the other's, by :meth:`deciding`.
+            there: the other training's settings, by :meth:`deciding`.
             least: the role.
         """
         now, there = self.deciding(least), {name: text for name, text in there.items() if self.role(name) >= least}
@@ -95,16 +95,16 @@ class Settings:
         return [f"{name} is {there.get(name, 'not set')} there, {now.get(name, 'not set')} now" for name in names]
 
     def completed(self, there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str] | None:
-        """The settings that decided a run, with today's defaults for those that its version of awconv did not have.
+        """The settings that decided a recorded run. Those that its version of awconv did not have are today's defaults.
 
-        The record may be somebody else's: what it names is compared, and not imported.
+        Names in the record are compared, not imported: the record may be somebody else's.
 
         Args:
-            there: the content that the run's record holds.
-            defaults: the settings that there are by section, with what they are by default.
+            there: the settings in the run's record.
+            defaults: the default of every setting, by section.
 
         Returns:
-            None if it has settings that there are no more.
+            None if a recorded setting no longer exists.
         """
         filled = dict(there)
         for section in ("model", "trainer"):
@@ -126,7 +126,7 @@ class Settings:
 
 
 def _flattened(content: Mapping[str, Any]) -> dict[str, str]:
-    """Values by dotted names, as JSON; those that are not set and empty ones are left out."""
+    """Dotted names and values as JSON, without unset and empty values."""
     flat: dict[str, str] = {}
 
     def flatten(prefix: str, value: Any) -> None:
@@ -151,7 +151,7 @@ def _lost(there: dict[str, Any], known: dict[str, Any]) -> bool:
 
 
 def _defaults_of(data: type[DataModule]) -> dict[str, Any]:
-    """The defaults of the arguments of a class of data, as they are written."""
+    """The defaults of a data class's arguments, as plain values."""
     found = {
         name: parameter.default
         for name, parameter in parameters(data).items()
@@ -162,7 +162,7 @@ def _defaults_of(data: type[DataModule]) -> dict[str, Any]:
 
 
 def parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, with those that it hands on to the classes it derives from."""
+    """The arguments of a class and of its base classes."""
     found: dict[str, inspect.Parameter] = {}
     for one in reversed(inspect.getmro(kind)):
         if "__init__" in vars(one):
@@ -171,7 +171,7 @@ def parameters(kind: Any) -> dict[str, inspect.Parameter]:
 
 
 def check_nulls(group: str, kind: Any, arguments: dict[str, Any]) -> None:
-    """Raises a ValueError for null where the class takes none; the parser lets it through."""
+    """Raises a ValueError for an argument that is null and must not be; the parser accepts it."""
     for name, parameter in parameters(kind).items():
         if name in arguments and arguments[name] is None and "None" not in str(parameter.annotation):
             raise ValueError(f"{group}.{name} must not be null")
