@@ -43,7 +43,7 @@ RESNET50 = [
 RESNET20 = [(512, 16, 16, 32, 1), (512, 16, 32, 32, 2), (512, 32, 32, 16, 1), (512, 32, 64, 16, 2), (512, 64, 64, 8, 1)]
 WORK = ("output", "input", "sums")
 
-# kernel, block_rows, block_pixels, block_inner, warps, stages, wide gains
+# kernel, tile_rows, tile_pixels, tile_inner, warps, stages, wide gains
 CORRELATE = [
     ("scaled_weights", 128, 256, 64, 8, 3, False),
     ("scaled_weights", 128, 256, 64, 8, 3, True),
@@ -74,7 +74,7 @@ CORRELATE = [
     ("scaled_weights", 16, 512, 16, 8, 3, False),
     ("scaled_weights", 16, 256, 16, 4, 3, True),
 ]
-# block_rows, block_columns, block_positions, warps, stages
+# tile_rows, tile_columns, tile_positions, warps, stages
 SUMS = [
     (128, 128, 64, 8, 3),
     (128, 128, 32, 8, 4),
@@ -95,18 +95,18 @@ def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
     _, columns, rows, size, stride = shape
     positions = (size // stride) ** 2
     if work == "sums":
-        for block_rows, block_columns, block_positions, warps, stages in SUMS:
-            if min(rows, 128) // 2 <= block_rows <= tiles.ceiling(rows, 128):
-                segment = min(tiles.ceiling(columns, 128), block_columns)
-                sizes = dict(block_rows=block_rows, block_columns=block_columns, block_segment=segment)
-                yield Tile("sum_products", sizes | dict(block_positions=block_positions), warps, stages)
+        for tile_rows, tile_columns, tile_positions, warps, stages in SUMS:
+            if min(rows, 128) // 2 <= tile_rows <= tiles.ceiling(rows, 128):
+                segment = min(tiles.ceiling(columns, 128), tile_columns)
+                sizes = dict(tile_rows=tile_rows, tile_columns=tile_columns, tile_segment=segment)
+                yield Tile("sum_products", sizes | dict(tile_positions=tile_positions), warps, stages)
         return
     made, summed = (rows, columns) if work == "output" else (columns, rows)
-    for kernel, block_rows, block_pixels, block_inner, warps, stages, wide in CORRELATE:
-        if not min(made, 128) // 2 <= block_rows <= tiles.ceiling(made, 128):
+    for kernel, tile_rows, tile_pixels, tile_inner, warps, stages, wide in CORRELATE:
+        if not min(made, 128) // 2 <= tile_rows <= tiles.ceiling(made, 128):
             continue
-        if min(summed, 64) // 2 <= block_inner <= summed and block_pixels <= 2 * positions:
-            sizes = dict(block_rows=block_rows, block_pixels=block_pixels, block_inner=block_inner)
+        if min(summed, 64) // 2 <= tile_inner <= summed and tile_pixels <= 2 * positions:
+            sizes = dict(tile_rows=tile_rows, tile_pixels=tile_pixels, tile_inner=tile_inner)
             yield Tile(kernel, sizes, warps, stages, wide)
 
 

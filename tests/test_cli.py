@@ -192,7 +192,7 @@ def test_models_prints_what_they_cost(capsys: pytest.CaptureFixture[str]) -> Non
     assert row.split() == ["aw_resnet8_cifar", "resnet8_cifar", "32", "83,466", "10.86", "%", "12.38", "1.16", "%"]
     assert main(["models", "--filter=aw_resnet8*", "--format=json"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)
-    assert (pair["parameters"], pair["twin"]["parameters"]) == (83466, 75290)
+    assert (pair["parameters"], pair["baseline"]["parameters"]) == (83466, 75290)
 
 
 def test_compare_trains_twins_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

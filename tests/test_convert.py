@@ -290,20 +290,20 @@ def test_identity_divides_nothing_before_all_layers_are_known_to_fit() -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
     norms = iter([nn.BatchNorm2d] * 2 + [functools.partial(nn.BatchNorm2d, affine=False)] * 2)
-    with pytest.raises(ValueError, match="layer '3': init=\"identity\" needs a branch whose norm_layer has a gain"):
+    with pytest.raises(ValueError, match="layer '3': init=\"identity\" needs a branch whose norm_layer has a weight"):
         convert(model, init="identity", norm_layer=lambda channels: next(norms)(channels))
     assert converted(model) == set()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_an_activation_that_starts_above_zero_needs_a_shift() -> None:
+def test_an_activation_that_starts_above_zero_needs_a_bias() -> None:
     def without_shift(channels: int) -> nn.Module:
         norm = nn.GroupNorm(1, channels)
         norm.bias = None
         return norm
 
-    with pytest.raises(ValueError, match=r"layer '2.2': .*needs a norm_layer with a shift \(bias\)"):
+    with pytest.raises(ValueError, match=r"layer '2.2': .*needs a norm_layer with a bias"):
         convert(network(), init="identity", activation="relu", norm_layer=without_shift)
     convert(network(), init="identity", activation="sigmoid", norm_layer=without_shift)
 

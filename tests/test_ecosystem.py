@@ -24,10 +24,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 
 from awconv import AWConv2d, convert
-from awconv.models import TWINS
+from awconv.models import BASELINES
 
 ROOT = Path(__file__).parent.parent
-IMAGENET_MODELS = [name for name in TWINS if name.startswith("aw_") and "cifar" not in name]
+IMAGENET_MODELS = [name for name in BASELINES if name.startswith("aw_") and "cifar" not in name]
 STAGES = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
 
 
@@ -49,7 +49,7 @@ def tiny() -> nn.Module:
 @pytest.mark.parametrize("name", IMAGENET_MODELS)
 def test_timm_makes_a_backbone_of_every_imagenet_model(name: str) -> None:
     with torch.device("meta"):
-        plain = timm.create_model(TWINS[name], features_only=True)
+        plain = timm.create_model(BASELINES[name], features_only=True)
         backbone = timm.create_model(name, features_only=True).eval()
         features = backbone(torch.zeros(1, 3, 64, 64))
     info = backbone.feature_info

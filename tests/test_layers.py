@@ -127,9 +127,17 @@ def test_every_parameter_of_the_branch_gets_a_gradient() -> None:
 def test_copies_and_pickles_compute_the_same(dims: int) -> None:
     layer = LAYERS[dims][0](4, 8, 3, padding=1).eval()
     input = torch.randn(2, 4, *(6, 5, 4)[:dims])
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin.weight is not layer.weight
-        assert torch.equal(twin(input), layer(input))
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied.weight is not layer.weight
+        assert torch.equal(copied(input), layer(input))
+
+
+def test_a_pickle_finds_the_branch_where_the_layers_are() -> None:
+    layer = AWConv2d(4, 8, 3).eval()
+    of_before = pickle.dumps(layer).replace(b"awconv.branch", b"awconv.layers")
+    assert b"awconv.branch" not in of_before
+    input = torch.randn(2, 4, 6, 5)
+    assert torch.equal(pickle.loads(of_before)(input), layer(input))
 
 
 def test_dtype_and_device_reach_the_branch() -> None:
@@ -193,6 +201,20 @@ def test_an_empty_batch_passes_in_evaluation() -> None:
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AWConv2d(4, 8, 3, **arguments)
+
+
+@pytest.mark.parametrize("norm_layer", ["group", nn.BatchNorm2d(4)], ids=str)
+def test_what_makes_no_norms_is_refused(norm_layer: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"AWConv2d: norm_layer must be 'batch', None or something called with a number"
+    ):
+        AWConv2d(4, 8, 3, norm_layer=norm_layer)
+
+
+@pytest.mark.parametrize(("dims", "norm"), [(1, nn.BatchNorm1d), (2, nn.BatchNorm2d), (3, nn.BatchNorm3d)])
+def test_branches_have_batch_norms_of_the_layers_axes_by_default(dims: int, norm: type[nn.Module]) -> None:
+    branch = LAYERS[dims][0](4, 8, 3).attention
+    assert type(branch.norm1) is type(branch.norm2) is norm
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 8, 8), (8, 8), (2, 4, 8, 8, 8)])

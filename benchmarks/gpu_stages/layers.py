@@ -116,12 +116,12 @@ def _layer(shape: Shape, settings: Settings, figures: dict[str, Any], save: Call
         makers: dict[str, Callable[[], Call]] = {"plain": partial(layer.call, "plain", kind)}
         left_out = {}
         for way in WAYS:
-            reason = None if way in layer.able else "it cannot run this layer"
-            reason = reason or _too_large(layer, way)
-            if reason is None:
+            obstacle = None if way in layer.able else "it cannot run this layer"
+            obstacle = obstacle or _too_large(layer, way)
+            if obstacle is None:
                 makers[way] = partial(layer.call, way, kind)
             else:
-                left_out[way] = reason
+                left_out[way] = obstacle
         compared = compare(makers, settings)
         compared["left_out"] |= left_out
         figures["works"][kind] = compared

@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from awconv.bench.model import RIVALS, CompileMode, Side, competitors, measure
-from awconv.models.registry import TWINS
+from awconv.models.registry import BASELINES
 from gpu_stages.journal import Entry, Settings
 from gpu_stages.kernels import host_seconds, profile_step
 
@@ -146,7 +146,7 @@ def _first_step(subject: tuple[str, int, int], settings: Settings, figures: dict
     """In processes of their own, whose kernels nothing has compiled or timed before."""
     name, batch, size = subject
     figures |= _about(subject, settings)
-    for way, network in {"plain": TWINS[name], "aw": name}.items():
+    for way, network in {"plain": BASELINES[name], "aw": name}.items():
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "gpu_stages.first_step", network, str(batch), str(size), settings.device]
             result = subprocess.run(

@@ -18,7 +18,7 @@ import torch
 
 from awconv.bench.model import Side
 from awconv.bench.timing import ratios
-from awconv.models.registry import TWINS
+from awconv.models.registry import BASELINES
 from gpu_stages.journal import Entry, Settings
 from gpu_stages.kernels import host_seconds
 
@@ -44,7 +44,7 @@ def entries(settings: Settings) -> list[Entry]:
     if settings.quick:
         return [alone, bare]
     together = [fit(f"{runs} runs", network, runs) for runs in (4, 8, 12)]
-    return [alone, bare, *together, fit("1 plain run", TWINS[network], 1)]
+    return [alone, bare, *together, fit("1 plain run", BASELINES[network], 1)]
 
 
 def _batch(settings: Settings) -> int:
@@ -136,7 +136,7 @@ def _pace(root: Path, batch: int) -> float | None:
 def _bare_loop(network: str, settings: Settings, figures: dict[str, Any], save: Save) -> None:
     """The same step without Lightning, loaders and augmentation; Python's time is that at two images."""
     usual = _batch(settings)
-    for way, name in {"plain": TWINS[network], "aw": network}.items():
+    for way, name in {"plain": BASELINES[network], "aw": network}.items():
         sides = {}
         for batch in (usual, 2):
             images = torch.randn(batch, 3, _IMAGE, _IMAGE, device=settings.device)

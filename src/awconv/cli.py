@@ -9,26 +9,223 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from awconv.extras import require
 from awconv.terminal import say
 from awconv.version import __version__
 
+_TERMINATED = 128 + signal.SIGTERM
+_NO_MEMORY = "there is not enough memory; take smaller images or batches"
+
+
+_GOES_ON = "the same command with --ckpt_path=last goes on"
+
+
+@dataclass(frozen=True)
+class Positional:
+    """What a command takes without a name.
+
+    Attributes:
+        name: of the function's argument.
+        help: what it is.
+        several: one or more of them.
+        type: what its text becomes.
+    """
+
+    name: str
+    help: str
+    several: bool = False
+    type: Callable[[str], Any] = Path
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, which calls one function with what it parses.
+
+    Attributes:
+        summary: for the list of commands.
+        function: its module and name; is imported when it is called.
+        positional: what it takes without a name.
+        passes_on: hand the arguments after ``--`` on as ``overrides``, and the whole command as ``command``.
+        takes_bytes: arguments may be names of files that are not UTF-8.
+    """
+
+    summary: str
+    function: str
+    positional: Positional | None = None
+    passes_on: bool = False
+    takes_bytes: bool = False
+
+    def run(self, name: str, arguments: Sequence[str]) -> int:
+        """Parses and calls."""
+        jsonargparse = require("jsonargparse", extra="train")
+        function = _imported(self.function)
+        parser = jsonargparse.ArgumentParser(prog=f"awconv {name}", description=_first_line(function))
+        parser.add_argument("--config", action="config", help="a YAML file of arguments")
+        given: dict[str, Any] = {}
+        skip = set()
+        if self.passes_on:
+            parser.epilog = "Arguments after -- go to every run, as awconv fit takes them: -- --trainer.max_epochs=5"
+            end = arguments.index("--") if "--" in arguments else len(arguments)
+            given = {"command": shlex.join(["awconv", name, *arguments]), "overrides": list(arguments[end + 1 :])}
+            arguments = arguments[:end]
+            skip |= set(given)
+        _add_arguments(parser, function, self.positional, skip)
+        parsed = _parse(parser, arguments)
+        parsed.pop("config")
+        return function(**parsed, **given)
+
+
+@dataclass(frozen=True)
+class Benchmark(Command):
+    """A command with subcommands, of which each calls a function of the module.
+
+    Attributes:
+        subjects: what each subcommand takes without a name.
+    """
+
+    subjects: tuple[tuple[str, Positional | None], ...] = ()
+
+    def run(self, name: str, arguments: Sequence[str]) -> int:
+        """Parses and calls."""
+        jsonargparse = require("jsonargparse", extra="train")
+        parser = jsonargparse.ArgumentParser(prog=f"awconv {name}", description=self.summary)
+        subcommands = parser.add_subcommands(dest="subject")
+        functions = {subject: _imported(f"{self.function}_{subject}") for subject, _ in self.subjects}
+        for subject, positional in self.subjects:
+            description = _first_line(functions[subject])
+            subparser = jsonargparse.ArgumentParser(description=description)
+            _add_arguments(subparser, functions[subject], positional)
+            subcommands.add_subcommand(subject, subparser, help=description)
+        parsed = _parse(parser, arguments)
+        return functions[parsed["subject"]](**parsed[parsed["subject"]])
+
+
+@dataclass(frozen=True)
+class Training(Command):
+    """A command of Lightning's, which has a command line of its own."""
+
+    def run(self, name: str, arguments: Sequence[str]) -> int:
+        """Hands the arguments on."""
+        return _train(name, arguments)
+
+
+def _imported(function: str) -> Callable[..., int]:
+    module, _, name = function.partition(":")
+    found: Callable[..., int] = getattr(import_module(module), name)
+    return found
+
+
+def _first_line(function: Callable[..., int]) -> str:
+    return (function.__doc__ or "").split("\n")[0]
+
+
+def _add_arguments(
+    parser: Any, function: Callable[..., int], positional: Positional | None, skip: set[str] | None = None
+) -> None:
+    skip = skip or set()
+    if positional is not None:
+        several = {"nargs": "+"} if positional.several else {}
+        parser.add_argument(positional.name, type=positional.type, help=positional.help, **several)
+        skip |= {positional.name}
+    parser.add_function_arguments(function, skip=skip)
+
+
+def _parse(parser: Any, arguments: Sequence[str]) -> dict[str, Any]:
+    from awconv.yaml_files import bounded_yaml
+
+    with bounded_yaml():
+        parsed: dict[str, Any] = parser.parse_args(list(arguments)).as_dict()
+    return parsed
+
+
+def _path(name: str) -> Path:
+    """A function, and not the class: jsonargparse would write a Path as UTF-8, which names of files need not be."""
+    return Path(name)
+
+
+def _train(command: str, arguments: Sequence[str]) -> int:
+    require("lightning", extra="train")
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities import rank_zero_only
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from awconv.training import TrainingCLI
+
+    try:
+        TrainingCLI([command, *arguments], save_config=command == "fit")
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except SIGTERMException:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # of processes that train together
+            say(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}")
+        return _TERMINATED
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit of
+            raise
+        say(f"awconv {command}: stopped by Ctrl-C; {_GOES_ON}")
+        return 128 + signal.SIGINT
+    return 0
+
+
+_RECIPE = Positional("recipe", "a YAML file for awconv fit")
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "train a small ResNet, plain and with AW, on scanned digits, and compare them",
+        "awconv.compare:demo",
+        passes_on=True,
+    ),
+    "fit": Training("train a network by a recipe (YAML) and overrides", ""),
+    "validate": Training("evaluate a checkpoint on the validation split", ""),
+    "test": Training("evaluate a checkpoint on the test split", ""),
+    "compare": Command(
+        "train the variants of a recipe over seeds, and report how they compare",
+        "awconv.compare:compare",
+        _RECIPE,
+        passes_on=True,
+    ),
+    "ablate": Command(
+        "the same over the choices that an AW branch leaves, on the validation split",
+        "awconv.compare:ablate",
+        _RECIPE,
+        passes_on=True,
+    ),
+    "publish": Command(
+        "write the weights of a finished run for others, with a model card",
+        "awconv.publish:publish",
+        Positional("run", "the file of a run of awconv compare: aw-seed0.json"),
+    ),
+    "predict": Command(
+        "classify image files with a checkpoint, or find the objects in them",
+        "awconv.predict:predict",
+        Positional("images", "image files, and folders that are searched for them", several=True, type=_path),
+        takes_bytes=True,
+    ),
+    "models": Command(
+        "list the models with attention, and what they cost beside the same networks without",
+        "awconv.model_costs:models",
+    ),
+    "bench": Benchmark(
+        "time layers, networks or detectors beside plain ones (bench op, bench model, bench detector)",
+        "awconv.bench:bench",
+        subjects=(
+            ("op", None),
+            ("model", Positional("networks", "such as aw_resnet50", several=True, type=str)),
+            ("detector", Positional("backbones", "such as aw_resnet50", several=True, type=str)),
+        ),
+    ),
+}
+
+_LIST = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
 USAGE = f"""awconv {__version__}: convolutions whose kernels adapt to each image
 
 usage: awconv COMMAND [ARGUMENTS]
 
-  demo      train a small ResNet and its AW twin on scanned digits, and compare them
-  fit       train a network by a recipe (YAML) and overrides
-  validate  evaluate a checkpoint on the validation split
-  test      evaluate a checkpoint on the test split
-  compare   train the variants of a recipe over seeds, and report how they compare
-  ablate    the same over the choices that an AW branch leaves, on the validation split
-  publish   write the weights of a finished run for others, with a model card
-  predict   classify image files with a checkpoint, or find the objects in them
-  models    list the models with attention, and what they cost beside their twins without
-  bench     time a layer (bench op), networks (bench model NAME ...) or detectors (bench detector) beside plain ones
+{_LIST}
 
 awconv COMMAND --help lists a command's arguments.
 """
@@ -51,29 +248,17 @@ def main(args: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(__version__)
         return 0
-    commands = {
-        "demo": _function,
-        "compare": _function,
-        "ablate": _function,
-        "predict": _function,
-        "publish": _function,
-        "models": _function,
-        "bench": _bench,
-        "fit": _lightning,
-        "validate": _lightning,
-        "test": _lightning,
-    }
-    if command not in commands:
+    if command not in COMMANDS:
         print(f"awconv: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     for argument in arguments:
-        if command != "predict" and not _is_text(argument):  # whose files may be called anything
+        if not COMMANDS[command].takes_bytes and not _is_text(argument):
             say(f"awconv {command}: an argument is not UTF-8, give another name: {argument}")
             return 2
     arguments = [_expanded(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
-        return commands[command](command, arguments)
+        return COMMANDS[command].run(command, arguments)
     except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         say(*f"awconv {command}: {_message(error, arguments)}".splitlines())
         return 1
@@ -93,10 +278,6 @@ def main(args: Sequence[str] | None = None) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-
-
-_TERMINATED = 128 + signal.SIGTERM
-_NO_MEMORY = "there is not enough memory; take smaller images or batches"
 
 
 def _end(*_: object) -> None:
@@ -134,102 +315,3 @@ def _is_text(argument: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _function(command: str, arguments: Sequence[str]) -> int:
-    require("lightning", extra="train")
-    jsonargparse = require("jsonargparse", extra="train")
-    from awconv.compare import ablate, compare, demo
-    from awconv.model_costs import models
-    from awconv.predict import predict
-    from awconv.publish import publish
-    from awconv.training.recipes import bounded_yaml
-
-    functions: dict[str, Callable[..., int]] = {
-        "demo": demo,
-        "compare": compare,
-        "ablate": ablate,
-        "predict": predict,
-        "publish": publish,
-        "models": models,
-    }
-    function = functions[command]
-    parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description=(function.__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", action="config", help="a YAML file of arguments")
-    skip = set()
-    if command in ("compare", "ablate"):
-        parser.add_argument("recipe", type=Path, help="a YAML file for awconv fit")
-        skip |= {"recipe"}
-    if command == "publish":
-        parser.add_argument("run", type=Path, help="the file of a run of awconv compare: aw-seed0.json")
-        skip |= {"run"}
-    if command == "predict":
-        # A function, and not the class: jsonargparse would write a Path as UTF-8, which names of files need not be.
-        parser.add_argument("images", type=_path, nargs="+", help="image files, and folders that are searched for them")
-        skip |= {"images"}
-    others: dict[str, object] = {}
-    if command in ("demo", "compare", "ablate"):
-        others["command"] = shlex.join(["awconv", command, *arguments])
-        parser.epilog = "Arguments after -- go to every run, as awconv fit takes them: -- --trainer.max_epochs=5"
-        skip |= {"overrides", "command"}
-        if "--" in arguments:
-            split = arguments.index("--")
-            others["overrides"] = arguments[split + 1 :]
-            arguments = arguments[:split]
-    parser.add_function_arguments(function, skip=skip)
-    with bounded_yaml():
-        given = parser.parse_args(list(arguments)).as_dict()
-    given.pop("config")
-    return function(**given, **others)
-
-
-def _path(name: str) -> Path:
-    return Path(name)
-
-
-def _bench(command: str, arguments: Sequence[str]) -> int:
-    jsonargparse = require("jsonargparse", extra="train")
-    from awconv.bench import bench_detector, bench_model, bench_op
-    from awconv.training.recipes import bounded_yaml
-
-    parser = jsonargparse.ArgumentParser(prog=f"awconv {command}", description="Times AW-convolution beside others.")
-    subcommands = parser.add_subcommands(dest="subject")
-    functions: dict[str, Callable[..., int]] = {"op": bench_op, "model": bench_model, "detector": bench_detector}
-    several = {"model": "networks", "detector": "backbones"}
-    for name, function in functions.items():
-        description = (function.__doc__ or "").split("\n")[0]
-        subject = jsonargparse.ArgumentParser(description=description)
-        if name in several:
-            subject.add_argument(several[name], nargs="+", help="such as aw_resnet50")
-        subject.add_function_arguments(function, skip={*several.values()})
-        subcommands.add_subcommand(name, subject, help=description)
-    with bounded_yaml():
-        given = parser.parse_args(list(arguments)).as_dict()
-    return functions[given["subject"]](**given[given["subject"]])
-
-
-def _lightning(command: str, arguments: Sequence[str]) -> int:
-    require("lightning", extra="train")
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.utilities import rank_zero_only
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    from awconv.training import TrainingCLI
-
-    try:
-        TrainingCLI([command, *arguments], save_config=command == "fit")
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
-    except SIGTERMException:
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # of processes that train together
-            say(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}")
-        return _TERMINATED
-    except SystemExit as error:
-        if not isinstance(error.__context__, KeyboardInterrupt):  # which Lightning makes an exit of
-            raise
-        say(f"awconv {command}: stopped by Ctrl-C; {_GOES_ON}")
-        return 128 + signal.SIGINT
-    return 0
-
-
-_GOES_ON = "the same command with --ckpt_path=last goes on"

@@ -21,7 +21,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d
 
-from awconv.layers import AWConv1d, AWConv2d, AWConv2dSame, AWConv3d, NormLayer
+from awconv.branch import NormLayer
+from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Predicate = Callable[[str, nn.Module], bool]
@@ -34,7 +35,6 @@ _TWINS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv3d: AWConv3d,
     Conv2dSame: AWConv2dSame,
 }
-_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = (
     "_forward_hooks",
@@ -368,4 +368,4 @@ def _norm(kind: str, dims: int) -> NormLayer:
     if kind == "frozen" and dims == 2:
         frozen: NormLayer = FrozenBatchNorm2d
         return frozen
-    return _BATCH_NORMS[dims]
+    return BATCH_NORMS[dims]

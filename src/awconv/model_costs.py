@@ -1,4 +1,4 @@
-"""What each model with attention costs beside its twin without."""
+"""What each model with attention costs beside its baseline, the same network without."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Literal
 
 import timm
 import torch
-from rich.table import Table
 
-from awconv import terminal
-from awconv.models.registry import TWINS
+from awconv.models.registry import BASELINES
 from awconv.summary import summary
+from awconv.tables import Table
 
 
 @dataclass(frozen=True)
@@ -46,32 +45,31 @@ def model_cost(name: str) -> ModelCost:
     return ModelCost(name, height, counts.parameters, counts.operations)
 
 
-HEADINGS = ("name", "twin without", "image", "parameters", "added", "multiply-adds, M", "added")
+def cost_table(names: Sequence[str], quote: str = "") -> Table:
+    """What networks with attention cost, beside their baselines.
+
+    Args:
+        names: of the networks with attention.
+        quote: stands around the names, such as a backtick in Markdown.
+    """
+    headings = ("name", "baseline", "image", "parameters", "added", "multiply-adds, M", "added")
+    return Table(headings, [_cells(model_cost(name), model_cost(BASELINES[name]), quote) for name in names])
 
 
-def cells(name: str) -> tuple[str, ...]:
-    """The row of a model with attention, by ``HEADINGS``."""
-    model, twin = model_cost(name), model_cost(TWINS[name])
+def _cells(model: ModelCost, baseline: ModelCost, quote: str) -> tuple[str, ...]:
     return (
-        name,
-        twin.name,
+        f"{quote}{model.name}{quote}",
+        f"{quote}{baseline.name}{quote}",
         str(model.image_size),
         f"{model.parameters:,}",
-        f"{100 * (model.parameters / twin.parameters - 1):.2f} %",
+        f"{100 * (model.parameters / baseline.parameters - 1):.2f} %",
         f"{model.operations / 1e6:,.2f}",
-        f"{100 * (model.operations / twin.operations - 1):.2f} %",
+        f"{100 * (model.operations / baseline.operations - 1):.2f} %",
     )
 
 
-def markdown_table(names: Sequence[str]) -> str:
-    """The table as Markdown."""
-    rows = [HEADINGS, ("---", "---", *["---:"] * (len(HEADINGS) - 2))]
-    rows += [(f"`{name}`", f"`{twin}`", *rest) for name, twin, *rest in map(cells, names)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
 def models(filter: str = "*", format: Literal["table", "markdown", "json"] = "table") -> int:
-    """Prints the models with attention, and what they cost beside their twins without.
+    """Prints the models with attention, and what they cost beside the same networks without.
 
     Args:
         filter: a glob that the name must match, such as ``aw_*cifar``.
@@ -83,19 +81,12 @@ def models(filter: str = "*", format: Literal["table", "markdown", "json"] = "ta
     Raises:
         ValueError: no model matches.
     """
-    names = [name for name in TWINS if fnmatchcase(name, filter)]
+    names = [name for name in BASELINES if fnmatchcase(name, filter)]
     if not names:
-        raise ValueError(f"no model matches {filter!r}; there are {', '.join(TWINS)}")
+        raise ValueError(f"no model matches {filter!r}; there are {', '.join(BASELINES)}")
     if format == "json":
-        pairs = [asdict(model_cost(name)) | {"twin": asdict(model_cost(TWINS[name]))} for name in names]
+        pairs = [asdict(model_cost(name)) | {"baseline": asdict(model_cost(BASELINES[name]))} for name in names]
         print(json.dumps(pairs, indent=1))
-    elif format == "markdown":
-        print(markdown_table(names), end="")
     else:
-        table = Table(box=None, pad_edge=False)
-        for index, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
-        for name in names:
-            table.add_row(*cells(name))
-        terminal.console().print(table)
+        cost_table(names, quote="`" if format == "markdown" else "").print(format)
     return 0

@@ -13,9 +13,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
@@ -26,6 +23,7 @@ from awconv.data.classification import check_batch
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.models.detection.transform import NarrowImageError
+from awconv.tables import Table
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import read_checkpoint
 from awconv.training.partial import clear_old, replacing
@@ -153,11 +151,7 @@ def predict(
         content = {"predictions": [asdict(p) for p in predictions], "failures": [asdict(f) for f in failures]}
         print(json.dumps(content, indent=1, allow_nan=False))
     else:
-        table = Table(*columns[:2], box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column(columns[2], justify="right")
-        for prediction in predictions:
-            table.add_row(*(Text(terminal.printable(cell)) for cell in prediction.cells()))
-        terminal.console().print(table)
+        Table(columns, [prediction.cells() for prediction in predictions]).print()
     predicted = {result.image for result in predictions}
     for failure in failures:
         kind = "" if failure.image in predicted else "broken image: "

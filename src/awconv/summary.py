@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from awconv.convert import AW_LAYERS, convolutions, is_spatial, stem, weight_owners, why_not
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.ops.algorithm import CONV
+from awconv.tables import Table
 
 _AWConv = AWConv1d | AWConv2d | AWConv3d
 
@@ -74,24 +75,20 @@ class Summary:
         return sum(layer.operations or 0 for layer in self.layers)
 
     def __str__(self) -> str:
-        lines = [("layer", "", "parameters added", "operations added", "")]
+        rows = []
         for layer in self.layers:
             added = (f"{layer.parameters:,}", _thousands(layer.operations)) if layer.converted else ("", "")
-            lines.append((layer.name, layer.layer, *added, layer.reason))
+            rows.append((layer.name, layer.layer, *added, layer.reason))
         added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
         share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
         if self.operations is not None and self.operations_added is not None:
             share += f", {self.operations_added / max(1, self.operations - self.operations_added):+.2%} of operations"
-        lines.append((f"{len(self.converted)} of {len(self.layers)}", "", *added, share))
-        columns = [0, 1, 2, 3, 4] if self.operations is not None else [0, 1, 2, 4]
-        widths = {column: max(len(line[column]) for line in lines) for column in columns}
-        return "\n".join(
-            "  ".join(
-                line[column].rjust(widths[column]) if column in (2, 3) else line[column].ljust(widths[column])
-                for column in columns
-            ).rstrip()
-            for line in lines
-        )
+        rows.append((f"{len(self.converted)} of {len(self.layers)}", "", *added, share))
+        headings = ("layer", "", "parameters added", "operations added", "")
+        if self.operations is not None:
+            return Table(headings, rows, alignment="llrrl").plain()
+        without = [(*row[:3], row[4]) for row in (headings, *rows)]
+        return Table(without[0], without[1:], alignment="llrl").plain()
 
 
 def summary(model: nn.Module, inputs: Any = None) -> Summary:

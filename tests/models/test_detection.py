@@ -107,7 +107,7 @@ def test_the_pyramid_has_the_networks_strides(images: list[Tensor]) -> None:
     assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
     assert model.transform.image_mean == timm.get_pretrained_cfg("resnet18").mean
     with pytest.raises(ValueError, match=r"a backbone must have a feature map of stride 4 or more, got \[1, 2\]"):
-        faster_rcnn("resnet20_cifar", 3, backbone_args=dict(out_indices=(0, 1)))
+        faster_rcnn("resnet20_cifar", 3, network_args=dict(out_indices=(0, 1)))
 
 
 @pytest.mark.parametrize("stage_names", ["hooks", "channels last"])
@@ -116,7 +116,7 @@ def test_networks_whose_stages_differ_are_backbones(stage_names: str, images: li
         "hooks": ("xception41", {}),
         "channels last": ("swin_tiny_patch4_window7_224", {"strict_img_size": False}),
     }[stage_names]
-    model = faster_rcnn(backbone, 3, trainable_layers="usual", backbone_args=arguments, norm="frozen", **CHEAP)
+    model = faster_rcnn(backbone, 3, trainable_layers="usual", network_args=arguments, norm="frozen", **CHEAP)
     trained = [p.requires_grad for p in model.backbone.body.parameters()]
     assert all(trained) == (stage_names == "hooks")
     assert trained[-1]
@@ -143,7 +143,7 @@ def save(network: nn.Module, path: Path) -> Path:
 def test_a_classifiers_weights_start_the_backbone(tmp_path: Path, images: list[Tensor]) -> None:
     classifier = timm.create_model("aw_resnet18", num_classes=17)
     file = save(classifier, tmp_path / "weights.safetensors")
-    model = faster_rcnn("aw_resnet18", 3, weights_backbone=file, **CHEAP)
+    model = faster_rcnn("aw_resnet18", 3, pretrained=file, **CHEAP)
     body = model.backbone.body
     for name, tensor in classifier.state_dict().items():
         if not name.startswith("fc.") and not name.endswith("num_batches_tracked"):
@@ -152,16 +152,16 @@ def test_a_classifiers_weights_start_the_backbone(tmp_path: Path, images: list[T
     trained = {name.partition(".")[0] for name, p in body.named_parameters() if p.requires_grad}
     assert trained == {"layer2", "layer3", "layer4"}
     with pytest.raises(ValueError, match=r"does not hold the weights of resnet18: \d+ names differ"):
-        faster_rcnn("resnet18", 3, weights_backbone=file)
+        faster_rcnn("resnet18", 3, pretrained=file)
     with pytest.raises(FileNotFoundError, match=r"weights must be a file .*none\.pth"):
-        faster_rcnn("resnet18", 3, weights_backbone="none.pth")
+        faster_rcnn("resnet18", 3, pretrained="none.pth")
     # A plain classifier's weights, converted by identity, detect what the plain detector does.
     network = timm.create_model("resnet18", zero_init_last=False)  # as one that has learned
     plain = save(network, tmp_path / "plain.safetensors")
     detectors = []
     for arguments in ({}, {"convert": {"init": "identity"}}):
         torch.manual_seed(1)
-        detectors.append(faster_rcnn("resnet18", 3, weights_backbone=plain, box_score_thresh=0.0, **CHEAP, **arguments))
+        detectors.append(faster_rcnn("resnet18", 3, pretrained=plain, box_score_thresh=0.0, **CHEAP, **arguments))
     one, other = detectors
     load_around(other, one)
     assert_same_detections(detect(other, images), detect(one, images))
@@ -184,31 +184,31 @@ def test_mistakes_are_named() -> None:
         faster_rcnn("resnet18", 3, trainable_layers=6)
     with pytest.raises(ValueError, match="norm must be 'batch', 'frozen', 'group' or 'sync', got 'layer'"):
         faster_rcnn("resnet18", 3, norm="layer")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backbone of ssd300 must be 'vgg16' or 'aw_vgg16', got 'resnet18'"):
+    with pytest.raises(ValueError, match="network of ssd300 must be 'vgg16' or 'aw_vgg16', got 'resnet18'"):
         ssd300("resnet18")
     with pytest.raises(ValueError, match="trainable_layers must be from 0 to VGG's 5 stages, got 6"):
         ssd300(trainable_layers=6)
-    with pytest.raises(FileNotFoundError, match=r"weights_backbone must be true, false or a file of weights"):
-        ssd300(weights_backbone="none.pth")
+    with pytest.raises(FileNotFoundError, match=r"pretrained must be true, false or a file of weights"):
+        ssd300(pretrained="none.pth")
 
 
 def test_ssd_on_an_aw_vgg_detects_as_on_a_vgg(tmp_path: Path, images: list[Tensor]) -> None:
     vgg = timm.create_model("vgg16", num_classes=1, mlp_ratio=0.01)
     file = save(vgg, tmp_path / "vgg.safetensors")
-    plain = ssd300("vgg16", 4, weights_backbone=file, score_thresh=0.0, detections_per_img=50)
+    plain = ssd300("vgg16", 4, pretrained=file, score_thresh=0.0, detections_per_img=50)
     expected = [m for m in vgg.features if isinstance(m, nn.Conv2d)]
     found = [m for m in plain.backbone.modules() if isinstance(m, nn.Conv2d)][:13]
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(found, expected, strict=True))
     assert [m.weight.requires_grad for m in found] == [False] * 2 + [True] * 11  # torchvision's usual 4 stages
-    attentive = ssd300("aw_vgg16", 4, weights_backbone=file, score_thresh=0.0, detections_per_img=50)
+    attentive = ssd300("aw_vgg16", 4, pretrained=file, score_thresh=0.0, detections_per_img=50)
     assert sum(isinstance(module, AWConv2d) for module in attentive.modules()) == 12
-    converted = ssd300("vgg16", 4, weights_backbone=file, convert={"reduction": 8})
+    converted = ssd300("vgg16", 4, pretrained=file, convert={"reduction": 8})
     assert [m.reduction for m in converted.modules() if isinstance(m, AWConv2d)] == [8] * 12
     load_around(attentive, plain)
     assert_same_detections(detect(attentive, images), detect(plain, images))
     save(timm.create_model("resnet18"), file)
     with pytest.raises(ValueError, match=r"vgg\.safetensors does not hold the weights of a VGG-16"):
-        ssd300("vgg16", 4, weights_backbone=file)
+        ssd300("vgg16", 4, pretrained=file)
 
 
 def test_ssd_trains_its_branches(images: list[Tensor]) -> None:

@@ -13,11 +13,11 @@ from timm.layers import make_divisible
 from torch import nn
 
 from awconv import AWConv2d
-from awconv.model_costs import markdown_table, model_cost
-from awconv.models import TWINS, CifarResNet, WideResNet
+from awconv.model_costs import cost_table, model_cost
+from awconv.models import BASELINES, CifarResNet, WideResNet, variants
 
 CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
-RESNETS = tuple(name for name in TWINS if name.startswith("aw_") and "resnet" in name)
+RESNETS = tuple(name for name in BASELINES if name.startswith("aw_") and "resnet" in name)
 SMALL = (
     "aw_resnet18",
     "aw_resnet50",
@@ -235,7 +235,7 @@ def attended(in_channels: int, out_channels: int, size: int, depthwise: bool = F
 
 
 def added_operations(name: str) -> int:
-    return model_cost(name).operations - model_cost(TWINS[name]).operations
+    return model_cost(name).operations - model_cost(BASELINES[name]).operations
 
 
 @pytest.mark.parametrize("depth", CIFAR_DEPTHS)
@@ -315,7 +315,7 @@ def test_imagenet_resnets_gain_the_operations_of_their_branches(name: str) -> No
         added += sum(attended(*pair, size) for pair in pairs)
         last = width
     assert added_operations("aw_" + name) == added
-    for scheme in ("se", "cbam", "eca") if name in ("resnet18", "resnet50", "resnet101") else ():
+    for scheme in ("se", "cbam", "eca") if name in ("resnet18", "resnet50", "resnet101") else ("se",):
         assert added_operations(f"aw_{scheme}{name}") == added
     if name == "resnet50":
         assert round(2 * added / 1e9, 2) == 0.01  # GFLOPs, as the method's description says
@@ -348,17 +348,38 @@ def test_squeeze_and_excitation_has_its_two_convolutions_in_each_block(name: str
     assert found == added
 
 
-def test_every_network_with_attention_has_its_twin() -> None:
-    for name, twin in TWINS.items():
+def test_every_network_with_attention_has_its_baseline() -> None:
+    for name, baseline in BASELINES.items():
         assert timm.is_model(name)
-        assert timm.is_model(twin)
-        assert twin in (name.removeprefix(prefix) for prefix in ("aw_", "se", "cbam", "eca", "aa_", "se_", "cbam_"))
-        assert len(twin) < len(name)
+        assert timm.is_model(baseline)
+        assert baseline in (name.removeprefix(prefix) for prefix in ("aw_", "se", "cbam", "eca", "aa_", "se_", "cbam_"))
+        assert len(baseline) < len(name)
+
+
+def test_a_networks_variants_are_found_by_their_scheme() -> None:
+    assert variants("resnet50") == {
+        "aw": "aw_resnet50",
+        "se": "seresnet50",
+        "aw_se": "aw_seresnet50",
+        "cbam": "cbamresnet50",
+        "aw_cbam": "aw_cbamresnet50",
+        "eca": "ecaresnet50",
+        "aw_eca": "aw_ecaresnet50",
+    }
+    assert variants("mobilenetv1_100")["aw_se"] == "aw_se_mobilenetv1_100"
+    assert variants("wide_resnet28_10_cifar")["aa"] == "aa_wide_resnet28_10_cifar"
+    assert variants("seresnet20_cifar") == {"aw": "aw_seresnet20_cifar"}
+    assert variants("aw_resnet50") == variants("no_network") == {}
+
+
+def test_every_network_with_attention_is_a_variant() -> None:
+    found = {name for baseline in set(BASELINES.values()) for name in variants(baseline).values()}
+    assert found == set(BASELINES)
 
 
 def test_the_documents_table_is_that_of_the_command() -> None:
     document = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    assert markdown_table(list(TWINS)) in document
+    assert cost_table(list(BASELINES), quote="`").markdown() in document
 
 
 def test_features_do_not_depend_on_those_asked_for_before() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from awconv import layers
-from awconv.layers import AttentionBranch
+from awconv.branch import AttentionBranch
 from awconv.ops import branch, branch_launches
 from awconv.ops.branch import Branch, Train, infer
 

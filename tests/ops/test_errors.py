@@ -66,7 +66,7 @@ def test_the_unchanged_call_is_right() -> None:
         (dict(padding=-1), ValueError, r"padding must be at least 0, got -1"),
         (dict(padding="full"), ValueError, r"padding must be 'same', 'valid' or numbers, got 'full'"),
         (dict(padding="same", stride=2), ValueError, r"padding='same' needs stride 1, got \(2, 2\)"),
-        (dict(dilation=4), ValueError, r"input is too small along axis H: 8 .* reaches over 9"),
+        (dict(dilation=4), ValueError, r"input is too small along axis H: 8 .* spans 9"),
         (dict(algorithm="fastest"), ValueError, r"algorithm must be 'auto' or one of \['output_gain', .*got 'fastest'"),
         (dict(algorithm="output_gain"), ValueError, r"'output_gain' cannot run this problem: .*\(6, 1, 3, 3\)"),
         (dict(algorithm="input_gain"), ValueError, r"'input_gain' cannot run this problem: .*groups = 2"),

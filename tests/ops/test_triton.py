@@ -89,8 +89,8 @@ def test_equals_the_definition(name: str, dtype: torch.dtype, device: str) -> No
     check(CASES[name], device, dtype)
 
 
-LARGE = dict(block_rows=64, block_pixels=64, block_inner=32)
-SMALL = dict(block_rows=16, block_pixels=16, block_inner=16)
+LARGE = dict(tile_rows=64, tile_pixels=64, tile_inner=32)
+SMALL = dict(tile_rows=16, tile_pixels=16, tile_inner=16)
 TILES = {
     "weights": Tile("scaled_weights", LARGE, 4, 3, wide_gains=True),
     "weights, small": Tile("scaled_weights", SMALL, 4, 2),
@@ -98,14 +98,12 @@ TILES = {
     "sums, small": Tile("scaled_sums", SMALL, 4, 2),
 }
 PRODUCTS = {
-    "a segment": Tile(
-        "sum_products", dict(block_rows=32, block_columns=32, block_segment=32, block_positions=32), 4, 3
-    ),
+    "a segment": Tile("sum_products", dict(tile_rows=32, tile_columns=32, tile_segment=32, tile_positions=32), 4, 3),
     "half a segment": Tile(
-        "sum_products", dict(block_rows=64, block_columns=16, block_segment=16, block_positions=16), 4, 2
+        "sum_products", dict(tile_rows=64, tile_columns=16, tile_segment=16, tile_positions=16), 4, 2
     ),
     "four segments": Tile(
-        "sum_products", dict(block_rows=16, block_columns=128, block_segment=32, block_positions=16), 4, 3
+        "sum_products", dict(tile_rows=16, tile_columns=128, tile_segment=32, tile_positions=16), 4, 3
     ),
 }
 TILED = {
@@ -227,7 +225,7 @@ def test_a_gain_that_is_not_finite_leaves_other_samples_alone(number: float, dev
 def test_one_sample_with_a_large_gain_leaves_small_gradients_of_others(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "correlate", lambda *_: Tile("scaled_sums", SMALL | dict(block_pixels=16), 4, 2))
+    monkeypatch.setattr(tiles, "correlate", lambda *_: Tile("scaled_sums", SMALL | dict(tile_pixels=16), 4, 2))
     cuda_plans.grad_input.cache_clear()
     weight, gain = torch.ones(16, 16, 1, 1), torch.ones(2, 16, 1, 1)
     gain[1] = 8000

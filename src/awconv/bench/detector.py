@@ -13,7 +13,7 @@ from awconv.bench.report import Format, Row, check_device, check_memory, check_r
 from awconv.bench.timing import ratios
 from awconv.convert import AW_LAYERS
 from awconv.models.detection import DETECTORS
-from awconv.models.registry import TWINS
+from awconv.models.registry import BASELINES
 from awconv.ops.choose import ALGORITHMS
 
 _OBJECTS = 8  # boxes an image, about COCO's mean
@@ -94,7 +94,7 @@ def twin_detectors(detector: Literal["faster_rcnn", "ssd300"], backbone: str, **
         backbone: an AW network with a plain twin.
         **arguments: of the detector.
     """
-    plain, aw = (DETECTORS[detector](name, **arguments) for name in (TWINS[backbone], backbone))
+    plain, aw = (DETECTORS[detector](name, **arguments) for name in (BASELINES[backbone], backbone))
     aw.load_state_dict(aw.state_dict() | plain.state_dict())  # its own branches, and nothing else of it
     for layer in aw.modules():
         if isinstance(layer, AW_LAYERS):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
 from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
-from awconv.layers import AttentionBranch
-from awconv.models.registry import TWINS
+from awconv.branch import AttentionBranch
+from awconv.models.registry import BASELINES, variants
 from awconv.ops.choose import ALGORITHMS, use_algorithm
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -96,8 +96,8 @@ def bench_model(
 def check_twins(argument: str, networks: Sequence[str]) -> None:
     """Raises a ValueError for a name that is not of an AW network with a twin without."""
     for name in networks:
-        if name not in TWINS or not name.startswith("aw_"):
-            known = ", ".join(twin for twin in TWINS if twin.startswith("aw_"))
+        if name not in BASELINES or not name.startswith("aw_"):
+            known = ", ".join(twin for twin in BASELINES if twin.startswith("aw_"))
             raise ValueError(f"{argument} must be AW networks with a plain twin, got {name!r}; there are {known}")
 
 
@@ -107,12 +107,13 @@ def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[s
     Args:
         name: of an AW network. Its plain twin comes first.
         algorithm: what it is held to.
-        rivals: some of ``RIVALS``; SE is left out where timm has no such network.
+        rivals: some of ``RIVALS``; SE is left out where there is no such network.
     """
-    plain, aw = timm.create_model(TWINS[name]), timm.create_model(name)
+    plain, aw = timm.create_model(BASELINES[name]), timm.create_model(name)
     result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, algorithm)}
-    if "se" in rivals and timm.is_model("se" + TWINS[name]):
-        result["se"] = timm.create_model("se" + TWINS[name]), None
+    squeezed = variants(BASELINES[name]).get("se")
+    if "se" in rivals and squeezed is not None:
+        result["se"] = timm.create_model(squeezed), None
     if "condconv" in rivals:
         places = [place.rpartition(".")[0] for place, part in aw.named_modules() if isinstance(part, AttentionBranch)]
         result["condconv"] = with_condconv(plain, places), None

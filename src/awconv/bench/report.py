@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import timm
 import torch
-from rich.table import Table
 
-from awconv import terminal
 from awconv.bench.timing import Ratio
+from awconv.tables import Table
 from awconv.version import __version__
 
 Format = Literal["table", "markdown", "json"]
@@ -87,21 +86,12 @@ def print_rows(rows: Sequence[Row], device: str, format: Format) -> None:
         ratio = row.ratio
         spread = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low != ratio.high else ""
         lines.setdefault((row.subject, row.work), {})[row.way] = f"{ratio.median:.2f}{spread}"
-    headings = ("", "work", *ways)
-    cells = [(*key, *(line.get(way, "") for way in ways)) for key, line in lines.items()]
     facts = environment(device)
-    footer = f"Medians (and deciles) of ratios. {facts['device']}, {facts['threads']} threads, torch {facts['torch']}."
-    if format == "markdown":
-        for line in (headings, ("---", "---", *["---:"] * len(ways)), *cells):
-            print(f"| {' | '.join(line)} |")
-        print(f"\n{footer}")
-        return
-    table = Table(box=None, pad_edge=False, caption=footer, caption_justify="left")
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < 2 else "right", no_wrap=True)
-    for line in cells:
-        table.add_row(*line)
-    terminal.console().print(table)
+    Table(
+        headings=("", "work", *ways),
+        rows=[(*key, *(line.get(way, "") for way in ways)) for key, line in lines.items()],
+        note=f"Medians (and deciles) of ratios. {facts['device']}, {facts['threads']} threads, torch {facts['torch']}.",
+    ).print(format)
 
 
 def numbers(name: str, text: str) -> list[int]:

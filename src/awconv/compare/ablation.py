@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 
-from awconv.compare.runs import Variant
+from awconv.compare.variants import Change
 from awconv.convert import AW_LAYERS
 
 _CHOICES = (
@@ -40,8 +40,8 @@ def choices(network: str) -> list[str]:
     return [*_CHOICES.split(), f"select={info[-1]['module']}.*"]
 
 
-def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] | None = None) -> list[Variant]:
-    """One variant for each change, after the network as it is, which is called ``default``.
+def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] | None = None) -> list[Change]:
+    """One variant for each of the changes, after the network as it is, which is called ``default``.
 
     Args:
         network: an AW network.
@@ -56,10 +56,10 @@ def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] |
     if len(set(changes)) < len(changes):
         raise ValueError(f"changes must differ, got {' '.join(changes)}")
     given = dict(network_args or {})
-    return [Variant("default", network=network), *(_arm(network, change, given) for change in changes)]
+    return [Change("default", network=network), *(_arm(network, change, given) for change in changes)]
 
 
-def _arm(network: str, change: str, network_args: dict[str, Any]) -> Variant:
+def _arm(network: str, change: str, network_args: dict[str, Any]) -> Change:
     aw_args: dict[str, Any] = {}
     arguments = []
     for part in change.split("+"):
@@ -77,7 +77,7 @@ def _arm(network: str, change: str, network_args: dict[str, Any]) -> Variant:
     if aw_args:
         merged = network_args | {"aw_args": (network_args.get("aw_args") or {}) | aw_args}
         arguments.append(f"--model.network_args={json.dumps(merged)}")
-    return Variant(change.replace("*", "all").replace("/", "_"), network=network, arguments=tuple(arguments))
+    return Change(change.replace("*", "all").replace("/", "_"), network=network, arguments=tuple(arguments))
 
 
 def _value(change: str, text: str) -> Any:

@@ -6,12 +6,12 @@ import abc
 import math
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,6 +31,7 @@ from awconv.data.images import (
     read_header,
 )
 from awconv.data.loading import DataModule, Split
+from awconv.roles import Role
 from awconv.terminal import printable
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -76,6 +77,8 @@ class DetectionDataModule(DataModule):
         FileNotFoundError: the data set is not there.
         ValueError: a number is out of its range, or a category does not exist.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {**DataModule.roles, "inspect": Role.NOTHING}
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import os
 import signal
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,6 +22,7 @@ from awconv.data.order import (
     derive_seed,
     seed_all,
 )
+from awconv.roles import Role
 
 Split = Literal["train", "val", "test"]
 _WORKER_SECONDS = 12  # what a worker outlives a SIGTERM by: longer than the training that it loads for
@@ -53,6 +54,11 @@ class DataModule(pl.LightningDataModule, abc.ABC):
     Raises:
         ValueError: a number is out of its range.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"num_workers": Role.NOTHING, "max_pixels": Role.NOTHING}
+    """Of the arguments that do not decide each step."""
+    compared_names: ClassVar[Mapping[str, int]] = {"root": 1, "train": 2, "val": 2, "test": 2}
+    """How many of a path's last names tell whether data are the same: it begins otherwise on another machine."""
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()

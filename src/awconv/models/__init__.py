@@ -3,7 +3,15 @@ and the AW models."""
 
 from awconv.models.attention_augmented import AugmentedConv2d
 from awconv.models.cifar_resnet import CifarResNet
-from awconv.models.registry import TWINS, in_residual_stages, is_depthwise
+from awconv.models.registry import BASELINES, in_residual_stages, is_depthwise, variants
 from awconv.models.wide_resnet import WideResNet
 
-__all__ = ["TWINS", "AugmentedConv2d", "CifarResNet", "WideResNet", "in_residual_stages", "is_depthwise"]
+__all__ = [
+    "BASELINES",
+    "AugmentedConv2d",
+    "CifarResNet",
+    "WideResNet",
+    "in_residual_stages",
+    "is_depthwise",
+    "variants",
+]

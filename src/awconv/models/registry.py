@@ -1,17 +1,19 @@
 """Our models under timm's names: after ``import awconv``, ``timm.create_model("aw_resnet50")``.
 
-An AW model is its plain twin after :func:`awconv.convert`, whose arguments it takes in ``aw_args``, a dictionary:
+``SPECS`` is the table of what there is. Each network in it has an AW version, called ``aw_`` and its name: the network
+after :func:`awconv.convert`, whose arguments it takes in ``aw_args``, a dictionary:
 ``timm.create_model("aw_resnet50", aw_args=dict(reduction=8))``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -24,33 +26,6 @@ from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.models.cifar_resnet import CifarResNet
 from awconv.models.published import published, verify
 from awconv.models.wide_resnet import WideResNet
-
-_IMAGENET = dict(
-    num_classes=1000,
-    input_size=(3, 224, 224),
-    pool_size=(7, 7),
-    crop_pct=0.875,
-    interpolation="bilinear",
-    mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD,
-    first_conv="conv1",
-    classifier="fc",
-    license="apache-2.0",
-)
-_VGG = _IMAGENET | dict(first_conv="features.0", classifier="head.fc")
-_MOBILENET = _IMAGENET | dict(first_conv="conv_stem", classifier="classifier", interpolation="bicubic")
-_CIFAR = _IMAGENET | dict(
-    num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD
-)
-_CIFAR_FEATURES: dict[str, Any] = dict(feature_cfg=dict(out_indices=(0, 1, 2)))
-_MOBILENET_FEATURES: dict[str, Any] = dict(
-    feature_cfg=dict(feature_cls="getter")
-)  # stages are not modules of their own there
-
-_NARROW_REDUCTION = 2  # of networks of 16 to 64 channels, chosen on held-out images: docs/experiments.md
-
-TWINS: dict[str, str] = {}
-"""Each network with attention and its twin without: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``."""
 
 
 def in_residual_stages(name: str, module: nn.Module) -> bool:
@@ -66,6 +41,161 @@ def is_depthwise(name: str, module: nn.Module) -> bool:
 def behind_the_first(name: str, module: nn.Module) -> bool:
     """Selects the 3x3 convolutions of a VGG but the first."""
     return name.startswith("features.") and name != "features.0" and getattr(module, "kernel_size", None) == (3, 3)
+
+
+def _by_layer(scheme: str) -> dict[str, Any]:
+    return dict(augmented=True) if scheme == "aa" else dict(attn_layer=scheme)
+
+
+def _by_block(scheme: str) -> dict[str, Any]:
+    return dict(block_args=dict(attn_layer=scheme))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What networks of one kind share.
+
+    Attributes:
+        cfg: timm's configuration of a network: its images, its classifier and so on.
+        select: the convolutions that become AW-convolutions.
+        features: by which timm extracts features.
+        aw_args: other arguments of :func:`awconv.convert` whose defaults are not right here.
+        attend: the constructor's arguments for a scheme of attention.
+        paper: of a network without attention, its number at arXiv; not needed where timm has the network.
+    """
+
+    cfg: dict[str, Any]
+    select: Callable[[str, nn.Module], bool]
+    features: dict[str, Any] = field(default_factory=dict)
+    aw_args: dict[str, Any] = field(default_factory=dict)
+    attend: Callable[[str], dict[str, Any]] = _by_layer
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network, which has an AW version.
+
+    Attributes:
+        name: of the network. Where timm has none of this name, it is registered.
+        family: its kind.
+        build: its constructor, for a network without attention.
+        baseline: for a network with attention, the one without, which stands before it in the table.
+        scheme: the attention, such as ``"se"``.
+    """
+
+    name: str
+    family: Family
+    build: Callable[..., nn.Module] | None = None
+    baseline: str = ""
+    scheme: str = ""
+
+
+def _mobilenet(name: str, *args: Any, attn_layer: str | None = None, **kwargs: Any) -> nn.Module:
+    """A MobileNet of timm, with attention on the activations of its depthwise convolutions, where v3 has it."""
+    model = timm.create_model(name, *args, **kwargs)
+    for module in model.modules() if attn_layer else ():
+        if hasattr(module, "conv_dw") and hasattr(module, "se"):
+            module.se = get_attn(attn_layer)(module.conv_dw.out_channels)  # type: ignore[union-attr]
+    return model
+
+
+_SCHEMES = {"se": "1709.01507", "cbam": "1807.06521", "eca": "1910.03151", "aa": "1904.09925"}  # and their papers
+_IMAGENET = dict(
+    num_classes=1000,
+    input_size=(3, 224, 224),
+    pool_size=(7, 7),
+    crop_pct=0.875,
+    interpolation="bilinear",
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+    first_conv="conv1",
+    classifier="fc",
+    license="apache-2.0",
+)
+_IMAGENET_RESNET = Family(_IMAGENET, in_residual_stages, attend=_by_block)
+_VGG = Family(
+    _IMAGENET | dict(first_conv="features.0", classifier="head.fc"),
+    behind_the_first,
+    features=dict(feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(6)))),
+    aw_args=dict(init="identity"),  # it has no norms, and attention that starts at random would enlarge its activations
+)
+_MOBILENET = Family(
+    _IMAGENET | dict(first_conv="conv_stem", classifier="classifier", interpolation="bicubic"),
+    is_depthwise,
+    features=dict(feature_cfg=dict(feature_cls="getter")),  # stages are not modules of their own there
+)
+_CIFAR: dict[str, Any] = dict(
+    cfg=_IMAGENET
+    | dict(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR10_MEAN, std=CIFAR10_STD),
+    select=in_residual_stages,
+    features=dict(feature_cfg=dict(out_indices=(0, 1, 2))),
+)
+_CIFAR_RESNET = Family(
+    **_CIFAR,
+    paper="1512.03385",
+    aw_args=dict(reduction=2),  # of 16 to 64 channels, chosen on held-out images: docs/experiments.md
+)
+_WIDE_RESNET = Family(**_CIFAR, paper="1605.07146")
+
+SPECS = (
+    Spec("resnet18", _IMAGENET_RESNET),
+    Spec("resnet34", _IMAGENET_RESNET),
+    Spec("resnet50", _IMAGENET_RESNET),
+    Spec("resnet101", _IMAGENET_RESNET),
+    Spec("resnet152", _IMAGENET_RESNET),
+    Spec("seresnet18", _IMAGENET_RESNET, baseline="resnet18", scheme="se"),
+    Spec("cbamresnet18", _IMAGENET_RESNET, baseline="resnet18", scheme="cbam"),
+    Spec("ecaresnet18", _IMAGENET_RESNET, baseline="resnet18", scheme="eca"),
+    Spec("seresnet34", _IMAGENET_RESNET, baseline="resnet34", scheme="se"),
+    Spec("seresnet50", _IMAGENET_RESNET, baseline="resnet50", scheme="se"),
+    Spec("cbamresnet50", _IMAGENET_RESNET, baseline="resnet50", scheme="cbam"),
+    Spec("ecaresnet50", _IMAGENET_RESNET, baseline="resnet50", scheme="eca"),
+    Spec("seresnet101", _IMAGENET_RESNET, baseline="resnet101", scheme="se"),
+    Spec("cbamresnet101", _IMAGENET_RESNET, baseline="resnet101", scheme="cbam"),
+    Spec("ecaresnet101", _IMAGENET_RESNET, baseline="resnet101", scheme="eca"),
+    Spec("seresnet152", _IMAGENET_RESNET, baseline="resnet152", scheme="se"),
+    Spec("vgg16", _VGG),
+    Spec("mobilenetv1_100", _MOBILENET, partial(_mobilenet, "mobilenetv1_100")),
+    Spec("se_mobilenetv1_100", _MOBILENET, baseline="mobilenetv1_100", scheme="se"),
+    Spec("cbam_mobilenetv1_100", _MOBILENET, baseline="mobilenetv1_100", scheme="cbam"),
+    Spec("mobilenetv2_100", _MOBILENET, partial(_mobilenet, "mobilenetv2_100")),
+    Spec("se_mobilenetv2_100", _MOBILENET, baseline="mobilenetv2_100", scheme="se"),
+    Spec("cbam_mobilenetv2_100", _MOBILENET, baseline="mobilenetv2_100", scheme="cbam"),
+    Spec("resnet8_cifar", _CIFAR_RESNET, partial(CifarResNet, 8)),
+    Spec("seresnet8_cifar", _CIFAR_RESNET, baseline="resnet8_cifar", scheme="se"),
+    Spec("cbamresnet8_cifar", _CIFAR_RESNET, baseline="resnet8_cifar", scheme="cbam"),
+    Spec("resnet20_cifar", _CIFAR_RESNET, partial(CifarResNet, 20)),
+    Spec("seresnet20_cifar", _CIFAR_RESNET, baseline="resnet20_cifar", scheme="se"),
+    Spec("cbamresnet20_cifar", _CIFAR_RESNET, baseline="resnet20_cifar", scheme="cbam"),
+    Spec("resnet32_cifar", _CIFAR_RESNET, partial(CifarResNet, 32)),
+    Spec("resnet44_cifar", _CIFAR_RESNET, partial(CifarResNet, 44)),
+    Spec("resnet56_cifar", _CIFAR_RESNET, partial(CifarResNet, 56)),
+    Spec("seresnet56_cifar", _CIFAR_RESNET, baseline="resnet56_cifar", scheme="se"),
+    Spec("cbamresnet56_cifar", _CIFAR_RESNET, baseline="resnet56_cifar", scheme="cbam"),
+    Spec("resnet110_cifar", _CIFAR_RESNET, partial(CifarResNet, 110)),
+    Spec("wide_resnet28_10_cifar", _WIDE_RESNET, partial(WideResNet, 28, 10)),
+    Spec("aa_wide_resnet28_10_cifar", _WIDE_RESNET, baseline="wide_resnet28_10_cifar", scheme="aa"),
+    Spec("se_wide_resnet28_10_cifar", _WIDE_RESNET, baseline="wide_resnet28_10_cifar", scheme="se"),
+    Spec("cbam_wide_resnet28_10_cifar", _WIDE_RESNET, baseline="wide_resnet28_10_cifar", scheme="cbam"),
+)
+
+BASELINES: dict[str, str] = {}
+"""Each network with attention and the same without: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``."""
+_VARIANTS: dict[str, dict[str, str]] = {}
+
+
+def variants(baseline: str) -> dict[str, str]:
+    """The networks that are made of another one, by their scheme of attention.
+
+    Args:
+        baseline: a network's name.
+
+    Returns:
+        For ``"resnet50"``, ``{"aw": "aw_resnet50", "se": "seresnet50", "aw_se": "aw_seresnet50", ...}``; nothing for a
+        network that has none.
+    """
+    return dict(_VARIANTS.get(baseline, {}))
 
 
 def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *, paper: str, **defaults: Any) -> None:
@@ -91,75 +221,36 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
     register_model(entry)
 
 
-def _register_aw(
-    plain: str,
-    cfg: dict[str, Any],
-    select: Callable[[str, nn.Module], bool],
-    reduction: int = 16,
-    init: Literal["fresh", "identity"] = "fresh",
-    **defaults: Any,
-) -> None:
-    own: dict[str, Any] = dict(select=select, reduction=reduction, init=init)
+def _register_spec(spec: Spec, builds: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+    """Registers a network, where timm lacks it, and its AW version.
 
-    def build(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
-        return convert(timm.create_model(plain, *args, **kwargs), **(own | (aw_args or {})))
+    Args:
+        spec: the network.
+        builds: what the constructors of those before it in the table are.
 
-    TWINS["aw_" + plain] = plain
-    _register("aw_" + plain, build, cfg, paper="2108.08205", **defaults)
+    Returns:
+        The network's constructor.
+    """
+    family, aw = spec.family, f"aw_{spec.name}"
+    build = spec.build or partial(timm.create_model, spec.name)
+    _VARIANTS[spec.name] = {"aw": aw}
+    if spec.baseline:
+        build = partial(builds[spec.baseline], **family.attend(spec.scheme))
+        BASELINES[spec.name] = spec.baseline
+        _VARIANTS[spec.baseline] |= {spec.scheme: spec.name, f"aw_{spec.scheme}": aw}
+    BASELINES[aw] = spec.name
+    if not timm.is_model(spec.name):
+        paper = _SCHEMES[spec.scheme] if spec.scheme else family.paper
+        _register(spec.name, build, family.cfg, paper=paper, **family.features)
+
+    def build_aw(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+        plain = timm.create_model(spec.name, *args, **kwargs)
+        return convert(plain, **({"select": family.select} | family.aw_args | (aw_args or {})))
+
+    _register(aw, build_aw, family.cfg, paper="2108.08205", **family.features)
+    return build
 
 
-_SCHEMES = {"se": "1709.01507", "cbam": "1807.06521", "eca": "1910.03151"}  # attention on activations, by timm's layers
-
-
-def _with_attention(plain: str, scheme: str, *args: Any, **kwargs: Any) -> nn.Module:
-    """A MobileNet with attention on the activations of its depthwise convolutions, where MobileNet v3 has it."""
-    model = timm.create_model(plain, *args, **kwargs)
-    for module in model.modules():
-        if hasattr(module, "conv_dw") and hasattr(module, "se"):
-            module.se = get_attn(scheme)(module.conv_dw.out_channels)  # type: ignore[union-attr]
-    return model
-
-
-_build: Callable[..., nn.Module]
-for _plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
-    _register_aw(_plain, _IMAGENET, in_residual_stages)
-for _plain in ("resnet18", "resnet50", "resnet101"):
-    for _scheme, _paper in _SCHEMES.items():
-        _name = _scheme + _plain
-        TWINS[_name] = _plain
-        if not timm.is_model(_name):  # timm has those with SE
-            _build = partial(timm.create_model, _plain, block_args=dict(attn_layer=_scheme))
-            _register(_name, _build, _IMAGENET, paper=_paper)
-        _register_aw(_name, _IMAGENET, in_residual_stages)
-# VGG has no norms, and attention that starts at random would enlarge its activations in each layer.
-_VGG_FEATURES: dict[str, Any] = dict(feature_cfg=dict(flatten_sequential=True, out_indices=tuple(range(6))))
-_register_aw("vgg16", _VGG, behind_the_first, init="identity", **_VGG_FEATURES)
-for _plain in ("mobilenetv1_100", "mobilenetv2_100"):
-    _register_aw(_plain, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
-    for _scheme in ("se", "cbam"):
-        _name = f"{_scheme}_{_plain}"
-        TWINS[_name] = _plain
-        _build = partial(_with_attention, _plain, _scheme)
-        _register(_name, _build, _MOBILENET, paper=_SCHEMES[_scheme], **_MOBILENET_FEATURES)
-        _register_aw(_name, _MOBILENET, is_depthwise, **_MOBILENET_FEATURES)
-for _depth in (8, 20, 32, 44, 56, 110):
-    _plain = f"resnet{_depth}_cifar"
-    _register(_plain, partial(CifarResNet, _depth), _CIFAR, paper="1512.03385", **_CIFAR_FEATURES)
-    _register_aw(_plain, _CIFAR, in_residual_stages, _NARROW_REDUCTION, **_CIFAR_FEATURES)
-    for _scheme in ("se", "cbam"):
-        if _depth in (8, 20, 56):
-            _name, _build = _scheme + _plain, partial(CifarResNet, _depth, attn_layer=_scheme)
-            TWINS[_name] = _plain
-            _register(_name, _build, _CIFAR, paper=_SCHEMES[_scheme], **_CIFAR_FEATURES)
-            _register_aw(_name, _CIFAR, in_residual_stages, _NARROW_REDUCTION, **_CIFAR_FEATURES)
-for _prefix, _options, _paper in (
-    ("", {}, "1605.07146"),
-    ("aa_", dict(augmented=True), "1904.09925"),
-    ("se_", dict(attn_layer="se"), _SCHEMES["se"]),
-    ("cbam_", dict(attn_layer="cbam"), _SCHEMES["cbam"]),
-):
-    _plain = f"{_prefix}wide_resnet28_10_cifar"
-    if _prefix:
-        TWINS[_plain] = _plain.removeprefix(_prefix)
-    _register(_plain, partial(WideResNet, 28, 10, **_options), _CIFAR, paper=_paper, **_CIFAR_FEATURES)
-    _register_aw(_plain, _CIFAR, in_residual_stages, **_CIFAR_FEATURES)
+_builds: dict[str, Callable[..., nn.Module]] = {}
+for _spec in SPECS:
+    _builds[_spec.name] = _register_spec(_spec, _builds)

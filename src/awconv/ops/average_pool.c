@@ -52,8 +52,8 @@ static void fill(const int64_t *size, const int64_t *bins, int positions_first, 
 static void multiply(int64_t planes, int64_t inner, int64_t outer, int64_t threads, const real *from, const real *matrix,
                      real *to) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < (planes + TOGETHER - 1) / TOGETHER; block++) {
-        const int64_t first = block * TOGETHER, count = planes - first < TOGETHER ? planes - first : TOGETHER;
+    for (int64_t tile = 0; tile < (planes + TOGETHER - 1) / TOGETHER; tile++) {
+        const int64_t first = tile * TOGETHER, count = planes - first < TOGETHER ? planes - first : TOGETHER;
         const real *rows[TOGETHER];
         for (int64_t k = 0; k < TOGETHER; k++) rows[k] = from + (first + (k < count ? k : 0)) * inner;
         for (int64_t j = 0; j < outer; j += LANES) {
@@ -126,7 +126,7 @@ typedef void plane_function(const axis_t *, const real *, real *, real *);
  * that one such number spoils a whole product, and not only the bins that cover it. */
 static void by_planes(plane_function *run, int only_spoilt, int64_t planes, const int64_t *size, const int64_t *bins,
                       int64_t threads, int64_t source_plane, const real *source, int64_t result_plane, real *result,
-                      int64_t room, real *workspace) {
+                      int64_t thread_elements, real *workspace) {
 #pragma omp parallel num_threads(threads)
     {
         axis_t axes[3];
@@ -134,7 +134,8 @@ static void by_planes(plane_function *run, int only_spoilt, int64_t planes, cons
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < planes; i++)
             if (!only_spoilt || !all_finite(result + i * result_plane, result_plane))
-                run(axes, source + i * source_plane, result + i * result_plane, workspace + thread_number() * room);
+                run(axes, source + i * source_plane, result + i * result_plane,
+                    workspace + thread_number() * thread_elements);
     }
 }
 
@@ -144,10 +145,10 @@ static int64_t matrix_elements(const int64_t *size, const int64_t *bins) {
     return is_small(size) ? padded(product(size)) * padded(product(bins)) : 0;
 }
 
-/* Room of a thread: rows of columns. */
+/* Workspace of a thread: rows of columns. */
 static int64_t rows_elements(const int64_t *size, const int64_t *bins) { return bins[0] * bins[1] * size[2]; }
 
-/* Room that both directions need. */
+/* Workspace that both directions need. */
 int64_t workspace_elements(const int64_t *size, const int64_t *bins, int64_t threads) {
     return matrix_elements(size, bins) + threads * rows_elements(size, bins);
 }

@@ -1,4 +1,4 @@
-"""Pooling to the size of a kernel, the first step of the attention branch: one pass over the input."""
+"""Pooling to the size of a kernel, the first part of the attention branch: one pass over the input."""
 
 from __future__ import annotations
 
@@ -203,29 +203,29 @@ def _plan(
     added: bool,
 ) -> Launch:
     """How a kernel is launched."""
-    block_channels = power_of_two(channels, 64 if channels_last else 8)
+    tile_channels = power_of_two(channels, 64 if channels_last else 8)
     layout = dict(channels=channels, channels_last=channels_last)
     constants: dict[str, Any]
     integers = (*size, *bins)
     if kernel == "pool":
         rows, columns = (_most_covered(extent, count) for extent, count in zip(size, bins, strict=True))
-        most = (_LARGE_TILE if rows * columns > _LARGE_BIN else _TILE) // block_channels
-        block_x = power_of_two(columns, most)
-        block_y = power_of_two(rows, most // block_x)
+        most = (_LARGE_TILE if rows * columns > _LARGE_BIN else _TILE) // tile_channels
+        tile_x = power_of_two(columns, most)
+        tile_y = power_of_two(rows, most // tile_x)
         each = 1 if rows * columns > _LARGE_BIN else product(bins)
-        constants = dict(**layout, each=each, block_channels=block_channels, block_y=block_y, block_x=block_x)
+        constants = dict(**layout, each=each, tile_channels=tile_channels, tile_y=tile_y, tile_x=tile_x)
         tiles = -(-product(bins) // each)
         warps = 4 if each == 1 else 1  # small bins are few instructions, which every warp repeats
     else:
         cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
-        block_positions = power_of_two(product(size), _TILE // block_channels)
+        tile_positions = power_of_two(product(size), _TILE // tile_channels)
         constants = dict(added=added, cover_y=cover_y, cover_x=cover_x, **layout)
-        constants |= dict(block_channels=block_channels, block_positions=block_positions)
+        constants |= dict(tile_channels=tile_channels, tile_positions=tile_positions)
         integers += tuple(itertools.chain(*(divider(number) for number in integers)))
-        tiles = -(-product(size) // block_positions)
+        tiles = -(-product(size) // tile_positions)
         warps = 4
     made = Kernel("awconv.ops.triton_average_pool", kernel, constants, warps)
-    return Launch(made, samples * -(-channels // block_channels) * tiles, integers)
+    return Launch(made, samples * -(-channels // tile_channels) * tiles, integers)
 
 
 def _most_covered(size: int, bins: int) -> int:

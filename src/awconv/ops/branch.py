@@ -1,4 +1,4 @@
-"""The attention branch after its pooling on a GPU, in a few kernels. Its tensors are small: one kernel for each step of
+"""The attention branch after its pooling on a GPU, in a few kernels. Its tensors are small: one kernel for each of
 its modules costs more to launch than to run.
 
 The kernels run branches of plain modules (pointwise convolutions, BatchNorms, ReLU, an activation) that nothing
@@ -38,8 +38,8 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: 
 class Norm(NamedTuple):
     """A BatchNorm; what it lacks is None, and the kernels do not take it then."""
 
-    gain: Tensor
-    shift: Tensor
+    weight: Tensor
+    bias: Tensor
     mean: Tensor
     variance: Tensor
     batches: Tensor
@@ -231,7 +231,7 @@ class Train(torch.autograd.Function):
 
 def _grads(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch) -> tuple[Tensor, ...]:
     """The gradients of the inputs, each in the layout and dtype of what it belongs to."""
-    pooled, weight1, gain1, shift1, weight2, gain2, shift2 = inputs
+    pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 = inputs
     pooled, taps = _by_rows(pooled)
     last = grad.permute(0, *range(3, grad.dim()), 1, 2)
     grad_taps = 1
@@ -240,10 +240,10 @@ def _grads(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch)
     (sum_grads, grad_second, grad_first, add), elements = launches.backward(_facts(pooled, branch, taps), grad_taps)
     scratch = pooled.new_empty(elements, dtype=torch.float32)
     grads = tuple(map(torch.empty_like, (pooled, *inputs[1:])))
-    norms = (gain1, shift1, gain2, shift2)
+    norms = (norm_weight1, norm_bias1, norm_weight2, norm_bias2)
     sum_grads.run(grad, kept, scratch, weight2, *norms)
     grad_second.run(grad, kept, scratch, weight2, *norms, grads[5], grads[6])
-    grad_first.run(pooled, kept, scratch, weight1, gain1, grads[2], grads[3], grads[0])
+    grad_first.run(pooled, kept, scratch, weight1, norm_weight1, grads[2], grads[3], grads[0])
     add.run(scratch, grads[1], grads[4])
     return grads
 
@@ -254,12 +254,12 @@ def _by_modules(
     """The gradients by operations that have derivatives themselves."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(grad.device.type):
-        pooled, weight1, gain1, shift1, weight2, gain2, shift2 = inputs
+        pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 = inputs
         convolve = _KINDS[pooled.dim()][2]
         hidden = convolve(pooled.to(branch.dtype), weight1.to(branch.dtype))
-        value = torch.relu(F.batch_norm(hidden, None, None, gain1, shift1, True, 0, branch.norm1.epsilon))
+        value = torch.relu(F.batch_norm(hidden, None, None, norm_weight1, norm_bias1, True, 0, branch.norm1.epsilon))
         score = convolve(value, weight2.to(branch.dtype))
-        normed = F.batch_norm(score, None, None, gain2, shift2, True, 0, branch.norm2.epsilon)
+        normed = F.batch_norm(score, None, None, norm_weight2, norm_bias2, True, 0, branch.norm2.epsilon)
         attention = _ACTIVATIONS[branch.activation][1](normed).reshape(grad.shape)
         wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
         grads = iter(torch.autograd.grad(attention, wanted, grad, create_graph=create_graph))

@@ -43,17 +43,17 @@ class Facts(NamedTuple):
         """Of the rows: a tile of them each."""
         return -(-self.rows // self.tile)
 
-    def block(self, size: int) -> int:
+    def width(self, size: int) -> int:
         """Columns or channels of a tile."""
         return power_of_two(size, self.tile, LEAST)
 
     def tiles(self, size: int) -> int:
-        return -(-size // self.block(size))
+        return -(-size // self.width(size))
 
     @property
     def share(self) -> int:
         """Columns of a share."""
-        return -(-self.tiles(self.columns) // _SHARES) * self.block(self.columns)
+        return -(-self.tiles(self.columns) // _SHARES) * self.width(self.columns)
 
     @property
     def shares(self) -> int:
@@ -80,14 +80,14 @@ class Facts(NamedTuple):
             **self._asdict(),
             shares=self.shares,
             share=self.share,
-            block_rows=self.tile,
-            block_hidden=power_of_two(self.hidden, MOST_HIDDEN, LEAST),
-            block_columns=self.block(self.columns),
-            block_channels=self.block(self.channels),
-            block_parts=_MERGED,
+            tile_rows=self.tile,
+            tile_hidden=power_of_two(self.hidden, MOST_HIDDEN, LEAST),
+            tile_columns=self.width(self.columns),
+            tile_channels=self.width(self.channels),
+            tile_parts=_MERGED,
             size1=self.hidden * self.channels,
             size2=self.columns * self.hidden,
-            block=_ADDED,
+            tile_added=_ADDED,
         )
         chosen = {name: known[name] for name in constants.split()} | other
         module, _, name = kernel.rpartition(".")
@@ -97,9 +97,9 @@ class Facts(NamedTuple):
 
 @functools.lru_cache(maxsize=PLANS)
 def inference(facts: Facts) -> Launch:
-    names = "channels hidden columns taps activation low precision block_rows block_hidden block_columns block_channels"
+    names = "channels hidden columns taps activation low precision tile_rows tile_hidden tile_columns tile_channels"
     programs = -(-facts.rows // _ROWS) * facts.tiles(facts.columns)
-    return facts.launch("triton_branch.infer", names, programs, facts.rows, block_rows=_ROWS)
+    return facts.launch("triton_branch.infer", names, programs, facts.rows, tile_rows=_ROWS)
 
 
 @functools.lru_cache(maxsize=PLANS)
@@ -108,8 +108,8 @@ def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
     rows, hidden, columns, parts = facts.rows, facts.hidden, facts.columns, facts.parts
     statistics2 = parts * 2 * hidden  # after those of norm1
     programs = parts * facts.tiles(columns)
-    project = "channels hidden columns taps low precision block_rows block_hidden block_channels"
-    second = "low precision block_rows block_hidden block_columns block_parts"
+    project = "channels hidden columns taps low precision tile_rows tile_hidden tile_channels"
+    second = "low precision tile_rows tile_hidden tile_columns tile_parts"
     made = (
         facts.launch("triton_branch.project", project, parts, rows, 0),
         facts.launch("triton_branch.measure", f"hidden columns {second}", programs, rows, 0, statistics2),
@@ -125,8 +125,8 @@ def backward(facts: Facts, grad_taps: int) -> tuple[tuple[Launch, ...], int]:
     rows, parts, above = facts.rows, facts.parts, facts._replace(taps=grad_taps)
     sums2, sums1, grads, pieces2, pieces1, end = facts.scratch()
     second = "hidden columns taps activation low precision"
-    tiles = "block_rows block_hidden block_columns"
-    first = "channels hidden columns taps low precision shares block_rows block_hidden block_channels block_parts"
+    tiles = "tile_rows tile_hidden tile_columns"
+    first = "channels hidden columns taps low precision shares tile_rows tile_hidden tile_channels tile_parts"
     added = sum(-(-size * facts.hidden // _ADDED) for size in (facts.channels, facts.columns))
     made = (
         above.launch(
@@ -134,7 +134,7 @@ def backward(facts: Facts, grad_taps: int) -> tuple[tuple[Launch, ...], int]:
         ),
         above.launch(
             "triton_branch_grads.grad_second",
-            f"{second} shares share {tiles} block_parts",
+            f"{second} shares share {tiles} tile_parts",
             parts * facts.shares,
             *(rows, sums2, sums1, grads, pieces2),
         ),
@@ -144,6 +144,8 @@ def backward(facts: Facts, grad_taps: int) -> tuple[tuple[Launch, ...], int]:
             parts * facts.tiles(facts.channels),
             *(rows, sums1, grads, pieces1),
         ),
-        facts.launch("triton_branch_grads.add_pieces", "size1 size2 block block_parts", added, parts, pieces1, pieces2),
+        facts.launch(
+            "triton_branch_grads.add_pieces", "size1 size2 tile_added tile_parts", added, parts, pieces1, pieces2
+        ),
     )
     return made, end

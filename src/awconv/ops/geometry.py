@@ -52,19 +52,21 @@ class Geometry(NamedTuple):
         pairs = zip(reversed(self.padding), reversed(both), strict=True)
         return both, [amount - least for pair, least in pairs for amount in pair]
 
-    def reach(self, kernel: Sequence[int]) -> tuple[int, ...]:
-        """How many pixels of each axis a kernel spans, from its first tap to its last."""
+    def kernel_extent(self, kernel: Sequence[int]) -> tuple[int, ...]:
+        """How many pixels of each axis a dilated kernel spans, from its first tap to its last."""
         return tuple(dilation * (taps - 1) + 1 for taps, dilation in zip(kernel, self.dilation, strict=True))
 
     def seen_size(self, positions: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """How many pixels of each axis, padding among them, some positions see together."""
-        axes = zip(positions, self.stride, self.reach(kernel), strict=True)
-        return tuple(stride * (count - 1) + reach for count, stride, reach in axes)
+        axes = zip(positions, self.stride, self.kernel_extent(kernel), strict=True)
+        return tuple(stride * (count - 1) + extent for count, stride, extent in axes)
 
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """The size of the output along each axis, from those of the input and the kernel."""
-        axes = zip(size, self.padding, self.reach(kernel), self.stride, strict=True)
-        return tuple((extent + before + after - reach) // stride + 1 for extent, (before, after), reach, stride in axes)
+        axes = zip(size, self.padding, self.kernel_extent(kernel), self.stride, strict=True)
+        return tuple(
+            (length + before + after - extent) // stride + 1 for length, (before, after), extent, stride in axes
+        )
 
     def seeing(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[Geometry, tuple[tuple[int, int], ...]]:
         """The geometry without the positions that see nothing but padding: with absurd strides and paddings these can
@@ -75,26 +77,28 @@ class Geometry(NamedTuple):
             axis that do not.
         """
         strides, paddings, unseeing = [], [], []
-        axes = zip(size, self.reach(kernel), self.stride, self.padding, self.output_size(size, kernel), strict=True)
-        for extent, reach, stride, padding, positions in axes:
-            skipped, padding = _without_unseeing(extent, reach, stride, *padding)
-            longest = extent + sum(padding) - reach + 1
+        axes = zip(
+            size, self.kernel_extent(kernel), self.stride, self.padding, self.output_size(size, kernel), strict=True
+        )
+        for length, extent, stride, padding, positions in axes:
+            skipped, padding = _without_unseeing(length, extent, stride, *padding)
+            longest = length + sum(padding) - extent + 1
             unseeing.append((skipped, positions - skipped - (longest - 1) // stride - 1))
             strides.append(longest if statically_known_true(stride > longest) else stride)
             paddings.append(padding)
         return Geometry(tuple(strides), tuple(paddings), self.dilation, self.groups), tuple(unseeing)
 
 
-def _without_unseeing(size: int, reach: int, stride: int, before: int, after: int) -> tuple[int, tuple[int, int]]:
+def _without_unseeing(size: int, extent: int, stride: int, before: int, after: int) -> tuple[int, tuple[int, int]]:
     """How many positions before those that see something are left out along one axis, and the padding that stays."""
-    if min(before, after) < reach or statically_known_true(size == 0):
+    if min(before, after) < extent or statically_known_true(size == 0):
         return 0, (before, after)
-    skipped = (before - reach + 1) // stride
+    skipped = (before - extent + 1) // stride
     # One more, where as much padding on both sides still covers all that see something.
-    tight = min(-(-(before - reach + 1) // stride), before // stride)
+    tight = min(-(-(before - extent + 1) // stride), before // stride)
     left, needed = before - tight * stride, -(-(size + before) // stride) - tight
-    if statically_known_true(size + 2 * left >= reach) and statically_known_true(
-        (size + 2 * left - reach) // stride + 1 >= needed
+    if statically_known_true(size + 2 * left >= extent) and statically_known_true(
+        (size + 2 * left - extent) // stride + 1 >= needed
     ):
         skipped = tight
     before -= skipped * stride

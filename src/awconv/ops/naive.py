@@ -46,9 +46,11 @@ def expand(A: Tensor, rates: tuple[int, ...]) -> Tensor:
 def windows(problem: Problem, I: Tensor) -> Tensor:
     """What the kernel sees at each output position: N x C1 x H' x W' x h x w."""
     I = F.pad(I, problem.geometry.reversed_padding())
-    axes = zip(problem.geometry.reach(problem.kernel), problem.geometry.stride, problem.geometry.dilation, strict=True)
-    for axis, (reach, stride, dilation) in enumerate(axes, start=2):
-        I = I.unfold(axis, reach, stride)[..., ::dilation]
+    axes = zip(
+        problem.geometry.kernel_extent(problem.kernel), problem.geometry.stride, problem.geometry.dilation, strict=True
+    )
+    for axis, (extent, stride, dilation) in enumerate(axes, start=2):
+        I = I.unfold(axis, extent, stride)[..., ::dilation]
     return I
 
 

@@ -26,8 +26,8 @@ def _obstacle(problem: Problem) -> str | None:
         return "it has no forward-mode derivative"
     if problem.attention_blocks[1] != 1:
         return "the attention must have size 1 along the input channels"
-    if reason := problem.padding_obstacle:
-        return f"it copies the input with its padding, {reason}"
+    if problem.padding_obstacle is not None:
+        return f"it copies the input with its padding, {problem.padding_obstacle}"
     return None
 
 

@@ -3,12 +3,14 @@
 Words that mean one thing each in this folder, in Python and in C:
 
 - **position**: of the window, one for each pixel of the output; **tap**: of the kernel.
-- **reach**: how many pixels of an axis the kernel spans, from its first tap to its last.
-- **gain**: what the attention multiplies by, 1 + a with the residual and a without.
+- **kernel extent**: how many pixels of an axis a dilated kernel spans, from its first tap to its last.
+- **gain**: what a weight is multiplied by: 1 + a with the residual and a without.
 - **block**: weights that share a gain. A number of blocks is that along one axis: of the input channels of a group,
   where none is named.
 - **rate**: how many weights along an axis are in a block (r_C2, r_C1, r_hw).
-- **stride** and **step**: from one position to the next, in pixels and in elements of memory.
+- **stride**: from one position to the next, in pixels; a **tap stride** is from one tap to the next. A pitch, or what
+  is called ``position_stride`` in C, is in elements of memory.
+- **tile**: what a kernel computes at once; **workspace**: scratch memory of the C code.
 """
 
 from __future__ import annotations
@@ -263,13 +265,13 @@ def _geometry(
     strides = _per_axis(name, "stride", stride, dims, least=1)
     dilations = _per_axis(name, "dilation", dilation, dims, least=1)
     geometry = Geometry(strides, _paddings(name, padding, kernel, strides, dilations), dilations, groups)
-    axes = zip(SPATIAL_NAMES[dims], size, geometry.padding, geometry.reach(kernel), strict=True)
-    for axis, extent, pair, reach in axes:
-        padded = extent + sum(pair)
-        if padded < reach:
+    axes = zip(SPATIAL_NAMES[dims], size, geometry.padding, geometry.kernel_extent(kernel), strict=True)
+    for axis, length, pair, extent in axes:
+        padded = length + sum(pair)
+        if padded < extent:
             raise ValueError(
-                f"{name}: input is too small along axis {axis}: {extent} with padding {pair} makes {padded}, and the "
-                f"dilated kernel reaches over {reach}; pad the input"
+                f"{name}: input is too small along axis {axis}: {length} with padding {pair} makes {padded}, and the "
+                f"dilated kernel spans {extent}; pad the input"
             )
     return geometry
 

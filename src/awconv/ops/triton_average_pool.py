@@ -34,24 +34,24 @@ def pool(
     channels: tl.constexpr,
     channels_last: tl.constexpr,
     each: tl.constexpr,  # bins of a program
-    block_channels: tl.constexpr,
-    block_y: tl.constexpr,
-    block_x: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_y: tl.constexpr,
+    tile_x: tl.constexpr,
 ):
     """The means of some bins of one sample, for some channels."""
     dtype: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    tiles: tl.constexpr = (channels + block_channels - 1) // block_channels
+    tiles: tl.constexpr = (channels + tile_channels - 1) // tile_channels
     bins = bins_y * bins_x
     shares = tl.cdiv(bins, each)
     sample = (tl.program_id(0) // (tiles * shares)).to(tl.int64)
-    channel = tl.program_id(0) // shares % tiles * block_channels + tl.arange(0, block_channels)
+    channel = tl.program_id(0) // shares % tiles * tile_channels + tl.arange(0, tile_channels)
     channel_exists = channel < channels
     input_c, input_y, input_x = _strides(channels, height, width, channels_last)
     target_c, target_y, target_x = _strides(channels, bins_y, bins_x, channels_last)
     input += sample * channels * height * width
     target += sample * channels * bins
-    y = tl.arange(0, block_y * block_x) // block_x
-    x = tl.arange(0, block_y * block_x) % block_x
+    y = tl.arange(0, tile_y * tile_x) // tile_x
+    x = tl.arange(0, tile_y * tile_x) % tile_x
     if channels_last:
         offsets = (y * input_y + x * input_x)[:, None] + (channel * input_c)[None, :]
     else:
@@ -65,11 +65,11 @@ def pool(
         rows = ((bin_y + 1) * height + bins_y - 1) // bins_y - first_y
         columns = ((bin_x + 1) * width + bins_x - 1) // bins_x - first_x
         if channels_last:
-            total = tl.full((block_y * block_x, block_channels), 0, dtype)
+            total = tl.full((tile_y * tile_x, tile_channels), 0, dtype)
         else:
-            total = tl.full((block_channels, block_y * block_x), 0, dtype)
-        for start_y in range(0, rows, block_y):
-            for start_x in range(0, columns, block_x):
+            total = tl.full((tile_channels, tile_y * tile_x), 0, dtype)
+        for start_y in range(0, rows, tile_y):
+            for start_x in range(0, columns, tile_x):
                 exists = (start_y + y < rows) & (start_x + x < columns)
                 if channels_last:
                     mask = exists[:, None] & channel_exists[None, :]
@@ -108,16 +108,16 @@ def spread(
     cover_x: tl.constexpr,
     channels: tl.constexpr,
     channels_last: tl.constexpr,
-    block_channels: tl.constexpr,
-    block_positions: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_positions: tl.constexpr,
 ):
     """The gradient of the input at some positions of one sample, for some channels."""
     dtype: tl.constexpr = tl.float64 if target.dtype.element_ty == tl.float64 else tl.float32
-    tiles = tl.cdiv(channels, block_channels)
-    position_tiles = tl.cdiv(height * width, block_positions)
+    tiles = tl.cdiv(channels, tile_channels)
+    position_tiles = tl.cdiv(height * width, tile_positions)
     sample = (tl.program_id(0) // (tiles * position_tiles)).to(tl.int64)
-    channel = tl.program_id(0) // position_tiles % tiles * block_channels + tl.arange(0, block_channels)
-    position = tl.program_id(0) % position_tiles * block_positions + tl.arange(0, block_positions)
+    channel = tl.program_id(0) // position_tiles % tiles * tile_channels + tl.arange(0, tile_channels)
+    position = tl.program_id(0) % position_tiles * tile_positions + tl.arange(0, tile_positions)
     channel_exists = channel < channels
     exists = position < height * width
     y = divide(position, by_width, by_width_shift)
@@ -133,9 +133,9 @@ def spread(
     if added:
         total = tl.load(target, mask=mask, other=0.0).to(dtype)
     elif channels_last:
-        total = tl.full((block_positions, block_channels), 0, dtype)
+        total = tl.full((tile_positions, tile_channels), 0, dtype)
     else:
-        total = tl.full((block_channels, block_positions), 0, dtype)
+        total = tl.full((tile_channels, tile_positions), 0, dtype)
     grad_c, grad_y, grad_x = _strides(channels, bins_y, bins_x, channels_last)
     grad += sample * channels * bins_y * bins_x
     lowest_y = divide(y * bins_y, by_height, by_height_shift)  # the first bin that covers a position

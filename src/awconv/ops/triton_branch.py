@@ -49,16 +49,16 @@ def _project(
     taps: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_channels: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_channels: tl.constexpr,
 ):
     """A tile of hidden."""
-    unit = tl.arange(0, block_hidden)
+    unit = tl.arange(0, tile_hidden)
     start = start_of(row, channels, taps)
-    total = tl.full((block_rows, block_hidden), 0, tl.float32)
-    for first in range(0, channels, block_channels):
-        channel = first + tl.arange(0, block_channels)
+    total = tl.full((tile_rows, tile_hidden), 0, tl.float32)
+    for first in range(0, channels, tile_channels):
+        channel = first + tl.arange(0, tile_channels)
         exists = channel < channels
         left = tl.load(
             pooled + start[:, None] + (channel * taps)[None, :],
@@ -75,9 +75,9 @@ def _project(
 
 
 @triton.jit
-def _store_statistics(target, tile, row, rows, at, exists, part, size: tl.constexpr, block_rows: tl.constexpr):
+def _store_statistics(target, tile, row, rows, at, exists, part, size: tl.constexpr, tile_rows: tl.constexpr):
     """Mean and sum of squared differences of the rows of a part."""
-    count = tl.minimum(rows - part * block_rows, block_rows).to(tl.float32)
+    count = tl.minimum(rows - part * tile_rows, tile_rows).to(tl.float32)
     here = (row < rows)[:, None]
     mean = tl.sum(tl.where(here, tile, 0.0), 0) / count
     difference = tl.where(here, tile - mean[None, :], 0.0)
@@ -93,24 +93,24 @@ def _merged_statistics(
     at,
     exists,
     size: tl.constexpr,
-    block_rows: tl.constexpr,
-    block: tl.constexpr,
-    block_parts: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_parts: tl.constexpr,
 ):
     """Mean and variance of all rows."""
-    parts = tl.cdiv(rows, block_rows)
-    total = tl.full((block,), 0, tl.float32)
-    squares = tl.full((block,), 0, tl.float32)
-    for first in range(0, parts, block_parts):
-        part = first + tl.arange(0, block_parts)
-        count = tl.minimum(rows - part * block_rows, block_rows).to(tl.float32)
+    parts = tl.cdiv(rows, tile_rows)
+    total = tl.full((tile_columns,), 0, tl.float32)
+    squares = tl.full((tile_columns,), 0, tl.float32)
+    for first in range(0, parts, tile_parts):
+        part = first + tl.arange(0, tile_parts)
+        count = tl.minimum(rows - part * tile_rows, tile_rows).to(tl.float32)
         mask = (part < parts)[:, None] & exists[None, :]
         mean_of_part = tl.load(source + (part * (2 * size))[:, None] + at[None, :], mask=mask, other=0.0)
         total += tl.sum(mean_of_part * count[:, None], 0)
     mean = total / rows.to(tl.float32)
-    for first in range(0, parts, block_parts):
-        part = first + tl.arange(0, block_parts)
-        count = tl.minimum(rows - part * block_rows, block_rows).to(tl.float32)
+    for first in range(0, parts, tile_parts):
+        part = first + tl.arange(0, tile_parts)
+        count = tl.minimum(rows - part * tile_rows, tile_rows).to(tl.float32)
         mask = (part < parts)[:, None] & exists[None, :]
         part_at = source + (part * (2 * size))[:, None] + at[None, :]
         difference = tl.load(part_at, mask=mask, other=0.0) - mean[None, :]
@@ -149,13 +149,13 @@ def _store_norm(
 def infer(
     pooled,
     weight1,  # (hidden, channels)
-    gain1,
-    shift1,
+    norm_weight1,
+    norm_bias1,
     mean1,
     variance1,
     weight2,  # (columns, hidden)
-    gain2,
-    shift2,
+    norm_weight2,
+    norm_bias2,
     mean2,
     variance2,
     attention,
@@ -169,28 +169,28 @@ def infer(
     activation: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_channels: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_channels: tl.constexpr,
 ):
     """A tile of the attention from running statistics."""
-    column_tiles: tl.constexpr = (columns + block_columns - 1) // block_columns
-    row = tl.program_id(0) // column_tiles * block_rows + tl.arange(0, block_rows)
-    column = tl.program_id(0) % column_tiles * block_columns + tl.arange(0, block_columns)
-    unit = tl.arange(0, block_hidden)
+    column_tiles: tl.constexpr = (columns + tile_columns - 1) // tile_columns
+    row = tl.program_id(0) // column_tiles * tile_rows + tl.arange(0, tile_rows)
+    column = tl.program_id(0) % column_tiles * tile_columns + tl.arange(0, tile_columns)
+    unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
     is_column = column < columns
     tile = _project(
-        pooled, weight1, row, rows, channels, hidden, taps, low, precision, block_rows, block_hidden, block_channels
+        pooled, weight1, row, rows, channels, hidden, taps, low, precision, tile_rows, tile_hidden, tile_channels
     )
     inverse = 1 / tl.sqrt(load(variance1, unit, is_unit) + epsilon1)
     normed = (tile - load(mean1, unit, is_unit)[None, :]) * inverse[None, :]
-    value = rounded(relu(scaled(normed, gain1, shift1, unit, is_unit)), low)
-    score = tl.dot(value, load_weight2(weight2, column, hidden, columns, low, block_hidden), input_precision=precision)
+    value = rounded(relu(scaled(normed, norm_weight1, norm_bias1, unit, is_unit)), low)
+    score = tl.dot(value, load_weight2(weight2, column, hidden, columns, low, tile_hidden), input_precision=precision)
     inverse = 1 / tl.sqrt(load(variance2, column, is_column) + epsilon2)
     normed = (score - load(mean2, column, is_column)[None, :]) * inverse[None, :]
-    result = activated(scaled(normed, gain2, shift2, column, is_column), activation)
+    result = activated(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation)
     here = (row < rows)[:, None] & is_column[None, :]
     tl.store(attention + (row * columns)[:, None] + column[None, :], result.to(attention.dtype.element_ty), mask=here)
 
@@ -209,21 +209,21 @@ def project(
     taps: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_channels: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_channels: tl.constexpr,
 ):
     """Hidden of some rows, and their statistics."""
     part = tl.program_id(0)
-    row = part * block_rows + tl.arange(0, block_rows)
-    unit = tl.arange(0, block_hidden)
+    row = part * tile_rows + tl.arange(0, tile_rows)
+    unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
     tile = _project(
-        pooled, weight1, row, rows, channels, hidden, taps, low, precision, block_rows, block_hidden, block_channels
+        pooled, weight1, row, rows, channels, hidden, taps, low, precision, tile_rows, tile_hidden, tile_channels
     )
     target = kept_hidden(kept, hidden, columns) + (row * hidden)[:, None] + unit[None, :]
     tl.store(target, tile, mask=(row < rows)[:, None] & is_unit[None, :])
-    _store_statistics(scratch + statistics1, tile, row, rows, unit, is_unit, part, hidden, block_rows)
+    _store_statistics(scratch + statistics1, tile, row, rows, unit, is_unit, part, hidden, tile_rows)
 
 
 @triton.jit(do_not_specialize=["rows", "statistics1", "statistics2", "epsilon1", "momentum1"])
@@ -231,8 +231,8 @@ def measure(
     kept,
     scratch,
     weight2,
-    gain1,
-    shift1,
+    norm_weight1,
+    norm_bias1,
     running_mean1,
     running_variance1,
     batches1,  # that running statistics saw
@@ -245,26 +245,26 @@ def measure(
     columns: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_parts: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_parts: tl.constexpr,
 ):
     """The statistics of some columns of the score in some rows; the first program closes norm1."""
-    column_tiles: tl.constexpr = (columns + block_columns - 1) // block_columns
+    column_tiles: tl.constexpr = (columns + tile_columns - 1) // tile_columns
     part = tl.program_id(0) // column_tiles
-    row = part * block_rows + tl.arange(0, block_rows)
-    column = tl.program_id(0) % column_tiles * block_columns + tl.arange(0, block_columns)
-    unit = tl.arange(0, block_hidden)
+    row = part * tile_rows + tl.arange(0, tile_rows)
+    column = tl.program_id(0) % column_tiles * tile_columns + tl.arange(0, tile_columns)
+    unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
     mean, variance = _merged_statistics(
-        scratch + statistics1, rows, unit, is_unit, hidden, block_rows, block_hidden, block_parts
+        scratch + statistics1, rows, unit, is_unit, hidden, tile_rows, tile_hidden, tile_parts
     )
     inverse = 1 / tl.sqrt(variance + epsilon1)
-    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, block_hidden)
-    value = rounded(relu(scaled(normed, gain1, shift1, unit, is_unit)), low)
-    score = tl.dot(value, load_weight2(weight2, column, hidden, columns, low, block_hidden), input_precision=precision)
-    _store_statistics(scratch + statistics2, score, row, rows, column, column < columns, part, columns, block_rows)
+    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, tile_hidden)
+    value = rounded(relu(scaled(normed, norm_weight1, norm_bias1, unit, is_unit)), low)
+    score = tl.dot(value, load_weight2(weight2, column, hidden, columns, low, tile_hidden), input_precision=precision)
+    _store_statistics(scratch + statistics2, score, row, rows, column, column < columns, part, columns, tile_rows)
     if tl.program_id(0) == 0:
         _store_norm(
             kept, running_mean1, running_variance1, mean, variance, inverse, momentum1, rows, unit, is_unit, hidden
@@ -277,10 +277,10 @@ def finish(
     kept,
     scratch,
     weight2,
-    gain1,
-    shift1,
-    gain2,
-    shift2,
+    norm_weight1,
+    norm_bias1,
+    norm_weight2,
+    norm_bias2,
     running_mean2,
     running_variance2,
     batches2,
@@ -294,29 +294,29 @@ def finish(
     activation: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_parts: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_parts: tl.constexpr,
 ):
     """A tile of the attention; the programs of the first rows close norm2."""
-    column_tiles: tl.constexpr = (columns + block_columns - 1) // block_columns
+    column_tiles: tl.constexpr = (columns + tile_columns - 1) // tile_columns
     part = tl.program_id(0) // column_tiles
-    row = part * block_rows + tl.arange(0, block_rows)
-    column = tl.program_id(0) % column_tiles * block_columns + tl.arange(0, block_columns)
-    unit = tl.arange(0, block_hidden)
+    row = part * tile_rows + tl.arange(0, tile_rows)
+    column = tl.program_id(0) % column_tiles * tile_columns + tl.arange(0, tile_columns)
+    unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
     is_column = column < columns
     mean, inverse = load(kept, unit, is_unit), load(kept + hidden, unit, is_unit)
-    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, block_hidden)
-    value = rounded(relu(scaled(normed, gain1, shift1, unit, is_unit)), low)
-    score = tl.dot(value, load_weight2(weight2, column, hidden, columns, low, block_hidden), input_precision=precision)
+    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, tile_hidden)
+    value = rounded(relu(scaled(normed, norm_weight1, norm_bias1, unit, is_unit)), low)
+    score = tl.dot(value, load_weight2(weight2, column, hidden, columns, low, tile_hidden), input_precision=precision)
     mean, variance = _merged_statistics(
-        scratch + statistics2, rows, column, is_column, columns, block_rows, block_columns, block_parts
+        scratch + statistics2, rows, column, is_column, columns, tile_rows, tile_columns, tile_parts
     )
     inverse = 1 / tl.sqrt(variance + epsilon2)
     normed = (score - mean[None, :]) * inverse[None, :]
-    result = activated(scaled(normed, gain2, shift2, column, is_column), activation)
+    result = activated(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation)
     here = (row < rows)[:, None] & is_column[None, :]
     tl.store(attention + (row * columns)[:, None] + column[None, :], result.to(attention.dtype.element_ty), mask=here)
     if part == 0:

@@ -10,12 +10,12 @@ from awconv.ops.triton_branch_tiles import load, load_weight2, normed_hidden, re
 
 
 @triton.jit
-def _merged_sums(source, parts, at, exists, size: tl.constexpr, block: tl.constexpr, block_parts: tl.constexpr):
+def _merged_sums(source, parts, at, exists, size: tl.constexpr, tile_columns: tl.constexpr, tile_parts: tl.constexpr):
     """The sums of all rows, from two sums of every part."""
-    first_sum = tl.full((block,), 0, tl.float32)
-    second_sum = tl.full((block,), 0, tl.float32)
-    for first in range(0, parts, block_parts):
-        part = first + tl.arange(0, block_parts)
+    first_sum = tl.full((tile_columns,), 0, tl.float32)
+    second_sum = tl.full((tile_columns,), 0, tl.float32)
+    for first in range(0, parts, tile_parts):
+        part = first + tl.arange(0, tile_parts)
         mask = (part < parts)[:, None] & exists[None, :]
         part_at = source + (part * (2 * size))[:, None] + at[None, :]
         first_sum += tl.sum(tl.load(part_at, mask=mask, other=0.0), 0)
@@ -24,11 +24,11 @@ def _merged_sums(source, parts, at, exists, size: tl.constexpr, block: tl.conste
 
 
 @triton.jit
-def _grad_normed(grad, normed, gain, inverse, grad_sum, product_sum, row, rows, at, exists):
+def _grad_normed(grad, normed, norm_weight, inverse, grad_sum, product_sum, row, rows, at, exists):
     """The gradient of what a norm was given, from that of what it gave."""
     count = rows.to(tl.float32)
     centred = grad - (grad_sum / count)[None, :] - normed * (product_sum / count)[None, :]
-    scale = load(gain, at, exists) * inverse
+    scale = load(norm_weight, at, exists) * inverse
     return tl.where((row < rows)[:, None], centred * scale[None, :], 0.0)
 
 
@@ -38,8 +38,8 @@ def _grad_score(
     kept,
     value,
     right,
-    gain2,
-    shift2,
+    norm_weight2,
+    norm_bias2,
     row,
     rows,
     column,
@@ -57,7 +57,7 @@ def _grad_score(
     normed = (score - mean[None, :]) * inverse[None, :]
     at = start_of(row, columns, taps)[:, None] + (column * taps)[None, :]
     above = load(grad, at, (row < rows)[:, None] & is_column[None, :])
-    return normed, inverse, above * slope(scaled(normed, gain2, shift2, column, is_column), activation)
+    return normed, inverse, above * slope(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation)
 
 
 @triton.jit(do_not_specialize=["rows", "sums2"])
@@ -66,10 +66,10 @@ def sum_grads(
     kept,
     scratch,
     weight2,
-    gain1,
-    shift1,
-    gain2,
-    shift2,
+    norm_weight1,
+    norm_bias1,
+    norm_weight2,
+    norm_bias2,
     rows,
     sums2,  # offset in scratch: (parts, 2, columns)
     hidden: tl.constexpr,
@@ -78,23 +78,36 @@ def sum_grads(
     activation: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_columns: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_columns: tl.constexpr,
 ):
     """Sums over some rows that the gradient of norm2 needs."""
-    column_tiles: tl.constexpr = (columns + block_columns - 1) // block_columns
+    column_tiles: tl.constexpr = (columns + tile_columns - 1) // tile_columns
     part = tl.program_id(0) // column_tiles
-    row = part * block_rows + tl.arange(0, block_rows)
-    column = tl.program_id(0) % column_tiles * block_columns + tl.arange(0, block_columns)
-    unit = tl.arange(0, block_hidden)
+    row = part * tile_rows + tl.arange(0, tile_rows)
+    column = tl.program_id(0) % column_tiles * tile_columns + tl.arange(0, tile_columns)
+    unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
     mean, inverse = load(kept, unit, is_unit), load(kept + hidden, unit, is_unit)
-    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, block_hidden)
-    value = rounded(relu(scaled(normed, gain1, shift1, unit, is_unit)), low)
-    right = load_weight2(weight2, column, hidden, columns, low, block_hidden)
+    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, tile_hidden)
+    value = rounded(relu(scaled(normed, norm_weight1, norm_bias1, unit, is_unit)), low)
+    right = load_weight2(weight2, column, hidden, columns, low, tile_hidden)
     normed, inverse, above = _grad_score(
-        grad, kept, value, right, gain2, shift2, row, rows, column, hidden, columns, taps, activation, precision
+        grad,
+        kept,
+        value,
+        right,
+        norm_weight2,
+        norm_bias2,
+        row,
+        rows,
+        column,
+        hidden,
+        columns,
+        taps,
+        activation,
+        precision,
     )
     target = scratch + sums2 + part * (2 * columns) + column
     tl.store(target, tl.sum(above, 0), mask=column < columns)
@@ -107,12 +120,12 @@ def grad_second(
     kept,
     scratch,
     weight2,
-    gain1,
-    shift1,
-    gain2,
-    shift2,
-    grad_gain2,
-    grad_shift2,
+    norm_weight1,
+    norm_bias1,
+    norm_weight2,
+    norm_bias2,
+    grad_norm_weight2,
+    grad_norm_bias2,
     rows,
     sums2,
     sums1,  # offset in scratch: (parts, shares, 2, hidden)
@@ -126,35 +139,48 @@ def grad_second(
     precision: tl.constexpr,
     shares: tl.constexpr,
     share: tl.constexpr,  # columns of one
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_parts: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_parts: tl.constexpr,
 ):
     """From the gradient of the attention to that of norm1, for some rows and a share of the columns."""
     part = tl.program_id(0) // shares
-    row = part * block_rows + tl.arange(0, block_rows)
-    unit = tl.arange(0, block_hidden)
+    row = part * tile_rows + tl.arange(0, tile_rows)
+    unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
     mean, inverse = load(kept, unit, is_unit), load(kept + hidden, unit, is_unit)
-    normed1 = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, block_hidden)
-    shifted = scaled(normed1, gain1, shift1, unit, is_unit)
+    normed1 = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, tile_hidden)
+    shifted = scaled(normed1, norm_weight1, norm_bias1, unit, is_unit)
     value = rounded(relu(shifted), low)
-    total = tl.full((block_rows, block_hidden), 0, tl.float32)
-    for first in range(0, share, block_columns):
-        column = tl.program_id(0) % shares * share + first + tl.arange(0, block_columns)
+    total = tl.full((tile_rows, tile_hidden), 0, tl.float32)
+    for first in range(0, share, tile_columns):
+        column = tl.program_id(0) % shares * share + first + tl.arange(0, tile_columns)
         is_column = column < columns
-        right = load_weight2(weight2, column, hidden, columns, low, block_hidden)
+        right = load_weight2(weight2, column, hidden, columns, low, tile_hidden)
         normed2, inverse2, above = _grad_score(
-            grad, kept, value, right, gain2, shift2, row, rows, column, hidden, columns, taps, activation, precision
+            grad,
+            kept,
+            value,
+            right,
+            norm_weight2,
+            norm_bias2,
+            row,
+            rows,
+            column,
+            hidden,
+            columns,
+            taps,
+            activation,
+            precision,
         )
         grad_sum, product_sum = _merged_sums(
-            scratch + sums2, tl.cdiv(rows, block_rows), column, is_column, columns, block_columns, block_parts
+            scratch + sums2, tl.cdiv(rows, tile_rows), column, is_column, columns, tile_columns, tile_parts
         )
         if part == 0:
-            tl.store(grad_shift2 + column, grad_sum.to(grad_shift2.dtype.element_ty), mask=is_column)
-            tl.store(grad_gain2 + column, product_sum.to(grad_gain2.dtype.element_ty), mask=is_column)
-        left = _grad_normed(above, normed2, gain2, inverse2, grad_sum, product_sum, row, rows, column, is_column)
+            tl.store(grad_norm_bias2 + column, grad_sum.to(grad_norm_bias2.dtype.element_ty), mask=is_column)
+            tl.store(grad_norm_weight2 + column, product_sum.to(grad_norm_weight2.dtype.element_ty), mask=is_column)
+        left = _grad_normed(above, normed2, norm_weight2, inverse2, grad_sum, product_sum, row, rows, column, is_column)
         left = rounded(left, low)
         total = tl.dot(left, tl.trans(right), total, input_precision=precision)
         piece = tl.dot(tl.trans(left), value, input_precision=precision)
@@ -176,9 +202,9 @@ def grad_first(
     kept,
     scratch,
     weight1,
-    gain1,
-    grad_gain1,
-    grad_shift1,
+    norm_weight1,
+    grad_norm_weight1,
+    grad_norm_bias1,
     grad_pooled,  # laid out as pooled
     rows,
     sums1,
@@ -191,32 +217,34 @@ def grad_first(
     low: tl.constexpr,
     precision: tl.constexpr,
     shares: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_hidden: tl.constexpr,
-    block_channels: tl.constexpr,
-    block_parts: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_hidden: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_parts: tl.constexpr,
 ):
     """From the gradient of norm1 to that of pooled, for some rows and channels."""
-    channel_tiles: tl.constexpr = (channels + block_channels - 1) // block_channels
+    channel_tiles: tl.constexpr = (channels + tile_channels - 1) // tile_channels
     part = tl.program_id(0) // channel_tiles
-    row = part * block_rows + tl.arange(0, block_rows)
-    channel = tl.program_id(0) % channel_tiles * block_channels + tl.arange(0, block_channels)
+    row = part * tile_rows + tl.arange(0, tile_rows)
+    channel = tl.program_id(0) % channel_tiles * tile_channels + tl.arange(0, tile_channels)
     is_channel = channel < channels
-    unit = tl.arange(0, block_hidden)
+    unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
     mean, inverse = load(kept, unit, is_unit), load(kept + hidden, unit, is_unit)
-    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, block_hidden)
+    normed = normed_hidden(kept, mean, inverse, row, rows, hidden, columns, tile_hidden)
     here = (row < rows)[:, None] & is_unit[None, :]
     source = scratch + tl.multiple_of(grads, 4) + (row * hidden)[:, None] + unit[None, :]
-    above = tl.full((block_rows, block_hidden), 0, tl.float32)
+    above = tl.full((tile_rows, tile_hidden), 0, tl.float32)
     for index in range(shares):
         above += tl.load(source + index * (rows * hidden), mask=here, other=0.0)
-    parts = tl.cdiv(rows, block_rows) * shares
-    grad_sum, product_sum = _merged_sums(scratch + sums1, parts, unit, is_unit, hidden, block_hidden, block_parts)
+    parts = tl.cdiv(rows, tile_rows) * shares
+    grad_sum, product_sum = _merged_sums(scratch + sums1, parts, unit, is_unit, hidden, tile_hidden, tile_parts)
     if tl.program_id(0) == 0:
-        tl.store(grad_shift1 + unit, grad_sum.to(grad_shift1.dtype.element_ty), mask=is_unit)
-        tl.store(grad_gain1 + unit, product_sum.to(grad_gain1.dtype.element_ty), mask=is_unit)
-    left = rounded(_grad_normed(above, normed, gain1, inverse, grad_sum, product_sum, row, rows, unit, is_unit), low)
+        tl.store(grad_norm_bias1 + unit, grad_sum.to(grad_norm_bias1.dtype.element_ty), mask=is_unit)
+        tl.store(grad_norm_weight1 + unit, product_sum.to(grad_norm_weight1.dtype.element_ty), mask=is_unit)
+    left = rounded(
+        _grad_normed(above, normed, norm_weight1, inverse, grad_sum, product_sum, row, rows, unit, is_unit), low
+    )
     at = (unit * channels)[:, None] + channel[None, :]
     mask = is_unit[:, None] & is_channel[None, :]
     right = rounded(tl.load(weight1 + at, mask=mask, other=0.0), low)
@@ -239,18 +267,18 @@ def add_pieces(
     pieces2,
     size1: tl.constexpr,  # elements of weight1
     size2: tl.constexpr,
-    block: tl.constexpr,
-    block_parts: tl.constexpr,
+    tile_added: tl.constexpr,
+    tile_parts: tl.constexpr,
 ):
     """Some elements of the gradient of one of the weights."""
-    programs1: tl.constexpr = (size1 + block - 1) // block
+    programs1: tl.constexpr = (size1 + tile_added - 1) // tile_added
     is_first = tl.program_id(0) < programs1
     size = tl.where(is_first, size1, size2)
-    at = tl.where(is_first, tl.program_id(0), tl.program_id(0) - programs1) * block + tl.arange(0, block)
+    at = tl.where(is_first, tl.program_id(0), tl.program_id(0) - programs1) * tile_added + tl.arange(0, tile_added)
     source = scratch + tl.multiple_of(tl.where(is_first, pieces1, pieces2), 4)
-    total = tl.full((block,), 0, tl.float32)
-    for first in range(0, parts, block_parts):
-        part = first + tl.arange(0, block_parts)
+    total = tl.full((tile_added,), 0, tl.float32)
+    for first in range(0, parts, tile_parts):
+        part = first + tl.arange(0, tile_parts)
         mask = (part < parts)[:, None] & (at < size)[None, :]
         total += tl.sum(tl.load(source + (part * size)[:, None] + at[None, :], mask=mask, other=0.0), 0)
     if is_first:

@@ -43,10 +43,10 @@ def load_weight2(
     hidden: tl.constexpr,
     columns: tl.constexpr,
     low: tl.constexpr,
-    block_hidden: tl.constexpr,
+    tile_hidden: tl.constexpr,
 ):
     """A tile of the second weight, (hidden, columns)."""
-    unit = tl.arange(0, block_hidden)
+    unit = tl.arange(0, tile_hidden)
     at = (column * hidden)[None, :] + unit[:, None]
     exists = (unit < hidden)[:, None] & (column < columns)[None, :]
     return rounded(tl.load(weight2 + at, mask=exists, other=0.0), low)
@@ -61,18 +61,18 @@ def normed_hidden(
     rows,
     hidden: tl.constexpr,
     columns: tl.constexpr,
-    block_hidden: tl.constexpr,
+    tile_hidden: tl.constexpr,
 ):
     """A tile of hidden without mean and deviation."""
-    unit = tl.arange(0, block_hidden)
+    unit = tl.arange(0, tile_hidden)
     source = kept_hidden(kept, hidden, columns) + (row * hidden)[:, None] + unit[None, :]
     tile = tl.load(source, mask=(row < rows)[:, None] & (unit < hidden)[None, :], other=0.0)
     return (tile - mean[None, :]) * inverse[None, :]
 
 
 @triton.jit
-def scaled(normed, gain, shift, at, exists):
-    return normed * load(gain, at, exists)[None, :] + load(shift, at, exists)[None, :]
+def scaled(normed, weight, bias, at, exists):
+    return normed * load(weight, at, exists)[None, :] + load(bias, at, exists)[None, :]
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+import awconv
+from awconv.data import ImageDataModule
 from awconv.models.pretrained import weights_overlay
-from awconv.tasks.task import Task, check_network, check_numbers, convert
+from awconv.roles import Role
+from awconv.tasks.checks import check_numbers
+from awconv.tasks.task import Task
 
 # The largest that some of timm.data.Mixup's arguments can be: a probability, or a parameter of a beta distribution.
 _OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e6}
@@ -55,8 +59,11 @@ class ClassificationTask(Task):
         ValueError: timm does not know the network, or an argument is not what its taker takes.
     """
 
-    from_data = ("classes", "input_size", "crop_pct", "mean", "std")
-    same_network = ("network", "network_args", "convert", "ema_decay")
+    data_module = ImageDataModule
+    roles: ClassVar[Mapping[str, Role]] = {
+        **dict.fromkeys(("classes", "input_size", "crop_pct", "mean", "std"), Role.DATA),
+        **dict.fromkeys(("network", "network_args", "convert", "ema_decay"), Role.NETWORK),
+    }
     score, score_name = "accuracy", "accuracy"
 
     mean: Tensor
@@ -81,18 +88,19 @@ class ClassificationTask(Task):
         compile: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_network(network, network_args)
+        super().__init__(network=network, network_args=network_args, pretrained=pretrained, convert=convert, **kwargs)
         check_numbers(label_smoothing=(label_smoothing, 0, 1), erasing=(erasing, 0, 1), ema_decay=(ema_decay, 0, 1))
         self.classes = list(classes)
         self.input_size = list(input_size)
         self.crop_pct = crop_pct
+        self.channel_means, self.channel_deviations = list(mean), list(std)  # of values from 0 to 1
+        self.label_smoothing, self.erasing, self.compiles = label_smoothing, erasing, compile
         self.network = self._build()
         self.ema = None if ema_decay is None else ModelEmaV3(self.network, decay=ema_decay)
         if self.ema is not None:
             self.ema.module.requires_grad_(False)  # several processes would wait for its gradients
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.mixup = self._mixup()
+        self.mixup = self._make_mixup(mixup)
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
         self.accuracy = nn.ModuleDict(
@@ -101,40 +109,38 @@ class ClassificationTask(Task):
         self.loss = nn.ModuleDict({split: MeanMetric() for split in ("val", "test")})
 
     def _build(self, **pretrained: Any) -> nn.Module:
-        hparams = self.hparams
-        arguments = hparams["network_args"] or {}
         try:
             network: nn.Module = timm.create_model(
-                hparams["network"],
+                self.network_name,
                 num_classes=len(self.classes),
                 in_chans=self.input_size[0],
                 **pretrained,
-                **arguments,
+                **self.network_args,
             )
         except Exception as error:  # of any network
             if pretrained:
                 raise
             raise ValueError(
-                f"network {hparams['network']} cannot be built with network_args {arguments}: {error}"
+                f"network {self.network_name} cannot be built with network_args {self.network_args}: {error}"
             ) from error
-        return convert(network, hparams["convert"])
+        return network if self.conversion is None else self._converted(network, self.conversion)
 
-    def _mixup(self) -> Mixup | None:
-        if self.hparams["mixup"] is None:
+    def _converted(self, network: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+        try:
+            return awconv.convert(network, **arguments)
+        except TypeError as error:
+            raise ValueError(f"convert must hold arguments of awconv.convert, got {arguments}: {error}") from error
+
+    def _make_mixup(self, arguments: dict[str, Any] | None) -> Mixup | None:
+        if arguments is None:
             return None
-        for name, value in self.hparams["mixup"].items():
+        for name, value in arguments.items():
             if name in _OF_MIXUP and isinstance(value, int | float):
                 check_numbers(**{f"mixup.{name}": (value, 0, _OF_MIXUP[name])})
         try:
-            return Mixup(
-                **self.hparams["mixup"],
-                num_classes=len(self.classes),
-                label_smoothing=self.hparams["label_smoothing"],
-            )
+            return Mixup(**arguments, num_classes=len(self.classes), label_smoothing=self.label_smoothing)
         except Exception as error:  # timm's asserts, too
-            raise ValueError(
-                f"mixup must hold arguments of timm.data.Mixup, got {self.hparams['mixup']}: {error}"
-            ) from error
+            raise ValueError(f"mixup must hold arguments of timm.data.Mixup, got {arguments}: {error}") from error
 
     def setup(self, stage: str) -> None:
         """Loads the pretrained weights, where a training starts from them or they are evaluated, and compiles the
@@ -146,22 +152,22 @@ class ClassificationTask(Task):
         """
         super().setup(stage)
         if self.loads_pretrained:
-            self._load_pretrained(self.hparams["pretrained"], whole=stage != "fit")
+            self._load_pretrained(whole=stage != "fit")
         self.network.to(memory_format=self.memory_format)
-        if self.hparams["compile"]:
+        if self.compiles:
             self.network.compile()
 
-    def _load_pretrained(self, weights: bool | str, whole: bool) -> None:
+    def _load_pretrained(self, whole: bool) -> None:
         try:
             overlay = None
-            if isinstance(weights, str):
-                overlay = weights_overlay(self.hparams["network"], weights, self.hparams["network_args"])
+            if isinstance(self.pretrained, str):
+                overlay = weights_overlay(self.network_name, self.pretrained, self.network_args)
             network = self._build(pretrained=True, pretrained_cfg_overlay=overlay)
             known: Any = network.pretrained_cfg
             if whole and known.get("num_classes") != len(self.classes):
                 raise ValueError(f"they are of {known.get('num_classes')} classes, the data of {len(self.classes)}")
         except Exception as error:  # of timm, torch or safetensors
-            self.refuse_weights(weights, error)
+            self.refuse_weights(error)
         self.network.load_state_dict(network.state_dict())
         if self.ema is not None:
             self.ema.set(self.network)
@@ -189,9 +195,9 @@ class ClassificationTask(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = self._normalised(batch[0]), batch[1]
-        if self.hparams["erasing"]:
-            images = RandomErasing(self.hparams["erasing"], mode="pixel", device=str(images.device))(images)
-        smoothing = self.hparams["label_smoothing"]
+        if self.erasing:
+            images = RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)
+        smoothing = self.label_smoothing
         if self.mixup is not None and self.mixup.mixup_enabled:
             if len(images) == 1:
                 raise ValueError("mixup pairs the images of a batch: batch_size must be at least 2, got 1")

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from awconv.models.pretrained import check_archive
-from awconv.tasks.task import check_network
+from awconv.tasks.checks import check_network
 from awconv.terminal import say
 from awconv.training.lock import PARTIAL, locked
 from awconv.training.stop import StopOnSigterm, ends_step

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from awconv.tasks.detection import coco_results
+from awconv.tasks.coco import coco_results
 from awconv.training.partial import clear_old, replacing
 
 _KEYS = {"image_id", "category_id", "bbox", "score"}

@@ -67,13 +67,13 @@ class PyramidBackbone(nn.Module):
 
 
 def faster_rcnn(
-    backbone: str = "aw_resnet50",
+    network: str = "aw_resnet50",
     num_classes: int = 91,
     *,
-    weights_backbone: bool | str | Path = False,
+    pretrained: bool | str | Path = False,
     trainable_layers: int | Literal["usual"] | None = None,
     norm: Norm | None = None,
-    backbone_args: dict[str, Any] | None = None,
+    network_args: dict[str, Any] | None = None,
     convert: dict[str, Any] | None = None,
     out_channels: int = 256,
     **kwargs: Any,
@@ -81,9 +81,9 @@ def faster_rcnn(
     """torchvision's Faster R-CNN on a network of timm with a feature pyramid.
 
     Args:
-        backbone: any network of timm that has ``features_only``, such as ``"aw_resnet101"`` or ``"seresnet50"``.
+        network: any network of timm that has ``features_only``, such as ``"aw_resnet101"`` or ``"seresnet50"``.
         num_classes: with the background, which is class 0: 91 for COCO's category numbers.
-        weights_backbone: weights of a classifier that the backbone starts from: those that timm has for it (True), or a
+        pretrained: weights of a classifier that the backbone starts from: those that timm has for it (True), or a
             file of them.
         trainable_layers: how many of the backbone's stages are trained, counted from the last; the stem counts as one.
             ``"usual"``: 3, or all where it has fewer, or its stages are not modules of their own. By default the usual
@@ -91,7 +91,7 @@ def faster_rcnn(
         norm: of the backbone: ``"batch"``, ``"sync"`` (over all devices), ``"frozen"`` (constants, in which weights
             have left their statistics) or ``"group"`` (in place of batch norms, also in the pyramid). By default frozen
             with weights and batch without.
-        backbone_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``; those that it needs
+        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``; those that it needs
             to take images of any size, such as ``{"strict_img_size": False}`` for a Swin, too.
         convert: arguments of :func:`awconv.convert`, by which the backbone, with its weights, becomes an AW network:
             ``{"init": "identity"}``.
@@ -113,21 +113,21 @@ def faster_rcnn(
     """
     check_arguments(FasterRCNN, kwargs)
     overlay = None
-    if isinstance(weights_backbone, str | Path):
-        overlay = weights_overlay(backbone, weights_backbone, backbone_args)
+    if isinstance(pretrained, str | Path):
+        overlay = weights_overlay(network, pretrained, network_args)
     body: nn.Module = timm.create_model(
-        backbone,
+        network,
         features_only=True,
-        pretrained=bool(weights_backbone),
+        pretrained=bool(pretrained),
         pretrained_cfg_overlay=overlay,
-        **(backbone_args or {}),
+        **(network_args or {}),
     )
     if norm is None:
-        norm = "frozen" if weights_backbone else "batch"
+        norm = "frozen" if pretrained else "batch"
     body = with_norm(body, norm)
-    if convert is not None:  # only now: a branch must know that its norm is frozen, and has no gain to learn
+    if convert is not None:  # only now: a branch must know that its norm is frozen, and has no weight to learn
         body = convert_layers(body, **convert)
-    _freeze(body, "usual" if trainable_layers is None and weights_backbone else trainable_layers)
+    _freeze(body, "usual" if trainable_layers is None and pretrained else trainable_layers)
     pyramid = PyramidBackbone(body, out_channels, partial(nn.GroupNorm, _GROUPS) if norm == "group" else None)
     strides = [*pyramid.strides, 2 * pyramid.strides[-1]]
     if "rpn_anchor_generator" not in kwargs:
@@ -137,7 +137,7 @@ def faster_rcnn(
         names = [str(index) for index in range(len(pyramid.strides))]
         kwargs["box_roi_pool"] = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
         _set_scales(kwargs["box_roi_pool"], pyramid.strides)
-    cfg: Any = timm.get_pretrained_cfg(backbone)
+    cfg: Any = timm.get_pretrained_cfg(network)
     detector = FasterRCNN(pyramid, num_classes, **(dict(image_mean=cfg.mean, image_std=cfg.std) | kwargs))
     take_uint8(detector)
     return detector

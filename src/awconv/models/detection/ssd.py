@@ -25,12 +25,12 @@ TORCHVISIONS_INPUT: dict[str, Any] = dict(image_mean=[0.48235, 0.45882, 0.40784]
 
 
 def ssd300(
-    backbone: str = "aw_vgg16",
+    network: str = "aw_vgg16",
     num_classes: int = 91,
     *,
-    weights_backbone: bool | str | Path = False,
+    pretrained: bool | str | Path = False,
     trainable_layers: int | Literal["usual"] | None = None,
-    backbone_args: dict[str, Any] | None = None,
+    network_args: dict[str, Any] | None = None,
     convert: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> SSD:
@@ -39,13 +39,13 @@ def ssd300(
     The AW-convolutions start by identity, as in the classifier ``aw_vgg16``.
 
     Args:
-        backbone: ``"vgg16"``, or ``"aw_vgg16"`` with AW-convolutions in place of VGG's but the first.
+        network: ``"vgg16"``, or ``"aw_vgg16"`` with AW-convolutions in place of VGG's but the first.
         num_classes: with the background, which is class 0: 21 for VOC.
-        weights_backbone: weights that VGG's convolutions start from: torchvision's (True), or a file of a VGG-16's
+        pretrained: weights that VGG's convolutions start from: torchvision's (True), or a file of a VGG-16's
             (safetensors, or a state dict of torch), which was trained with the usual mean and deviation.
         trainable_layers: how many of VGG's 5 stages are trained, counted from the last; ``"usual"`` for 4. By default
             the usual ones of a backbone with weights, and all of one without.
-        backbone_args: ``{"aw_args": {"reduction": 8}}`` is all that ``"aw_vgg16"`` takes, and ``"vgg16"`` takes none.
+        network_args: ``{"aw_args": {"reduction": 8}}`` is all that ``"aw_vgg16"`` takes, and ``"vgg16"`` takes none.
         convert: arguments of :func:`awconv.convert`, such as ``{"reduction": 8}``, which also make ``"vgg16"`` an AW
             network.
         **kwargs: of ``torchvision.models.detection.SSD``, such as ``score_thresh``.
@@ -58,23 +58,23 @@ def ssd300(
         TypeError: torchvision's detector, or the backbone, has no such argument.
         ValueError: the backbone is another one, or the file holds another network's weights.
     """
-    if backbone not in ("vgg16", "aw_vgg16"):
-        raise ValueError(f"backbone of ssd300 must be 'vgg16' or 'aw_vgg16', got {backbone!r}")
+    if network not in ("vgg16", "aw_vgg16"):
+        raise ValueError(f"network of ssd300 must be 'vgg16' or 'aw_vgg16', got {network!r}")
     check_arguments(SSD, kwargs)
-    backbone_args = backbone_args or {}
-    unknown = [name for name in backbone_args if (backbone, name) != ("aw_vgg16", "aw_args")]
+    network_args = network_args or {}
+    unknown = [name for name in network_args if (network, name) != ("aw_vgg16", "aw_args")]
     if unknown:
-        raise TypeError(f"{backbone} has no {', '.join(unknown)}; aw_vgg16 has aw_args")
-    file = None if isinstance(weights_backbone, bool) else Path(weights_backbone)
+        raise TypeError(f"{network} has no {', '.join(unknown)}; aw_vgg16 has aw_args")
+    file = None if isinstance(pretrained, bool) else Path(pretrained)
     if file is not None and not file.is_file():
-        raise FileNotFoundError(f"weights_backbone must be true, false or a file of weights, got {str(file)!r}")
+        raise FileNotFoundError(f"pretrained must be true, false or a file of weights, got {str(file)!r}")
     if trainable_layers is None:
-        trainable_layers = "usual" if weights_backbone else len(_STAGES)
+        trainable_layers = "usual" if pretrained else len(_STAGES)
     if trainable_layers == "usual":
         trainable_layers = _USUAL_LAYERS
     if not 0 <= trainable_layers <= len(_STAGES):
         raise ValueError(f"trainable_layers must be from 0 to VGG's {len(_STAGES)} stages, got {trainable_layers}")
-    torchvisions = weights_backbone is True  # they have a normalisation of their own
+    torchvisions = pretrained is True  # they have a normalisation of their own
     detector = ssd300_vgg16(
         weights=None,
         weights_backbone=VGG16_Weights.IMAGENET1K_FEATURES if torchvisions else None,
@@ -87,10 +87,10 @@ def ssd300(
     take_uint8(detector)
     if file is not None:
         _load(vgg, file)
-    if backbone == "aw_vgg16" or convert is not None:
+    if network == "aw_vgg16" or convert is not None:
         chosen = set(vgg[1:])
         arguments: dict[str, Any] = {"init": "identity", "select": lambda name, layer: layer in chosen}
-        convert_layers(detector.backbone, **(arguments | (backbone_args.get("aw_args") or {}) | (convert or {})))
+        convert_layers(detector.backbone, **(arguments | (network_args.get("aw_args") or {}) | (convert or {})))
     for convolution in vgg[: sum(_STAGES[: len(_STAGES) - trainable_layers])]:
         convolution.weight.requires_grad_(False)
         convolution.bias.requires_grad_(False)  # type: ignore[union-attr]  # VGG's have one

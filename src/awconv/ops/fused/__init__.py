@@ -32,8 +32,8 @@ def _obstacle(problem: Problem) -> str | None:
         return f"it has kernels for {', '.join(_KERNELS)}, not for {problem.device}"
     if problem.forward_mode:
         return "it has no forward-mode derivative"
-    reason: str | None = _KERNELS[problem.device].obstacle(problem)
-    return reason
+    found: str | None = _KERNELS[problem.device].obstacle(problem)
+    return found
 
 
 def _fused(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def obstacle(problem: Problem) -> str | None:
     """Why the C code cannot run a problem; building it is tried at the first call."""
     if problem.taps > _MAX_TAPS:
         return f"its C code takes kernels of {_MAX_TAPS} taps at the most"
-    if reason := problem.padding_obstacle:
-        return f"its C code copies the input with its padding, {reason}"
+    if problem.padding_obstacle is not None:
+        return f"its C code copies the input with its padding, {problem.padding_obstacle}"
     why: str | None = _why_not_built(_computed_in(problem.dtype))
     return why
 

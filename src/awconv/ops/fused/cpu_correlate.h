@@ -53,7 +53,7 @@ static void correlate_panel(const problem_t *problem, int transposed, const layo
             real *to = result_row(result_size, axes, result, row / axes[1].count, row % axes[1].count);
             for (int64_t x = 0, width; x < axes[2].count; x += width) {
                 width = next_width(axes[2].count - x);
-                TILES[vectors - 1][width - 1](&shape, from + x, scaled, to + x * shape.step, all - first);
+                TILES[vectors - 1][width - 1](&shape, from + x, scaled, to + x * shape.position_stride, all - first);
             }
         }
     }

@@ -60,13 +60,13 @@ static void forward_axis(const problem_t *problem, int axis, axis_t *result) {
         result->tap[tap] = tap, result->delta[tap] = tap * problem->dilation[axis];
 }
 
-static int64_t reach_of(const problem_t *problem, int axis) {
+static int64_t kernel_extent(const problem_t *problem, int axis) {
     return (problem->kernel[axis] - 1) * problem->dilation[axis] + 1;
 }
 
 /* Zeros before the output gradient, so that no position of the transposed convolution reads before them. */
 static int64_t zeros_before(const problem_t *problem, int axis) {
-    int64_t zeros = ceil_div(reach_of(problem, axis) - 1 - problem->padding[axis], problem->stride[axis]);
+    int64_t zeros = ceil_div(kernel_extent(problem, axis) - 1 - problem->padding[axis], problem->stride[axis]);
     return zeros > 0 ? zeros : 0;
 }
 
@@ -98,7 +98,7 @@ static layout_t layout_of(const problem_t *problem, int transposed) {
         } else {
             layout.size[axis] = problem->size[axis];
             layout.before[axis] = problem->padding[axis];
-            layout.padded[axis] = (problem->out_size[axis] - 1) * stride + reach_of(problem, axis);
+            layout.padded[axis] = (problem->out_size[axis] - 1) * stride + kernel_extent(problem, axis);
         }
     }
     layout.channels = transposed ? problem->group_out : problem->group_in;
@@ -130,7 +130,7 @@ static void start_phase(const problem_t *problem, int transposed, const layout_t
             transposed_axis(problem, axis, (position + problem->padding[axis]) % problem->stride[axis], &axes[axis]);
         } else
             forward_axis(problem, axis, &axes[axis]);
-    shape->reduced = layout->channels, shape->pitch = layout->pitch, shape->step = axes[2].result_stride;
+    shape->reduced = layout->channels, shape->pitch = layout->pitch, shape->position_stride = axes[2].result_stride;
     shape->plane = product(transposed ? problem->size : problem->out_size);
     shape->taps = 0;
     for (int64_t i = 0; i < axes[0].taps; i++)

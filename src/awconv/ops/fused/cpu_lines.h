@@ -9,9 +9,9 @@ enum { TOGETHER = 4 }; /* channels of the result, or taps of a sum, that share w
 static int in_lines(int64_t channels) { return 2 * channels <= LANES; }
 
 /* A row of some channels of the result, from weights [reduced channel][tap][channel]. Rows come in order, so that a
- * vector may run over into the next row, unless that is beyond what room there is. */
+ * vector may run over into the next row, unless that is beyond what may be written. */
 INLINE void line(const int channels, const tile_t *shape, const real *source, const real *weights, int64_t columns,
-                 int64_t room, real *result) {
+                 int64_t writable, real *result) {
     for (int64_t x = 0; x < columns; x += LANES) {
         const real *at = source + x, *weight = weights;
         vec sums[TOGETHER];
@@ -26,11 +26,11 @@ INLINE void line(const int channels, const tile_t *shape, const real *source, co
         const int64_t count = least(LANES, columns - x);
 #pragma GCC unroll 4
         for (int c = 0; c < channels; c++) {
-            real *target = result + c * shape->plane + x * shape->step;
-            if (shape->step == 1 && room - x >= LANES)
+            real *target = result + c * shape->plane + x * shape->position_stride;
+            if (shape->position_stride == 1 && writable - x >= LANES)
                 *(vec *)target = sums[c];
             else
-                for (int64_t i = 0; i < count; i++) target[i * shape->step] = sums[c][i];
+                for (int64_t i = 0; i < count; i++) target[i * shape->position_stride] = sums[c][i];
         }
     }
 }
@@ -82,12 +82,13 @@ static void correlate_lines(const problem_t *problem, int transposed, const real
                             for (int64_t y = 0; y < axes[1].count; y++) {
                                 const real *from = source_row(&layout, axes, rows + (i - start) * layout.group, z, y);
                                 real *target = result_row(result_size, axes, to, z, y);
-                                const int64_t columns = axes[2].count, room = phases == 1 ? to + shape.plane - target : 0;
+                                const int64_t columns = axes[2].count;
+                                const int64_t writable = phases == 1 ? to + shape.plane - target : 0;
                                 switch (channels) {
-                                    case 1: line(1, &shape, from, weights, columns, room, target); break;
-                                    case 2: line(2, &shape, from, weights, columns, room, target); break;
-                                    case 3: line(3, &shape, from, weights, columns, room, target); break;
-                                    default: line(4, &shape, from, weights, columns, room, target);
+                                    case 1: line(1, &shape, from, weights, columns, writable, target); break;
+                                    case 2: line(2, &shape, from, weights, columns, writable, target); break;
+                                    case 3: line(3, &shape, from, weights, columns, writable, target); break;
+                                    default: line(4, &shape, from, weights, columns, writable, target);
                                 }
                             }
                     }

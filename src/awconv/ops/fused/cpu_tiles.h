@@ -6,9 +6,9 @@
 typedef struct {
     int64_t reduced, pitch; /* channels that are summed over, elements from one to the next */
     int64_t taps;
-    int64_t offset[MAX_TAPS]; /* what a tap reads, from what the tile begins at */
-    int64_t tap[MAX_TAPS];    /* which tap of the kernel it is */
-    int64_t plane, step;      /* of the result: elements from a channel to the next, from a position to the next */
+    int64_t offset[MAX_TAPS];       /* what a tap reads, from what the tile begins at */
+    int64_t tap[MAX_TAPS];          /* which tap of the kernel it is */
+    int64_t plane, position_stride; /* of the result: elements from a channel to the next, from a position to the next */
 } tile_t;
 
 /* Lanes x width of the result, from weights [reduced channel][tap][lane]. */
@@ -45,11 +45,11 @@ INLINE void tile(const int vectors, const int width, const tile_t *shape, const 
             for (int x = 0; x < LANES; x++) square[x] = start + x < width ? sums[v][(start + x) % 16] : (vec){0};
             transpose_square(square);
             for (int64_t lane = 0; lane < lanes; lane++) {
-                real *target = result + (v * LANES + lane) * shape->plane + start * shape->step;
-                if (shape->step == 1)
+                real *target = result + (v * LANES + lane) * shape->plane + start * shape->position_stride;
+                if (shape->position_stride == 1)
                     memcpy(target, &square[lane], count * sizeof(real));
                 else
-                    for (int x = 0; x < count; x++) target[x * shape->step] = ((real *)&square[lane])[x];
+                    for (int x = 0; x < count; x++) target[x * shape->position_stride] = ((real *)&square[lane])[x];
             }
         }
     }
@@ -57,10 +57,10 @@ INLINE void tile(const int vectors, const int width, const tile_t *shape, const 
 
 /* Two vectors of u over width input channels: sums over positions, and what both gradients take of it. */
 typedef struct {
-    int64_t rows, columns;  /* positions; rows are the planes' too */
-    const int64_t *row;     /* where a row of positions begins in the input */
-    int64_t step, channels; /* elements from a position to the next in the input; elements from a lane's tap to the
-                               next input channel's in the packed weights */
+    int64_t rows, columns;   /* positions; rows are the planes' too */
+    const int64_t *row;      /* where a row of positions begins in the input */
+    int64_t position_stride; /* of the input, in elements */
+    int64_t channels;        /* elements from a lane's tap to the next input channel's in the packed weights */
 } sum_t;
 
 INLINE void sum_tile(const int vectors, const int width, const sum_t *shape, const real *grad_output, const real *input,
@@ -70,7 +70,7 @@ INLINE void sum_tile(const int vectors, const int width, const sum_t *shape, con
     for (int v = 0; v < vectors; v++)
 #pragma GCC unroll 16
         for (int c = 0; c < width; c++) sums[v][c] = (vec){0};
-    const int64_t columns = shape->columns, step = shape->step;
+    const int64_t columns = shape->columns, position_stride = shape->position_stride;
     for (int64_t row = 0; row < shape->rows; row++) {
         const real *at = input + shape->row[row];
         for (int64_t x = 0; x < columns; x++) {
@@ -81,7 +81,7 @@ INLINE void sum_tile(const int vectors, const int width, const sum_t *shape, con
                 sums[0][c] += first * at[c];
                 if (vectors > 1) sums[1][c] += second * at[c];
             }
-            at += step;
+            at += position_stride;
             grad_output += vectors * LANES;
         }
     }

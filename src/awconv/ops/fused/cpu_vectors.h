@@ -38,7 +38,7 @@ static int64_t product(const int64_t *sizes) { return sizes[0] * sizes[1] * size
 static int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
 static int64_t floor_div(int64_t a, int64_t b) { return -ceil_div(-a, b); }
 
-/* The transpose of a square of LANES vectors, in registers: at each step, halves (quarters, ...) change places. */
+/* The transpose of a square of LANES vectors, in registers: in each round, halves (quarters, ...) change places. */
 INLINE void transpose_square(vec *rows) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 4

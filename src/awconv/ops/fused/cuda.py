@@ -37,8 +37,8 @@ def obstacle(problem: Problem) -> str | None:
     for name, elements in (("input", problem.in_elements), ("output", problem.out_elements)):
         if statically_known_true(elements >= 2**31):
             return f"its kernels for GPUs count in 32 bits within a sample, whose {name} has {elements:,} elements"
-    reason: str | None = triton_obstacle()
-    return reason
+    found: str | None = triton_obstacle()
+    return found
 
 
 def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:

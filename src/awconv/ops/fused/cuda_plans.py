@@ -22,7 +22,7 @@ class Axis(NamedTuple):
     """What a kernel of the correlate family does along one axis: the fields are its arguments, in their order.
 
     Position i is pixel ``first + spread * i`` of the target; through its tap number j, which is ``tap + every * j`` of
-    the weight, it sees pixel ``step * i + origin + reach * j`` of the source.
+    the weight, it sees pixel ``stride * i + origin + tap_stride * j`` of the source.
     """
 
     positions: int
@@ -30,9 +30,9 @@ class Axis(NamedTuple):
     first: int
     spread: int
     seen: int
-    step: int
+    stride: int
     origin: int
-    reach: int
+    tap_stride: int
     tap: int
     every: int
     taps: int
@@ -53,8 +53,8 @@ def _input_phases(size: int, out_size: int, kernel: int, stride: int, before: in
             origin, rest = divmod(first + before - dilation * tap, stride)
             if rest == 0:
                 positions, taps = -(-(size - first) // stride), -(-(kernel - tap) // every)
-                reach = -dilation * every // stride
-                phase = Axis(positions, size, first, stride, out_size, 1, origin, reach, tap, every, taps)
+                tap_stride = -dilation * every // stride
+                phase = Axis(positions, size, first, stride, out_size, 1, origin, tap_stride, tap, every, taps)
                 break
         phases.append(phase)
     return phases
@@ -95,9 +95,9 @@ def _correlate(
     positions = axes[0].positions * axes[1].positions
     tile = tiles.correlate(rows, inner, positions, dtype.itemsize, transposed)
     pixel_tiles = (
-        samples * -(-positions // tile.sizes["block_pixels"])
+        samples * -(-positions // tile.sizes["tile_pixels"])
         if tile.kernel == "scaled_weights"
-        else -(-samples * positions // tile.sizes["block_pixels"])
+        else -(-samples * positions // tile.sizes["tile_pixels"])
     )
     constants = dict(
         rows=rows,
@@ -110,7 +110,7 @@ def _correlate(
         channels_last=channels_last,
         precision=precision,
     )
-    programs = pixel_tiles * groups * row_blocks * -(-rows // tile.sizes["block_rows"])
+    programs = pixel_tiles * groups * row_blocks * -(-rows // tile.sizes["tile_rows"])
     return Correlation(
         _launch("triton_correlate", tile, constants, programs, samples, *_of_axes(axes), kernel[1]), tile.wide_gains
     )
@@ -134,7 +134,7 @@ def _depthwise_correlate(
         transposed=transposed,
         channels_last=channels_last,
     )
-    programs = samples * -(-positions // tile.sizes["block_pixels"]) * -(-channels // tile.sizes["block_channels"])
+    programs = samples * -(-positions // tile.sizes["tile_pixels"]) * -(-channels // tile.sizes["tile_channels"])
     return Correlation(
         _launch("triton_depthwise", tile, constants, programs, samples, *_of_axes(axes), kernel[1]), tile.wide_gains
     )
@@ -217,24 +217,24 @@ def sums(
     axes = _along_axes(_output_axes, tuple(size), tuple(kernel), geometry)
     rows, columns, taps = out_channels // geometry.groups, group_in // blocks, kernel[0] * kernel[1]
     tile = tiles.sum_products(rows, columns, axes[0].positions * axes[1].positions, dtype.itemsize)
-    parts = -(-columns // tile.sizes["block_segment"])
-    wide = tile.sizes["block_columns"] // tile.sizes["block_segment"]
-    count = geometry.groups * -(-rows // tile.sizes["block_rows"]) * -(-taps * blocks * parts // wide)
+    parts = -(-columns // tile.sizes["tile_segment"])
+    wide = tile.sizes["tile_columns"] // tile.sizes["tile_segment"]
+    count = geometry.groups * -(-rows // tile.sizes["tile_rows"]) * -(-taps * blocks * parts // wide)
     programs = min(processors * (2 if tile.warps == 4 else 1), count * samples)
     structure = dict(rows=rows, columns=columns, blocks=blocks, groups=geometry.groups, taps=taps)
-    one_step = axes[0].positions * axes[1].positions <= tile.sizes["block_positions"]
-    constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_step=one_step, precision=precision)
+    one_tile = axes[0].positions * axes[1].positions <= tile.sizes["tile_positions"]
+    constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_tile=one_tile, precision=precision)
     height, width = (axis.positions for axis in axes)
-    looks = _of_axes([(axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
+    looks = _of_axes([(axis.seen, axis.stride, axis.origin, axis.tap_stride) for axis in axes])
     integers = (samples, height, width, *divider(width), programs, *looks, kernel[1])
-    added = min(tile.sizes["block_rows"], tiles.LEAST)
-    added_sizes = {name: size for name, size in tile.sizes.items() if name != "block_positions"}
-    add = tiles.Tile("add_pieces", added_sizes | dict(block_added=added), 4, 1)
-    add_programs = count * (tile.sizes["block_rows"] // added)
+    added = min(tile.sizes["tile_rows"], tiles.LEAST)
+    added_sizes = {name: size for name, size in tile.sizes.items() if name != "tile_positions"}
+    add = tiles.Tile("add_pieces", added_sizes | dict(tile_added=added), 4, 1)
+    add_programs = count * (tile.sizes["tile_rows"] // added)
     return Sums(
         _launch("triton_sums", tile, constants, programs, *integers),
         _launch("triton_sums", add, structure, add_programs, samples, programs),
-        (programs + count, tile.sizes["block_rows"], tile.sizes["block_columns"]),
+        (programs + count, tile.sizes["tile_rows"], tile.sizes["tile_columns"]),
         parts,
     )
 
@@ -244,9 +244,9 @@ def depthwise_sums(input_shape: tuple[int, ...], weight_shape: tuple[int, ...], 
     samples, in_channels, *size = input_shape
     channels, _, *kernel = weight_shape
     axes = _along_axes(_output_axes, tuple(size), tuple(kernel), geometry)
-    integers = _of_axes([(axis.positions, axis.seen, axis.step, axis.origin, axis.reach) for axis in axes])
+    integers = _of_axes([(axis.positions, axis.seen, axis.stride, axis.origin, axis.tap_stride) for axis in axes])
     tile = tiles.depthwise("depthwise_sum_products", channels, axes[0].positions * axes[1].positions)
     taps = kernel[0] * kernel[1]
     constants = dict(channels=channels, multiplier=channels // in_channels, taps=taps)
-    programs = samples * taps * -(-channels // tile.sizes["block_channels"])
+    programs = samples * taps * -(-channels // tile.sizes["tile_channels"])
     return _launch("triton_depthwise", tile, constants, programs, samples, *integers, kernel[1])

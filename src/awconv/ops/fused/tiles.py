@@ -46,44 +46,44 @@ def correlate(rows: int, inner: int, positions: int, bytes: int, transposed: boo
         bytes: of one element.
         transposed: whether the gradient of the input is made.
     """
-    block_rows, block_inner = ceiling(rows, 128), ceiling(inner, 64)
+    tile_rows, tile_inner = ceiling(rows, 128), ceiling(inner, 64)
     if bytes == 4:
-        block_rows, block_inner = min(block_rows, 64), min(block_inner, 32)
-        return _weights(block_rows, ceiling(positions, 64), block_inner, 4)
-    if block_rows < 64:
-        return _weights(block_rows, ceiling(positions, 256), block_inner, 4)
+        tile_rows, tile_inner = min(tile_rows, 64), min(tile_inner, 32)
+        return _weights(tile_rows, ceiling(positions, 64), tile_inner, 4)
+    if tile_rows < 64:
+        return _weights(tile_rows, ceiling(positions, 256), tile_inner, 4)
     if positions <= 64 and inner >= 256:  # scaled weights for so few positions are not worth it
-        return Tile("scaled_sums", dict(block_rows=block_rows, block_pixels=64, block_inner=block_inner), 4, 4)
+        return Tile("scaled_sums", dict(tile_rows=tile_rows, tile_pixels=64, tile_inner=tile_inner), 4, 4)
     if positions * inner < 20_000:
-        return _weights(block_rows, ceiling(positions, 64), block_inner, 4)
-    if block_rows == 64:
-        return _weights(64, ceiling(positions, 256), block_inner, 4, wide_gains=inner <= 64)
+        return _weights(tile_rows, ceiling(positions, 64), tile_inner, 4)
+    if tile_rows == 64:
+        return _weights(64, ceiling(positions, 256), tile_inner, 4, wide_gains=inner <= 64)
     if transposed or inner < 256:
-        return _weights(128, ceiling(positions, 128), block_inner, 4)
-    return _weights(128, ceiling(positions, 256), block_inner, 8)
+        return _weights(128, ceiling(positions, 128), tile_inner, 4)
+    return _weights(128, ceiling(positions, 256), tile_inner, 8)
 
 
-def _weights(block_rows: int, block_pixels: int, block_inner: int, warps: int, wide_gains: bool = False) -> Tile:
-    sizes = dict(block_rows=block_rows, block_pixels=block_pixels, block_inner=block_inner)
+def _weights(tile_rows: int, tile_pixels: int, tile_inner: int, warps: int, wide_gains: bool = False) -> Tile:
+    sizes = dict(tile_rows=tile_rows, tile_pixels=tile_pixels, tile_inner=tile_inner)
     return Tile("scaled_weights", sizes, warps, 3, wide_gains)
 
 
 def sum_products(rows: int, columns: int, positions: int, bytes: int) -> Tile:
     """Tiles of ``sum_products``: rows times columns of a segment, or of several where it has few."""
     most = 64 if bytes == 4 else 128
-    block_rows, block_segment = ceiling(rows, most), ceiling(columns, most)
+    tile_rows, tile_segment = ceiling(rows, most), ceiling(columns, most)
     if positions <= 64:
-        block_segment = min(block_segment, 64)
+        tile_segment = min(tile_segment, 64)
     sizes = dict(
-        block_rows=block_rows,
-        block_columns=32 if block_segment == 16 else max(block_segment, 64),
-        block_segment=block_segment,
-        block_positions=32 if bytes == 4 else 128 if block_rows == 16 else 64,
+        tile_rows=tile_rows,
+        tile_columns=32 if tile_segment == 16 else max(tile_segment, 64),
+        tile_segment=tile_segment,
+        tile_positions=32 if bytes == 4 else 128 if tile_rows == 16 else 64,
     )
-    large = block_rows * block_segment >= 128 * 128
-    return Tile("sum_products", sizes, 8 if large else 4, 4 if block_rows * block_segment == 64 * 64 else 3)
+    large = tile_rows * tile_segment >= 128 * 128
+    return Tile("sum_products", sizes, 8 if large else 4, 4 if tile_rows * tile_segment == 64 * 64 else 3)
 
 
 def depthwise(kernel: str, channels: int, positions: int) -> Tile:
     """Tiles of ``depthwise_correlate`` and ``depthwise_sum_products``."""
-    return Tile(kernel, dict(block_channels=ceiling(channels, 64), block_pixels=ceiling(positions, 32)), 4, 3)
+    return Tile(kernel, dict(tile_channels=ceiling(channels, 64), tile_pixels=ceiling(positions, 32)), 4, 3)

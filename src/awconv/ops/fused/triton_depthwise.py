@@ -27,12 +27,12 @@ def depthwise_correlate(
     spread_x,
     seen_height,
     seen_width,
-    step_y,
-    step_x,
+    stride_y,
+    stride_x,
     origin_y,
     origin_x,
-    reach_y,
-    reach_x,
+    tap_stride_y,
+    tap_stride_x,
     tap_y,
     tap_x,
     every_y,
@@ -45,43 +45,43 @@ def depthwise_correlate(
     kernel_taps: tl.constexpr,
     transposed: tl.constexpr,
     channels_last: tl.constexpr,  # of target; the image is contiguous otherwise
-    block_channels: tl.constexpr,
-    block_pixels: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_pixels: tl.constexpr,
 ):
     """The output, or the gradient of the input: a tile of positions of one sample times channels."""
-    tiles: tl.constexpr = (channels + block_channels - 1) // block_channels
-    channel = tl.program_id(0) % tiles * block_channels + tl.arange(0, block_channels)
+    tiles: tl.constexpr = (channels + tile_channels - 1) // tile_channels
+    channel = tl.program_id(0) % tiles * tile_channels + tl.arange(0, tile_channels)
     channel_exists = channel < channels
     positions = height * width
-    pixel_tiles = tl.cdiv(positions, block_pixels)
+    pixel_tiles = tl.cdiv(positions, tile_pixels)
     sample = (tl.program_id(0) // tiles // pixel_tiles).to(tl.int64)
-    position = tl.program_id(0) // tiles % pixel_tiles * block_pixels + tl.arange(0, block_pixels)
+    position = tl.program_id(0) // tiles % pixel_tiles * tile_pixels + tl.arange(0, tile_pixels)
     exists = position < positions
     y = position // width
     x = position % width
-    seen_y = y * step_y + origin_y
-    seen_x = x * step_x + origin_x
+    seen_y = y * stride_y + origin_y
+    seen_x = x * stride_x + origin_x
 
     terms: tl.constexpr = multiplier if transposed else 1  # output channels that a channel sums over
     source_channels: tl.constexpr = channels * multiplier if transposed else channels // multiplier
     source += sample * seen_height * seen_width * source_channels
     pixel = (seen_y * seen_width + seen_x) * source_channels
     out_channels: tl.constexpr = channels * terms
-    total = tl.full((block_pixels, block_channels), 0, tl.float32)
-    for step in range(taps_y * taps_x * terms):
-        index_y = step // terms // taps_x
-        index_x = step // terms % taps_x
+    total = tl.full((tile_pixels, tile_channels), 0, tl.float32)
+    for term in range(taps_y * taps_x * terms):
+        index_y = term // terms // taps_x
+        index_x = term // terms % taps_x
         if transposed:
-            out_channel = channel * multiplier + step % terms
+            out_channel = channel * multiplier + term % terms
             source_channel = out_channel
         else:
             out_channel = channel
             source_channel = channel // multiplier
         tap = (tap_y + every_y * index_y) * kernel_x + tap_x + every_x * index_x
-        at_y = seen_y + index_y * reach_y
-        at_x = seen_x + index_x * reach_x
+        at_y = seen_y + index_y * tap_stride_y
+        at_x = seen_x + index_x * tap_stride_x
         seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
-        pixels = (index_y * reach_y * seen_width + index_x * reach_x) * source_channels + pixel
+        pixels = (index_y * tap_stride_y * seen_width + index_x * tap_stride_x) * source_channels + pixel
         value = tl.load(
             source + pixels[:, None] + source_channel[None, :], mask=seen[:, None] & channel_exists[None, :], other=0.0
         )
@@ -104,8 +104,8 @@ def depthwise_correlate(
 
 @triton.jit(
     do_not_specialize=[
-        *("samples", "height", "width", "seen_height", "seen_width", "step_y", "step_x"),
-        *("origin_y", "origin_x", "reach_y", "reach_x", "taps_x"),
+        *("samples", "height", "width", "seen_height", "seen_width", "stride_y", "stride_x"),
+        *("origin_y", "origin_x", "tap_stride_y", "tap_stride_x", "taps_x"),
     ]
 )
 def depthwise_sum_products(
@@ -117,37 +117,37 @@ def depthwise_sum_products(
     width,
     seen_height,
     seen_width,
-    step_y,
-    step_x,
+    stride_y,
+    stride_x,
     origin_y,
     origin_x,
-    reach_y,
-    reach_x,
+    tap_stride_y,
+    tap_stride_x,
     taps_x,
     channels: tl.constexpr,
     multiplier: tl.constexpr,
     taps: tl.constexpr,
-    block_channels: tl.constexpr,
-    block_pixels: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_pixels: tl.constexpr,
 ):
     """``u``, so small that it is stored: for some channels, one tap, one sample."""
-    tiles: tl.constexpr = (channels + block_channels - 1) // block_channels
+    tiles: tl.constexpr = (channels + tile_channels - 1) // tile_channels
     tap = tl.program_id(0) % taps  # those of the same channels run at a time, and find them in the cache
-    channel = tl.program_id(0) // taps % tiles * block_channels + tl.arange(0, block_channels)
+    channel = tl.program_id(0) // taps % tiles * tile_channels + tl.arange(0, tile_channels)
     sample = (tl.program_id(0) // (taps * tiles)).to(tl.int64)
     channel_exists = channel < channels
-    from_y = tap // taps_x * reach_y + origin_y
-    from_x = tap % taps_x * reach_x + origin_x
+    from_y = tap // taps_x * tap_stride_y + origin_y
+    from_x = tap % taps_x * tap_stride_x + origin_x
     positions = height * width
     in_channels: tl.constexpr = channels // multiplier
     grad_output += sample * positions * channels
     input += sample * seen_height * seen_width * in_channels
-    total = tl.full((block_pixels, block_channels), 0, tl.float32)
-    for start in range(0, positions, block_pixels):
-        position = start + tl.arange(0, block_pixels)
+    total = tl.full((tile_pixels, tile_channels), 0, tl.float32)
+    for start in range(0, positions, tile_pixels):
+        position = start + tl.arange(0, tile_pixels)
         exists = position < positions
-        at_y = position // width * step_y + from_y
-        at_x = position % width * step_x + from_x
+        at_y = position // width * stride_y + from_y
+        at_x = position % width * stride_x + from_x
         seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
         left = tl.load(
             grad_output + position[:, None] * channels + channel[None, :],

@@ -22,7 +22,7 @@ from awconv.ops.triton_arithmetic import divide
 
 _SIZES = [
     *("samples", "height", "width", "multiplier", "shift", "programs"),
-    *("seen_height", "seen_width", "step_y", "step_x", "origin_y", "origin_x", "reach_y", "reach_x"),
+    *("seen_height", "seen_width", "stride_y", "stride_x", "origin_y", "origin_x", "tap_stride_y", "tap_stride_x"),
     "taps_x",
 ]
 
@@ -42,8 +42,8 @@ def _operands(
     width,
     multiplier,
     shift,
-    step_y,
-    step_x,
+    stride_y,
+    stride_x,
     from_y,  # of the tile's tap, or of each column's
     from_x,
     seen_height,
@@ -60,8 +60,8 @@ def _operands(
     """Rows of grad_output, and the pixels that they see, at some positions."""
     exists = position < positions
     y = divide(position, multiplier, shift)
-    seen_y = y * step_y
-    seen_x = (position - y * width) * step_x
+    seen_y = y * stride_y
+    seen_x = (position - y * width) * stride_x
     if wide > 1:
         at_y = seen_y[:, None] + from_y[None, :]
         at_x = seen_x[:, None] + from_x[None, :]
@@ -101,14 +101,14 @@ def _finish(
     blocks: tl.constexpr,
     taps: tl.constexpr,
     out_channels: tl.constexpr,
-    block_segment: tl.constexpr,
+    tile_segment: tl.constexpr,
 ):
     """Scales and adds it for the weight, and reduces it for the gain."""
     if needs_gain:
         products = partial * factor.to(tl.float32)
     for index in tl.static_range(wide):
         segment = first_segment + index
-        chosen = (local // block_segment == index)[None, :]
+        chosen = (local // tile_segment == index)[None, :]
         at = _gain_offset(segment, parts, blocks, taps, out_channels)
         real = row_exists & (segment < taps * blocks * parts)
         if needs_weight:
@@ -133,7 +133,7 @@ def sum_products(
     input,  # (samples, seen_height, seen_width, groups * blocks * columns)
     weight,  # (groups * rows, taps, blocks * columns)
     gain,  # (samples, blocks, taps, groups * rows)
-    pieces,  # (programs + tiles, block_rows, block_columns) in single precision
+    pieces,  # (programs + tiles, tile_rows, tile_columns) in single precision
     grad_gain,  # (tiles of a segment's columns, samples, blocks, taps, groups * rows)
     samples,
     height,
@@ -143,12 +143,12 @@ def sum_products(
     programs,
     seen_height,
     seen_width,
-    step_y,
-    step_x,
+    stride_y,
+    stride_x,
     origin_y,
     origin_x,
-    reach_y,
-    reach_x,
+    tap_stride_y,
+    tap_stride_x,
     taps_x,
     rows: tl.constexpr,
     columns: tl.constexpr,
@@ -157,24 +157,24 @@ def sum_products(
     taps: tl.constexpr,
     needs_weight: tl.constexpr,
     needs_gain: tl.constexpr,
-    one_step: tl.constexpr,  # whether a tile's positions are all of a sample
+    one_tile: tl.constexpr,  # whether a tile's positions are all of a sample
     precision: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_segment: tl.constexpr,  # columns of one segment in a tile
-    block_positions: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_segment: tl.constexpr,  # columns of one segment in a tile
+    tile_positions: tl.constexpr,
 ):
     """One program's share of the items."""
-    row_tiles: tl.constexpr = (rows + block_rows - 1) // block_rows
-    parts: tl.constexpr = (columns + block_segment - 1) // block_segment  # of a segment
-    wide: tl.constexpr = block_columns // block_segment  # segments, or parts of them, in a tile
+    row_tiles: tl.constexpr = (rows + tile_rows - 1) // tile_rows
+    parts: tl.constexpr = (columns + tile_segment - 1) // tile_segment  # of a segment
+    wide: tl.constexpr = tile_columns // tile_segment  # segments, or parts of them, in a tile
     column_tiles: tl.constexpr = (taps * blocks * parts + wide - 1) // wide
     tiles: tl.constexpr = groups * row_tiles * column_tiles
     out_channels: tl.constexpr = groups * rows
     in_channels: tl.constexpr = groups * blocks * columns
     gains: tl.constexpr = blocks * taps * out_channels
-    whole_rows: tl.constexpr = rows % block_rows == 0
-    whole_columns: tl.constexpr = columns % block_segment == 0
+    whole_rows: tl.constexpr = rows % tile_rows == 0
+    whole_columns: tl.constexpr = columns % tile_segment == 0
     is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
     positions = height * width
     item = tl.program_id(0).to(tl.int64) * (samples * tiles) // programs
@@ -184,42 +184,42 @@ def sum_products(
         first = (item % samples).to(tl.int32)
         count = tl.minimum(last - item, samples - first).to(tl.int32)
         group = tile // (row_tiles * column_tiles)
-        row = tile // column_tiles % row_tiles * block_rows + tl.arange(0, block_rows)
+        row = tile // column_tiles % row_tiles * tile_rows + tl.arange(0, tile_rows)
         row_exists = row < rows
         out_channel = group * rows + row
-        local = tl.arange(0, block_columns)
+        local = tl.arange(0, tile_columns)
         first_segment = tile % column_tiles * wide
         if wide > 1:
-            segment = first_segment + local // block_segment
+            segment = first_segment + local // tile_segment
         else:  # one for the whole tile
             segment = first_segment
-        column = segment % parts * block_segment + local % block_segment
+        column = segment % parts * tile_segment + local % tile_segment
         block = segment // parts % blocks
         tap = segment // (parts * blocks)
         column_exists = (column < columns) & (tap < taps)
-        from_y = origin_y + tap // taps_x * reach_y
-        from_x = origin_x + tap % taps_x * reach_x
+        from_y = origin_y + tap // taps_x * tap_stride_y
+        from_x = origin_x + tap % taps_x * tap_stride_x
         offset = (from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column
         factor = 0.0
         if needs_gain:
             mask = row_exists[:, None] & column_exists[None, :]
             weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
             factor = tl.load(weight + weights, mask=mask, other=0.0)
-            if one_step and is_half:  # a product with one leaves it in the layout of products, where it is met
-                one = (tl.arange(0, block_columns)[:, None] == local[None, :]).to(factor.dtype)
+            if one_tile and is_half:  # a product with one leaves it in the layout of products, where it is met
+                one = (tl.arange(0, tile_columns)[:, None] == local[None, :]).to(factor.dtype)
                 factor = tl.dot(factor, one).to(factor.dtype)
 
-        total = tl.full((block_rows, block_columns), 0, tl.float32)
-        partial = tl.full((block_rows, block_columns), 0, tl.float32)
+        total = tl.full((tile_rows, tile_columns), 0, tl.float32)
+        partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
         above = grad_output + out_channel[:, None]
         sample = first.to(tl.int64)
-        if one_step:
+        if one_tile:
             for _ in range(count):
                 left, right = _operands(
                     above + sample * positions * out_channels,
                     input + sample * seen_height * seen_width * in_channels,
-                    *(tl.arange(0, block_positions), positions, width, multiplier, shift),
-                    *(step_y, step_x, from_y, from_x, seen_height, seen_width),
+                    *(tl.arange(0, tile_positions), positions, width, multiplier, shift),
+                    *(stride_y, stride_x, from_y, from_x, seen_height, seen_width),
                     *(row_exists, column_exists, offset),
                     *(whole_rows, whole_columns, wide, out_channels, in_channels),
                 )
@@ -228,18 +228,18 @@ def sum_products(
                     *(partial, factor, total, gain + sample * gains + out_channel),
                     *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
                     *(first_segment, local, row_exists, needs_weight, needs_gain),
-                    *(wide, parts, blocks, taps, out_channels, block_segment),
+                    *(wide, parts, blocks, taps, out_channels, tile_segment),
                 )
                 sample += 1
         else:
             for _ in range(count):
-                partial = tl.full((block_rows, block_columns), 0, tl.float32)
-                for start in range(0, positions, block_positions):
+                partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
+                for start in range(0, positions, tile_positions):
                     left, right = _operands(
                         above + sample * positions * out_channels,
                         input + sample * seen_height * seen_width * in_channels,
-                        *(start + tl.arange(0, block_positions), positions, width, multiplier, shift),
-                        *(step_y, step_x, from_y, from_x, seen_height, seen_width),
+                        *(start + tl.arange(0, tile_positions), positions, width, multiplier, shift),
+                        *(stride_y, stride_x, from_y, from_x, seen_height, seen_width),
                         *(row_exists, column_exists, offset),
                         *(whole_rows, whole_columns, wide, out_channels, in_channels),
                     )
@@ -248,12 +248,12 @@ def sum_products(
                     *(partial, factor, total, gain + sample * gains + out_channel),
                     *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
                     *(first_segment, local, row_exists, needs_weight, needs_gain),
-                    *(wide, parts, blocks, taps, out_channels, block_segment),
+                    *(wide, parts, blocks, taps, out_channels, tile_segment),
                 )
                 sample += 1
         if needs_weight:
-            piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (block_rows * block_columns)
-            tl.store(piece + tl.arange(0, block_rows)[:, None] * block_columns + local[None, :], total)
+            piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (tile_rows * tile_columns)
+            tl.store(piece + tl.arange(0, tile_rows)[:, None] * tile_columns + local[None, :], total)
         item += count
 
 
@@ -268,31 +268,31 @@ def add_pieces(
     blocks: tl.constexpr,
     groups: tl.constexpr,
     taps: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_segment: tl.constexpr,
-    block_added: tl.constexpr,  # rows of a tile that one program adds
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_segment: tl.constexpr,
+    tile_added: tl.constexpr,  # rows of a tile that one program adds
 ):
     """The gradient of the weight, from the pieces of every tile in the order of the programs that made them."""
-    row_tiles: tl.constexpr = (rows + block_rows - 1) // block_rows
-    parts: tl.constexpr = (columns + block_segment - 1) // block_segment
-    wide: tl.constexpr = block_columns // block_segment
+    row_tiles: tl.constexpr = (rows + tile_rows - 1) // tile_rows
+    parts: tl.constexpr = (columns + tile_segment - 1) // tile_segment
+    wide: tl.constexpr = tile_columns // tile_segment
     column_tiles: tl.constexpr = (taps * blocks * parts + wide - 1) // wide
     tiles: tl.constexpr = groups * row_tiles * column_tiles
-    tile = tl.program_id(0) // (block_rows // block_added)
-    row_of_tile = tl.program_id(0) % (block_rows // block_added) * block_added + tl.arange(0, block_added)
-    local = tl.arange(0, block_columns)
+    tile = tl.program_id(0) // (tile_rows // tile_added)
+    row_of_tile = tl.program_id(0) % (tile_rows // tile_added) * tile_added + tl.arange(0, tile_added)
+    local = tl.arange(0, tile_columns)
     # Program p has the items from p * items // programs on.
     items = samples.to(tl.int64) * tiles
     first = ((tile.to(tl.int64) * samples + 1) * programs - 1) // items
     last = ((tile + 1).to(tl.int64) * samples * programs - 1) // items
-    total = tl.full((block_added, block_columns), 0, tl.float32)
+    total = tl.full((tile_added, tile_columns), 0, tl.float32)
     for program in range(first.to(tl.int32), last.to(tl.int32) + 1):
-        piece = pieces + (program + tile).to(tl.int64) * (block_rows * block_columns)
-        total += tl.load(piece + row_of_tile[:, None] * block_columns + local[None, :])
-    row = tile // column_tiles % row_tiles * block_rows + row_of_tile
-    segment = tile % column_tiles * wide + local // block_segment
-    column = segment % parts * block_segment + local % block_segment
+        piece = pieces + (program + tile).to(tl.int64) * (tile_rows * tile_columns)
+        total += tl.load(piece + row_of_tile[:, None] * tile_columns + local[None, :])
+    row = tile // column_tiles % row_tiles * tile_rows + row_of_tile
+    segment = tile % column_tiles * wide + local // tile_segment
+    column = segment % parts * tile_segment + local % tile_segment
     block = segment // parts % blocks
     tap = segment // (parts * blocks)
     out_channel = tile // (row_tiles * column_tiles) * rows + row

@@ -1,4 +1,4 @@
-"""Recipes: YAML files, checked before the parser reads them."""
+"""Recipes as YAML files, checked before the parser reads them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,100 @@
+"""A comparison: variants of a recipe, each trained with the same seeds, and where their records are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from awconv.compare.record import Record, TestSplit
+from awconv.compare.variants import Variant
+from awconv.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a variant.
+
+    Attributes:
+        variant: what is trained.
+        seed: of the initialisation, the order of the images and their augmentation.
+    """
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its record and of the folder of its checkpoints."""
+        return f"{self.variant.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be there in the end.
+
+    Attributes:
+        variants: what is compared; the others are compared with the first.
+        seeds: number of seeds, counted from 0.
+        folder: holds the records, the checkpoints of each run in a folder of its name, and the report.
+        split: what the networks are tested on.
+        jobs: how many runs share the device.
+
+    Raises:
+        ValueError: there is nothing to run, or two variants have the same name.
+    """
+
+    variants: tuple[Variant, ...]
+    seeds: int
+    folder: Path
+    split: TestSplit = "test"
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("seeds", self.seeds), ("jobs", self.jobs)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        object.__setattr__(self, "jobs", min(self.jobs, self.seeds * len(self.variants)))
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs; those of a seed follow each other, so that the ratio of their times is taken on a machine in the
+        same state."""
+        return [Run(variant, seed) for seed, variant in product(range(self.seeds), self.variants)]
+
+    def checkpoints(self, run: Run) -> Path:
+        """The folder of a run's checkpoints."""
+        return self.folder / run.name
+
+    def file(self, run: Run) -> Path:
+        """Where the record of a finished run is kept."""
+        return self.folder / f"{run.name}.json"
+
+    def recipe(self, run: Run) -> Recipe:
+        """The settings of a run."""
+        return run.variant.recipe.for_run(run.seed, self.checkpoints(run))
+
+    def finished(self, run: Run) -> Record | None:
+        """The record of a run, if it is finished already.
+
+        Raises:
+            ValueError: the file holds a run of other settings, or no run.
+        """
+        file = self.file(run)
+        if not file.is_file():
+            return None
+        record, recipe = Record.load(file), self.recipe(run)
+        differing = recipe.differences(record.recipe)
+        if (record.variant, record.seed) != (run.variant.name, run.seed):
+            differing.append(f"it is {record.variant!r} of seed {record.seed} there, {run.name} now")
+        expected: str = self.split
+        if (expected, record.test_split) == ("test", "val"):  # right where there is no test split
+            expected = recipe.build().datamodule.test_split
+        if record.test_split != expected:
+            differing.append(f"it was tested on {record.test_split} there, on {expected} now")
+        if differing:
+            raise ValueError(
+                f"{file} holds a run of other settings: {'; '.join(differing[:3])}. Name another folder with --out, or "
+                "remove the file to train anew"
+            )
+        return record
