@@ -32,6 +32,7 @@ lint: $(INSTALLED)
 # The site, into build/site.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@echo "The site is in build/site: python3 -m http.server --directory build/site"
 
 # What is published, into build/dist: built, checked, and tried in a fresh environment.
 package: $(INSTALLED)
