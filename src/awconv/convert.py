@@ -97,8 +97,7 @@ def convert(
     _check_arguments(model, init, norm_layer)
     candidates = convolutions(model)
     chosen = _choose(model, candidates, select)
-    owners = weight_owners(model)
-    obstacles = {name: obstacle(module, owners) for name, module in chosen.items()}
+    obstacles = _obstacles(model, chosen)
     if all(obstacles.values()):
         raise ValueError(_nothing_selected(model, candidates, obstacles, select))
     kind = _most_common_norm(model)
@@ -124,6 +123,11 @@ def _check_arguments(model: nn.Module, init: str, norm_layer: NormLayer | Litera
             "convert: norm_layer must be 'match', None or something called with a number of channels, such as "
             f"nn.BatchNorm2d, got {norm_layer!r}"
         )
+
+
+def _obstacles(model: nn.Module, chosen: Mapping[str, Convolution]) -> dict[str, str | None]:
+    owners = weight_owners(model)
+    return {name: obstacle(module, owners) for name, module in chosen.items()}
 
 
 def _start_as_identity(layers: Mapping[str, AWConv1d | AWConv2d | AWConv3d]) -> None:

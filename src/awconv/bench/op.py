@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -66,10 +66,9 @@ def bench_op(
         stride: of the window, in pixels.
         groups: of channels; as many as channels for a depthwise convolution.
         blocks: attention blocks along the input channels of a group: each has values of its own.
-        ways: with commas: ``auto`` or an algorithm; ``all`` that can run it; ``layer``, an AWConv2d with its branch;
-            ``branch``, the branch alone; ``se`` and ``condconv``, timm's SE after a convolution and its CondConv2d.
-        work: with commas: ``forward``, ``step`` (forward and backward), ``input_gradient`` and ``weight_gradients``
-            (parts of the backward: the gradient of the input, those of weight and attention).
+        ways: with commas: ``auto`` or an algorithm; ``all`` that can run it; ``layer``, an AWConv2d; ``branch``, its
+            branch alone; ``se`` and ``condconv``, timm's SE after a convolution and its CondConv2d.
+        work: with commas: ``forward``, ``step`` (forward, backward), ``input_gradient``, ``weight_gradients``.
         dtype: of all tensors.
         device: cpu or cuda.
         channels_last: memory format of the images.
@@ -89,18 +88,15 @@ def bench_op(
     wanted, works = names("ways", ways, WAYS), names("work", work, WORKS)
     values = _values(channels=channels, size=size, batch=batch, kernel_size=kernel_size)
     _check_pictures(values, plot=plot, roofline=roofline)
-    fixed: dict[str, Any] = dict(stride=stride, groups=groups, blocks=blocks, dtype=dtype)
-    measurements, points = [], []
-    for sizes in _sizes(values):
-        found = _measure(sizes | fixed, device, channels_last, wanted, works, rounds)
-        measurements += found[0]
-        points += found[1]
+    fixed = dict(stride=stride, groups=groups, blocks=blocks, dtype=dtype)
+    layers = [dict(zip(values, sizes, strict=True)) | fixed for sizes in product(*values.values())]
+    measurements, points = _measure(layers, device, channels_last, wanted, works, rounds)
     print_measurements(measurements, device, format)
     if plot is not None:
         _plot(measurements, _swept(values)[0], plot)
     if roofline is not None:
-        ceilings = measure_ceilings(device, getattr(torch, dtype))
-        plot_roofline(points, ceilings, f"{kernel_size}x{kernel_size} convolutions, {dtype}", roofline)
+        title = f"{kernel_size}x{kernel_size} convolutions, {dtype}"
+        plot_roofline(points, measure_ceilings(device, getattr(torch, dtype)), title, roofline)
     return 0
 
 
@@ -110,11 +106,6 @@ def _values(**texts: str) -> dict[str, list[int]]:
     if even:
         raise ValueError(f"kernel_size must be odd, so that the padding keeps the size, got {even[0]}")
     return values
-
-
-def _sizes(values: dict[str, list[int]]) -> Iterator[dict[str, int]]:
-    for sizes in product(*values.values()):
-        yield dict(zip(values, sizes, strict=True))
 
 
 def _swept(values: dict[str, list[int]]) -> list[str]:
@@ -131,28 +122,29 @@ def _check_pictures(values: dict[str, list[int]], **pictures: Path | None) -> No
 
 
 def _measure(
-    facts: dict[str, Any], device: str, channels_last: bool, ways: list[str], works: list[str], rounds: int
+    layers: list[dict[str, Any]], device: str, channels_last: bool, ways: list[str], works: list[str], rounds: int
 ) -> tuple[list[Measurement], list[Point]]:
-    """Measurements of one layer, and what of them a roofline shows.
+    """Measurements of some layers, and what of them a roofline shows.
 
     Args:
-        facts: the arguments of :class:`Layer`, the dtype by its name.
-        device: that of the layer.
+        layers: arguments of :class:`Layer`, the dtype by its name.
+        device: that of the layers.
         channels_last: memory format of the images.
-        ways: to compute it.
+        ways: to compute them.
         works: of ``WORKS``.
         rounds: how often each is timed.
     """
-    arguments = facts | dict(dtype=getattr(torch, facts["dtype"]), device=device, channels_last=channels_last)
-    layer = Layer(**arguments)
     measurements, points = [], []
-    for work in works:
-        counted = work_of(layer.problem, layer.batch, 3 if work == "step" else 1)
-        known = facts | dict(chosen=layer.chosen, operations=counted.operations, bytes=counted.bytes)
-        for way, ratio in layer.time(ways, work, rounds).items():
-            measurements.append(Measurement(layer.name, work, way, ratio, known))
-            if way != "branch":
-                points.append(Point(f"{way}, {work}", counted, ratio.seconds))
+    for facts in layers:
+        arguments = facts | dict(dtype=getattr(torch, facts["dtype"]), device=device, channels_last=channels_last)
+        layer = Layer(**arguments)
+        for work in works:
+            counted = work_of(layer.problem, layer.batch, 3 if work == "step" else 1)
+            known = facts | dict(chosen=layer.chosen, operations=counted.operations, bytes=counted.bytes)
+            for way, ratio in layer.time(ways, work, rounds).items():
+                measurements.append(Measurement(layer.name, work, way, ratio, known))
+                if way != "branch":
+                    points.append(Point(f"{way}, {work}", counted, ratio.seconds))
     return measurements, points
 
 
