@@ -1,42 +1,21 @@
-"""Conversion of networks."""
+"""Conversion of networks: what is converted, and what is left or refused."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import pickle
 import re
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.layers import Conv2dSame, ScaledStdConv2d
+from timm.layers import ScaledStdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torchvision.ops import FrozenBatchNorm2d
 
 from awconv import AWConv1d, AWConv2d, AWConv3d, convert
-from awconv.layers import AWConv2dSame
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2, bias=False)),
-        nn.Conv2d(8, 4, (1, 3), padding=(0, 1), padding_mode="circular"),
-    )
-
-
-def kinds(model: nn.Module) -> dict[str, str]:
-    names = {name: type(module).__name__ for name, module in model.named_modules()}
-    return {name: kind for name, kind in names.items() if "Conv" in kind and "attention" not in name}
-
-
-def converted(model: nn.Module) -> set[str]:
-    return {name for name, kind in kinds(model).items() if kind.startswith("AW")}
+from tests.networks import converted, kinds, network
 
 
 def test_every_spatial_convolution_but_the_stem_is_converted_in_place() -> None:
@@ -238,178 +217,6 @@ def test_a_subclass_that_computes_the_same_is_converted() -> None:
 # --- init="identity"
 
 
-@pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
-def test_identity_keeps_the_output_and_every_branch_learns(activation: str, residual: bool) -> None:
-    plain = network()
-    model = convert(copy.deepcopy(plain), init="identity", activation=activation, residual=residual)
-    images = torch.randn(4, 3, 12, 12)
-    for train in (True, False):
-        expected, output = plain.train(train)(images), model.train(train)(images)
-        # A few roundings of single precision (6e-8) in sums of at most 72 terms of order 1.
-        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    model.train()(images).square().sum().backward()
-    for layer in (model[2][2], model[3]):
-        assert layer.attention.norm2.weight.grad.abs().min() > 0
-
-
-@pytest.mark.parametrize(
-    ("activation", "residual"), [("tanh", True), ("relu", True), ("sigmoid", False), ("relu", False)]
-)
-def test_the_attentional_weights_are_the_old_ones_bit_for_bit_where_the_constant_allows(
-    activation: str, residual: bool
-) -> None:
-    plain = network()
-    model = convert(copy.deepcopy(plain), init="identity", activation=activation, residual=residual)
-    for old, layer in ((plain[2][2], model[2][2]), (plain[3], model[3])):
-        attention = layer.attention(torch.randn(2, 8, 12, 12))[0]
-        weight = layer.weight + attention * layer.weight if residual else attention * layer.weight
-        assert torch.equal(weight, old.weight)
-
-
-def test_the_gradient_of_the_branch_is_that_of_finite_differences() -> None:
-    model = convert(network(), init="identity").double()
-    images = torch.randn(4, 3, 12, 12).double()
-    gain = model[3].attention.norm2.weight
-
-    def loss() -> Tensor:
-        return model(images).square().sum()
-
-    loss().backward()
-    step = 1e-5
-    with torch.no_grad():
-        gain[1] += step
-        above = loss()
-        gain[1] -= 2 * step
-        below = loss()
-    # Central differences of a smooth function in double precision: errors of step squared, and 1e-16 / step.
-    torch.testing.assert_close(gain.grad[1], (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
-
-
-def test_identity_divides_nothing_before_all_layers_are_known_to_fit() -> None:
-    model = network()
-    before = copy.deepcopy(model.state_dict())
-    norms = iter([nn.BatchNorm2d] * 2 + [functools.partial(nn.BatchNorm2d, affine=False)] * 2)
-    with pytest.raises(ValueError, match="layer '3': init=\"identity\" needs a branch whose norm_layer has a weight"):
-        convert(model, init="identity", norm_layer=lambda channels: next(norms)(channels))
-    assert converted(model) == set()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-
-
-def test_an_activation_that_starts_above_zero_needs_a_bias() -> None:
-    def without_shift(channels: int) -> nn.Module:
-        norm = nn.GroupNorm(1, channels)
-        norm.bias = None
-        return norm
-
-    with pytest.raises(ValueError, match=r"layer '2.2': .*needs a norm_layer with a bias"):
-        convert(network(), init="identity", activation="relu", norm_layer=without_shift)
-    convert(network(), init="identity", activation="sigmoid", norm_layer=without_shift)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_identity_rounds_as_the_weights_do(dtype: torch.dtype) -> None:
-    plain = network().to(dtype)
-    model = convert(copy.deepcopy(plain), init="identity")
-    layer, old = model[2][2], plain[2][2]
-    attention = layer.attention.act2(layer.attention.norm2.bias.detach())[:1]
-    # Dividing by 1.5 and multiplying by 1.5 rounds twice.
-    torch.testing.assert_close(layer.weight * (1 + attention), old.weight, rtol=2 * torch.finfo(dtype).eps, atol=0)
-
-
-def test_tensorflows_padding_is_kept() -> None:
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), Conv2dSame(4, 8, 3, stride=2), Conv2dSame(8, 8, 5, stride=2, groups=8))
-    model = convert(copy.deepcopy(plain), init="identity")
-    assert [type(layer) for layer in model[1:]] == [AWConv2dSame, AWConv2dSame]
-    for size in (15, 16, 17, 18):  # pads by 0 to 3, and unevenly
-        images = torch.randn(2, 3, size, size + 1)
-        torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)  # as above
-
-
-def test_a_meta_network_is_converted_without_values() -> None:
-    with torch.device("meta"):
-        model = convert(network(), init="identity")
-    assert model(torch.empty(2, 3, 9, 9, device="meta")).shape == (2, 4, 4, 4)
-
-
-# --- the branch's norm
-
-
-def with_norm(norm: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3))
-
-
-@pytest.mark.parametrize(
-    ("norm", "kind"),
-    [
-        (nn.BatchNorm2d(8), nn.BatchNorm2d),
-        (timm.layers.BatchNormAct2d(8), nn.BatchNorm2d),
-        (nn.SyncBatchNorm(8), nn.SyncBatchNorm),
-        (nn.GroupNorm(4, 8), nn.GroupNorm),
-        (timm.layers.LayerNorm2d(8), nn.GroupNorm),
-        (nn.InstanceNorm2d(8), nn.GroupNorm),
-        (FrozenBatchNorm2d(8), FrozenBatchNorm2d),
-        (timm.layers.FrozenBatchNormAct2d(8), FrozenBatchNorm2d),
-        (nn.Identity(), nn.BatchNorm2d),
-    ],
-)
-def test_the_branchs_norm_is_of_the_networks_kind(norm: nn.Module, kind: type[nn.Module]) -> None:
-    plain = with_norm(norm).eval()
-    model = convert(copy.deepcopy(plain), init="identity")
-    assert {
-        type(part) for layer in (model[2], model[4]) for part in (layer.attention.norm1, layer.attention.norm2)
-    } == {kind}
-    images = torch.randn(2, 3, 12, 12)
-    output = model(images)
-    torch.testing.assert_close(output, plain(images), rtol=1e-5, atol=1e-5)  # single precision, as above
-    output.square().sum().backward()
-    for layer in (model[2], model[4]):
-        assert any(p.grad is not None and p.grad.any() for p in layer.attention.parameters())
-
-
-def test_a_branch_with_group_norm_learns_even_where_it_sees_one_position() -> None:
-    model = convert(with_norm(nn.GroupNorm(8, 8)), lambda name, layer: name == "2", kernel_expansion=3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    images = torch.randn(4, 3, 12, 12)
-    model(images).square().mean().backward()
-    assert model[2].attention.attention_size[2:] == (1, 1)
-    for name, parameter in model[2].attention.named_parameters():
-        assert parameter.grad.abs().max() > 1e-8, name
-    optimizer.step()
-
-
-@pytest.mark.parametrize(("batch_norms", "kind"), [(2, nn.GroupNorm), (4, nn.BatchNorm2d)])
-def test_the_kind_that_a_network_has_most_of_decides(batch_norms: int, kind: type[nn.Module]) -> None:
-    groups = nn.Sequential(nn.GroupNorm(1, 8), nn.GroupNorm(2, 8))
-    model = nn.Sequential(with_norm(nn.GroupNorm(4, 8)), groups, *(nn.BatchNorm2d(12) for _ in range(batch_norms)))
-    assert isinstance(convert(model)[0][2].attention.norm1, kind)
-
-
-def test_branches_do_not_decide_the_norm_of_later_ones() -> None:
-    model = convert(with_norm(nn.GroupNorm(2, 8)), "2", norm_layer=nn.BatchNorm2d)
-    assert isinstance(convert(model, "4")[4].attention.norm1, nn.GroupNorm)
-
-
-def test_a_frozen_backbone_trains_its_branches_alone() -> None:
-    model = with_norm(FrozenBatchNorm2d(8)).requires_grad_(False)
-    convert(model, init="identity")
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {f"{layer}.attention.conv{index}.weight" for layer in (2, 4) for index in (1, 2)}
-
-
-def test_the_norm_can_be_chosen_or_left_out() -> None:
-    assert isinstance(convert(network(), norm_layer=nn.InstanceNorm2d)[3].attention.norm1, nn.InstanceNorm2d)
-    plain = network()
-    model = convert(copy.deepcopy(plain), norm_layer=None, init="identity", activation="relu")
-    assert isinstance(model[3].attention.norm1, nn.Identity)
-    images = torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)  # single precision, as above
-
-
-# --- what is refused
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -473,102 +280,3 @@ def test_a_model_without_convolutions_is_refused() -> None:
     for select in (None, "layer4"):
         with pytest.raises(ValueError, match="no convolution of Linear was selected for conversion; it has none"):
             convert(nn.Linear(3, 4), select)
-
-
-FOLDED = ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8"]
-
-
-@pytest.mark.parametrize("name", FOLDED)
-def test_folding_a_converted_network_is_an_error_that_loses_nothing(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = convert(timm.create_model(name, num_classes=3)).eval()
-    assert "would lose the attention" in caplog.text
-    layers = converted(model)
-    for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(ValueError, match=r"lose their attention\. Fold the plain network first"):
-            timm.utils.reparameterize_model(network)
-        assert converted(network) == layers
-
-
-def test_folding_around_a_layer_is_noticed_if_it_was_selected_by_name() -> None:
-    model = convert(timm.create_model("repvgg_a0", num_classes=3), "stages.0.0.conv_kxk.conv").eval()
-    with pytest.raises(ValueError, match=r"lose their attention\. Fold the plain network first"):
-        timm.utils.reparameterize_model(model)
-    by_hand = timm.create_model("repvgg_a0", num_classes=3).eval()
-    block = by_hand.stages[0][0].conv_kxk
-    block.conv = convert(block.conv)
-    assert not converted(timm.utils.reparameterize_model(by_hand))  # as the documentation warns
-
-
-@pytest.mark.parametrize("name", FOLDED)
-def test_a_folded_network_is_converted_exactly(name: str) -> None:
-    model = timm.create_model(name, num_classes=3).train()
-    images = torch.randn(8, 3, 64, 64)
-    with torch.no_grad():
-        model(images)  # statistics other than 0 and 1
-        folded = timm.utils.reparameterize_model(model.eval())
-        expected = folded(images)
-        convert(folded, init="identity")
-        assert len(converted(folded)) > 5
-        torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-
-
-def test_a_method_that_only_has_the_name_of_folding_is_left_alone() -> None:
-    class Fusion(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3, padding=1)
-
-        def fuse(self, first: Tensor, second: Tensor) -> Tensor:
-            return first + second
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.fuse(input, self.conv(input))
-
-    model = convert(Fusion(), "conv")
-    assert model(torch.randn(2, 4, 5, 5)).shape == (2, 4, 5, 5)
-    outside = nn.Sequential(nn.Conv2d(3, 4, 3), timm.create_model("repvgg_a0", num_classes=3).stages[0][0])
-    convert(outside, "0")
-    outside[1].reparameterize()  # which folds no AW-convolution
-    assert isinstance(outside[1].conv_kxk if hasattr(outside[1], "conv_kxk") else outside[1].reparam_conv, nn.Module)
-
-
-def test_a_norm_after_the_layer_is_folded_into_it_exactly() -> None:
-    model = convert(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)), "0")
-    images = torch.randn(8, 4, 9, 9)
-    with torch.no_grad():
-        model.train()(images)
-        model.eval()
-        fused = torch.nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
-        assert isinstance(fused, AWConv2d)
-        torch.testing.assert_close(fused(images), model(images), rtol=1e-4, atol=1e-5)
-
-
-def test_lora_beside_a_layer_is_exact_and_merged_before_conversion() -> None:
-    class LoRA(nn.Module):
-        """As peft's: beside its layer, until it is merged into the layer's weight."""
-
-        def __init__(self, layer: nn.Conv2d) -> None:
-            super().__init__()
-            self.base_layer, self.merged = layer, False
-            self.register_buffer("delta", torch.randn_like(layer.weight))
-
-        def merge(self, safe_merge: bool = False) -> None:
-            self.base_layer.weight.data += self.delta
-            self.merged = True
-
-        def forward(self, input: Tensor) -> Tensor:
-            output = self.base_layer(input)
-            return output if self.merged else output + nn.functional.conv2d(input, self.delta)
-
-    model, images = LoRA(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 6, 6)
-    merged = copy.deepcopy(model)
-    expected = model(images)
-    convert(model, "base_layer", init="identity")
-    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"LoRA\.merge\(\) would make"):
-        model.merge(safe_merge=True)
-    merged.merge()
-    convert(merged, "base_layer", init="identity")
-    torch.testing.assert_close(merged(images), expected, rtol=1e-4, atol=1e-4)

@@ -218,9 +218,9 @@ def test_safetensors_keep_a_network(tmp_path: Path) -> None:
 
 def test_a_converted_network_is_copied_and_pickled() -> None:
     model, images = converted_resnet18(), torch.randn(2, 3, 64, 64)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.layer1[0].conv1.weight is not model.layer1[0].conv1.weight
-        assert torch.equal(twin(images), model(images))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.layer1[0].conv1.weight is not model.layer1[0].conv1.weight
+        assert torch.equal(copied(images), model(images))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])

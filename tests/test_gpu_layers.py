@@ -91,12 +91,12 @@ def test_a_compiled_network_trains_and_takes_a_smaller_last_batch(device: str) -
     torch._dynamo.reset()
     model = network(device)
     backend = "inductor" if device == "cuda" else "aot_eager"  # whose C++ takes a minute to compile
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, fullgraph=True, backend=backend)
+    copied = copy.deepcopy(model)
+    compiled = torch.compile(copied, fullgraph=True, backend=backend)
     for batch in (8, 8, 5):
         input, targets = images(batch, device)
         torch._dynamo.mark_dynamic(input, 0)
-        found = gradients(twin, (input, targets), compiled)
+        found = gradients(copied, (input, targets), compiled)
         close(found, gradients(model, (input, targets)), 1e-3)  # fused operations round elsewhere
 
 

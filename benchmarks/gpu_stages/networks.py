@@ -1,4 +1,4 @@
-"""Whole networks beside their plain twins and their rivals: forward, training step, memory, compilation, first step."""
+"""Whole networks beside their baselines and their rivals: forward, training step, memory, compilation, first step."""
 
 from __future__ import annotations
 

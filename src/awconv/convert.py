@@ -1,4 +1,4 @@
-"""Any CNN to its AW twin, by replacing convolutions."""
+"""Any CNN to its AW version, by replacing convolutions with their AW counterparts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NoReturn
 
@@ -29,7 +29,7 @@ Predicate = Callable[[str, nn.Module], bool]
 Selection = str | re.Pattern[str] | Predicate
 
 AW_LAYERS = (AWConv1d, AWConv2d, AWConv3d)
-_TWINS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
+_COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv1d: AWConv1d,
     nn.Conv2d: AWConv2d,
     nn.Conv3d: AWConv3d,
@@ -61,27 +61,25 @@ def convert(
 ) -> nn.Module:
     """Replaces convolutions of a model by AW-convolutions, in place.
 
-    The new layers take over the old ones' own parameters (not copies), and so their dtype, device and
-    ``requires_grad``, and their training mode. A module that occurs in several places is replaced by one layer in all
-    of them. A convolution that cannot be replaced exactly (a subclass with a computation of its own, one with hooks, a
-    parametrised or shared weight) is left and logged; :func:`awconv.summary` lists them all.
+    The new layers keep the old ones' parameters (the same tensors, with their dtype, device and ``requires_grad``) and
+    their training mode. A module that occurs in several places is replaced by one layer in all of them. A convolution
+    that cannot be replaced exactly is left and logged: a subclass with a computation of its own, one with hooks, a
+    parametrised or shared weight. :func:`awconv.summary` lists them all.
 
-    Modules that can be folded into one plain convolution (RepVGG, MobileOne, RepViT, FastViT: methods without arguments
-    called ``reparameterize``, ``fuse``, ``switch_to_deploy``, ``merge_kernel`` or ``merge``) would lose the attention
-    that way: from the conversion on these methods raise a ValueError. A network that is folded first can be converted
-    afterwards. Of a convolution that is handed over by itself (``block.conv = convert(block.conv)``) the modules around
-    it cannot be seen, and fold it without a word: convert the whole network, or select the layer by its name.
+    RepVGG, MobileOne, RepViT and FastViT fold several layers into one plain convolution, which would lose the
+    attention. After the conversion their methods (``reparameterize``, ``fuse``, ``switch_to_deploy``, ``merge_kernel``
+    and ``merge``, without arguments) raise a ValueError. Fold first, then convert. If a convolution is converted by
+    itself (``block.conv = convert(block.conv)``), the methods of its parents cannot be found: convert the whole network
+    and select the layer by its name instead.
 
     Args:
         model: any module.
         select: the convolutions to convert: a name or a glob (``"layer4.*.conv2"``; ``*`` matches dots too), a compiled
-            regular expression that matches a whole name, a function called with the name and the module of each
-            convolution, or a list of these. By default every spatial convolution (a kernel larger than 1) but the stem,
-            which is the first of them.
+            regular expression for whole names, a function of a name and a module, or a list of these. By default every
+            spatial convolution (a kernel larger than 1) but the stem, which is the first of them.
         init: ``"fresh"`` for training from scratch: the branch starts at random. ``"identity"`` for pretrained
-            networks: the network computes what it did, to float rounding (the weights are divided by 1 + a, with a the
-            constant that the branch starts as), in training and evaluation, and the branch has a gradient from the
-            first step.
+            networks: the network computes what it did, to float rounding, in training and evaluation. The branch
+            starts as a constant a, by whose gain 1 + a the weights are divided, and has a gradient from the first step.
         norm_layer: the branch's norm: called with a number of channels, None for none, or ``"match"`` for the kind that
             the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm in one group (for LayerNorm
             and InstanceNorm too); BatchNorm where it has none.
@@ -96,6 +94,26 @@ def convert(
         ValueError: nothing was selected, or a name, a glob or an expression matches no convolution, or an argument does
             not fit a selected layer. The model is left as it was.
     """
+    _check_arguments(model, init, norm_layer)
+    candidates = convolutions(model)
+    chosen = _choose(model, candidates, select)
+    obstacles = _obstacles(model, chosen)
+    if all(obstacles.values()):
+        raise ValueError(_nothing_selected(model, candidates, obstacles, select))
+    kind = _most_common_norm(model)
+    counterparts: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
+    for name, old in chosen.items():
+        if obstacles[name]:
+            _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
+        else:
+            norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
+            counterparts[old] = _counterpart(name, old, norm_layer=norm, **arguments)
+    if init == "identity":
+        _start_as_identity({name: counterparts[old] for name, old in chosen.items() if old in counterparts})
+    return _replaced(model, counterparts)
+
+
+def _check_arguments(model: nn.Module, init: str, norm_layer: NormLayer | Literal["match"] | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
     if init not in ("fresh", "identity"):
@@ -105,36 +123,33 @@ def convert(
             "convert: norm_layer must be 'match', None or something called with a number of channels, such as "
             f"nn.BatchNorm2d, got {norm_layer!r}"
         )
-    candidates = convolutions(model)
-    chosen = _choose(model, candidates, select)
+
+
+def _obstacles(model: nn.Module, chosen: Mapping[str, Convolution]) -> dict[str, str | None]:
     owners = weight_owners(model)
-    kind = _most_common_norm(model)
-    obstacles = {name: why_not(module, owners) for name, module in chosen.items()}
-    twins: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
-    divisors: list[tuple[Tensor, Tensor]] = []
-    for name, old in chosen.items():
-        if obstacles[name]:
-            _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
-            continue
-        norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
+    return {name: obstacle(module, owners) for name, module in chosen.items()}
+
+
+def _start_as_identity(layers: Mapping[str, AWConv1d | AWConv2d | AWConv3d]) -> None:
+    gains: list[tuple[Tensor, Tensor]] = []
+    for name, layer in layers.items():
         try:
-            twins[old] = _twin(old, norm_layer=norm, **arguments)
-            if init == "identity":
-                divisors.append((old.weight, twins[old].start_constant()))
+            gains.append((layer.weight, layer.start_constant()))
         except ValueError as error:
             raise ValueError(f"convert: layer {name!r}: {error}") from error
-    if not twins:
-        raise ValueError(_nothing_selected(model, candidates, obstacles, select))
-    for weight, divisor in divisors:  # now that nothing can fail any more
-        weight.data = weight.data / divisor  # not in place: another tensor may share the storage
+    for weight, gain in gains:  # now that nothing can fail any more
+        weight.data = weight.data / gain  # not in place: another tensor may share the storage
 
-    if model in twins:
-        return twins[model]
-    _refuse_folding(model, set(twins))
+
+def _replaced(model: nn.Module, counterparts: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """The model with its layers' counterparts in their places, or its own counterpart."""
+    if model in counterparts:
+        return counterparts[model]
+    _refuse_folding(model, set(counterparts))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in twins:
-                parent._modules[name] = twins[child]
+            if child is not None and child in counterparts:
+                parent._modules[name] = counterparts[child]
     return model
 
 
@@ -210,7 +225,7 @@ def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return owners
 
 
-def why_not(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str | None:
+def obstacle(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str | None:
     """Why a convolution cannot be converted exactly; None if it can.
 
     Args:
@@ -242,7 +257,7 @@ def _plain_kind(module: Convolution) -> type[nn.Module] | None:
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
         return None
     for plain in type(module).__mro__:
-        if plain in _TWINS:
+        if plain in _COUNTERPARTS:
             same = all(
                 getattr(type(module), method) is getattr(plain, method)
                 for method in ("forward", "_conv_forward", "__call__")
@@ -251,23 +266,26 @@ def _plain_kind(module: Convolution) -> type[nn.Module] | None:
     return None
 
 
-def _twin(old: Convolution, **arguments: Any) -> AWConv1d | AWConv2d | AWConv3d:
+def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AWConv2d | AWConv3d:
     plain = _plain_kind(old)
-    assert plain is not None  # why_not
-    new = _TWINS[plain](
-        old.in_channels,
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]
-        old.stride,  # type: ignore[arg-type]
-        old.padding,  # type: ignore[arg-type]
-        old.dilation,  # type: ignore[arg-type]
-        old.groups,
-        old.bias is not None,
-        old.padding_mode,
-        device=old.weight.device,
-        dtype=old.weight.dtype,
-        **arguments,
-    )
+    assert plain is not None  # which would be an obstacle
+    try:
+        new = _COUNTERPARTS[plain](
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            old.dilation,
+            old.groups,
+            old.bias is not None,
+            old.padding_mode,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+            **arguments,
+        )
+    except ValueError as error:
+        raise ValueError(f"convert: layer {name!r}: {error}") from error
     new.weight = old.weight
     new.bias = old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice  # made when the old layer was
@@ -332,8 +350,8 @@ def _nothing_selected(
         has = "none" if not any(isinstance(m, AW_LAYERS) for m in model.modules()) else "AW-convolutions only"
         return f"convert: no convolution of {name} was selected for conversion; it has {has}"
     if obstacles:
-        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(obstacles.items())[:8])
-        return f"convert: no convolution of {name} that was selected can be converted exactly: {reasons}"
+        listed = "; ".join(f"{name!r}: {obstacle}" for name, obstacle in list(obstacles.items())[:8])
+        return f"convert: no convolution of {name} that was selected can be converted exactly: {listed}"
     listed = ", ".join(f"{name!r} ({module})" for name, module in list(candidates.items())[:8])
     default = ". By default only kernels larger than 1 are, without the first one; give select="
     return f"convert: no convolution of {name} was selected for conversion; it has {listed}" + (

@@ -63,37 +63,29 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             device=device,
             dtype=dtype,
         )
-        name = type(self).__name__
-        group_in_channels = in_channels // groups
-        if in_expansion is None:
-            in_expansion = group_in_channels
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"{name}: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-        if residual not in (True, False):
-            raise ValueError(f"{name}: residual must be True or False, got {residual!r}")
-        if not isinstance(reduction, int) or reduction < 1:
-            raise ValueError(f"{name}: reduction must be a positive integer, got {reduction!r}")
-        if norm_layer == "batch":
-            norm_layer = BATCH_NORMS[len(self.kernel_size)]
-        if isinstance(norm_layer, nn.Module) or not (norm_layer is None or callable(norm_layer)):
-            raise TypeError(
-                f"{name}: norm_layer must be 'batch', None or something called with a number of channels, such as "
-                f"nn.BatchNorm2d, got {norm_layer!r}"
-            )
-        attention_size = [
-            _blocks(name, "out_expansion", out_expansion, "out_channels", out_channels),
-            _blocks(name, "in_expansion", in_expansion, "in_channels / groups", group_in_channels),
-            *(_blocks(name, "kernel_expansion", kernel_expansion, "each kernel size", k) for k in self.kernel_size),
-        ]
         self.reduction = reduction
-        self.in_expansion = in_expansion
+        self.in_expansion = in_channels // groups if in_expansion is None else in_expansion
         self.out_expansion = out_expansion
         self.kernel_expansion = kernel_expansion
         self.activation = activation
         self.residual = residual
+        if norm_layer == "batch":
+            norm_layer = BATCH_NORMS[len(self.kernel_size)]
+        _check(type(self).__name__, reduction, activation, residual, norm_layer)
         with self.weight.device:  # whatever the default device is now
-            self.attention = AttentionBranch(in_channels, attention_size, reduction, activation, norm_layer)
+            self.attention = AttentionBranch(in_channels, self._attention_size(), reduction, activation, norm_layer)
         self.attention.to(self.weight.dtype)
+
+    def _attention_size(self) -> list[int]:
+        name, group_in_channels = type(self).__name__, self.in_channels // self.groups
+        return [
+            _blocks(name, "out_expansion", self.out_expansion, "out_channels", self.out_channels),
+            _blocks(name, "in_expansion", self.in_expansion, "in_channels / groups", group_in_channels),
+            *(
+                _blocks(name, "kernel_expansion", self.kernel_expansion, "each kernel size", k)
+                for k in self.kernel_size
+            ),
+        ]
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape (N, C1, \\*size) to (N, C2, \\*out_size); a single sample without the batch axis is taken as nn.Conv
@@ -204,6 +196,20 @@ def _without_batch_like(output: Tensor, input: Tensor) -> Tensor:
 # torch.fx does not look into these: they depend on the shapes of their arguments.
 for _function in ("pad_same", "_as_batch", "_convolve", "_without_batch_like"):
     torch.fx.wrap(_function)
+
+
+def _check(name: str, reduction: int, activation: str, residual: bool, norm_layer: NormLayer | str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    if residual not in (True, False):
+        raise ValueError(f"{name}: residual must be True or False, got {residual!r}")
+    if not isinstance(reduction, int) or reduction < 1:
+        raise ValueError(f"{name}: reduction must be a positive integer, got {reduction!r}")
+    if isinstance(norm_layer, nn.Module) or not (norm_layer is None or callable(norm_layer)):
+        raise TypeError(
+            f"{name}: norm_layer must be 'batch', None or something called with a number of channels, such as "
+            f"nn.BatchNorm2d, got {norm_layer!r}"
+        )
 
 
 def _blocks(name: str, argument: str, expansion: int, axis: str, size: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from awconv.convert import AW_LAYERS, convolutions, is_spatial, stem, weight_owners, why_not
+from awconv.convert import AW_LAYERS, convolutions, is_spatial, obstacle, stem, weight_owners
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.ops.algorithm import CONV
 from awconv.tables import Table
@@ -136,8 +136,9 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     first, owners = stem(model), weight_owners(model)
     reasons = {}
     for name, module in convolutions(model).items():
-        if obstacle := why_not(module, owners):
-            reasons[name] = obstacle
+        found = obstacle(module, owners)
+        if found is not None:
+            reasons[name] = found
         elif not is_spatial(module):
             reasons[name] = "kernel of size 1"
         else:

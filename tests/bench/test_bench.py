@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from awconv.bench.detector import twin_detectors
+from awconv.bench.detector import matched_detectors
 from awconv.bench.op import Layer
 from awconv.bench.rivals import RoutedCondConv2d, with_condconv
 from awconv.bench.roofline import work_of
@@ -72,7 +72,7 @@ def test_a_network_is_timed_beside_its_rivals(capsys: pytest.CaptureFixture[str]
     ("detector", "backbone", "works"),
     [("faster_rcnn", "aw_resnet18", ["forward", "step"]), ("ssd300", "aw_vgg16", ["forward"])],
 )
-def test_a_detector_is_timed_beside_its_twin(
+def test_a_detector_is_timed_beside_the_plain_one(
     detector: str, backbone: str, works: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"--detector={detector}", f"--work={','.join(works)}", "--size=64x96", "--rounds=1", "--format=json"]
@@ -92,7 +92,7 @@ def test_both_detectors_have_the_same_to_do(
     detector: Any, backbone: str, arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
-    detectors = twin_detectors(detector, backbone, **arguments)
+    detectors = matched_detectors(detector, backbone, **arguments)
     assert not caplog.messages  # of plain weights in AW layers, which are no mistake here
     image = pil_to_tensor(photograph("china")) / 255
     with torch.no_grad():
@@ -133,8 +133,8 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["detector", "aw_resnet18", "--size=9999999x9999999"], "GiB are needed.*size = 9999999x9999999"),
         (["op", "--device=tpu"], "device must be cpu or cuda"),
         (["detector", "aw_resnet18", "--size=800"], "size must be a height and a width such as 800x1333, got '800'"),
-        (["detector", "resnet50"], "backbones must be AW networks with a plain twin, got 'resnet50'"),
-        (["model", "resnet50"], "must be AW networks with a plain twin, got 'resnet50'"),
+        (["detector", "resnet50"], "backbones must be AW networks, got 'resnet50'"),
+        (["model", "resnet50"], "must be AW networks, got 'resnet50'"),
         (["model", "aw_resnet8_cifar", "--algorithm=fast"], "algorithm must be some of auto, .*, got 'fast'"),
         (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, training, memory, branch"),
     ],

@@ -40,8 +40,8 @@ def detect(model: nn.Module, images: list[Tensor]) -> list[dict[str, Tensor]]:
 
 
 def assert_same_detections(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
-    """Each detection has its twin. Scores of a network that never learned lie close together: their order is not
-    compared."""
+    """Each detection has a partner in the other list. Scores of a network that never learned lie close together: their
+    order is not compared."""
     for one, other in zip(found, expected, strict=True):
         assert len(one["boxes"]) == len(other["boxes"]) > 10
         apart = torch.cdist(one["boxes"], other["boxes"], p=torch.inf)
@@ -228,11 +228,11 @@ def strip(image: Tensor) -> Tensor:
 def test_detections_do_not_depend_on_the_first_image(images: list[Tensor]) -> None:
     torch.manual_seed(0)
     model = faster_rcnn("resnet18", 3, box_score_thresh=0.0, **CHEAP)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     detect(model, [strip(images[0])])
     for name, found in detect(model, images[:1])[0].items():
         # bit for bit: both compute the same
-        assert torch.equal(found, detect(twin, images[:1])[0][name]), name
+        assert torch.equal(found, detect(copied, images[:1])[0][name]), name
 
 
 def test_uint8_images_are_those_of_0_to_1(images: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What AW-convolution costs beside a plain convolution: timings by turns, peak memory, a roofline."""
+"""What AW-convolution costs beside a plain convolution: runtime measured interleaved, peak memory, a roofline."""
 
 from awconv.extras import require
 

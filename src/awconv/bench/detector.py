@@ -1,4 +1,4 @@
-"""``awconv bench detector``: detectors beside those with their backbone's plain twin."""
+"""``awconv bench detector``: detectors with AW backbones beside those with plain ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from awconv.bench.model import FIRST_MAPS, Side, check_twins
-from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
-from awconv.bench.timing import ratios
+from awconv.bench.model import FIRST_MAPS, Side, check_aw_networks, measure
+from awconv.bench.report import (
+    Format,
+    Measurement,
+    check_device,
+    check_memory,
+    check_range,
+    names,
+    numbers,
+    print_measurements,
+)
 from awconv.convert import AW_LAYERS
 from awconv.models.detection import DETECTORS
 from awconv.models.registry import BASELINES
@@ -31,18 +39,18 @@ def bench_detector(
     rounds: int = 5,
     format: Format = "table",
 ) -> int:
-    """Times detectors with AW backbones in turn with those of their plain twins.
+    """Measures the runtime of detectors with AW backbones relative to plain ones, interleaved.
 
-    Weights are random, and the AW detector computes what the plain one does (``init="identity"``): both have as many
-    proposals. Norms are frozen and the first stages not trained, as in fine-tuning.
+    Weights are random. The AW detector computes what the plain one does (``init="identity"``), so that both have as
+    many proposals. Norms are frozen and the first stages are not trained, as in fine-tuning.
 
     Args:
         backbones: their names, such as aw_resnet50.
-        size: height and width of the images, in pixels, which are not resized in Faster R-CNN.
-        batch: images; more than one number, with commas, makes rows for each.
+        size: height and width of the images, in pixels. Faster R-CNN does not resize them.
+        batch: images; several numbers, with commas, make rows for each.
         work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training).
         detector: ``faster_rcnn`` or ``ssd300``.
-        algorithm: what the AW backbones are held to, such as ``fused``; auto by default.
+        algorithm: that the AW backbones use, such as ``fused``; auto by default.
         amp: dtype of autocast.
         device: cpu or cuda.
         rounds: how often each is timed.
@@ -52,46 +60,49 @@ def bench_detector(
         The exit status, 0.
 
     Raises:
-        ValueError: an argument is out of place, or a backbone has no twin.
+        ValueError: an argument is out of range, or a backbone is no AW network.
     """
     check_device(device)
     check_range(rounds=rounds)
-    check_twins("backbones", backbones)
+    check_aw_networks("backbones", backbones)
     works = names("work", work, ("forward", "step"))
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
     batches = numbers("batch", batch)
-    sides = numbers("size", size.replace("x", ","))
-    if len(sides) != 2:
-        raise ValueError(f"size must be a height and a width such as 800x1333, got {size!r}")
-    height, width = sides
+    height, width = _sides("size", size)
     arguments: dict[str, Any] = dict(trainable_layers="usual")
     if detector == "faster_rcnn":
-        arguments |= dict(norm="frozen", min_size=min(sides), max_size=max(sides))
+        arguments |= dict(norm="frozen", min_size=min(height, width), max_size=max(height, width))
     for images in batches:
         check_memory(FIRST_MAPS * images * 3 * height * width, device, batch=images, size=size)
-    rows: list[Row] = []
+    measurements: list[Measurement] = []
     for name in backbones:
-        detectors = twin_detectors(detector, name, **arguments)
+        detectors = matched_detectors(detector, name, **arguments)
         for images in batches:
             input = torch.rand(images, 3, height, width, device=device)
-            competitors = {
-                way: DetectorSide(network, algorithm if way == "aw" else None, input, amp, device)
-                for way, network in detectors.items()
-            }
+            plain = DetectorSide(detectors["plain"], None, input, amp, device)
+            sides = {"plain": plain, "aw": DetectorSide(detectors["aw"], algorithm, input, amp, device)}
+            subject = f"{detector}, {name}, {size}, batch {images}"
             for kind in works:
-                timed = ratios({way: getattr(side, kind) for way, side in competitors.items()}, rounds, device)
-                subject = f"{detector}, {name}, {size}, batch {images}"
-                rows += [Row(subject, kind, way, ratio, {"batch": images}) for way, ratio in timed.items()]
-    print_rows(rows, device, format)
+                measurements += measure(subject, sides, kind, rounds, device)
+    print_measurements(measurements, device, format)
     return 0
 
 
-def twin_detectors(detector: Literal["faster_rcnn", "ssd300"], backbone: str, **arguments: Any) -> dict[str, nn.Module]:
-    """The detectors ``"plain"`` and ``"aw"``, of the same random weights, which detect the same to rounding.
+def _sides(name: str, text: str) -> list[int]:
+    sides = numbers(name, text.replace("x", ","))
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be a height and a width such as 800x1333, got {text!r}")
+    return sides
+
+
+def matched_detectors(
+    detector: Literal["faster_rcnn", "ssd300"], backbone: str, **arguments: Any
+) -> dict[str, nn.Module]:
+    """The detectors ``"plain"`` and ``"aw"``, with the same random weights, which detect the same to rounding.
 
     Args:
         detector: ``faster_rcnn`` or ``ssd300``.
-        backbone: an AW network with a plain twin.
+        backbone: an AW network.
         **arguments: of the detector.
     """
     plain, aw = (DETECTORS[detector](name, **arguments) for name in (BASELINES[backbone], backbone))

@@ -1,8 +1,8 @@
-"""``awconv bench model``: whole networks beside their twins."""
+"""``awconv bench model``: whole networks beside their baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awconv.bench.report import Format, Row, check_device, check_memory, check_range, names, numbers, print_rows
+from awconv.bench.report import (
+    Format,
+    Measurement,
+    check_device,
+    check_memory,
+    check_range,
+    names,
+    numbers,
+    print_measurements,
+)
 from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
 from awconv.branch import AttentionBranch
@@ -41,18 +50,18 @@ def bench_model(
     rounds: int = 9,
     format: Format = "table",
 ) -> int:
-    """Times networks with attention in turn with their twins without.
+    """Measures the runtime of AW networks relative to the plain networks, interleaved.
 
     Args:
         networks: their names, such as aw_resnet50.
-        batch: images; more than one number, with commas, makes rows for each.
+        batch: images; several numbers, with commas, make rows for each.
         work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training), ``training`` (a step
             with a cross-entropy, and the update by SGD with momentum), ``memory`` (bytes at the peak of a step),
             ``branch`` (the attention branches alone, as a share of the forward).
         size: height and width of the images; the network's own by default.
-        algorithm: what the AW networks are held to, such as ``fused``; auto by default.
-        rivals: also the twin with SE, with timm's CondConv2d in the places of AW, and AW by the weights of every sample
-            (``per_sample``).
+        algorithm: that the AW networks use, such as ``fused``; auto by default.
+        rivals: measures three more: the plain network with SE, with timm's CondConv2d in the places of
+            AW-convolutions, and the AW network with one set of weights a sample (``per_sample``).
         amp: dtype of autocast.
         device: cpu or cuda.
         channels_last: memory format of networks and images.
@@ -65,48 +74,62 @@ def bench_model(
         The exit status, 0.
 
     Raises:
-        ValueError: an argument is out of place, or a network has no twin.
+        ValueError: an argument is out of range, or a network is no AW network.
     """
     check_device(device)
     check_range(rounds=rounds, **({} if size is None else {"size": size}))
     works = names("work", work, WORKS)
     batches = numbers("batch", batch)
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
-    check_twins("networks", networks)
-    rows: list[Row] = []
+    check_aw_networks("networks", networks)
+    mode = compile_mode if compile else None
+    measurements: list[Measurement] = []
     for name in networks:
         networks_of = competitors(name, algorithm, RIVALS if rivals else ())
-        plain = networks_of["plain"][0]
-        shape: tuple[int, int, int] = plain.pretrained_cfg["input_size"]  # type: ignore[assignment,index]
         for images in batches:
-            height, width = size or shape[1], size or shape[2]
-            check_memory(FIRST_MAPS * images * shape[0] * height * width, device, batch=images, size=height)
-            input = torch.randn(images, shape[0], height, width, device=device)
-            if channels_last:
-                input = input.contiguous(memory_format=torch.channels_last)
-            sides = {
-                way: Side(network, held, input, amp, device, channels_last, compile_mode if compile else None)
-                for way, (network, held) in networks_of.items()
-            }
-            rows += [row for kind in works for row in measure(f"{name}, batch {images}", sides, kind, rounds, device)]
-    print_rows(rows, device, format)
+            sides = _sides(networks_of, images, size, amp, device, channels_last, mode)
+            for kind in works:
+                measurements += measure(f"{name}, batch {images}", sides, kind, rounds, device)
+    print_measurements(measurements, device, format)
     return 0
 
 
-def check_twins(argument: str, networks: Sequence[str]) -> None:
-    """Raises a ValueError for a name that is not of an AW network with a twin without."""
+def _sides(
+    networks: dict[str, tuple[nn.Module, str | None]],
+    images: int,
+    size: int | None,
+    amp: str,
+    device: str,
+    channels_last: bool,
+    compile_mode: CompileMode | None,
+) -> dict[str, Side]:
+    """The networks of :func:`competitors` with random images, of the size that the plain one is made for by default."""
+    channels, height, width = networks["plain"][0].pretrained_cfg["input_size"]  # type: ignore[misc,index]
+    height, width = size or height, size or width
+    check_memory(FIRST_MAPS * images * channels * height * width, device, batch=images, size=height)
+    input = torch.randn(images, channels, height, width, device=device)
+    if channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    return {
+        way: Side(network, algorithm, input, amp, device, channels_last, compile_mode)
+        for way, (network, algorithm) in networks.items()
+    }
+
+
+def check_aw_networks(argument: str, networks: Sequence[str]) -> None:
+    """Raises a ValueError for a name that is not of an AW network."""
     for name in networks:
         if name not in BASELINES or not name.startswith("aw_"):
-            known = ", ".join(twin for twin in BASELINES if twin.startswith("aw_"))
-            raise ValueError(f"{argument} must be AW networks with a plain twin, got {name!r}; there are {known}")
+            known = ", ".join(network for network in BASELINES if network.startswith("aw_"))
+            raise ValueError(f"{argument} must be AW networks, got {name!r}; there are {known}")
 
 
 def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[str, tuple[nn.Module, str | None]]:
-    """The networks by what they are called in the table, with the algorithm that each is held to.
+    """The networks by their names in the table, with the algorithm that each uses.
 
     Args:
-        name: of an AW network. Its plain twin comes first.
-        algorithm: what it is held to.
+        name: of an AW network. Its baseline comes first.
+        algorithm: that it uses.
         rivals: some of ``RIVALS``; SE is left out where there is no such network.
     """
     plain, aw = timm.create_model(BASELINES[name]), timm.create_model(name)
@@ -122,11 +145,11 @@ def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[s
     return result
 
 
-def measure(subject: str, sides: dict[str, Side], work: str, rounds: int, device: str) -> list[Row]:
-    """Times one kind of work of networks in turn, or weighs its memory.
+def measure(subject: str, sides: Mapping[str, Side], work: str, rounds: int, device: str) -> list[Measurement]:
+    """Measures one kind of work of networks: its runtime, interleaved, or its memory.
 
     Args:
-        subject: what the rows are called.
+        subject: what is measured, in words.
         sides: ``"plain"``, which comes first, ``"aw"`` and others.
         work: one of ``WORKS``.
         rounds: how often each is timed.
@@ -134,14 +157,14 @@ def measure(subject: str, sides: dict[str, Side], work: str, rounds: int, device
     """
     facts = {"batch": len(sides["aw"].input)}
     if work == "memory":
-        return [replace(row, facts=row.facts | facts) for row in _memory(subject, sides, device)]
+        return [replace(peak, facts=peak.facts | facts) for peak in _memory(subject, sides, device)]
     if work == "branch":
         functions = {"whole": sides["aw"].forward, "aw": _branches(sides["aw"])}
     else:
         functions = {way: getattr(side, work) for way, side in sides.items()}
     timed = ratios(functions, rounds, device)
     timed.pop("whole", None)
-    return [Row(subject, work, way, ratio, facts) for way, ratio in timed.items()]
+    return [Measurement(subject, work, way, ratio, facts) for way, ratio in timed.items()]
 
 
 class Side:
@@ -221,22 +244,23 @@ def _compiled(network: nn.Module, mode: CompileMode) -> Callable[[Tensor], Tenso
     return call
 
 
-def _memory(subject: str, sides: dict[str, Side], device: str) -> list[Row]:
+def _memory(subject: str, sides: Mapping[str, Side], device: str) -> list[Measurement]:
     """Bytes at the peak of a training step; networks that wait are moved out of a GPU's memory."""
-    rows = []
+    peaks: dict[str, int] = {}
     for way, side in sides.items():
         if device == "cuda":
             for other in sides.values():
                 other.network.to("cuda" if other is side else "cpu")
         side.network.zero_grad(set_to_none=True)
-        peak = peak_memory(side.step, side.held(), device)
+        peaks[way] = peak_memory(side.step, side.held(), device)
         side.network.zero_grad(set_to_none=True)
-        rows.append((way, peak))
     for side in sides.values():
         side.network.to(device)
+    baseline = next(iter(peaks.values()))
+    shares = {way: peak / baseline for way, peak in peaks.items()}
     return [
-        Row(subject, "memory", way, Ratio(peak / rows[0][1], peak / rows[0][1], peak / rows[0][1], 0), {"bytes": peak})
-        for way, peak in rows
+        Measurement(subject, "memory", way, Ratio(share, share, share, 0), {"bytes": peaks[way]})
+        for way, share in shares.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""``awconv bench op``: one layer, by every algorithm and by what else there is in its place."""
+"""``awconv bench op``: one layer, by every algorithm and by its rivals."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from awconv.bench.report import (
     Format,
-    Row,
+    Measurement,
     check_device,
     check_memory,
     check_picture,
     check_range,
     names,
     numbers,
-    print_rows,
+    print_measurements,
 )
 from awconv.bench.rivals import RoutedCondConv2d
-from awconv.bench.roofline import Work, measure_ceilings, plot_roofline, work_of
+from awconv.bench.roofline import Point, measure_ceilings, plot_roofline, work_of
 from awconv.bench.timing import Ratio, ratios
 from awconv.layers import AWConv2d
 from awconv.ops import aw_conv2d
@@ -36,7 +36,6 @@ LAYERS = ("layer", "branch", "se", "condconv")  # ways that are layers of their 
 WAYS = ("all", "auto", *ALGORITHMS, *LAYERS)
 WORKS = ("forward", "step", "input_gradient", "weight_gradients")
 _Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-_SWEPT = ("channels", "size", "batch", "kernel_size")
 
 
 def bench_op(
@@ -57,83 +56,96 @@ def bench_op(
     plot: Path | None = None,
     roofline: Path | None = None,
 ) -> int:
-    """Times one layer by some ways, in turn with the plain convolution.
+    """Measures the runtime of one layer relative to the plain convolution, interleaved.
 
     Args:
-        channels: input and output channels; more than one number, with commas, makes a row for each.
+        channels: input and output channels; several numbers, with commas, make a row for each.
         size: height and width of the images, likewise.
         batch: images, likewise.
         kernel_size: height and width of the kernel, odd, likewise; the padding keeps the size.
-        stride: step of the window.
-        groups: number of groups of channels; that of the channels for a depthwise convolution.
-        blocks: blocks of input channels of a group that have attention of their own.
-        ways: with commas: ``auto`` or an algorithm; ``all`` that can run it; ``layer``, the AWConv2d with its branch;
-            ``branch``, that alone; ``se`` and ``condconv``, timm's SE after a convolution and its CondConv2d.
-        work: with commas: ``forward``, ``step`` (forward and backward), ``input_gradient`` (that part of the backward
-            alone), ``weight_gradients`` (of weight and attention alone).
+        stride: of the window, in pixels.
+        groups: of channels; as many as channels for a depthwise convolution.
+        blocks: attention blocks along the input channels of a group: each has values of its own.
+        ways: with commas: ``auto`` or an algorithm; ``all`` that can run it; ``layer``, an AWConv2d; ``branch``, its
+            branch alone; ``se`` and ``condconv``, timm's SE after a convolution and its CondConv2d.
+        work: with commas: ``forward``, ``step`` (forward, backward), ``input_gradient``, ``weight_gradients``.
         dtype: of all tensors.
         device: cpu or cuda.
         channels_last: memory format of the images.
         rounds: how often each way is timed.
         format: a table, the same as Markdown, or JSON with all figures.
-        plot: writes the ratios over whichever argument has several numbers, as a picture (.png, .svg, .pdf).
-        roofline: writes the rates that were reached, over operations a byte and under the machine's ceilings,
-            likewise.
+        plot: a picture (.png, .svg, .pdf) to write: the ratios over the argument that has several numbers.
+        roofline: a picture to write: operations a second over operations a byte, and the machine's ceilings.
 
     Returns:
         The exit status, 0.
 
     Raises:
-        ValueError: an argument is out of place, or an algorithm cannot run the layer.
+        ValueError: an argument is out of range, or an algorithm cannot run the layer.
     """
     check_device(device)
-    check_picture("plot", plot)
-    check_picture("roofline", roofline)
     check_range(stride=stride, groups=groups, blocks=blocks, rounds=rounds)
     wanted, works = names("ways", ways, WAYS), names("work", work, WORKS)
-    texts = dict(channels=channels, size=size, batch=batch, kernel_size=kernel_size)
+    values = _values(channels=channels, size=size, batch=batch, kernel_size=kernel_size)
+    _check_pictures(values, plot=plot, roofline=roofline)
+    fixed = dict(stride=stride, groups=groups, blocks=blocks, dtype=dtype)
+    layers = [dict(zip(values, sizes, strict=True)) | fixed for sizes in product(*values.values())]
+    measurements, points = _measure(layers, device, channels_last, wanted, works, rounds)
+    print_measurements(measurements, device, format)
+    if plot is not None:
+        _plot(measurements, _swept(values)[0], plot)
+    if roofline is not None:
+        title = f"{kernel_size}x{kernel_size} convolutions, {dtype}"
+        plot_roofline(points, measure_ceilings(device, getattr(torch, dtype)), title, roofline)
+    return 0
+
+
+def _values(**texts: str) -> dict[str, list[int]]:
     values = {name: numbers(name, text) for name, text in texts.items()}
     even = [value for value in values["kernel_size"] if value % 2 == 0]
     if even:
         raise ValueError(f"kernel_size must be odd, so that the padding keeps the size, got {even[0]}")
-    swept = [name for name in _SWEPT if len(values[name]) > 1]
-    if plot is not None and len(swept) != 1:
-        raise ValueError(f"plot needs several numbers for one of {', '.join(_SWEPT)}, got {len(swept)} such arguments")
-    rows: list[Row] = []
-    reached: dict[str, list[tuple[Work, float]]] = {}
-    for sizes in product(*values.values()):
-        layer = Layer(
-            *sizes,
-            stride=stride,
-            groups=groups,
-            blocks=blocks,
-            dtype=getattr(torch, dtype),
-            device=device,
-            channels_last=channels_last,
+    return values
+
+
+def _swept(values: dict[str, list[int]]) -> list[str]:
+    return [name for name, several in values.items() if len(several) > 1]
+
+
+def _check_pictures(values: dict[str, list[int]], **pictures: Path | None) -> None:
+    for name, path in pictures.items():
+        check_picture(name, path)
+    if pictures["plot"] is not None and len(_swept(values)) != 1:
+        raise ValueError(
+            f"plot needs several numbers for one of {', '.join(values)}, got {len(_swept(values))} such arguments"
         )
-        for kind in works:
-            timed = layer.time(wanted, kind, rounds)
-            counted = work_of(layer.problem, layer.batch, 3 if kind == "step" else 1)
-            for way, ratio in timed.items():
-                facts = dict(zip(_SWEPT, sizes, strict=True)) | dict(
-                    stride=stride,
-                    groups=groups,
-                    blocks=blocks,
-                    dtype=dtype,
-                    chosen=layer.chosen,
-                    operations=counted.operations,
-                    bytes=counted.bytes,
-                )
-                rows.append(Row(layer.name, kind, way, ratio, facts))
-                reached.setdefault(f"{way}, {kind}", []).append((counted, ratio.seconds))
-    print_rows(rows, device, format)
-    if plot is not None:
-        _plot(rows, swept[0], plot)
-    if roofline is not None:
-        ceilings = measure_ceilings(device, getattr(torch, dtype))
-        computed = {name: points for name, points in reached.items() if not name.startswith("branch")}
-        plot_roofline(computed, ceilings, f"{kernel_size}x{kernel_size} convolutions, {dtype}", roofline)
-    return 0
+
+
+def _measure(
+    layers: list[dict[str, Any]], device: str, channels_last: bool, ways: list[str], works: list[str], rounds: int
+) -> tuple[list[Measurement], list[Point]]:
+    """Measurements of some layers, and what of them a roofline shows.
+
+    Args:
+        layers: arguments of :class:`Layer`, the dtype by its name.
+        device: that of the layers.
+        channels_last: memory format of the images.
+        ways: to compute them.
+        works: of ``WORKS``.
+        rounds: how often each is timed.
+    """
+    measurements, points = [], []
+    for facts in layers:
+        arguments = facts | dict(dtype=getattr(torch, facts["dtype"]), device=device, channels_last=channels_last)
+        layer = Layer(**arguments)
+        for work in works:
+            counted = work_of(layer.problem, layer.batch, 3 if work == "step" else 1)
+            known = facts | dict(chosen=layer.chosen, operations=counted.operations, bytes=counted.bytes)
+            for way, ratio in layer.time(ways, work, rounds).items():
+                measurements.append(Measurement(layer.name, work, way, ratio, known))
+                if way != "branch":
+                    points.append(Point(f"{way}, {work}", counted, ratio.seconds))
+    return measurements, points
 
 
 class Layer:
@@ -265,18 +277,20 @@ class Layer:
         return lambda input, weight, attention: module(input), list(module.parameters())
 
 
-def _plot(rows: list[Row], argument: str, path: Path) -> None:
+def _plot(measurements: list[Measurement], argument: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for work, way in dict.fromkeys((row.work, row.way) for row in rows if row.way != "plain"):
-        of_way = [row for row in rows if (row.work, row.way) == (work, way)]
-        x = [row.facts[argument] for row in of_way]
-        axes.plot(x, [row.ratio.median for row in of_way], "o-" if work == "forward" else "s--", label=f"{way}, {work}")
-    ticks = sorted({row.facts[argument] for row in rows})
+    for work, way in dict.fromkeys((point.work, point.way) for point in measurements if point.way != "plain"):
+        of_way = [point for point in measurements if (point.work, point.way) == (work, way)]
+        x = [point.facts[argument] for point in of_way]
+        axes.plot(
+            x, [point.ratio.median for point in of_way], "o-" if work == "forward" else "s--", label=f"{way}, {work}"
+        )
+    ticks = sorted({point.facts[argument] for point in measurements})
     axes.axhline(1, color="0.6", linewidth=1)
-    axes.set(xscale="log", xlabel=argument.replace("_", " "), ylabel="time, in those of a plain convolution")
+    axes.set(xscale="log", xlabel=argument.replace("_", " "), ylabel="runtime relative to the plain convolution")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.grid(True, color="0.9")

@@ -26,14 +26,14 @@ MOST_ROUNDS = 100_000
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement.
+class Measurement:
+    """One figure of one layer or network.
 
     Attributes:
         subject: the layer or the network.
-        work: what was timed, such as ``"forward"``, ``"step"`` or ``"memory"``.
-        way: how it was computed; the plain convolution or network is the baseline.
-        ratio: of times, or of bytes with equal deciles and no seconds.
+        work: what was measured, such as ``"forward"``, ``"step"`` or ``"memory"``.
+        way: how it was computed; ``"plain"`` is the baseline.
+        ratio: to the baseline: of times, or of bytes with equal deciles and no seconds.
         facts: whatever else belongs to it.
     """
 
@@ -75,22 +75,24 @@ def _processor() -> str:
     return f"{names[0] if names else platform.machine()} ({capability})"
 
 
-def print_rows(rows: Sequence[Row], device: str, format: Format) -> None:
+def print_measurements(measurements: Sequence[Measurement], device: str, format: Format) -> None:
     """One line for each subject and work, one column for each way."""
     if format == "json":
-        print(json.dumps({"environment": environment(device), "rows": [asdict(row) for row in rows]}, indent=1))
+        rows = [asdict(measurement) for measurement in measurements]
+        print(json.dumps({"environment": environment(device), "rows": rows}, indent=1))
         return
-    ways = list(dict.fromkeys(row.way for row in rows))
+    ways = list(dict.fromkeys(measurement.way for measurement in measurements))
     lines: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
-        ratio = row.ratio
+    for measurement in measurements:
+        ratio = measurement.ratio
         spread = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low != ratio.high else ""
-        lines.setdefault((row.subject, row.work), {})[row.way] = f"{ratio.median:.2f}{spread}"
+        lines.setdefault((measurement.subject, measurement.work), {})[measurement.way] = f"{ratio.median:.2f}{spread}"
     facts = environment(device)
     Table(
         headings=("", "work", *ways),
         rows=[(*key, *(line.get(way, "") for way in ways)) for key, line in lines.items()],
-        note=f"Medians (and deciles) of ratios. {facts['device']}, {facts['threads']} threads, torch {facts['torch']}.",
+        note="Relative to plain: median (first to ninth decile) of the rounds. "
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}.",
     ).print(format)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +71,19 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(max(rates["product"], rates["convolution"]), rates["copy"])
 
 
-def plot_roofline(points: dict[str, list[tuple[Work, float]]], ceilings: Ceilings, title: str, path: Path) -> None:
-    """Writes a picture: rates reached (operations a second) over operations for each byte, under the two ceilings.
+class Point(NamedTuple):
+    """What a way to compute did: its name, the work and the seconds that it took."""
+
+    way: str
+    work: Work
+    seconds: float
+
+
+def plot_roofline(points: Sequence[Point], ceilings: Ceilings, title: str, path: Path) -> None:
+    """Writes a picture: operations a second over operations for each byte, under the two ceilings.
 
     Args:
-        points: for each way to compute, the work and the seconds that it took.
+        points: measurements.
         ceilings: of the machine.
         title: stands above.
         path: ends in .png, .svg or .pdf.
@@ -83,7 +92,7 @@ def plot_roofline(points: dict[str, list[tuple[Work, float]]], ceilings: Ceiling
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    intensities = [work.operations / work.bytes for works in points.values() for work, _ in works]
+    intensities = [point.work.operations / point.work.bytes for point in points]
     ridge = ceilings.operations / ceilings.bytes
     span = (min(*intensities, ridge) / 2, max(*intensities, ridge) * 2)
     axes.plot(
@@ -92,10 +101,11 @@ def plot_roofline(points: dict[str, list[tuple[Work, float]]], ceilings: Ceiling
         color="0.4",
         label=f"ceilings: {ceilings.operations / 1e9:,.0f} GFLOP/s, {ceilings.bytes / 1e9:,.0f} GB/s",
     )
-    for marker, (name, works) in zip(cycle("osD^vPX*<>"), points.items(), strict=False):
-        x = [work.operations / work.bytes for work, _ in works]
-        y = [work.operations / seconds / 1e9 for work, seconds in works]
-        axes.plot(x, y, marker, label=name, alpha=0.8)
+    for marker, way in zip(cycle("osD^vPX*<>"), dict.fromkeys(point.way for point in points), strict=False):
+        of_way = [point for point in points if point.way == way]
+        x = [point.work.operations / point.work.bytes for point in of_way]
+        y = [point.work.operations / point.seconds / 1e9 for point in of_way]
+        axes.plot(x, y, marker, label=way, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlim=span, xlabel="operations for each byte", ylabel="GFLOP/s", title=title)
     axes.grid(True, which="major", color="0.9")
     figure.legend(fontsize="small", loc="outside right upper")

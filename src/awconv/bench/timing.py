@@ -1,4 +1,4 @@
-"""Timings that are fair to all sides on a machine whose speed drifts, and the memory that a call holds at its peak."""
+"""Runtime ratios that a drifting machine does not distort, and the memory that a call holds at its peak."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHORTEST = 2e-3  # seconds: shorter calls are repeated within a measurement
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long something takes, in times of the baseline of the same round.
+    """A runtime relative to the baseline's in the same round.
 
     Attributes:
         median: of all rounds.
@@ -31,10 +31,10 @@ class Ratio:
 
 
 def ratios(functions: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, Ratio]:
-    """Times functions in turn, and compares each with the first of them in the same round.
+    """Runtimes of functions relative to the first of them, measured interleaved.
 
     After two rounds to warm up, every round calls each function once, or as often as makes a measurement of 2 ms, and
-    begins with another one. On a GPU, events on the device's own clock are read.
+    begins with another one. A ratio compares times of one round. On a GPU, the device's own clock counts.
     """
     repeats = {}
     for name, function in functions.items():
@@ -43,8 +43,8 @@ def ratios(functions: Mapping[str, Callable[[], None]], rounds: int, device: str
     names = list(functions)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
-        for step in range(len(names)):
-            name = names[(turn + step) % len(names)]
+        for offset in range(len(names)):
+            name = names[(turn + offset) % len(names)]
             seconds = seconds_of(functions[name], repeats[name], device)
             if turn:
                 taken[name].append(seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -82,19 +82,18 @@ def faster_rcnn(
 
     Args:
         network: any network of timm that has ``features_only``, such as ``"aw_resnet101"`` or ``"seresnet50"``.
-        num_classes: with the background, which is class 0: 91 for COCO's category numbers.
-        pretrained: weights of a classifier that the backbone starts from: those that timm has for it (True), or a
-            file of them.
-        trainable_layers: how many of the backbone's stages are trained, counted from the last; the stem counts as one.
-            ``"usual"``: 3, or all where it has fewer, or its stages are not modules of their own. By default the usual
-            ones of a backbone with weights, and all of one without.
-        norm: of the backbone: ``"batch"``, ``"sync"`` (over all devices), ``"frozen"`` (constants, in which weights
-            have left their statistics) or ``"group"`` (in place of batch norms, also in the pyramid). By default frozen
-            with weights and batch without.
-        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``; those that it needs
-            to take images of any size, such as ``{"strict_img_size": False}`` for a Swin, too.
-        convert: arguments of :func:`awconv.convert`, by which the backbone, with its weights, becomes an AW network:
-            ``{"init": "identity"}``.
+        num_classes: of objects and the background, which is class 0: 91 for COCO's category numbers.
+        pretrained: a classifier's weights to start from: timm's own (True), or a file of them.
+        trainable_layers: how many of the network's stages are trained, counted from the last; the stem counts as one.
+            ``"usual"`` is 3, or all where it has fewer or its stages are not modules of their own. By default the usual
+            number with pretrained weights, and all without.
+        norm: of the network: ``"batch"``, ``"sync"`` (over all devices), ``"frozen"`` (constants from the pretrained
+            weights) or ``"group"`` (in place of batch norms, also in the pyramid). By default frozen with pretrained
+            weights and batch without.
+        network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``. A network for images
+            of one size needs one that allows others: a Swin ``{"strict_img_size": False}``.
+        convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``, by which the network becomes an
+            AW network after its weights are loaded.
         out_channels: of each level of the pyramid.
         **kwargs: of ``torchvision.models.detection.FasterRCNN``, such as ``min_size``, ``max_size`` or
             ``box_score_thresh``.
@@ -112,16 +111,7 @@ def faster_rcnn(
         RuntimeError: timm does not know the backbone, or has no weights for it.
     """
     check_arguments(FasterRCNN, kwargs)
-    overlay = None
-    if isinstance(pretrained, str | Path):
-        overlay = weights_overlay(network, pretrained, network_args)
-    body: nn.Module = timm.create_model(
-        network,
-        features_only=True,
-        pretrained=bool(pretrained),
-        pretrained_cfg_overlay=overlay,
-        **(network_args or {}),
-    )
+    body = _features(network, pretrained, network_args or {})
     if norm is None:
         norm = "frozen" if pretrained else "batch"
     body = with_norm(body, norm)
@@ -129,18 +119,35 @@ def faster_rcnn(
         body = convert_layers(body, **convert)
     _freeze(body, "usual" if trainable_layers is None and pretrained else trainable_layers)
     pyramid = PyramidBackbone(body, out_channels, partial(nn.GroupNorm, _GROUPS) if norm == "group" else None)
-    strides = [*pyramid.strides, 2 * pyramid.strides[-1]]
-    if "rpn_anchor_generator" not in kwargs:
-        sizes = tuple((8 * stride,) for stride in strides)  # 32 to 512 pixels in a ResNet, as in arXiv 1612.03144
-        kwargs["rpn_anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    if "box_roi_pool" not in kwargs:
-        names = [str(index) for index in range(len(pyramid.strides))]
-        kwargs["box_roi_pool"] = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
-        _set_scales(kwargs["box_roi_pool"], pyramid.strides)
     cfg: Any = timm.get_pretrained_cfg(network)
-    detector = FasterRCNN(pyramid, num_classes, **(dict(image_mean=cfg.mean, image_std=cfg.std) | kwargs))
+    defaults = _levels(pyramid.strides, kwargs) | dict(image_mean=cfg.mean, image_std=cfg.std)
+    detector = FasterRCNN(pyramid, num_classes, **(defaults | kwargs))
     take_uint8(detector)
     return detector
+
+
+def _features(network: str, pretrained: bool | str | Path, network_args: dict[str, Any]) -> nn.Module:
+    overlay = None
+    if isinstance(pretrained, str | Path):
+        overlay = weights_overlay(network, pretrained, network_args)
+    features: nn.Module = timm.create_model(
+        network, features_only=True, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, **network_args
+    )
+    return features
+
+
+def _levels(strides: list[int], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Anchors and pooling for the levels of a pyramid, where they are not given."""
+    levels: dict[str, Any] = {}
+    if "rpn_anchor_generator" not in given:
+        # 32 to 512 pixels in a ResNet, as in arXiv 1612.03144
+        sizes = tuple((8 * stride,) for stride in [*strides, 2 * strides[-1]])
+        levels["rpn_anchor_generator"] = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    if "box_roi_pool" not in given:
+        names = [str(index) for index in range(len(strides))]
+        levels["box_roi_pool"] = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
+        _set_scales(levels["box_roi_pool"], strides)
+    return levels
 
 
 def _set_scales(pool: MultiScaleRoIAlign, strides: list[int]) -> None:

@@ -34,17 +34,15 @@ def ssd300(
     convert: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> SSD:
-    """torchvision's SSD300.
-
-    The AW-convolutions start by identity, as in the classifier ``aw_vgg16``.
+    """torchvision's SSD300, whose AW-convolutions start by identity, as in the classifier ``aw_vgg16``.
 
     Args:
         network: ``"vgg16"``, or ``"aw_vgg16"`` with AW-convolutions in place of VGG's but the first.
-        num_classes: with the background, which is class 0: 21 for VOC.
-        pretrained: weights that VGG's convolutions start from: torchvision's (True), or a file of a VGG-16's
-            (safetensors, or a state dict of torch), which was trained with the usual mean and deviation.
-        trainable_layers: how many of VGG's 5 stages are trained, counted from the last; ``"usual"`` for 4. By default
-            the usual ones of a backbone with weights, and all of one without.
+        num_classes: of objects and the background, which is class 0: 21 for VOC.
+        pretrained: weights of VGG's convolutions to start from: torchvision's (True), or a VGG-16's in a file
+            (safetensors, or a state dict of torch), trained with ImageNet's usual mean and deviation.
+        trainable_layers: how many of VGG's 5 stages are trained, counted from the last; ``"usual"`` is 4. By default
+            the usual number with pretrained weights, and all without.
         network_args: ``{"aw_args": {"reduction": 8}}`` is all that ``"aw_vgg16"`` takes, and ``"vgg16"`` takes none.
         convert: arguments of :func:`awconv.convert`, such as ``{"reduction": 8}``, which also make ``"vgg16"`` an AW
             network.
@@ -55,25 +53,16 @@ def ssd300(
 
     Raises:
         FileNotFoundError: the file of weights is not there.
-        TypeError: torchvision's detector, or the backbone, has no such argument.
-        ValueError: the backbone is another one, or the file holds another network's weights.
+        TypeError: torchvision's detector, or the network, has no such argument.
+        ValueError: it is another network, the file holds another network's weights, or an argument is out of range.
     """
-    if network not in ("vgg16", "aw_vgg16"):
-        raise ValueError(f"network of ssd300 must be 'vgg16' or 'aw_vgg16', got {network!r}")
     check_arguments(SSD, kwargs)
     network_args = network_args or {}
-    unknown = [name for name in network_args if (network, name) != ("aw_vgg16", "aw_args")]
-    if unknown:
-        raise TypeError(f"{network} has no {', '.join(unknown)}; aw_vgg16 has aw_args")
+    _check(network, network_args)
     file = None if isinstance(pretrained, bool) else Path(pretrained)
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"pretrained must be true, false or a file of weights, got {str(file)!r}")
-    if trainable_layers is None:
-        trainable_layers = "usual" if pretrained else len(_STAGES)
-    if trainable_layers == "usual":
-        trainable_layers = _USUAL_LAYERS
-    if not 0 <= trainable_layers <= len(_STAGES):
-        raise ValueError(f"trainable_layers must be from 0 to VGG's {len(_STAGES)} stages, got {trainable_layers}")
+    trained = _trained_stages(trainable_layers, bool(pretrained))
     torchvisions = pretrained is True  # they have a normalisation of their own
     detector = ssd300_vgg16(
         weights=None,
@@ -91,10 +80,28 @@ def ssd300(
         chosen = set(vgg[1:])
         arguments: dict[str, Any] = {"init": "identity", "select": lambda name, layer: layer in chosen}
         convert_layers(detector.backbone, **(arguments | (network_args.get("aw_args") or {}) | (convert or {})))
-    for convolution in vgg[: sum(_STAGES[: len(_STAGES) - trainable_layers])]:
+    for convolution in vgg[: sum(_STAGES[: len(_STAGES) - trained])]:
         convolution.weight.requires_grad_(False)
         convolution.bias.requires_grad_(False)  # type: ignore[union-attr]  # VGG's have one
     return detector
+
+
+def _check(network: str, network_args: dict[str, Any]) -> None:
+    if network not in ("vgg16", "aw_vgg16"):
+        raise ValueError(f"network of ssd300 must be 'vgg16' or 'aw_vgg16', got {network!r}")
+    unknown = [name for name in network_args if (network, name) != ("aw_vgg16", "aw_args")]
+    if unknown:
+        raise TypeError(f"{network} has no {', '.join(unknown)}; aw_vgg16 has aw_args")
+
+
+def _trained_stages(trainable: int | Literal["usual"] | None, pretrained: bool) -> int:
+    if trainable is None:
+        trainable = "usual" if pretrained else len(_STAGES)
+    if trainable == "usual":
+        trainable = _USUAL_LAYERS
+    if not 0 <= trainable <= len(_STAGES):
+        raise ValueError(f"trainable_layers must be from 0 to VGG's {len(_STAGES)} stages, got {trainable}")
+    return trainable
 
 
 def _load(convolutions: list[nn.Conv2d], file: Path) -> None:

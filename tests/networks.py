@@ -1,0 +1,23 @@
+"""A small network to convert, and what is seen of it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2, bias=False)),
+        nn.Conv2d(8, 4, (1, 3), padding=(0, 1), padding_mode="circular"),
+    )
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    names = {name: type(module).__name__ for name, module in model.named_modules()}
+    return {name: kind for name, kind in names.items() if "Conv" in kind and "attention" not in name}
+
+
+def converted(model: nn.Module) -> set[str]:
+    return {name for name, kind in kinds(model).items() if kind.startswith("AW")}
