@@ -146,7 +146,13 @@ def predict(
             raise ValueError(f"draw draws the boxes of a detector, and {ckpt} is of a classifier")
         results = list(classify(task, files, batch_size, max_pixels))
     failures = [result for result in results if isinstance(result, Failure)]
-    predictions = [result for result in results if not isinstance(result, Failure)]
+    _print(columns, [result for result in results if not isinstance(result, Failure)], failures, format)
+    return 1 if failures else 0
+
+
+def _print(
+    columns: Sequence[str], predictions: Sequence[Prediction | Detected], failures: Sequence[Failure], format: str
+) -> None:
     if format == "json":
         content = {"predictions": [asdict(p) for p in predictions], "failures": [asdict(f) for f in failures]}
         print(json.dumps(content, indent=1, allow_nan=False))
@@ -156,7 +162,6 @@ def predict(
     for failure in failures:
         kind = "" if failure.image in predicted else "broken image: "
         terminal.say(f"{kind}{failure.error}")
-    return 1 if failures else 0
 
 
 def load_task(ckpt: Path) -> Task:

@@ -38,7 +38,7 @@ def compare(
 ) -> int:
     """Trains variants of a recipe over the same seeds and compares them.
 
-    Each finished run leaves a record, a small JSON file, and is not trained again. Ctrl-C reports the finished runs; the
+    A finished run leaves a record, a small JSON file, and is not trained again. Ctrl-C reports the finished runs; the
     same command resumes the interrupted one, on any machine with the folder. A failed run is reported, and the
     others go on. Variants of a seed are trained one after the other, so that the ratio of their times is fair.
 

@@ -66,61 +66,82 @@ def train_side_by_side(comparison: Comparison, runs: Sequence[Run], on_progress:
     Yields:
         Each run with its record, or with a message why it failed, as they finish.
     """
-    if not runs:
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would share the state of threads and of CUDA
-    # Of all runs, and not only of those that are missing: the number of threads must not depend on an interruption.
-    threads = max(1, (os.cpu_count() or 1) // comparison.jobs)
-    jobs = min(comparison.jobs, len(runs))
-    waiting = list(reversed(runs))
-    working: dict[Connection, tuple[BaseProcess, Run]] = {}
-
-    def begin(connection: Connection, process: BaseProcess) -> None:
-        working[connection] = process, waiting.pop()
-        connection.send(working[connection][1].name)
-
-    def start() -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, comparison, threads))
-        process.start()
-        theirs.close()
-        begin(ours, process)
-
+    pool = _Pool(comparison, runs)
     before = signal.signal(signal.SIGTERM, _terminate) if _is_main_thread() else None
     try:
-        for _ in range(jobs):
-            start()
-        while working:
-            for connection in wait(list(working)):
+        for _ in range(min(comparison.jobs, len(runs))):
+            pool.start()
+        while pool.working:
+            for connection in wait(list(pool.working)):
                 assert isinstance(connection, Connection)
-                process, run = working[connection]
+                run = pool.working[connection][1]
                 try:
                     message = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    del working[connection]
-                    process.join()
-                    yield run, f"its process ended with status {process.exitcode}"
-                    if waiting:
-                        start()
+                    yield run, f"its process ended with status {pool.replace(connection)}"
                     continue
                 if isinstance(message, tuple):
                     on_progress(run, *message)
                     continue
                 yield run, message
-                if waiting:
-                    begin(connection, process)
-                else:
-                    del working[connection]
-                    connection.send(None)
-                    process.join()
+                pool.begin(connection)
     finally:
-        for process, _ in working.values():
-            process.terminate()  # at which a run writes a checkpoint
-        for process, _ in working.values():
-            process.join(_PATIENCE)
-            process.kill()
+        pool.end()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+class _Pool:
+    """Processes that train runs.
+
+    Attributes:
+        working: the process and its run at the other end of each connection.
+    """
+
+    def __init__(self, comparison: Comparison, runs: Sequence[Run]) -> None:
+        self.working: dict[Connection, tuple[BaseProcess, Run]] = {}
+        self._comparison = comparison
+        self._waiting = list(reversed(runs))
+        self._context = multiprocessing.get_context("spawn")  # a fork would share the state of threads and of CUDA
+        # By all runs, not by the missing ones: the number of threads must not depend on an interruption.
+        self._threads = max(1, (os.cpu_count() or 1) // comparison.jobs)
+
+    def start(self) -> None:
+        """Starts a process with the next run."""
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self._comparison, self._threads))
+        process.start()
+        theirs.close()
+        self.working[ours] = process, self._waiting[-1]
+        self.begin(ours)
+
+    def begin(self, connection: Connection) -> None:
+        """Gives a process the next run, or ends the process if there is none."""
+        process = self.working[connection][0]
+        if self._waiting:
+            run = self._waiting.pop()
+            self.working[connection] = process, run
+            connection.send(run.name)
+        else:
+            del self.working[connection]
+            connection.send(None)
+            process.join()
+
+    def replace(self, connection: Connection) -> int | None:
+        """Starts a process in the place of one that died, if a run is left; returns the dead one's status."""
+        process, _ = self.working.pop(connection)
+        process.join()
+        if self._waiting:
+            self.start()
+        return process.exitcode
+
+    def end(self) -> None:
+        """Ends the processes that still work; their runs write checkpoints."""
+        for process, _ in self.working.values():
+            process.terminate()
+        for process, _ in self.working.values():
+            process.join(_PATIENCE)
+            process.kill()
 
 
 def _is_main_thread() -> bool:
