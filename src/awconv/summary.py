@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from awconv.convert import AW_LAYERS, convolutions, is_spatial, obstacle, stem, weight_owners
-from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.convert import obstacle, weight_owners
+from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 from awconv.ops.algorithm import CONV
+from awconv.selection import convolutions, is_spatial, stem
 from awconv.tables import Table
 
 _AWConv = AWConv1d | AWConv2d | AWConv3d
@@ -51,6 +52,13 @@ class Summary:
         parameters: of the whole network.
         operations: multiply-adds of the whole network for the inputs, as :func:`summary` counts them; None without
             inputs.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> found = awconv.summary(torch.nn.Sequential(awconv.AWConv2d(16, 32, 3)))
+        >>> [layer.name for layer in found.converted], found.parameters_added, found.parameters
+        (['0'], 264, 4904)
     """
 
     layers: tuple[LayerSummary, ...]
@@ -105,6 +113,16 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
 
     Raises:
         TypeError: the model is no module.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), awconv.AWConv2d(16, 32, 3))
+        >>> print(awconv.summary(model, torch.zeros(1, 3, 8, 8)))
+        layer                           parameters added  operations added
+        0       Conv2d 3 to 16, 3x3                                         the stem
+        1       AWConv2d 16 to 32, 3x3               264             6,336
+        1 of 2                                       264             6,336  +5.19% of parameters, +7.10% of operations
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
