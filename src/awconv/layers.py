@@ -88,8 +88,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         ]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Shape (N, C1, \\*size) to (N, C2, \\*out_size); a single sample without the batch axis is taken as nn.Conv
-        takes it.
+        """Shape (N, C1, \\*size) to (N, C2, \\*out_size); the batch axis may be missing, as for nn.Conv.
 
         Raises:
             ValueError: the input does not have ``in_channels`` channels or the right number of axes.

@@ -102,9 +102,9 @@ class Summary:
 def summary(model: nn.Module, inputs: Any = None) -> Summary:
     """Lists the convolutions of a network: those that are AW-convolutions, and why the others are not.
 
-    Operations are the multiply-adds of convolutions, linear layers and matrix products; of an AW-convolution also those
-    of its branch's two convolutions and of the attention, counted on the weights of each sample or on each tap's
-    partial products, whichever is less. Norms, activations and pooling are not counted, as is usual.
+    Operations are multiply-adds of convolutions, linear layers and matrix products. Norms, activations and pooling are
+    not counted, as is usual. An AW-convolution adds the two convolutions of its branch and the multiplications by the
+    attention: of each sample's weights or of each tap's partial products, whichever are fewer.
 
     Args:
         model: any network; it is not changed. On the device ``meta`` nothing is computed.
