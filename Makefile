@@ -1,4 +1,4 @@
-# make demo, make test and make lint set up what they need in .venv, once for each pyproject.toml.
+# Each target sets up what it needs in .venv, once for each pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 PROBLEMS := 10000
@@ -6,7 +6,7 @@ SECONDS := 480
 OPTIONS :=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test campaign gpu lint format clean
+.PHONY: demo test campaign gpu lint format docs package clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
@@ -26,6 +26,17 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github
+
+# The site, into build/site.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@echo "The site is in build/site: python3 -m http.server --directory build/site"
+
+# What is published, into build/dist: built, checked, and tried in a fresh environment.
+package: $(INSTALLED)
+	$(VENV)/bin/python tools/package.py
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .

@@ -10,7 +10,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+from tests.poison import poisoned
+
+# Real images that a clone does not have.
+SHARED_DATA = Path(os.environ.get("AWCONV_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
 if not torch.cuda.is_available():
     os.environ.setdefault(
@@ -36,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unwritten_memory_is_poisoned() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -70,5 +79,5 @@ def _leaves_the_process_as_it_was() -> Iterator[None]:
 @pytest.fixture
 def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"needs the real images of {SHARED_DATA}, which a clone does not have")
+        pytest.skip(f"needs the real images of {SHARED_DATA}; AWCONV_SHARED_DATA names another folder of them")
     return SHARED_DATA

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from awconv.compare.runs import find_variant
+from awconv.compare.variants import find_change
 from awconv.training import TrainingCLI
 from tests.photographs import write_coco
 
@@ -57,7 +57,7 @@ def test_a_recipe_trains_its_aw_network_for_two_steps(recipe: Path, photographs:
     content = yaml.safe_load(recipe.read_text())
     network = content["model"]["network"]
     if not content["model"].get("pretrained"):
-        network = find_variant(network, "aw").network
+        network = find_change(network, "aw").network
     # What the machine of the tests cannot do: the recipe's data, its batches, a file of weights and a GPU's precision.
     cli = TrainingCLI(
         [
@@ -126,6 +126,6 @@ def test_every_variant_of_a_recipe_is_one_override(recipe: Path) -> None:
     if content["model"].get("pretrained"):
         return  # its variants are those of recipes/variants/
     for given in VARIANTS:
-        network = find_variant(content["model"]["network"], given).network
+        network = find_change(content["model"]["network"], given).network
         with torch.device("meta"):
             timm.create_model(network, num_classes=100)

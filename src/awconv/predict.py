@@ -1,4 +1,4 @@
-"""What is in image files, by a checkpoint of a classifier or a detector."""
+"""Classifies image files, or finds the objects in them, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from awconv import terminal
 from awconv.data import BrokenImageError, to_uint8
+from awconv.data.classification import check_batch
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
-from awconv.data.module import check_batch
 from awconv.models.detection.transform import NarrowImageError
+from awconv.tables import Table
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.training.checkpoints import read_checkpoint
 from awconv.training.partial import clear_old, replacing
@@ -67,7 +65,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Detected:
-    """The objects in an image, the surest first.
+    """The objects in an image, by falling score.
 
     Attributes:
         image: its path.
@@ -87,7 +85,7 @@ class Detected:
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be read, or of which no copy could be drawn.
+    """An image that could not be read, or whose copy could not be drawn.
 
     Attributes:
         image: its path.
@@ -107,28 +105,28 @@ def predict(
     draw: Path | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> int:
-    """Prints what is in each image: its class, or the objects that a detector finds.
+    """Prints each image's class, or the objects that a detector finds in it.
 
-    A broken image is reported by name, and the rest goes on. Images with an EXIF orientation are turned upright first.
+    A broken image is reported by name and skipped. Images are turned upright by their EXIF orientation.
 
     Args:
-        images: image files, and folders that are searched for them. An image that is named twice is predicted once.
+        images: image files, and folders to search for them. Each image is predicted once.
         ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``.
         format: a table, or JSON with ``predictions`` and ``failures``.
-        batch_size: images that go through a classifier at once; a detector takes one at a time.
-        threshold: the least score of an object.
-        draw: a folder for copies of the images in which a detector's boxes are drawn. No file is overwritten but the
-            copies of a former run.
-        max_pixels: an image file with more pixels, or more bytes than these need, is reported as a broken one: it
-            would take too much memory.
+        batch_size: images that a classifier takes at once. A detector takes one at a time.
+        threshold: the lowest score of an object that is reported.
+        draw: a folder for copies of the images with a detector's boxes. Copies of an earlier run are replaced; no
+            other file is overwritten.
+        max_pixels: the largest number of pixels of an image. A larger file is reported as broken, for it would take too
+            much memory.
 
     Returns:
         The exit status: 0, or 1 if an image was broken.
 
     Raises:
-        FileNotFoundError: the checkpoint or an image is not there, or a folder holds no image.
-        ValueError: the file is no such checkpoint, a number is out of its range, there are no boxes to draw, a copy
-            would be written over another file, or the network's outputs are not finite.
+        FileNotFoundError: the checkpoint or an image is missing, or a folder holds no image.
+        ValueError: the file is not such a checkpoint, a number is out of its range, ``draw`` is given for a classifier,
+            a copy would overwrite another file, or the network's outputs are not finite.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
@@ -153,11 +151,7 @@ def predict(
         content = {"predictions": [asdict(p) for p in predictions], "failures": [asdict(f) for f in failures]}
         print(json.dumps(content, indent=1, allow_nan=False))
     else:
-        table = Table(*columns[:2], box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column(columns[2], justify="right")
-        for prediction in predictions:
-            table.add_row(*(Text(terminal.printable(cell)) for cell in prediction.cells()))
-        terminal.console().print(table)
+        Table(columns, [prediction.cells() for prediction in predictions]).print()
     predicted = {result.image for result in predictions}
     for failure in failures:
         kind = "" if failure.image in predicted else "broken image: "
@@ -169,8 +163,8 @@ def load_task(ckpt: Path) -> Task:
     """Loads a checkpoint for prediction.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is none.
+        FileNotFoundError: the file is missing.
+        ValueError: it is not a checkpoint of ``awconv fit``.
     """
     kind = DetectionTask if "detector" in read_checkpoint(ckpt)["hyper_parameters"] else ClassificationTask
     try:
@@ -289,11 +283,10 @@ _SOFTWARE = "awconv predict --draw"  # in a copy's PNG, by which a later run kno
 
 
 def _copies(files: Sequence[Path], draw: Path) -> dict[Path, Path]:
-    """Where copies are written: below a folder, named as the files are below the folder that all of them are in, so
-    that none is written over another.
+    """The path of each file's copy. Below ``draw`` they keep the files' folders, so that no two are the same.
 
     Raises:
-        ValueError: they cannot be written there, or would overwrite what is no copy of a former run.
+        ValueError: a copy cannot be written there, or would overwrite something else than a copy of an earlier run.
     """
     way_out = "give draw another folder"
     try:
@@ -368,12 +361,12 @@ _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#
 
 
 def _real(path: Path) -> Path:
-    """Where links lead; a loop of links, which ``Path.resolve`` fails at, stays as it is."""
+    """The path without links. A loop of links, at which ``Path.resolve`` fails, stays as it is."""
     return Path(os.path.realpath(path))
 
 
 def _files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
-    """The image files that are named, and those in the folders that are, each once, but for copies in ``draw``."""
+    """The given files and the image files in the given folders, each once, without copies in ``draw``."""
     found: dict[Path, Path] = {}
     for given in images:
         path = Path(os.path.expanduser(given))

@@ -1,4 +1,4 @@
-"""From a finished run to a folder of weights with a model card."""
+"""Writes a finished run's weights with a model card."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from awconv.compare.report import markdown_cell
-from awconv.compare.runs import Run, recorded
+from awconv.compare.record import Record
+from awconv.compare.recorder import recorded
 from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS, sha256
 from awconv.predict import load_task
+from awconv.tables import markdown_cell
 from awconv.tasks import ClassificationTask
 from awconv.terminal import printable
 from awconv.training.checkpoints import find_last, read_checkpoint
@@ -21,16 +22,16 @@ from awconv.training.checkpoints import find_last, read_checkpoint
 def publish(
     run: Path, tag: str, data: str, recipe: str, out: Path = Path("weights"), license: str = "apache-2.0"
 ) -> int:
-    """Writes the weights of a finished run, their configuration and a model card.
+    """Writes a finished run's weights, their configuration and a model card.
 
-    The folder has the layout of Hugging Face's hub: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
-    it, and so does ``hf-hub:NAME`` once it is there.
+    The folder has the layout of Hugging Face's hub. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
+    it; once uploaded, ``hf-hub:NAME`` does too.
 
     Args:
-        run: the file of a run of ``awconv compare``, with its checkpoints beside it.
-        tag: what the weights are called after the network's name, such as ``cifar10``.
-        data: what the network was trained on, in words.
-        recipe: the recipe, as the card's command is to name it.
+        run: the record of a run of ``awconv compare``, with its checkpoints beside it.
+        tag: name of the weights after the network's name, such as ``cifar10``.
+        data: the training data, in words.
+        recipe: the recipe's path, as the card's command names it.
         out: the folder in which the folder ``NETWORK.TAG`` is made.
         license: of the weights, as an SPDX identifier.
 
@@ -38,74 +39,93 @@ def publish(
         The exit status, 0.
 
     Raises:
-        FileNotFoundError: the run, or its checkpoint, is not there.
-        ValueError: the file is no run, its network has arguments, without which weights do not fit, or a text is none
-            that a card can hold.
+        FileNotFoundError: the record or its checkpoint is missing.
+        ValueError: the file is not a record, its network has arguments of its own, or a text does not fit into a card.
     """
+    _check_texts(tag, license, data=data, recipe=recipe)
+    record, task = _finished(run)
+    network: Any = task.evaluated.cpu()
+    name = f"{record.network}.{tag}"
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), folder / FILE)
+    (folder / FILE).chmod(0o644)  # for all who may use the package
+    config = dict(
+        architecture=record.network,
+        num_classes=len(task.classes),
+        num_features=network.num_features,
+        pretrained_cfg=_pretrained_cfg(network, task, tag, license),
+        sha256=sha256(folder / FILE),
+    )
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    packaged = out.resolve() == WEIGHTS.resolve()
+    (folder / CARD).write_text(_card(record, name, data, recipe, license, None if packaged else folder))
+    print(printable(f"{name}: {record.test_split} accuracy {100 * record.score:.2f} %, in {folder}"))
+    return 0
+
+
+def _check_texts(tag: str, license: str, **lines: str) -> None:
+    """Raises a ValueError for a text that does not fit into a card or a folder's name."""
     if not re.fullmatch(r"\w[\w.-]{0,99}", tag, re.ASCII):
         raise ValueError(
             f"tag must be a name, without folders, of letters, digits, '.', '-' and '_', at most 100, got {tag[:120]!r}"
         )
     if not re.fullmatch(r"[\w.+() -]{1,200}", license, re.ASCII):
         raise ValueError(f"license must be an SPDX identifier such as apache-2.0, got {license[:120]!r}")
-    for name, text in (("data", data), ("recipe", recipe)):
+    for name, text in lines.items():
         if not text.strip() or not text.isprintable():
             raise ValueError(f"{name} must be one line of text, got {text[:120]!r}")
+
+
+def _finished(run: Path) -> tuple[Record, ClassificationTask]:
+    """A run's record and the task of its last checkpoint.
+
+    Raises:
+        FileNotFoundError: the record or its checkpoint is missing.
+        ValueError: they do not belong together, or the network's name alone does not describe the network.
+    """
     if not run.is_file():
         raise FileNotFoundError(f"run {run} is not a file; expected one of awconv compare, such as aw-seed0.json")
-    finished = Run.load(run)
-    last = find_last(run.with_suffix(""))
+    record, last = Record.load(run), find_last(run.with_suffix(""))
     if last is None:
         raise FileNotFoundError(f"there is no checkpoint under {run.with_suffix('')}, where the run's should be")
     checkpoint = read_checkpoint(last)
-    if checkpoint["epoch"] + 1 != len(finished.epochs) or recorded(checkpoint) != finished.epochs:
+    if checkpoint["epoch"] + 1 != len(record.epochs) or recorded(checkpoint) != record.epochs:
         raise ValueError(f"{last} is not the last checkpoint of the run {run}: train the run anew")
     task = load_task(last)
     if not isinstance(task, ClassificationTask):
         raise ValueError(f"only classifiers are published, and {run} is of a detector")
-    if finished.network != task.hparams["network"]:
-        raise ValueError(f"{run} says that its network is {finished.network}, and {last} {task.hparams['network']}")
-    if task.hparams["network_args"] or task.hparams["convert"]:
+    if record.network != task.network_name:
+        raise ValueError(f"{run} says that its network is {record.network}, and {last} {task.network_name}")
+    if task.network_args or task.conversion:
         raise ValueError("a network with network_args or convert has no name of its own under which it could be loaded")
-    network = task.evaluated.cpu()
-    name = f"{finished.network}.{tag}"
-    folder = out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), folder / FILE)
-    (folder / FILE).chmod(0o644)  # for all who may use the package
-    timms: Any = network.pretrained_cfg
-    cfg: dict[str, Any] = dict(timms)
-    for key in ("url", "file", "hf_hub_id", "source", "architecture"):
-        cfg.pop(key, None)
-    cfg |= dict(
+    return record, task
+
+
+def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: str) -> dict[str, Any]:
+    """timm's configuration of the weights: classes and preprocessing."""
+    cfg = {
+        key: value
+        for key, value in network.pretrained_cfg.items()
+        if key not in ("url", "file", "hf_hub_id", "source", "architecture")
+    }
+    return cfg | dict(
         tag=tag,
         input_size=task.input_size,
         num_classes=len(task.classes),
         crop_pct=task.crop_pct,
-        mean=list(task.hparams["mean"]),
-        std=list(task.hparams["std"]),
+        mean=task.channel_means,
+        std=task.channel_deviations,
         label_names=task.classes,
         license=license,
     )
-    config = dict(
-        architecture=finished.network,
-        num_classes=len(task.classes),
-        num_features=network.num_features,
-        pretrained_cfg=cfg,
-        sha256=sha256(folder / FILE),
-    )
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    packaged = out.resolve() == WEIGHTS.resolve()
-    (folder / CARD).write_text(_card(finished, name, data, recipe, license, None if packaged else folder))
-    print(printable(f"{name}: {finished.test_split} accuracy {100 * finished.score:.2f} %, in {folder}"))
-    return 0
 
 
-def _card(run: Run, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
-    """The model card; ``folder`` is None for weights that come with the package, which go by their name."""
-    epochs = len(run.epochs)
-    versions = markdown_cell(", ".join(f"{key} {value}" for key, value in run.versions.items()))
-    validation = run.epochs[-1].val_score
+def _card(record: Record, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
+    """The model card. ``folder`` is None for weights that the package ships, which are loaded by name."""
+    epochs = len(record.epochs)
+    versions = markdown_cell(", ".join(f"{key} {value}" for key, value in record.versions.items()))
+    validation = record.epochs[-1].val_score
     held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
     return f"""---
 license: {license}
@@ -114,13 +134,13 @@ tags: [image-classification, timm, awconv]
 ---
 # {name}
 
-`{run.network}`, {run.parameters:,} parameters, trained on {data} by [awconv](https://arxiv.org/abs/2108.08205).
+`{record.network}`, {record.parameters:,} parameters, trained on {data} by [awconv](https://arxiv.org/abs/2108.08205).
 
 | | |
 | --- | --- |
-| {run.test_split} accuracy | {100 * run.score:.2f} %{held_out} |
+| {record.test_split} accuracy | {100 * record.score:.2f} %{held_out} |
 | recipe | `{recipe}`, {epochs} epochs, the network of the last one |
-| seed | {run.seed} |
+| seed | {record.seed} |
 | made with | {versions} |
 | licence | {license} |
 
@@ -132,16 +152,16 @@ model = timm.create_model("{name if folder is None else f"local-dir:{folder}"}",
 
 The figure comes from
 
-    {_command(run, name, recipe, folder)}
+    {_command(record, name, recipe, folder)}
 
 It is that of one run; what seeds do is in the comparison that the run belongs to. A small network on small images: made
 for tests and demonstrations, not for use on pictures of another kind.
 """
 
 
-def _command(run: Run, name: str, recipe: str, folder: Path | None) -> str:
+def _command(record: Record, name: str, recipe: str, folder: Path | None) -> str:
     weights = f"{name} --model.pretrained=true"
     if folder is not None:
-        weights = f"{run.network} --model.pretrained={folder / FILE}"
+        weights = f"{record.network} --model.pretrained={folder / FILE}"
     config = f"--config={recipe} " if recipe.endswith((".yaml", ".yml")) else ""  # the digits are the default
-    return f"awconv {run.test_split.replace('val', 'validate')} {config}--model.network={weights}"
+    return f"awconv {record.test_split.replace('val', 'validate')} {config}--model.network={weights}"

@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 
 from awconv.compare import compare
-from awconv.compare.report import markdown_table, rich_table, summarise, with_tables, write_report
-from awconv.compare.runs import Epoch, Run
+from awconv.compare.record import EpochRecord, Record
+from awconv.compare.report import table, with_tables, write_report
 from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.training.lock import locked
 
@@ -72,13 +72,13 @@ def test_an_interrupted_run_keeps_its_threads(tmp_path: Path) -> None:
     try:
         assert before != 2
         assert compare(path, "plain", seeds=1, out=out) == 0
-        assert Run.load(out / "plain-seed0.json").versions["threads"] == "2"
+        assert Record.load(out / "plain-seed0.json").versions["threads"] == "2"
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("awconv.compare.compare"), "locked", lambda folder: locked(folder, seconds=0))
+    monkeypatch.setattr(import_module("awconv.compare.commands"), "locked", lambda folder: locked(folder, seconds=0))
     out = tmp_path / "out"
     with (
         locked(out),
@@ -88,15 +88,15 @@ def test_a_second_comparison_in_the_same_folder_is_refused(tmp_path: Path, monke
     assert not list(out.rglob("*.ckpt"))
 
 
-def planted(text: str) -> Run:
-    return Run(
+def planted(text: str) -> Record:
+    return Record(
         variant=text,
         network=text,
         seed=0,
         parameters=1,
         test_split="test",
         score=0.5,
-        epochs=[Epoch(1.0, 0.5, 1.0)],
+        epochs=[EpochRecord(1.0, 0.5, 1.0)],
         recipe={text: text},
         versions={text: text},
         metric=text,
@@ -125,18 +125,17 @@ def test_texts_of_a_run_stay_texts_in_the_report(text: str, tmp_path: Path) -> N
     assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
     assert "<script" not in (tmp_path / "table.md").read_text()
     console = Console(width=300, record=True, file=io.StringIO())
-    console.print(rich_table(summarise([planted(text)]), text))
+    console.print(table([planted(text)], text).rich())
     assert text in console.export_text()
 
 
 def test_texts_of_a_run_cannot_add_columns_lines_or_control_sequences(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = summarise([planted("a|b\nc")])
-    lines = markdown_table(rows).splitlines()
+    lines = table([planted("a|b\nc")]).markdown().splitlines()
     assert len(lines) == 3
     assert lines[2].startswith("| a\\|b c | a\\|b c |")
-    assert "| \\x1b[2J\\ud800 |" in markdown_table(summarise([planted("\x1b[2J\ud800")]))
+    assert "| \\x1b[2J\\ud800 |" in table([planted("\x1b[2J\ud800")]).markdown()
     console = Console(width=300, record=True, file=io.StringIO())
-    console.print(rich_table(summarise([planted("a\x1b]0;title\x07b\x1b[2J")]), "title"))
+    console.print(table([planted("a\x1b]0;title\x07b\x1b[2J")], "title").rich())
     shown = console.export_text()
     assert "\x1b" not in shown
     assert "a\\x1b]0;title\\x07b\\x1b[2J" in shown
@@ -173,7 +172,7 @@ def test_files_that_are_no_runs_are_named(change: dict[str, Any], named: str, tm
 def test_files_that_are_no_json_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "aw-seed0.json").write_text(text, errors="surrogatepass")
     with pytest.raises(ValueError, match=r"aw-seed0.json is not a run of awconv compare: "):
-        Run.load(tmp_path / "aw-seed0.json")
+        Record.load(tmp_path / "aw-seed0.json")
 
 
 def test_a_score_that_is_no_number_is_not_kept(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.photographs import CATEGORIES, SIZE, annotate, annotations, boxes, ph
 WIDTH, HEIGHT = SIZE
 
 
-def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
+def test_files_that_are_not_there_or_not_cocos_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none is neither a folder nor a zip archive"):
         Coco(tmp_path / "none").classes  # noqa: B018
     (tmp_path / "a.zip").write_bytes(b"not an archive")
@@ -32,6 +32,9 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
     file.write_text('{"images": []}')
     with pytest.raises(ValueError, match="it has no annotations and no categories"):
         Coco(tmp_path).classes  # noqa: B018
+
+
+def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
     content = annotations()
     content["annotations"][0]["category_id"] = 99
     write_coco(tmp_path, content)
@@ -52,6 +55,9 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
         write_coco(tmp_path, content)
         with pytest.raises(ValueError, match=message):
             Coco(tmp_path).dataset("train")
+
+
+def test_what_is_missing_in_annotations_is_named(tmp_path: Path) -> None:
     content = annotations()
     del content["images"][1]["id"]
     write_coco(tmp_path, content)
@@ -70,6 +76,9 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
     write_coco(tmp_path, content)
     with pytest.raises(ValueError, match=r"image at position 0 of split train2017 .* has no id and no file_name"):
         Coco(tmp_path).dataset("train")
+
+
+def test_splits_that_cannot_be_trained_on_are_named(tmp_path: Path) -> None:
     content = annotations()
     for annotation in content["annotations"]:  # shares of the width and height, as others have them
         annotation["bbox"] = [edge / WIDTH for edge in annotation["bbox"]]
@@ -86,6 +95,10 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
     write_coco(tmp_path, annotations() | {"annotations": []})
     with pytest.raises(ValueError, match=r"no image of .* has a box to train on \(0 images, 0 boxes; 2 images without"):
         Coco(tmp_path, val_fraction=0).dataset("train")
+
+
+def test_arguments_out_of_range_are_named(tmp_path: Path) -> None:
+    write_coco(tmp_path)
     for name, value in (("val_fraction", 1.0), ("jitter_size", 0), ("batch_size", 0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             Coco(tmp_path, **{name: value})  # type: ignore[arg-type]

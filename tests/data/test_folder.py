@@ -50,7 +50,7 @@ class TestImageFolder:
 
     def test_the_size_decides_where_images_are_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_tree(tmp_path, {"train": 100})
-        monkeypatch.setattr("awconv.data.module.IN_MEMORY_BYTES", 1000)
+        monkeypatch.setattr("awconv.data.classification.IN_MEMORY_BYTES", 1000)
         assert isinstance(ImageFolder(tmp_path, image_size=8).dataset("train"), TransformedImages)
 
     def test_errors_name_the_folder_the_class_and_the_file(self, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awconv.data.order import WINDOW, EvaluationBatches, Share, TrainingBatches, blocks_of, derive_seed
+from awconv.data.order import WINDOW, EvaluationBatches, Share, TrainingBatches, chunks_of, derive_seed
 
 sizes, batch_sizes, processes = st.integers(1, 300), st.integers(1, 40), st.integers(1, 5)
 
@@ -58,18 +58,18 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=40))
-def test_blocks_are_read_window_by_window(stored: list[int]) -> None:
+def test_chunks_are_read_window_by_window(stored: list[int]) -> None:
     indices = [index for index in range(sum(stored)) if index % 3]  # a split of them
     if not indices:
         return
-    blocks = blocks_of(stored, indices)
-    order = [draw.image for batch in TrainingBatches(len(indices), 1, blocks=blocks) for draw in batch]
+    chunks = chunks_of(stored, indices)
+    order = [draw.image for batch in TrainingBatches(len(indices), 1, chunks=chunks) for draw in batch]
     assert sorted(order) == list(range(len(indices)))
-    # At any time, no more than WINDOW blocks are begun and not finished.
-    last = {block: position for position, block in enumerate(blocks[order])}
+    # At any time, no more than WINDOW chunks are begun and not finished.
+    last = {chunk: position for position, chunk in enumerate(chunks[order])}
     begun: set[int] = set()
-    for position, block in enumerate(blocks[order]):
-        begun.add(block)
+    for position, chunk in enumerate(chunks[order]):
+        begun.add(chunk)
         assert len(begun) <= WINDOW
         begun = {other for other in begun if last[other] > position}
 

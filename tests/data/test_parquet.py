@@ -96,7 +96,7 @@ class TestStreamedParquet:
             str(tmp_path / "part*.parquet"), image_size=8, batch_size=16, in_memory=False, num_workers=0, val_fraction=0
         )
         source = data.open("train")
-        assert source.blocks == [20] * 12 + [10] + [20] * 12 + [10]
+        assert source.chunks == [20] * 12 + [10] + [20] * 12 + [10]
         assert not source._kept
         for index in (0, 19, 20, 249, 250, 499):
             assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))

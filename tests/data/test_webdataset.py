@@ -48,7 +48,7 @@ class TestWebDataset:
             WebDataset(str(tmp_path / "cut.tar")).classes  # noqa: B018
         whole = (tmp_path / "a.tar").read_bytes()
         end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
-        for length in (end, end - 512 * 3):  # without the blocks of zeros, and with a member of which nothing is left
+        for length in (end, end - 512 * 3):  # without the headers of zeros, and with a member of which nothing is left
             (tmp_path / "short.tar").write_bytes(whole[:length])
             with pytest.raises(ValueError, match=r"short\.tar is (cut off|not a plain tar file, or a broken one)"):
                 WebDataset(str(tmp_path / "short.tar")).classes  # noqa: B018

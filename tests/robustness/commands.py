@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from awconv.compare.runs import Epoch, Run
+from awconv.compare.record import EpochRecord, Record
 from awconv.training.checkpoints import find_last, read_checkpoint
 from tests.robustness.harness import Case
 
@@ -237,8 +237,16 @@ def recipes(seed: int) -> Case:
 
 def a_run() -> dict[str, Any]:
     """A run's file of the recipe above, as JSON holds it."""
-    run = Run(
-        "plain", "resnet8_cifar", 0, 75290, "test", 0.5, [Epoch(2.0, 0.4, 1.0)], {}, {"torch": str(torch.__version__)}
+    run = Record(
+        "plain",
+        "resnet8_cifar",
+        0,
+        75290,
+        "test",
+        0.5,
+        [EpochRecord(2.0, 0.4, 1.0)],
+        {},
+        {"torch": str(torch.__version__)},
     )
     return asdict(run)
 

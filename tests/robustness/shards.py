@@ -322,6 +322,50 @@ def tar(seed: int) -> Case:
     return _case("tar", seed, title, names, outcome, prepare)
 
 
+def _spoil_folder(kind: str, root: Path, rng: random.Random) -> None:
+    """Makes of a whole data set one of a kind that is not."""
+    b = root / "train" / "b"
+    place = b / "9.png"
+    if kind == "no classes":
+        (root / "train").mkdir()
+        (root / "train" / "x.png").write_bytes(_png(1))
+    elif kind in (
+        "a class is empty",
+        "only leftovers",
+        "images are folders",
+        "images are links to nothing",
+        "a class is a file",
+    ):
+        for n in range(5):
+            (b / f"{n}.png").unlink()
+            if kind == "only leftovers":
+                (b / f"._{n}.png").write_bytes(_png(n))
+            elif kind == "images are folders":
+                (b / f"{n}.png").mkdir()
+            elif kind == "images are links to nothing":
+                (b / f"{n}.png").symlink_to("nowhere")
+        if kind == "a class is a file":
+            b.rmdir()
+            b.write_bytes(b"x")
+    elif kind == "classes differ":
+        (root / "val" / "c").mkdir(parents=True)
+        (root / "val" / "c" / "1.png").write_bytes(_png(1))
+    elif kind == "unreadable":
+        b.chmod(0)
+    elif kind == "a loop":
+        (b / "again").symlink_to(root)
+    elif kind == "pipes":
+        os.mkfifo(place)
+    elif kind == "a link to a device":
+        place.symlink_to("/dev/zero")
+    elif kind == "two splits":
+        (root / "training" / "a").mkdir(parents=True)
+    elif kind == "a broken image":
+        place.write_bytes(_png(1)[: rng.randrange(60)])
+    elif kind == "of another kind":
+        place.write_bytes(json.dumps({"no": "image"}).encode())
+
+
 def _folders(seed: int, rng: random.Random) -> Case:
     kinds = {
         "a file": "error", "an archive": "error", "empty": "error", "a class is empty": "error", "one class": "error",
@@ -346,46 +390,7 @@ def _folders(seed: int, rng: random.Random) -> Case:
             for n in range(5):
                 (root / "train" / name / f"{n}.png").write_bytes(_png(n))
         root.mkdir(exist_ok=True)
-        b = root / "train" / "b"
-        place = b / "9.png"
-        if kind == "no classes":
-            (root / "train").mkdir()
-            (root / "train" / "x.png").write_bytes(_png(1))
-        elif kind in (
-            "a class is empty",
-            "only leftovers",
-            "images are folders",
-            "images are links to nothing",
-            "a class is a file",
-        ):
-            for n in range(5):
-                (b / f"{n}.png").unlink()
-                if kind == "only leftovers":
-                    (b / f"._{n}.png").write_bytes(_png(n))
-                elif kind == "images are folders":
-                    (b / f"{n}.png").mkdir()
-                elif kind == "images are links to nothing":
-                    (b / f"{n}.png").symlink_to("nowhere")
-            if kind == "a class is a file":
-                b.rmdir()
-                b.write_bytes(b"x")
-        elif kind == "classes differ":
-            (root / "val" / "c").mkdir(parents=True)
-            (root / "val" / "c" / "1.png").write_bytes(_png(1))
-        elif kind == "unreadable":
-            b.chmod(0)
-        elif kind == "a loop":
-            (b / "again").symlink_to(root)
-        elif kind == "pipes":
-            os.mkfifo(place)
-        elif kind == "a link to a device":
-            place.symlink_to("/dev/zero")
-        elif kind == "two splits":
-            (root / "training" / "a").mkdir(parents=True)
-        elif kind == "a broken image":
-            place.write_bytes(_png(1)[: rng.randrange(60)])
-        elif kind == "of another kind":
-            place.write_bytes(json.dumps({"no": "image"}).encode())
+        _spoil_folder(kind, root, rng)
         return "--data=ImageFolder", f"--data.root={root}"
 
     return _case("tar", seed, f"folders, {kind}", "images", kinds[kind], prepare)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from awconv.cli import main
-from awconv.compare.runs import base_network
-from awconv.training import TrainingCLI
+from awconv.compare.variants import read_base
+from awconv.training.recipe import Recipe
 from tests.training.test_checkpoints import SHORT
 
 
@@ -76,7 +76,7 @@ def test_options_out_of_range_are_refused(
 
 def test_the_processes_of_a_training_are_counted() -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices must be at most .*, got 5000"):
-        TrainingCLI(["--trainer.devices=5000", "--model.network=resnet8_cifar"], run=False, build=False)
+        Recipe.parse(["--trainer.devices=5000", "--model.network=resnet8_cifar"])
 
 
 def recipe(folder: Path, text: str) -> str:
@@ -154,9 +154,8 @@ def test_a_section_may_be_a_file_and_a_recipe_may_be_given_as_text(tmp_path: Pat
     (tmp_path / "model.yaml").write_text("network: resnet8_cifar")
     path = recipe(tmp_path, "model: model.yaml")
     for given in (path, '{"model": {"network": "resnet8_cifar"}}'):
-        cli = TrainingCLI([f"--config={given}"], run=False, build=False)
-        assert cli.config.model.network == "resnet8_cifar"
-    assert base_network(Path(path), []) == "resnet8_cifar"
+        assert Recipe.parse([f"--config={given}"]).network == "resnet8_cifar"
+    assert read_base(Path(path), []).network == "resnet8_cifar"
 
 
 def test_a_network_of_null_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The choices that an AW branch leaves, as variants of a comparison."""
+"""Settings of the attention branch as variants of a comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 
-from awconv.compare.runs import Variant
+from awconv.compare.variants import Change
 from awconv.layers import AW_LAYERS
 
 _CHOICES = (
@@ -34,32 +34,32 @@ _TRAINING = ("branch_lr_factor", "branch_weight_decay")
 
 
 def choices(network: str) -> list[str]:
-    """Some changes of each kind, the last stage alone among them."""
+    """Some changes of each kind, and AW in the last stage alone."""
     with torch.device("meta"):
         info: Any = timm.create_model(network).feature_info
     return [*_CHOICES.split(), f"select={info[-1]['module']}.*"]
 
 
-def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] | None = None) -> list[Variant]:
-    """One variant for each change, after the network as it is, which is called ``default``.
+def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] | None = None) -> list[Change]:
+    """The network as it is, called ``default``, and one variant for each change.
 
     Args:
         network: an AW network.
         changes: such as ``"reduction=4"``, or ``"reduction=4+activation=tanh"`` for both at once.
-        network_args: those of the recipe, which a change is laid over.
+        network_args: the recipe's, to which a change is added.
 
     Raises:
-        ValueError: a change is none that a branch leaves, or there twice, or selects no layer.
+        ValueError: a change is unknown, given twice, or selects no layer.
     """
     if not changes:
         raise ValueError("vary must name at least one change, such as reduction=4")
     if len(set(changes)) < len(changes):
         raise ValueError(f"changes must differ, got {' '.join(changes)}")
     given = dict(network_args or {})
-    return [Variant("default", network=network), *(_arm(network, change, given) for change in changes)]
+    return [Change("default", network=network), *(_arm(network, change, given) for change in changes)]
 
 
-def _arm(network: str, change: str, network_args: dict[str, Any]) -> Variant:
+def _arm(network: str, change: str, network_args: dict[str, Any]) -> Change:
     aw_args: dict[str, Any] = {}
     arguments = []
     for part in change.split("+"):
@@ -77,7 +77,7 @@ def _arm(network: str, change: str, network_args: dict[str, Any]) -> Variant:
     if aw_args:
         merged = network_args | {"aw_args": (network_args.get("aw_args") or {}) | aw_args}
         arguments.append(f"--model.network_args={json.dumps(merged)}")
-    return Variant(change.replace("*", "all").replace("/", "_"), network=network, arguments=tuple(arguments))
+    return Change(change.replace("*", "all").replace("/", "_"), network=network, arguments=tuple(arguments))
 
 
 def _value(change: str, text: str) -> Any:
@@ -88,7 +88,7 @@ def _value(change: str, text: str) -> Any:
 
 
 def _layers(network: str, pattern: str) -> list[str]:
-    """Those of a network's AW-convolutions whose names match: a change of the places leaves out, and adds none."""
+    """The network's AW-convolutions whose names match: a selection only leaves out."""
     with torch.device("meta"):
         modules = timm.create_model(network).named_modules()
         names = [name for name, module in modules if isinstance(module, AW_LAYERS)]

@@ -5,13 +5,13 @@ from awconv.extras import require
 require("lightning", extra="train")
 
 from awconv.data.cifar import Cifar10, Cifar100
+from awconv.data.classification import ImageDataModule
 from awconv.data.coco import Coco
 from awconv.data.detection import DetectionDataModule
 from awconv.data.digits import Digits
 from awconv.data.folder import ImageFolder
 from awconv.data.images import BrokenImageError, to_uint8
 from awconv.data.loading import DataModule
-from awconv.data.module import ImageDataModule
 from awconv.data.parquet import Parquet
 from awconv.data.voc import Voc
 from awconv.data.webdataset import WebDataset

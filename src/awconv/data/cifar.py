@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from awconv.data.classification import ImageDataModule
 from awconv.data.images import ArrayImages
 from awconv.data.loading import Split
-from awconv.data.module import ImageDataModule
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
+from awconv.roles import Role
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
@@ -26,6 +28,7 @@ class Cifar10(ImageDataModule):
         **kwargs: as for :class:`ImageDataModule`.
     """
 
+    roles: ClassVar[Mapping[str, Role]] = {**ImageDataModule.roles, "download": Role.NOTHING}
     default_image_size = 32
     default_crop_padding = 4
     default_mean, default_std = CIFAR10_MEAN, CIFAR10_STD

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -19,6 +19,7 @@ from awconv.data.boxes import Annotated, is_id, is_number, size
 from awconv.data.detection import DetectionDataModule
 from awconv.data.files import Files, composed, leads_out
 from awconv.data.loading import Split
+from awconv.roles import Role
 from awconv.terminal import printable
 
 _ANNOTATIONS = "annotations/instances_{split}.json"
@@ -78,6 +79,8 @@ class Coco(DetectionDataModule):
         ValueError: a file is not in COCO's format, splits have different categories, or one that is asked for is not
             there.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {**DetectionDataModule.roles, "max_annotations": Role.NOTHING}
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What all data sets of images with boxes share: cleaning, augmentation, batches."""
+"""What all data sets for a detection share: splits, sizes, augmentation, batches."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import abc
 import math
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from awconv.data.annotated import AnnotatedImages, Target, check_size
 from awconv.data.boxes import LEAST, Annotated, BoxSummary, clean
 from awconv.data.files import Files, composed
 from awconv.data.images import (
@@ -31,103 +29,14 @@ from awconv.data.images import (
     check_bytes,
     log_skipped,
     read_header,
-    read_image,
 )
 from awconv.data.loading import DataModule, Split
-from awconv.data.order import Draw, derive_seed, seed_all
+from awconv.roles import Role
 from awconv.terminal import printable
 
-Target = dict[str, Tensor]
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _READ = ENDINGS | {".json", ".xml"}  # the endings of images and annotations
 _THREADS = 4  # that read headers
-_NARROWEST = 100  # longer side to shorter one: a detector would shrink what is narrower to a few pixels across, or none
-
-
-class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
-    """Images with boxes, decoded at each access.
-
-    An item is an image, uint8 of shape (3, H, W), and a dictionary of ``boxes`` (float32, shape (K, 4): x1, y1, x2, y2
-    in pixels), ``labels`` (int64, from 1), ``area``, ``iscrowd`` and ``image_id``; where a broken image is skipped,
-    another one in training, and None in an evaluation.
-
-    Args:
-        files: where the images are.
-        images: what is marked in them.
-        transform: of an image and a dictionary with ``boxes`` and ``labels`` as torchvision's tensors.
-        skip_broken: leave out images that cannot be decoded, and log their names.
-        max_pixels: the most that an image may have.
-    """
-
-    def __init__(
-        self,
-        files: Files,
-        images: Sequence[Annotated],
-        transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        skip_broken: bool = False,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        self.files, self.images, self.transform, self.skip_broken = files, images, transform, skip_broken
-        self.max_pixels = max_pixels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int | Draw) -> tuple[Tensor, Target] | None:
-        if not isinstance(index, Draw):
-            return self._read(index)
-        seed_all(derive_seed(index.seed, index.epoch, index.image))
-        for step in range(len(self)):  # in the place of a broken image, the one behind it
-            item = self._read((index.image + step) % len(self))
-            if item is not None:
-                return item
-        raise BrokenImageError(f"none of the {len(self)} images can be decoded")
-
-    def _read(self, index: int) -> tuple[Tensor, Target] | None:
-        annotated = self.images[index]
-        try:
-            picture = self._decode(annotated)
-        except (ValueError, FileNotFoundError) as error:
-            log_skipped(error, self.skip_broken)
-            return None
-        image: Tensor = v2.functional.pil_to_tensor(picture.convert("RGB"))
-        target: dict[str, Any] = {
-            "boxes": torch.as_tensor(annotated.boxes, dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.as_tensor(annotated.labels, dtype=torch.int64),
-        }
-        if self.transform is None:
-            target["area"] = torch.as_tensor(annotated.areas, dtype=torch.float32)
-            target["iscrowd"] = torch.as_tensor(annotated.crowd, dtype=torch.int64)
-            target["image_id"] = torch.tensor(annotated.image_id)
-            return image, target
-        size = (annotated.height, annotated.width)
-        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)  # type: ignore[call-overload]
-        image, target = self.transform(tv_tensors.Image(image), target)
-        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
-
-    def _decode(self, annotated: Annotated) -> Image.Image:
-        name, most = self.files.name(annotated.path), self.max_pixels
-        check_bytes(self.files.size(annotated.path), name, most)
-        content = self.files.read(annotated.path)
-        picture = read_image(content, name, max_pixels=most)
-        if picture.size != (annotated.width, annotated.height):
-            picture = read_image(content, name, upright=False, max_pixels=most)  # annotated as stored
-        _check_size(annotated, picture.size, name)
-        return picture
-
-
-def _check_size(annotated: Annotated, size: tuple[int, int], name: str) -> None:
-    """Raises a BrokenImageError for an image that is not as large as its annotations say, or too narrow."""
-    if max(size) > _NARROWEST * min(size):
-        raise BrokenImageError(
-            f"{name}: it has {size[0]}x{size[1]} pixels; a detector would lose an image of which one side is more than "
-            f"{_NARROWEST} times the other; crop it"
-        )
-    if size != (annotated.width, annotated.height):
-        raise BrokenImageError(
-            f"{name}: the annotations say {annotated.width}x{annotated.height} pixels, and it has "
-            f"{size[0]}x{size[1]}; annotate the image as it is, or resize it"
-        )
 
 
 Augmentation = Literal["none", "flip", "scale_jitter", "ssd"]
@@ -138,9 +47,9 @@ class DetectionDataModule(DataModule):
 
     Images are uint8, of sizes of their own. For the training, boxes are clipped to their image; empty boxes, those
     outside and crowd regions are left out, and all of it is counted in :attr:`summary`. An evaluation takes the
-    annotations as they are. The images of a training batch are all upright or all lying, so that little is padded; the
-    last batches of an epoch take what is left of both. An image with an EXIF orientation is turned upright, unless its
-    annotations fit only the pixels as they are stored. Where annotations have no size, or one that cannot be, it is
+    annotations as they are. Each training batch is all landscape or all portrait, so that little is padded, except an
+    epoch's last batches, which take what is left of both. An image with an EXIF orientation is turned upright, unless
+    its annotations fit only the pixels as they are stored. Where annotations have no size, or one that cannot be, it is
     that of the upright image. An image of which one side is more than 100 times the other is as a broken one. Images
     and files of annotations that no split uses are logged.
 
@@ -168,6 +77,8 @@ class DetectionDataModule(DataModule):
         FileNotFoundError: the data set is not there.
         ValueError: a number is out of its range, or a category does not exist.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {**DataModule.roles, "inspect": Role.NOTHING}
 
     def __init__(
         self,
@@ -329,7 +240,7 @@ class DetectionDataModule(DataModule):
                 mode, size = read_header(file, name, upright=not known, max_pixels=self.max_pixels)
             if not known or size == (image.height, image.width):  # which may be turned upright
                 image = replace(image, width=size[0], height=size[1])
-            _check_size(image, size, name)
+            check_size(image, size, name)
         except (ValueError, FileNotFoundError) as error:
             log_skipped(error, self.broken_images == "skip")
             return None
@@ -360,14 +271,16 @@ class DetectionDataModule(DataModule):
                     self.summary.modes[header[0]] += 1
 
     def _transform(self) -> Callable[[Any, Any], tuple[Any, Any]]:
-        steps: list[Any] = [] if self.augmentation == "none" else [v2.RandomHorizontalFlip(0.5)]
+        transforms: list[Any] = [] if self.augmentation == "none" else [v2.RandomHorizontalFlip(0.5)]
         if self.augmentation == "scale_jitter":
             size = (self.jitter_size, self.jitter_size)
-            steps += [v2.ScaleJitter(size, antialias=True), v2.RandomCrop(size, pad_if_needed=True)]
+            transforms += [v2.ScaleJitter(size, antialias=True), v2.RandomCrop(size, pad_if_needed=True)]
         elif self.augmentation == "ssd":
             grey = {tv_tensors.Image: (123, 117, 104), "others": 0}  # the mean of ImageNet's images
-            steps += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=grey), v2.RandomIoUCrop()]
-        compose: Callable[[Any, Any], tuple[Any, Any]] = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=LEAST)])
+            transforms += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=grey), v2.RandomIoUCrop()]
+        compose: Callable[[Any, Any], tuple[Any, Any]] = v2.Compose(
+            [*transforms, v2.SanitizeBoundingBoxes(min_size=LEAST)]
+        )
         return compose
 
     def _loader(self, split: Split) -> Any:

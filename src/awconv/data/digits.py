@@ -8,9 +8,9 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from awconv.data.classification import ImageDataModule
 from awconv.data.images import ArrayImages
 from awconv.data.loading import Split
-from awconv.data.module import ImageDataModule
 
 _TEST_IMAGES = 360
 _SPLIT_SEED = 0

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
+from awconv.data.classification import ImageDataModule
 from awconv.data.files import composed, is_leftover, walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.data.loading import Split
-from awconv.data.module import ImageDataModule
 from awconv.terminal import printable
 
 _NAMES: dict[Split, tuple[str, ...]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import os
 import signal
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,6 +22,7 @@ from awconv.data.order import (
     derive_seed,
     seed_all,
 )
+from awconv.roles import Role
 
 Split = Literal["train", "val", "test"]
 _WORKER_SECONDS = 12  # what a worker outlives a SIGTERM by: longer than the training that it loads for
@@ -53,6 +54,11 @@ class DataModule(pl.LightningDataModule, abc.ABC):
     Raises:
         ValueError: a number is out of its range.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"num_workers": Role.NOTHING, "max_pixels": Role.NOTHING}
+    """Of the arguments that do not decide each step."""
+    compared_names: ClassVar[Mapping[str, int]] = {"root": 1, "train": 2, "val": 2, "test": 2}
+    """How many of a path's last names tell whether data are the same: it begins otherwise on another machine."""
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -99,10 +105,10 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         split: Split,
         collate: Callable[[Any], Any],
         num_workers: int,
-        blocks: np.ndarray[Any, Any] | None = None,
+        chunks: np.ndarray[Any, Any] | None = None,
         groups: np.ndarray[Any, Any] | None = None,
     ) -> Any:
-        """A loader; ``blocks`` and ``groups`` as for :class:`TrainingBatches`."""
+        """A loader; ``chunks`` and ``groups`` as for :class:`TrainingBatches`."""
         share = self._share
         batches: Any
         if split == "train":
@@ -111,7 +117,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
                 self.batch_size,
                 share,
                 self._seed,
-                blocks,
+                chunks,
                 groups,
                 start=self._batches_done,
                 same=getattr(self.trainer, "overfit_batches", 0) > 0,
@@ -150,9 +156,9 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         """Seeds all that is drawn in the rest of a training step, and augments its batch."""
         if self.trainer is None or not self.trainer.training:
             return batch
-        step = (self._seed, self.trainer.current_epoch, self._batches_done())
-        seed_all(derive_seed(*step, self._share.rank))
-        return self._augment(batch, derive_seed(*step))
+        place = (self._seed, self.trainer.current_epoch, self._batches_done())
+        seed_all(derive_seed(*place, self._share.rank))
+        return self._augment(batch, derive_seed(*place))
 
     def _augment(self, batch: Any, seed: int) -> Any:
         """Augments a whole training batch on its device; ``seed`` is the same in all processes."""

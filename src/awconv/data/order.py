@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-WINDOW = 8  # blocks of a file that are shuffled together, and kept decompressed
+WINDOW = 8  # chunks that are shuffled together, and kept decompressed
 
 
 class Draw(NamedTuple):
@@ -47,8 +47,8 @@ class Share(NamedTuple):
 ALONE = Share()
 
 
-class Epoch:
-    """The epoch that the batches are drawn for. Lightning sets it."""
+class EpochCounter:
+    """The number of the epoch that the batches are drawn for. Lightning sets it."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -65,10 +65,11 @@ class TrainingBatches(Sampler[list[Draw]]):
         batch_size: images a batch and process.
         share: the part of this process.
         seed: of the orders and the augmentation.
-        blocks: for each image the number of the block that it is stored in. Blocks are then shuffled, and images within
-            :data:`WINDOW` blocks, so that each block is read once. By default all images are shuffled.
-        groups: for each image the number of its group. The images of a batch are then of one group, but for the last
-            batches of an epoch, of images that fill no batch with their own group.
+        chunks: for each image the number of the chunk that it is stored in (a Parquet row group, a shard). Chunks are
+            then shuffled, and images within :data:`WINDOW` chunks, so that each chunk is read once. By default all
+            images are shuffled.
+        groups: for each image the number of its group. Each batch is then of one group, except an epoch's last
+            batches, of images that fill no batch with their own group.
         start: called at the beginning of each epoch: the number of batches to leave out, which were trained on before
             an interruption.
         same: draw the order of the first epoch again in each, to fit a few batches as ``overfit_batches`` does.
@@ -80,14 +81,14 @@ class TrainingBatches(Sampler[list[Draw]]):
         batch_size: int,
         share: Share = ALONE,
         seed: int = 0,
-        blocks: np.ndarray[Any, Any] | None = None,
+        chunks: np.ndarray[Any, Any] | None = None,
         groups: np.ndarray[Any, Any] | None = None,
         start: Callable[[], int] = lambda: 0,
         same: bool = False,
     ) -> None:
         self.size, self.batch_size, self.share, self.seed = size, batch_size, share, seed
-        self.blocks, self.groups, self.start, self.same = blocks, groups, start, same
-        self.sampler = Epoch()  # under the name where Lightning looks for set_epoch
+        self.chunks, self.groups, self.start, self.same = chunks, groups, start, same
+        self.sampler = EpochCounter()  # under the name where Lightning looks for set_epoch
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.share.of)
@@ -95,18 +96,18 @@ class TrainingBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, together = self.sampler.number, self.batch_size * self.share.of
         order = self._order(0 if self.same else epoch)
-        for step in range(self.start(), len(self)):
-            batch = order[step * together : (step + 1) * together]
+        for number in range(self.start(), len(self)):
+            batch = order[number * together : (number + 1) * together]
             yield [Draw(image, epoch, self.seed) for image in batch[self.share.rank :: self.share.of]]
         self.sampler.set_epoch(epoch + 1)  # for loops that do not say which epoch it is
 
     def _order(self, epoch: int) -> list[int]:
         generator = np.random.default_rng([self.seed, epoch])
-        if self.blocks is None:
+        if self.chunks is None:
             order = generator.permutation(self.size)
         else:
-            windows = generator.permutation(int(self.blocks.max()) + 1) // WINDOW
-            order = np.lexsort((generator.random(self.size), windows[self.blocks]))
+            windows = generator.permutation(int(self.chunks.max()) + 1) // WINDOW
+            order = np.lexsort((generator.random(self.size), windows[self.chunks]))
         return [int(index) for index in (order if self.groups is None else self._grouped(order, self.groups))]
 
     def _grouped(self, order: Any, groups: np.ndarray[Any, Any]) -> list[int]:
@@ -172,12 +173,12 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def blocks_of(stored: Sequence[int], indices: Sequence[int]) -> np.ndarray[Any, Any]:
-    """The blocks of some images, numbered without gaps.
+def chunks_of(stored: Sequence[int], indices: Sequence[int]) -> np.ndarray[Any, Any]:
+    """The chunks of some images, numbered without gaps.
 
     Args:
-        stored: number of images in each block.
+        stored: number of images in each chunk.
         indices: the images.
     """
-    block = np.repeat(np.arange(len(stored)), stored)[np.asarray(indices)]
-    return np.unique(block, return_inverse=True)[1]
+    chunk = np.repeat(np.arange(len(stored)), stored)[np.asarray(indices)]
+    return np.unique(chunk, return_inverse=True)[1]

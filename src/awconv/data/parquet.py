@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
+from awconv.data.classification import ImageDataModule
 from awconv.data.files import check_ratio, composed, log_unused, matching
 from awconv.data.images import MAX_PIXELS, BrokenImageError, check_bytes, read_image
 from awconv.data.labels import checked_names, numbered
 from awconv.data.loading import Split
-from awconv.data.module import ImageDataModule
 from awconv.data.order import WINDOW
 from awconv.extras import require
 from awconv.terminal import printable
@@ -60,7 +60,7 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         targets: the class index of each row.
         classes: the names of the classes: those in the files' metadata, or the names among the labels in alphabetical
             order, or numbers.
-        blocks: number of rows in each row group.
+        chunks: number of rows in each row group.
 
     Raises:
         FileNotFoundError: no file matches.
@@ -95,8 +95,8 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         self.targets: list[int] = [target for shard in shards for target in _targets(shard, self.classes)]
         self.files: list[str] = [shard.path for shard in shards]
         self._groups = [(shard.path, group) for shard in shards for group in range(len(shard.groups))]
-        self.blocks = [count for shard in shards for count in shard.groups]
-        self._ends = list(accumulate(self.blocks))
+        self.chunks = [count for shard in shards for count in shard.groups]
+        self._ends = list(accumulate(self.chunks))
         self._forget()
 
     def __len__(self) -> int:
@@ -105,8 +105,8 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         group = bisect.bisect_right(self._ends, index)
         file, number = self._groups[group]
-        row = index - (self._ends[group] - self.blocks[group])
-        name = f"{file}, row {row + sum(self.blocks[group - number : group])}"
+        row = index - (self._ends[group] - self.chunks[group])
+        name = f"{file}, row {row + sum(self.chunks[group - number : group])}"
         image = self._read(group)[row]
         try:
             value = image.as_py()
@@ -134,8 +134,8 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                     with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
                         self._check_size(opened.metadata.row_group(number), f"{file}, row group {number}")
                         images = opened.read_row_group(number, columns=[self._column]).column(0)
-                    if len(images) != self.blocks[group]:
-                        raise ValueError(f"it has {len(images)} rows, and should have {self.blocks[group]}")
+                    if len(images) != self.chunks[group]:
+                        raise ValueError(f"it has {len(images)} rows, and should have {self.chunks[group]}")
                     self._kept[group] = images
                 except BrokenImageError:
                     raise

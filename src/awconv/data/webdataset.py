@@ -18,11 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
+from awconv.data.classification import ImageDataModule
 from awconv.data.files import is_leftover, log_unused, matching
 from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, check_bytes, read_image
 from awconv.data.labels import checked_label, checked_names, numbered
 from awconv.data.loading import Split
-from awconv.data.module import ImageDataModule
 from awconv.terminal import printable
 
 _KIND = "a tar file"
@@ -56,7 +56,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
 
     Attributes:
         targets: the class index of each image.
-        blocks: number of images in each file, so that training reads a few files at a time.
+        chunks: number of images in each file, so that training reads a few files at a time.
 
     Raises:
         FileNotFoundError: no file matches.
@@ -67,7 +67,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         self._max_pixels = max_pixels
         self._shards = sorted({path for one in _expanded(pattern) for path in matching(one, _KIND)})
         self._places: list[_Place] = []
-        self.blocks: list[int] = []
+        self.chunks: list[int] = []
         self.targets: list[int] = []
         for number, shard in enumerate(self._shards):
             try:
@@ -76,7 +76,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
                     members = tar.getmembers()
                     _check_end(shard, tar.offset)  # before a label is missed that was cut off
                     self._index(number, tar, members)
-                    self.blocks.append(len(self.targets) - before)
+                    self.chunks.append(len(self.targets) - before)
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{shard} is not a plain tar file, or a broken one: {error}") from error
         if not self._places:
@@ -144,7 +144,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
 def _check_end(shard: str, offset: int) -> None:
     """Refuses a tar file without the zeros that end one: what is behind the last member may be lost."""
     with open(shard, "rb") as file:
-        file.seek(offset)  # of the header after the last member, which is the first of two blocks of zeros
+        file.seek(offset)  # of the header after the last member, which is the first of two headers of zeros
         end = file.read(2 * tarfile.BLOCKSIZE)
         size = file.seek(0, os.SEEK_END)
     if end != bytes(2 * tarfile.BLOCKSIZE) or size % tarfile.BLOCKSIZE:

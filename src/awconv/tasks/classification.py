@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -15,48 +15,54 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+import awconv
+from awconv.data import ImageDataModule
 from awconv.models.pretrained import weights_overlay
-from awconv.tasks.task import Task, check_network, check_numbers, convert
+from awconv.roles import Role
+from awconv.tasks.checks import check_numbers
+from awconv.tasks.task import Task
 
 # The largest that some of timm.data.Mixup's arguments can be: a probability, or a parameter of a beta distribution.
 _OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e6}
 
 
 class ClassificationTask(Task):
-    """A network that is trained with cross-entropy, a linear warm-up and a decay of the learning rate.
+    """Trains a classifier with cross-entropy.
 
-    Its checkpoints hold all that a prediction needs: the network's name and arguments, the classes and how images are
+    A checkpoint holds all that a prediction needs: the network's name and arguments, the classes, and how images are
     normalised.
 
     Args:
         classes: the names of the classes, by index.
         input_size: channels, height and width of the images.
-        crop_pct: what share of an image's shorter side is evaluated.
-        mean: mean of each channel, of values from 0 to 1.
-        std: deviation of each channel.
+        crop_pct: share of an image's shorter side that is evaluated.
+        mean: mean of each channel; values are from 0 to 1.
+        std: standard deviation of each channel.
         network: a name that ``timm.create_model`` knows.
         network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``.
-        pretrained: what a training starts from: weights that timm has for the network (true), or a file of weights
-            under the network's names (safetensors, or a state dict of torch). A classifier of other classes starts
-            anew. A checkpoint needs them no more.
-        convert: arguments of :func:`awconv.convert`, by which the network, with its pretrained weights, becomes an AW
-            network: ``{"init": "identity"}``.
-        label_smoothing: of the cross-entropy in training.
+        pretrained: weights to start from: timm's for the network (true), or a file with the network's names
+            (safetensors, or a state dict of torch). A classifier for other classes is initialised anew. Checkpoints do
+            not need the weights again.
+        convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the network is converted after
+            its pretrained weights are loaded.
+        label_smoothing: of the cross-entropy in training, from 0 to 1.
         mixup: arguments of ``timm.data.Mixup``, such as ``{"mixup_alpha": 0.2, "cutmix_alpha": 1.0}``.
-        erasing: probability with which a rectangle of a training image is replaced by noise (``RandomErasing`` of
-            timm).
-        ema_decay: of an exponential moving average of the weights (``ModelEmaV3`` of timm), such as 0.9999: the network
-            that is evaluated and predicts. None for none.
-        channels_last: keep weights and images in that memory format.
-        compile: run the network by ``torch.compile``.
+        erasing: probability of replacing a rectangle of a training image by noise (timm's ``RandomErasing``).
+        ema_decay: decay of an exponential moving average of the weights (timm's ``ModelEmaV3``), such as 0.9999. The
+            averaged network is evaluated and predicts. None for none.
+        channels_last: use that memory format.
+        compile: use ``torch.compile``.
         **kwargs: as for :class:`Task`.
 
     Raises:
-        ValueError: timm does not know the network, or an argument is not what its taker takes.
+        ValueError: timm does not know the network, or an argument has a wrong value.
     """
 
-    from_data = ("classes", "input_size", "crop_pct", "mean", "std")
-    same_network = ("network", "network_args", "convert", "ema_decay")
+    data_module = ImageDataModule
+    roles: ClassVar[Mapping[str, Role]] = {
+        **dict.fromkeys(("classes", "input_size", "crop_pct", "mean", "std"), Role.DATA),
+        **dict.fromkeys(("network", "network_args", "convert", "ema_decay"), Role.NETWORK),
+    }
     score, score_name = "accuracy", "accuracy"
 
     mean: Tensor
@@ -81,18 +87,19 @@ class ClassificationTask(Task):
         compile: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        check_network(network, network_args)
+        super().__init__(network=network, network_args=network_args, pretrained=pretrained, convert=convert, **kwargs)
         check_numbers(label_smoothing=(label_smoothing, 0, 1), erasing=(erasing, 0, 1), ema_decay=(ema_decay, 0, 1))
         self.classes = list(classes)
         self.input_size = list(input_size)
         self.crop_pct = crop_pct
+        self.channel_means, self.channel_deviations = list(mean), list(std)  # of values from 0 to 1
+        self.label_smoothing, self.erasing, self.compiles = label_smoothing, erasing, compile
         self.network = self._build()
         self.ema = None if ema_decay is None else ModelEmaV3(self.network, decay=ema_decay)
         if self.ema is not None:
             self.ema.module.requires_grad_(False)  # several processes would wait for its gradients
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
-        self.mixup = self._mixup()
+        self.mixup = self._make_mixup(mixup)
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
         self.accuracy = nn.ModuleDict(
@@ -101,67 +108,64 @@ class ClassificationTask(Task):
         self.loss = nn.ModuleDict({split: MeanMetric() for split in ("val", "test")})
 
     def _build(self, **pretrained: Any) -> nn.Module:
-        hparams = self.hparams
-        arguments = hparams["network_args"] or {}
         try:
             network: nn.Module = timm.create_model(
-                hparams["network"],
+                self.network_name,
                 num_classes=len(self.classes),
                 in_chans=self.input_size[0],
                 **pretrained,
-                **arguments,
+                **self.network_args,
             )
         except Exception as error:  # of any network
             if pretrained:
                 raise
             raise ValueError(
-                f"network {hparams['network']} cannot be built with network_args {arguments}: {error}"
+                f"network {self.network_name} cannot be built with network_args {self.network_args}: {error}"
             ) from error
-        return convert(network, hparams["convert"])
+        return network if self.conversion is None else self._converted(network, self.conversion)
 
-    def _mixup(self) -> Mixup | None:
-        if self.hparams["mixup"] is None:
+    def _converted(self, network: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+        try:
+            return awconv.convert(network, **arguments)
+        except TypeError as error:
+            raise ValueError(f"convert must hold arguments of awconv.convert, got {arguments}: {error}") from error
+
+    def _make_mixup(self, arguments: dict[str, Any] | None) -> Mixup | None:
+        if arguments is None:
             return None
-        for name, value in self.hparams["mixup"].items():
+        for name, value in arguments.items():
             if name in _OF_MIXUP and isinstance(value, int | float):
                 check_numbers(**{f"mixup.{name}": (value, 0, _OF_MIXUP[name])})
         try:
-            return Mixup(
-                **self.hparams["mixup"],
-                num_classes=len(self.classes),
-                label_smoothing=self.hparams["label_smoothing"],
-            )
+            return Mixup(**arguments, num_classes=len(self.classes), label_smoothing=self.label_smoothing)
         except Exception as error:  # timm's asserts, too
-            raise ValueError(
-                f"mixup must hold arguments of timm.data.Mixup, got {self.hparams['mixup']}: {error}"
-            ) from error
+            raise ValueError(f"mixup must hold arguments of timm.data.Mixup, got {arguments}: {error}") from error
 
     def setup(self, stage: str) -> None:
-        """Loads the pretrained weights, where a training starts from them or they are evaluated, and compiles the
-        network.
+        """Loads pretrained weights, if they are needed, and compiles the network.
 
         Raises:
             FileNotFoundError: the file of weights is not there.
-            ValueError: there are no such weights, or they are those of another network.
+            ValueError: there are no such weights, or they belong to another network.
         """
         super().setup(stage)
         if self.loads_pretrained:
-            self._load_pretrained(self.hparams["pretrained"], whole=stage != "fit")
+            self._load_pretrained(whole=stage != "fit")
         self.network.to(memory_format=self.memory_format)
-        if self.hparams["compile"]:
+        if self.compiles:
             self.network.compile()
 
-    def _load_pretrained(self, weights: bool | str, whole: bool) -> None:
+    def _load_pretrained(self, whole: bool) -> None:
         try:
             overlay = None
-            if isinstance(weights, str):
-                overlay = weights_overlay(self.hparams["network"], weights, self.hparams["network_args"])
+            if isinstance(self.pretrained, str):
+                overlay = weights_overlay(self.network_name, self.pretrained, self.network_args)
             network = self._build(pretrained=True, pretrained_cfg_overlay=overlay)
             known: Any = network.pretrained_cfg
             if whole and known.get("num_classes") != len(self.classes):
                 raise ValueError(f"they are of {known.get('num_classes')} classes, the data of {len(self.classes)}")
         except Exception as error:  # of timm, torch or safetensors
-            self.refuse_weights(weights, error)
+            self.refuse_weights(error)
         self.network.load_state_dict(network.state_dict())
         if self.ema is not None:
             self.ema.set(self.network)
@@ -175,7 +179,7 @@ class ClassificationTask(Task):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated: the average of the weights, where there is one."""
+        """The network that is evaluated: the averaged one, if there is one."""
         averaged: nn.Module = self.network if self.ema is None else self.ema.module
         return averaged
 
@@ -189,9 +193,9 @@ class ClassificationTask(Task):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = self._normalised(batch[0]), batch[1]
-        if self.hparams["erasing"]:
-            images = RandomErasing(self.hparams["erasing"], mode="pixel", device=str(images.device))(images)
-        smoothing = self.hparams["label_smoothing"]
+        if self.erasing:
+            images = RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)
+        smoothing = self.label_smoothing
         if self.mixup is not None and self.mixup.mixup_enabled:
             if len(images) == 1:
                 raise ValueError("mixup pairs the images of a batch: batch_size must be at least 2, got 1")
@@ -204,7 +208,7 @@ class ClassificationTask(Task):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step of the optimizer, and of the average of the weights."""
+        """Updates the weights, and their average."""
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update(self.network)

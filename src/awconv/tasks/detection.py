@@ -3,71 +3,66 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.detection import MeanAveragePrecision
 
-from awconv.data import BrokenImageError
+from awconv.data import BrokenImageError, DetectionDataModule
 from awconv.extras import require
 from awconv.models.detection import DETECTORS, TORCHVISIONS_INPUT
 from awconv.models.detection.faster_rcnn import Norm
-from awconv.tasks.task import Task, check_network, check_numbers
+from awconv.roles import Role
+from awconv.tasks.checks import check_numbers
+from awconv.tasks.coco import Evaluated, Figures, coco_figures
+from awconv.tasks.task import Task
 from awconv.terminal import printable
 
 Detections = list[dict[str, Tensor]]
 _SHORTER, _LONGER = 4096, 8192  # pixels of the sides, at most: a backbone's first maps are some times as large
-_FASTER_RCNNS = ("norm", "min_size", "max_size")  # options that SSD300 has not
 
 
 class DetectionTask(Task):
-    """A detector of torchvision on a backbone of timm, judged by COCO's twelve numbers.
+    """Trains one of torchvision's detectors on a network of timm, and evaluates it by COCO's twelve metrics.
 
-    Its checkpoints hold all that a prediction needs: the backbone's name and arguments, and the categories.
+    A checkpoint holds all that a prediction needs: the network's name and arguments, and the categories.
 
     Args:
         classes: the names of the categories, without the background.
-        category_ids: their numbers in the data set, which written detections have.
+        category_ids: their numbers in the data set, for written detections.
         detector: ``"faster_rcnn"`` with a feature pyramid, or ``"ssd300"``.
-        network: the backbone's name: any of timm that has ``features_only`` for Faster R-CNN, ``vgg16`` or ``aw_vgg16``
-            for SSD300.
-        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``; SSD300's take only
-            ``aw_args``.
-        pretrained: what the backbone of a training starts from: a classifier's weights that timm (or torchvision, for
-            VGG) has for it (true), or a file of them. A checkpoint needs them no more.
-        trainable_layers: how many of the backbone's stages are trained, counted from the last; None for all of a
-            backbone without pretrained weights, and the usual number of one with.
-        convert: arguments of :func:`awconv.convert`, by which the backbone, with its pretrained weights, becomes an AW
-            network: ``{"init": "identity"}``.
-        norm: of Faster R-CNN's backbone: ``"batch"``, ``"sync"``, ``"frozen"`` or ``"group"``; None for frozen with
-            pretrained weights and batch without.
-        min_size: what the shorter side of an image is resized to in Faster R-CNN, in pixels; of several, one is drawn
-            for each image in training, and the last one evaluated.
-        max_size: what the longer side is at most.
+        network: the backbone's name. Faster R-CNN takes any network of timm with ``features_only``, SSD300 takes
+            ``vgg16`` and ``aw_vgg16``.
+        network_args: further arguments of the backbone, such as ``{"aw_args": {"reduction": 8}}``. SSD300 takes
+            ``aw_args`` only.
+        pretrained: the backbone's weights to start from, those of a classifier: timm's (torchvision's for VGG; true),
+            or a file. Checkpoints do not need them again.
+        trainable_layers: number of the backbone's stages that are trained, counted from the last. None trains all
+            without pretrained weights, and the usual number with them.
+        convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the backbone is converted after
+            its pretrained weights are loaded.
+        norm: of Faster R-CNN's backbone: ``"batch"``, ``"sync"``, ``"frozen"`` or ``"group"``. None is ``"frozen"``
+            with pretrained weights and ``"batch"`` without.
+        min_size: length to which Faster R-CNN resizes an image's shorter side, in pixels. Of several lengths, training
+            draws one for each image, and evaluation takes the last.
+        max_size: the largest length of the longer side, in pixels.
         detector_args: further arguments of torchvision's detector, such as ``{"box_score_thresh": 0.01}``.
-        lr: the highest learning rate; the usual one for a step of 2 images, 0.02 for 16.
+        lr: the highest learning rate. The default suits a batch of 2 images; 0.02 suits 16.
         weight_decay: of the optimizer.
         **kwargs: as for :class:`Task`.
 
     Raises:
-        ValueError: timm does not know the backbone, its norms are frozen before they have learned, or an argument is
-            not what its taker takes.
+        ValueError: timm does not know the backbone, its norms would be frozen before training, or an argument has a
+            wrong value.
     """
 
-    from_data = ("classes", "category_ids")
-    same_network = (
-        "detector",
-        "network",
-        "network_args",
-        "convert",
-        "norm",
-        "min_size",
-        "max_size",
-        "detector_args",
-    )
+    data_module = DetectionDataModule
+    roles: ClassVar[Mapping[str, Role]] = {
+        **dict.fromkeys(("classes", "category_ids"), Role.DATA),
+        **dict.fromkeys(("detector", "network", "network_args", "convert"), Role.NETWORK),
+        **dict.fromkeys(("norm", "min_size", "max_size", "detector_args"), Role.NETWORK),
+    }
     score, score_name = "AP", "box AP"
     further_figures = ("AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
@@ -89,9 +84,16 @@ class DetectionTask(Task):
         weight_decay: float = 1e-4,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lr=lr, weight_decay=weight_decay, **kwargs)
+        super().__init__(
+            network=network,
+            network_args=network_args,
+            pretrained=pretrained,
+            convert=convert,
+            lr=lr,
+            weight_decay=weight_decay,
+            **kwargs,
+        )
         require("faster_coco_eval", extra="detection")
-        check_network(network, network_args)
         sizes = min_size if isinstance(min_size, Sequence) else [min_size]
         if not sizes:
             raise ValueError("min_size must be a size in pixels, or several, got none")
@@ -100,72 +102,76 @@ class DetectionTask(Task):
         if norm == "frozen" and not pretrained:
             raise ValueError("norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'")
         self.classes, self.category_ids = list(classes), list(category_ids)
+        self.detector: Literal["faster_rcnn", "ssd300"] = detector
+        self.detector_args: dict[str, Any] = dict(detector_args or {})
+        self.norm, self.trainable_layers = norm, trainable_layers
+        self.min_size: int | tuple[int, ...] = tuple(min_size) if isinstance(min_size, Sequence) else min_size
+        self.max_size = max_size
         self.network = self._build(False)
         self.evaluation: list[Evaluated] = []
 
     def _build(self, weights: bool | str) -> nn.Module:
-        hparams = self.hparams
-        trainable, own = hparams["trainable_layers"], hparams["detector_args"] or {}
-        taken = [name for name in own if name in _OPTIONS]
+        taken = [name for name in self.detector_args if name in _OPTIONS]
         if taken:
             raise ValueError(
                 f"detector_args must leave {', '.join(taken)} to {', '.join(_OPTIONS[name] for name in taken)}"
             )
-        arguments: dict[str, Any] = own | dict(
+        arguments: dict[str, Any] = self.detector_args | dict(
             num_classes=len(self.classes) + 1,
             pretrained=weights,
             # Of weights that are only loaded later, too.
-            trainable_layers="usual" if trainable is None and hparams["pretrained"] else trainable,
-            network_args=hparams["network_args"],
-            convert=hparams["convert"],
+            trainable_layers="usual" if self.trainable_layers is None and self.pretrained else self.trainable_layers,
+            network_args=self.network_args,
+            convert=self.conversion,
         )
-        if hparams["detector"] == "faster_rcnn":
-            sizes = hparams["min_size"]
+        if self.detector == "faster_rcnn":
             arguments |= dict(
-                norm=hparams["norm"] or ("frozen" if hparams["pretrained"] else "batch"),
-                min_size=tuple(sizes) if isinstance(sizes, Sequence) else sizes,
-                max_size=hparams["max_size"],
+                norm=self.norm or ("frozen" if self.pretrained else "batch"),
+                min_size=self.min_size,
+                max_size=self.max_size,
             )
         else:
-            defaults = inspect.signature(DetectionTask).parameters
-            given = [name for name in _FASTER_RCNNS if hparams[name] != defaults[name].default]
-            if given:
-                raise ValueError(f"{', '.join(given)} must be left out with ssd300, which has no such option")
-            if hparams["pretrained"] is True:  # of weights that are only loaded later, too
+            self._refuse_faster_rcnns()
+            if self.pretrained is True:  # of weights that are only loaded later, too
                 arguments = TORCHVISIONS_INPUT | arguments
         try:
-            return DETECTORS[hparams["detector"]](hparams["network"], **arguments)
+            return DETECTORS[self.detector](self.network_name, **arguments)
         except Exception as error:  # of torchvision, timm or any network
             if weights:
                 raise
-            shown = f" (detector_args={own})" if own else ""
-            raise ValueError(f"the arguments of a {hparams['detector']} do not fit: {error}{shown}") from error
+            shown = f" (detector_args={self.detector_args})" if self.detector_args else ""
+            raise ValueError(f"the arguments of a {self.detector} do not fit: {error}{shown}") from error
+
+    def _refuse_faster_rcnns(self) -> None:
+        """Raises a ValueError for an option that SSD300 does not have."""
+        defaults = inspect.signature(DetectionTask).parameters
+        given = [name for name in ("norm", "min_size", "max_size") if getattr(self, name) != defaults[name].default]
+        if given:
+            raise ValueError(f"{', '.join(given)} must be left out with ssd300, which has no such option")
 
     def setup(self, stage: str) -> None:
-        """Loads the backbone's pretrained weights, where a training starts from them.
+        """Loads the backbone's pretrained weights, if they are needed.
 
         Raises:
             FileNotFoundError: the file of weights is not there.
-            ValueError: there are no such weights, or they are those of another network.
+            ValueError: there are no such weights, or they belong to another network.
         """
         super().setup(stage)
         if not self.loads_pretrained:
             return
-        weights = self.hparams["pretrained"]
         try:
-            loaded = self._build(weights)
+            loaded = self._build(self.pretrained)
         except Exception as error:  # of timm, torch or safetensors
-            self.refuse_weights(weights, error)
+            self.refuse_weights(error)
         # What comes after the backbone stays as the seed has made it.
         self.network.backbone.load_state_dict(loaded.backbone.state_dict())  # type: ignore[union-attr,operator]
 
     def example(self) -> tuple[list[Tensor]]:
         """A list of one image of zeros, as large as images become."""
-        if self.hparams["detector"] == "ssd300":
+        if self.detector == "ssd300":
             return ([torch.zeros(3, 300, 300)],)
-        sizes = self.hparams["min_size"]
-        height = sizes[-1] if isinstance(sizes, Sequence) else sizes
-        return ([torch.zeros(3, height, self.hparams["max_size"])],)
+        height = self.min_size[-1] if isinstance(self.min_size, tuple) else self.min_size
+        return ([torch.zeros(3, height, self.max_size)],)
 
     def forward(self, images: Sequence[Tensor]) -> Detections:
         """Images, uint8 of shape (3, H, W) and any sizes, to a dictionary for each: ``boxes`` (x1, y1, x2, y2 in its
@@ -225,87 +231,8 @@ class DetectionTask(Task):
         return figures
 
 
-class Evaluated(NamedTuple):
-    """An image after an evaluation.
-
-    Attributes:
-        image_id: its number in the data set.
-        detections: ``boxes`` (x1, y1, x2, y2 in its pixels), ``labels`` (from 1) and ``scores``.
-        target: ``boxes``, ``labels``, ``area`` and ``iscrowd``.
-    """
-
-    image_id: int
-    detections: dict[str, Tensor]
-    target: dict[str, Tensor]
-
-
-class Figures(NamedTuple):
-    """How good detections are.
-
-    Attributes:
-        overall: COCO's twelve numbers; -1 for one that no object is counted in.
-        per_class: the AP of each category that has objects, if it was asked for.
-    """
-
-    overall: dict[str, float]
-    per_class: dict[str, float]
-
-
-def coco_figures(images: Sequence[Evaluated], classes: Sequence[str], per_class: bool = True) -> Figures:
-    """COCO's figures of detections, by torchmetrics and faster-coco-eval.
-
-    Args:
-        images: all that are evaluated; among equal scores, the order of the images counts.
-        classes: the names of the categories, without the background.
-        per_class: also the AP of each category.
-    """
-    if not images:
-        return Figures(dict.fromkeys(_COCO_FIGURES.values(), -1.0), {})
-    metric = MeanAveragePrecision(
-        backend="faster_coco_eval",
-        class_metrics=per_class,
-        sync_on_compute=False,
-        # torchmetrics' own are in single precision, in which a recall of exactly 0.15 does not reach 0.15.
-        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-        rec_thresholds=np.linspace(0, 1, 101).tolist(),
-    )
-    metric.warn_on_many_detections = False  # a detector returns as many as it was told to
-    metric.update([image.detections for image in images], [image.target for image in images])
-    figures = metric.compute()
-    overall = {ours: float(figures[theirs]) for theirs, ours in _COCO_FIGURES.items()}
-    if not per_class:
-        return Figures(overall, {})
-    labels, values = (figures[name].reshape(-1).tolist() for name in ("classes", "map_per_class"))
-    by_name = {classes[label - 1]: value for label, value in zip(labels, values, strict=True) if value >= 0}
-    return Figures(overall, by_name)
-
-
-def coco_results(images: Sequence[Evaluated], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections in COCO's result format: a dictionary for each, with ``bbox`` as x, y, width and height in pixels.
-
-    Args:
-        images: after an evaluation.
-        category_ids: the data set's number of each category.
-    """
-    return [
-        {
-            "image_id": image.image_id,
-            "category_id": category_ids[label - 1],
-            "bbox": [left, top, right - left, bottom - top],
-            "score": score,
-        }
-        for image in images
-        for (left, top, right, bottom), label, score in zip(
-            image.detections["boxes"].tolist(),
-            image.detections["labels"].tolist(),
-            image.detections["scores"].tolist(),
-            strict=True,
-        )
-    ]
-
-
 def _gathered(images: list[Evaluated]) -> list[Evaluated]:
-    """Those of all processes, of which one may have had fewer, in COCO's order: by their numbers."""
+    """The images of all processes in COCO's order, by their numbers. The processes may have unequal shares."""
     shares = [images]
     if torch.distributed.is_initialized():
         shares = [[] for _ in range(torch.distributed.get_world_size())]
@@ -313,20 +240,6 @@ def _gathered(images: list[Evaluated]) -> list[Evaluated]:
     return sorted((image for share in shares for image in share), key=lambda image: image.image_id)
 
 
-_COCO_FIGURES = {  # torchmetrics' names of COCO's twelve numbers, and ours
-    "map": "AP",
-    "map_50": "AP50",
-    "map_75": "AP75",
-    "map_small": "AP_small",
-    "map_medium": "AP_medium",
-    "map_large": "AP_large",
-    "mar_1": "AR_1",
-    "mar_10": "AR_10",
-    "mar_100": "AR_100",
-    "mar_small": "AR_small",
-    "mar_medium": "AR_medium",
-    "mar_large": "AR_large",
-}
 _OPTIONS = {  # what torchvision's arguments are given by
     "num_classes": "the data",
     "backbone": "--model.network",

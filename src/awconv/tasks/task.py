@@ -1,70 +1,68 @@
-"""What the training of every kind of network shares: its optimisation, and which checkpoints it goes on from."""
+"""What all tasks share: the optimisation, and which checkpoints they accept."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
-import timm
-from timm.models import build_model_with_cfg
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import awconv  # which also registers its models with timm
+from awconv.data import DataModule
 from awconv.models.pretrained import not_finite
-from awconv.parameter_groups import branch_parameters
-
-# What timm takes beside a network's own arguments: where weights come from, and how a network is built. A checkpoint
-# of somebody else's must not decide it.
-_NOT_THE_NETWORKS = {
-    name
-    for function in (timm.create_model, build_model_with_cfg)
-    for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind is not parameter.VAR_KEYWORD
-} | {"num_classes", "in_chans", "features_only"}
-
-_MOST = 1e18  # products of two such numbers are finite in single precision
+from awconv.roles import Role
+from awconv.tasks.checks import check_network
+from awconv.tasks.optimization import Optimization
 
 
 class Task(pl.LightningModule):
-    """A network that is trained with a linear warm-up and a decay of the learning rate.
+    """Trains a network.
 
-    A subclass makes ``self.network``, and names what its data decide and what it is judged by. Its checkpoints hold all
-    that a prediction needs.
+    A subclass builds ``self.network`` and declares its data, the roles of its arguments and its score. Its checkpoints
+    hold all that a prediction needs.
 
     Args:
-        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms are not decayed.
+        network: a name that ``timm.create_model`` knows.
+        network_args: further arguments of the network.
+        pretrained: weights to start from: timm's (true), or a file.
+        convert: arguments of :func:`awconv.convert`. None leaves the network as it is.
+        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms have no weight decay.
         optimizer_args: further arguments of the optimizer, such as ``{"betas": [0.9, 0.99]}``.
         lr: the highest learning rate.
-        branch_lr_factor: what the learning rate of the attention branches is multiplied with.
+        branch_lr_factor: factor of the attention branches' learning rate.
         momentum: of the optimizer.
         weight_decay: of the optimizer.
-        branch_weight_decay: that of the attention branches; None for ``weight_decay``.
+        branch_weight_decay: of the attention branches; None for ``weight_decay``.
         warmup_epochs: length of the linear warm-up, in epochs.
-        decay_epochs: after which epochs the learning rate is multiplied with ``decay_rate``; a cosine decay to 0 where
-            there are none.
-        decay_rate: see there.
+        decay_epochs: epochs after which the learning rate is multiplied by ``decay_rate``. If empty, the rate decays to
+            0 as a cosine.
+        decay_rate: factor at each of ``decay_epochs``.
+
+    Raises:
+        ValueError: timm does not know the network, or a number is out of its range.
     """
 
-    from_data: ClassVar[tuple[str, ...]]
-    """Arguments that the data decide, each a property of the data module."""
-    same_network: ClassVar[tuple[str, ...]]
-    """Arguments without which a checkpoint's weights are those of another network."""
+    data_module: ClassVar[type[DataModule]]
+    """The kind of data that the task is trained on."""
+    roles: ClassVar[Mapping[str, Role]]
+    """Roles of arguments; the others decide the steps. Arguments that the data decide are properties of the data."""
     score: ClassVar[str]
-    """The figure by which networks are compared, a share of 1 that grows; it is logged as ``SPLIT/score``."""
+    """Name of the figure by which networks are compared, from 0 to 1. It is logged as ``SPLIT/score``."""
     score_name: ClassVar[str]
-    """What a table calls it, in percent."""
+    """Its name in tables, which give percents."""
     further_figures: ClassVar[tuple[str, ...]] = ()
-    """Others of that kind which a table gives beside it; negative where there is nothing to judge by."""
+    """Other figures for tables, from 0 to 1; negative if there is nothing to evaluate."""
 
     network: nn.Module
 
     def __init__(
         self,
+        network: str,
+        network_args: dict[str, Any] | None = None,
+        pretrained: bool | str = False,
+        convert: dict[str, Any] | None = None,
         optimizer: str = "sgd",
         optimizer_args: dict[str, Any] | None = None,
         lr: float = 0.1,
@@ -78,17 +76,28 @@ class Task(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # those of the subclass, too
-        check_numbers(
-            lr=(lr, 0, _MOST),
-            branch_lr_factor=(branch_lr_factor, 0, _MOST),
-            momentum=(momentum, 0, 1),
-            weight_decay=(weight_decay, 0, _MOST),
-            branch_weight_decay=(branch_weight_decay, 0, _MOST),
-            warmup_epochs=(warmup_epochs, 0, _MOST),
-            decay_rate=(decay_rate, 0, 100 * _MOST),
-            **{f"decay_epochs[{index}]": (epoch, 0, _MOST) for index, epoch in enumerate(decay_epochs)},
+        check_network(network, network_args)
+        self.network_name, self.pretrained = network, pretrained
+        self.network_args: dict[str, Any] = dict(network_args or {})
+        self.conversion = convert
+        self.optimization = Optimization(
+            optimizer,
+            dict(optimizer_args or {}),
+            lr,
+            branch_lr_factor,
+            momentum,
+            weight_decay,
+            branch_weight_decay,
+            warmup_epochs,
+            tuple(decay_epochs),
+            decay_rate,
         )
         self.evaluates_pretrained = False  # set by the command line: a test right after a training must not load them
+
+    @classmethod
+    def arguments_of(cls, role: Role) -> list[str]:
+        """The names of the arguments that have a role."""
+        return [name for name, its in cls.roles.items() if its is role]
 
     @property
     def evaluated(self) -> nn.Module:
@@ -96,41 +105,40 @@ class Task(pl.LightningModule):
         return self.network
 
     def example(self) -> Any:
-        """What the network is called with for one image, to count its operations."""
+        """The network's input for one image, to count its multiply-adds."""
         raise NotImplementedError
 
     @property
     def loads_pretrained(self) -> bool:
-        """Whether pretrained weights are due: before a training that does not go on from a checkpoint, or where they
-        are what is evaluated."""
-        if not self.hparams["pretrained"] or self.trainer.ckpt_path:
+        """Whether pretrained weights are loaded now: at the start of a training without a checkpoint, and to evaluate
+        them."""
+        if not self.pretrained or self.trainer.ckpt_path:
             return False
         return bool(self.trainer.training) or self.evaluates_pretrained
 
-    def refuse_weights(self, weights: bool | str, error: Exception) -> NoReturn:
-        """Says that pretrained weights could not be loaded.
+    def refuse_weights(self, error: Exception) -> NoReturn:
+        """Reports that pretrained weights could not be loaded.
 
         Raises:
-            FileNotFoundError: their file is not there.
-            ValueError: anything else was in the way, such as a hub that cannot be reached.
+            FileNotFoundError: their file is missing.
+            ValueError: for any other reason, such as a hub that cannot be reached.
         """
-        if isinstance(error, FileNotFoundError) and weights is not True:
+        if isinstance(error, FileNotFoundError) and self.pretrained is not True:
             raise error
-        mend = "; --model.pretrained=FILE takes them from a file" if weights is True else ""
-        raise ValueError(f"no pretrained weights for {self.hparams['network']} ({weights}): {error}{mend}") from error
+        mend = "; --model.pretrained=FILE takes them from a file" if self.pretrained is True else ""
+        raise ValueError(f"no pretrained weights for {self.network_name} ({self.pretrained}): {error}{mend}") from error
 
     def setup(self, stage: str) -> None:
-        """Takes the precision of the training before weights are loaded, which would be rounded to single else."""
+        """Takes the training's precision before weights are loaded; later, they would have been rounded."""
         if self.trainer.precision == "64-true":
             self.double()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another network, those that were trained on other classes or other images, and those that
-        are no numbers.
+        """Refuses weights that do not fit.
 
         Raises:
-            ValueError: the checkpoint and this task differ in what the data decide, or in the network, or its weights
-                are infinite or NaN.
+            ValueError: the checkpoint's network, classes or images differ from this task's, or its weights are infinite
+                or NaN.
         """
         broken = not_finite(checkpoint["state_dict"], self.state_dict())
         if broken:
@@ -139,70 +147,22 @@ class Task(pl.LightningModule):
                 "an earlier one"
             )
         trained = checkpoint["hyper_parameters"]
-        for name in self.from_data:
+        for name in self.arguments_of(Role.DATA):
             if name in trained and not _equal(trained[name], self.hparams[name]):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {_shortened(trained[name])}, and the data have "
                     f"{_shortened(self.hparams[name])}; give the data and the arguments that it was trained with"
                 )
-        for name in self.same_network:
+        for name in self.arguments_of(Role.NETWORK):
             if (trained.get(name) or None) != (self.hparams[name] or None):
                 raise ValueError(
                     f"the checkpoint was trained with --model.{name}={trained.get(name)}, and this training has "
                     f"{self.hparams[name]}; give the arguments that it was trained with"
                 )
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """timm's groups, with and without weight decay, each apart from what of it belongs to attention branches."""
-        hparams = self.hparams
-        groups: list[dict[str, Any]] = param_groups_weight_decay(
-            self.network,
-            hparams["weight_decay"],
-            no_weight_decay_list=getattr(self.network, "no_weight_decay", set)(),
-        )
-        branch = branch_parameters(self.network)
-        own_decay = hparams["branch_weight_decay"]
-        split = []
-        for group in groups:
-            decay = group["weight_decay"] and (group["weight_decay"] if own_decay is None else own_decay)
-            inside, outside = (
-                dict(lr=hparams["lr"] * hparams["branch_lr_factor"], weight_decay=decay),
-                dict(lr=hparams["lr"]),
-            )
-            split.append(group | outside | dict(params=[p for p in group["params"] if p not in branch]))
-            split.append(group | inside | dict(params=[p for p in group["params"] if p in branch]))
-        return [group for group in split if group["params"]]
-
     def configure_optimizers(self) -> Any:
-        hparams = self.hparams
-        arguments = hparams["optimizer_args"] or {}
-        try:
-            optimizer = create_optimizer_v2(
-                self._parameter_groups(),
-                opt=hparams["optimizer"],
-                lr=hparams["lr"],
-                momentum=hparams["momentum"],
-                **arguments,
-            )
-        except Exception as error:  # of timm, or of any optimizer
-            raise ValueError(
-                f"optimizer must be a name of timm.optim.list_optimizers(), and optimizer_args its arguments, got "
-                f"{hparams['optimizer']!r} and {arguments}: {error}"
-            ) from error
-        steps_per_epoch, steps = self._count_steps()
-        if hparams["decay_epochs"]:
-            boundaries = [epoch * steps_per_epoch for epoch in hparams["decay_epochs"]]
-        elif math.isinf(steps):
-            raise ValueError("a cosine decay needs an end: give trainer.max_epochs or trainer.max_steps")
-        warmup = int(min(steps, round(hparams["warmup_epochs"] * steps_per_epoch)))
-
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            if hparams["decay_epochs"]:
-                return float(hparams["decay_rate"] ** sum(step >= boundary for boundary in boundaries))
-            return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, steps - warmup)))) / 2
-
+        optimizer = self.optimization.make_optimizer(self.network)
+        rate = self.optimization.schedule(*self._count_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}}
 
     def _count_steps(self) -> tuple[float, float]:
@@ -220,54 +180,6 @@ class Task(pl.LightningModule):
         epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
         steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
         return per_epoch, min(per_epoch * epochs, steps)
-
-
-def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
-    """Raises a ValueError for a number that is not finite, or out of its range.
-
-    Args:
-        **numbers: by the argument's name: the number, or None for one that is not given; the least and the largest.
-    """
-    for name, (number, least, most) in numbers.items():
-        if number is not None and not least <= number <= most:  # which NaN is not, either
-            raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {number}")
-
-
-def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None:
-    """Raises a ValueError that names near ones where timm knows no such network, or no such weights of it, or where an
-    argument is not the network's own."""
-    if not isinstance(arguments, Mapping | None):
-        raise ValueError(f"network_args must be a mapping, got {type(arguments).__name__}")
-    taken = sorted(key for key in arguments or {} if key in _NOT_THE_NETWORKS or str(key).startswith("pretrained"))
-    if taken:
-        raise ValueError(
-            f"network_args must be the network's own arguments, got {', '.join(taken)}; weights are given by "
-            "--model.pretrained, the classes by the data"
-        )
-    if not isinstance(name, str) or not timm.is_model(name):
-        close = timm.list_models(f"*{str(name).removeprefix('aw_').split('_')[0]}*")[:8]
-        raise ValueError(
-            f"network must be a name that timm.create_model knows, got {name!r}"
-            + (f"; near it: {', '.join(close)}" if close else "")
-        )
-    base, _, tag = name.partition(".")
-    if tag and not timm.is_model_pretrained(name):
-        tags = timm.list_pretrained(base + ".*")
-        raise ValueError(f"network {name!r} has no such weights; there are {', '.join(tags) or 'none'}")
-
-
-def convert(network: nn.Module, arguments: dict[str, Any] | None) -> nn.Module:
-    """:func:`awconv.convert` by the arguments of a recipe; None leaves the network as it is.
-
-    Raises:
-        ValueError: there is no such argument.
-    """
-    if arguments is None:
-        return network
-    try:
-        return awconv.convert(network, **arguments)
-    except TypeError as error:
-        raise ValueError(f"convert must hold arguments of awconv.convert, got {arguments}: {error}") from error
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and finding the last one."""
+"""Checkpoints: written atomically, read safely, found again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from awconv.models.pretrained import check_archive
-from awconv.tasks.task import check_network
+from awconv.tasks.checks import check_network
 from awconv.terminal import say
 from awconv.training.lock import PARTIAL, locked
 from awconv.training.stop import StopOnSigterm, ends_step
@@ -40,9 +40,9 @@ _FORMER = ("hparams", "module_arguments")  # where Lightning would look for hype
 
 
 def check_parts(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Raises a ValueError where a part is missing that a training needs to go on, or holds something else.
+    """Raises a ValueError if a part is missing or damaged that a training needs to resume.
 
-    Without a part it would begin anew, unnoticed.
+    Without the part, Lightning would silently start anew.
     """
     missing = [name for name in _PARTS if name not in checkpoint]
     if missing:
@@ -58,7 +58,7 @@ def check_parts(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
 
 
 def _unlike(there: Any, fresh: Any, name: str) -> list[str]:
-    """The parts that both have, and that are of another type than in a fresh training; numbers count something."""
+    """Names of parts whose type differs from a fresh training's, or whose number is negative."""
     if isinstance(fresh, dict):
         if not isinstance(there, dict):
             return [name]
@@ -68,9 +68,9 @@ def _unlike(there: Any, fresh: Any, name: str) -> list[str]:
 
 
 def _optimizes(state: Any) -> bool:
-    """Whether something can be the state of an optimizer: dictionaries by parameter, and its groups.
+    """Whether this can be an optimizer's state: dictionaries by parameter, and parameter groups.
 
-    A parameter is a number there, or a name where processes share the parameters.
+    A parameter is a number, or a name if processes share the parameters.
     """
     return (
         isinstance(state, dict)
@@ -82,7 +82,7 @@ def _optimizes(state: Any) -> bool:
 
 
 def _schedules(state: Any) -> bool:
-    """Whether something can be the state of a learning rate's schedule: its rates, and the step that it is at."""
+    """Whether this can be the state of a learning rate schedule: rates and the current step."""
     return (
         isinstance(state, dict)
         and all(_are_numbers(state.get(name)) for name in ("base_lrs", "_last_lr"))
@@ -97,12 +97,12 @@ def _are_numbers(values: Any) -> bool:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, to the disk, and then moves it there; reads plain values and tensors only.
+    """Writes a checkpoint to a temporary file beside it and renames it. Reads plain values and tensors only.
 
-    Lightning's own writes to the folder for temporary files and copies from there where that is another disk.
+    Lightning's own writes to the system's temporary folder, and copies if that is on another disk.
 
     Attributes:
-        writing: a checkpoint is being written.
+        writing: whether a checkpoint is being written.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint of a training, and nothing that could run code.
+    """Reads a checkpoint of a training; cannot run code.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -170,7 +170,7 @@ def _load(path: Path, map_location: Any) -> dict[str, Any]:
 
 
 def find_last(*folders: Path) -> Path | None:
-    """The checkpoint under some folders that was written last and is whole, or None; broken ones are named."""
+    """The newest intact checkpoint below some folders, or None. Broken ones are reported."""
     found = [path for folder in folders for path in folder.rglob("*.ckpt")]
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
@@ -183,13 +183,13 @@ def find_last(*folders: Path) -> Path | None:
 
 
 class RecentCheckpoint(Checkpoint):
-    """Keeps one more checkpoint within long epochs, and writes it on SIGTERM.
+    """Writes a further checkpoint within long epochs and on SIGTERM.
 
-    It is written between steps of the optimizer only, so that nothing of an accumulated gradient is lost. While a
-    training writes to a folder, no other may.
+    It is written between steps of the optimizer, so that no accumulated gradient is lost. Only one training writes to a
+    folder at a time.
 
     Args:
-        every_n_steps: how many steps of the optimizer lie between two.
+        every_n_steps: number of the optimizer's steps between two checkpoints.
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:

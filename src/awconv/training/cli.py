@@ -1,4 +1,4 @@
-"""From a recipe (YAML and overrides) to a trainer, a task and its data, by Lightning's command line."""
+"""Lightning's command line: builds trainer, task and data from a recipe (YAML) and overrides."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from awconv.data import DataModule, DetectionDataModule, ImageDataModule
+from awconv.data import DataModule, ImageDataModule
 from awconv.data.loading import Split
-from awconv.tasks import ClassificationTask, DetectionTask, Task
+from awconv.roles import Role
+from awconv.tasks import DetectionTask, Task
 from awconv.terminal import say
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
+from awconv.training.find_task import find_task
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
-from awconv.training.recipes import bounded_yaml, parse_recipe, read_recipe
-from awconv.training.settings import SameSettings, SameThreads, check_nulls, settings, written
+from awconv.training.same import SameSettings, SameThreads
+from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
+from awconv.yaml_files import bounded_yaml
 
 _LOGS = "lightning_logs"
 _OF_THE_FIRST_STEP = (
@@ -46,26 +50,25 @@ _OF_THE_FIRST_STEP = (
 
 
 class TrainingCLI(LightningCLI):
-    """Lightning's command line over our tasks and data, which decide the task and tell it what they are.
+    """Lightning's command line for our tasks and data. The data choose the task, and set its classes and image sizes.
 
-    Without ``data`` it takes the digits, and without ``trainer.max_epochs`` 15 epochs. ``ckpt_path=last`` is the last
-    whole checkpoint under ``trainer.default_root_dir``; a training without any starts anew then.
+    Defaults: the digits as ``data``, and 15 epochs. ``ckpt_path=last`` is the newest intact checkpoint below
+    ``trainer.default_root_dir``; without one, a training starts anew.
 
     Args:
-        args: the arguments, with the subcommand first where ``run`` is true.
-        run: run a subcommand; false only builds ``trainer``, ``model`` and ``datamodule``.
+        args: the arguments, with the subcommand first if ``run`` is true.
+        run: run a subcommand. False only builds ``trainer``, ``model`` and ``datamodule``.
         save_config: write the configuration beside the checkpoints, as ``awconv_fit.yaml``.
-        build: make the trainer, the task and the data; false only parses, and looks at no data.
+        task: the task; by default the one of the arguments' data.
     """
 
-    def __init__(self, args: Sequence[str], run: bool = True, save_config: bool = True, build: bool = True) -> None:
-        self._build = build
-        self._task: type[Task]
-        self._data: type[DataModule]
-        self._task, self._data = _find_task(args)
+    def __init__(
+        self, args: Sequence[str], run: bool = True, save_config: bool = True, task: type[Task] | None = None
+    ) -> None:
+        self._task = find_task(args) if task is None else task
         super().__init__(
             self._task,
-            self._data,
+            self._task.data_module,
             args=list(args),
             run=run,
             subclass_mode_data=True,
@@ -115,7 +118,7 @@ class TrainingCLI(LightningCLI):
             read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
 
     def _parse_ckpt_path(self) -> None:
-        """Lets the checkpoint's settings win in an evaluation. A training must be given its own, and compares them."""
+        """In an evaluation, the checkpoint's settings win. A training must be given the same ones, and compares."""
         if self.config.get("subcommand") != "fit":
             try:
                 super()._parse_ckpt_path()
@@ -124,18 +127,16 @@ class TrainingCLI(LightningCLI):
                 raise ValueError(f"checkpoint {path} holds arguments that there are not") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        if self._data is ImageDataModule:
+        if self._task.data_module is ImageDataModule:
             parser.set_defaults({"data": {"class_path": "awconv.data.Digits"}})
         else:
             parser.add_lightning_class_args(DetectionFile, "detections")
-        for name in self._task.from_data:
+        for name in self._task.arguments_of(Role.DATA):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_class_arguments(RecentCheckpoint, "recent_checkpoint")
 
     def instantiate_classes(self) -> None:
-        """Makes what the configuration describes."""
-        if not self._build:
-            return
+        """Builds what the configuration describes."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         check_nulls("model", self._task, config.model.as_dict())
         check_nulls("data", pydoc.locate(config.data.class_path), config.data.get("init_args", Namespace()).as_dict())
@@ -148,14 +149,14 @@ class TrainingCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer, with logs for TensorBoard and as CSV, and with checkpoints that survive an interruption."""
+        """The trainer, with logs for TensorBoard and as CSV, and checkpoints that survive interruptions."""
         config = self._get(self.config_init, "trainer")
         ours = config.get("logger") in (None, True)
         if ours:
             kwargs["logger"] = _loggers(config["default_root_dir"] or ".")
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
-        self._same = SameSettings(settings(written(self._parser(self.subcommand), now)))
+        self._same = SameSettings(settings_of(self._task, self._parser(self.subcommand), now))
         stop = StopOnSigterm()
         callbacks = [*_as_list(config.get("callbacks")), self._same, SameThreads(), FiniteTraining(), Pace(), stop]
         if config.get("enable_checkpointing") is not False:
@@ -190,13 +191,13 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def naming(self, ckpt_path: str | None) -> Iterator[None]:
-        """Names the checkpoint, or the dictionaries of arguments, by which the first step may have failed.
+        """If the first step fails, names the checkpoint or the dictionaries of arguments that may be the reason.
 
         Args:
-            ckpt_path: where the training or evaluation goes on from; None if it starts anew.
+            ckpt_path: the checkpoint to resume from; None for a fresh start.
 
         Raises:
-            ValueError: in the place of an error that PyTorch or Lightning raised of it.
+            ValueError: instead of PyTorch's or Lightning's error.
         """
         try:
             yield
@@ -211,7 +212,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def _dictionaries(self) -> list[str]:
-        """The options that hold arguments of something else, as they were given."""
+        """Options that are dictionaries of arguments, as they were given."""
         model, data = self._get(self.config, "model"), self._get(self.config, "data").get("init_args", {})
         return [
             f"{group}.{name}={value}"
@@ -221,7 +222,7 @@ class TrainingCLI(LightningCLI):
         ]
 
     def before_fit(self) -> None:
-        """Takes a folder that no other training has, and silences a warning that is not true of our loaders."""
+        """Claims a folder for the logs, and silences a warning that does not apply to our loaders."""
         config = self._get(self.config_init, "trainer")
         if self.trainer.loggers and config.get("logger") in (None, True) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self.trainer.loggers = _loggers(config["default_root_dir"] or ".", claim=True)
@@ -230,7 +231,7 @@ class TrainingCLI(LightningCLI):
     def before_validate(self) -> None:
         """Refuses to evaluate weights that were never trained."""
         self.model.evaluates_pretrained = self._get(self.config, "ckpt_path") is None
-        if self.model.evaluates_pretrained and not self.model.hparams["pretrained"]:
+        if self.model.evaluates_pretrained and not self.model.pretrained:
             raise ValueError(
                 "there is nothing to evaluate: give --ckpt_path, a checkpoint of awconv fit, or --model.pretrained"
             )
@@ -243,7 +244,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"the data have no {split} split to evaluate on; name one, or give data.val_fraction")
 
     def before_test(self) -> None:
-        """Says so where the data have no test split."""
+        """Says so if the data have no test split."""
         self.before_validate()
         if self.datamodule.test_split == "val":
             say("awconv test: the data have no test split; this is their validation split")
@@ -258,58 +259,32 @@ class TrainingCLI(LightningCLI):
         }
 
 
-_TASKS: dict[type[DataModule], type[Task]] = {
-    ImageDataModule: ClassificationTask,  # type: ignore[type-abstract]
-    DetectionDataModule: DetectionTask,  # type: ignore[type-abstract]
-}
+def settings_of(task: type[Task], parser: LightningArgumentParser, config: Namespace) -> Settings:
+    """A parsed configuration as settings."""
+    content = plain(parser, config)
+    data: type[DataModule] = pydoc.locate(data_of(content)["class_path"])  # type: ignore[assignment]
+    return Settings(task, data, content)
 
 
-def _find_task(args: Sequence[str]) -> tuple[type[Task], type[DataModule]]:
-    """The task of the data that the arguments name last, in a recipe or by themselves, and the kind of these data."""
-    given: Any = None
-    for position, argument in enumerate(args):
-        name, equals, value = argument.partition("=")
-        if name not in ("--config", "-c", "--data", "--data.class_path"):
-            continue
-        if not equals:
-            value = args[position + 1] if position + 1 < len(args) else ""
-        if name in ("--config", "-c"):
-            given = _data_of(value) or given
-        else:
-            given = value
-    if isinstance(given, str) and given.lstrip().startswith("{"):
-        given = parse_recipe(given, "--data", Path()).get("class_path")
-    for kind, task in _TASKS.items():
-        if given and str(given).rpartition(".")[2] in _names(kind):
-            return task, kind
-    return ClassificationTask, ImageDataModule  # whose parser says so if there are no such data
-
-
-def _names(kind: type[Any]) -> set[str]:
-    return {kind.__name__}.union(*(_names(subclass) for subclass in kind.__subclasses__()))
-
-
-def _data_of(config: str) -> Any:
-    """The class of the data in a recipe; None where it names none."""
-    inline = config.lstrip().startswith("{")
-    recipe = parse_recipe(config, "--config", Path()) if inline else read_recipe(Path(config))
-    data = recipe.get("data")
-    return data.get("class_path") if isinstance(data, dict) else data
+def plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """A parsed configuration as plain values by section, without unset ones."""
+    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True))
+    return content
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises a PermissionError where a folder, or what it would be made in, is closed to this user."""
+    """Raises a PermissionError if this user cannot write to a folder, or create it."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def _loggers(root: str, claim: bool = False) -> list[Logger]:
-    """Logs for TensorBoard and as CSV, under the next number that is free.
+    """Logs for TensorBoard and as CSV, under the next free number.
 
     Args:
         root: the folder of all logs.
-        claim: make the numbered folder now, so that a training which begins at the same moment takes another one.
+        claim: make the numbered folder now, so that a training that starts at the same time takes another one.
     """
     boards = TensorBoardLogger(root, name=_LOGS)
     while claim:

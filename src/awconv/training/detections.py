@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from awconv.tasks.detection import coco_results
+from awconv.tasks.coco import coco_results
 from awconv.training.partial import clear_old, replacing
 
 _KEYS = {"image_id", "category_id", "bbox", "score"}
@@ -21,17 +21,17 @@ class DetectionFile(Callback):
     """Writes the detections of an evaluation in COCO's result format.
 
     Args:
-        file: where to; None writes nothing. No file is overwritten but one of detections.
+        file: the JSON file; None writes nothing. An existing file is replaced only if it holds detections.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = None if file is None else file.expanduser()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes the folder, before an evaluation that could not be kept.
+        """Makes the folder before the evaluation starts.
 
         Raises:
-            ValueError: a folder, or a file of something else, is there.
+            ValueError: the path is a folder, or a file that does not hold detections.
         """
         if self.file is not None and trainer.is_global_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class DetectionFile(Callback):
 
 
 def _holds_detections(path: Path) -> bool:
-    """Whether a file begins as a list of detections in COCO's format does, or is an empty list."""
+    """Whether a file starts like a list of detections in COCO's format, or is an empty list."""
     if not path.is_file():
         return False
     try:

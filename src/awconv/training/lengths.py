@@ -1,4 +1,4 @@
-"""Whether the settings of a trainer train anything."""
+"""Checks of a trainer's settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST = 2**31 - 1
 
 
 def check_steps(trainer: Any) -> None:
-    """Raises a ValueError for settings of a trainer by which nothing would be trained, or that it would divide by."""
+    """Raises a ValueError for settings with which a trainer would train nothing, or fail."""
     for name in ("max_epochs", "max_steps", "limit_train_batches", "max_time"):
         if trainer.get(name) is not None and _nothing(name, trainer[name]):
             raise ValueError(f"trainer.{name} must be more than 0 to train anything, got {trainer[name]}")
@@ -49,6 +49,6 @@ def _nothing(name: str, value: Any) -> bool:
 
 
 def check_seed(seed: Any) -> None:
-    """Raises a ValueError for a seed that random numbers cannot be made of."""
+    """Raises a ValueError for a seed that NumPy does not take."""
     if isinstance(seed, int) and not 0 <= seed < _SEEDS:
         raise ValueError(f"seed_everything must be from 0 to {_SEEDS - 1:,}, got {seed}")

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Locks a folder for one process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PARTIAL = ".partial"
 
 @contextmanager
 def locked(folder: Path, seconds: float = _SECONDS) -> Iterator[None]:
-    """Keeps a folder for this process, and removes what killed ones left half written in it.
+    """Locks a folder for this process, and removes files that killed processes left half written.
 
-    The operating system frees the folder when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends.
 
     Args:
-        folder: made where it is missing.
-        seconds: how long to wait for another process that has it.
+        folder: the folder; created if missing.
+        seconds: how long to wait for another process to release it.
 
     Raises:
-        ValueError: another process has it; the message names it.
+        ValueError: another process holds the lock; the message names the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / _OWNER
@@ -56,7 +56,7 @@ def locked(folder: Path, seconds: float = _SECONDS) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Removes what killed processes left half written below a folder, but where another process is at work."""
+    """Removes half-written files of killed processes below a folder, except where another process works."""
     for parent in {partial.parent for partial in folder.rglob(f"*{PARTIAL}")}:
         with suppress(ValueError), locked(parent, seconds=0):
             pass

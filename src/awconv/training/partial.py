@@ -1,4 +1,4 @@
-"""Files that are written wholly or not at all, in folders that others may write."""
+"""Files that are written whole or not at all, in folders that others may write to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SECONDS = 3600.0  # for which nothing was written to what is left
 
 @contextmanager
 def replacing(place: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes its place when it is whole. It follows no link, there or meanwhile planted."""
+    """A temporary file that replaces another one when it is whole. Follows no links, not even new ones."""
     partial = place.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
         with partial.open("xb") as file:
@@ -30,7 +30,7 @@ def replacing(place: Path) -> Iterator[IO[bytes]]:
 
 
 def clear_old(folders: Iterable[Path]) -> None:
-    """Removes what killed processes left half written in folders an hour ago; a newer file may be being written."""
+    """Removes half-written files older than an hour; a newer one may be in use."""
     for folder in folders:
         readable = folder.is_dir() and os.access(folder, os.R_OK)
         for path in folder.iterdir() if readable else ():

@@ -1,87 +1,132 @@
-"""The settings that decide what comes of a training, to tell whether two trainings are the same."""
+"""Settings of a training as plain values, and how they differ from another training's."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import pydoc
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-import yaml
-from lightning.pytorch.trainer.states import TrainerFn
+from awconv.data import DataModule
+from awconv.roles import Role
+from awconv.tasks import Task
 
-from awconv.training.checkpoints import check_parts
-
-# What does not change the result, or only in rounding.
-_ELSEWHERE = {
-    "trainer": (
-        "accelerator",
-        "default_root_dir",
-        "logger",
-        "enable_progress_bar",
-        "enable_model_summary",
-        "log_every_n_steps",
+# Arguments of Lightning's trainer; the others decide the result, not the steps.
+_TRAINER = {
+    **dict.fromkeys(
+        (
+            "accelerator",
+            "default_root_dir",
+            "enable_model_summary",
+            "enable_progress_bar",
+            "log_every_n_steps",
+            "logger",
+        ),
+        Role.NOTHING,
     ),
-    "data": ("num_workers", "download", "inspect", "max_pixels", "max_annotations"),
-    "": ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config"),
+    **dict.fromkeys(
+        (
+            "accumulate_grad_batches",
+            "devices",
+            "gradient_clip_algorithm",
+            "gradient_clip_val",
+            "limit_train_batches",
+            "num_nodes",
+            "overfit_batches",
+            "precision",
+            "sync_batchnorm",
+        ),
+        Role.STEPS,
+    ),
 }
-# How many of a path's last names are compared: it begins otherwise on another machine.
-_PATHS = {"root": 1, "train": 2, "val": 2, "test": 2}
-_MOST_THREADS = 4096
-# A longer training may go on from a shorter one; with these changed, its steps would be others.
-_OF_STEPS = (
-    "accumulate_grad_batches",
-    "devices",
-    "gradient_clip_algorithm",
-    "gradient_clip_val",
-    "limit_train_batches",
-    "num_nodes",
-    "overfit_batches",
-    "precision",
-    "sync_batchnorm",
-)
+# Sections and arguments of the command line without an influence on the result.
+_BESIDE = ("recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config")
 
 
-def written(parser: Any, config: Any, none: bool = False) -> dict[str, Any]:
-    """What a run's file keeps of a configuration: plain values.
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training, and the classes that declare their roles.
 
-    Args:
-        parser: of ``awconv fit``.
-        config: what it parsed.
-        none: also what is not set.
+    Attributes:
+        task: class of the task.
+        data: class of the data.
+        content: plain values by section (``model``, ``data``, ``trainer``, ...), without unset ones.
     """
-    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True, skip_none=not none))
-    return content
+
+    task: type[Task]
+    data: type[DataModule]
+    content: Mapping[str, Any]
+
+    def role(self, name: str) -> Role:
+        """The role of a setting, given its dotted name, such as ``trainer.max_epochs``."""
+        section, _, rest = name.partition(".")
+        if section in _BESIDE:
+            return Role.NOTHING
+        argument = rest.removeprefix("init_args.").partition(".")[0]
+        if section == "trainer":
+            return _TRAINER.get(argument, Role.RESULT)
+        owners: dict[str, Mapping[str, Role]] = {"model": self.task.roles, "data": self.data.roles}
+        return owners.get(section, {}).get(argument, Role.STEPS)
+
+    def deciding(self, least: Role) -> dict[str, str]:
+        """The settings with at least this role: dotted names and values as JSON."""
+        return self._flat(self.content, least)
+
+    def _flat(self, content: Mapping[str, Any], least: Role) -> dict[str, str]:
+        data = data_of(content)
+        arguments = dict(data["init_args"])
+        for name, count in self.data.compared_names.items():
+            if isinstance(arguments.get(name), str):
+                arguments[name] = "/".join(PurePath(arguments[name]).parts[-count:])
+        flat = _flattened(dict(content) | {"data": data | {"init_args": arguments}})
+        return {name: value for name, value in flat.items() if self.role(name) >= least}
+
+    def differences(self, there: Mapping[str, str], least: Role = Role.RESULT) -> list[str]:
+        """The differences from another training, a phrase for each setting with at least this role.
+
+        Args:
+            there: the other training's settings, by :meth:`deciding`.
+            least: the role.
+        """
+        now, there = self.deciding(least), {name: text for name, text in there.items() if self.role(name) >= least}
+        names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
+        return [f"{name} is {there.get(name, 'not set')} there, {now.get(name, 'not set')} now" for name in names]
+
+    def completed(self, there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str] | None:
+        """The settings that decided a recorded run. Those that its version of awconv did not have are today's defaults.
+
+        Names in the record are compared, not imported: the record may be somebody else's.
+
+        Args:
+            there: the settings in the run's record.
+            defaults: the default of every setting, by section.
+
+        Returns:
+            None if a recorded setting no longer exists.
+        """
+        filled = dict(there)
+        for section in ("model", "trainer"):
+            own = filled.get(section) or {}
+            if not isinstance(own, dict) or _lost(own, defaults[section]):
+                return None
+            filled[section] = defaults[section] | own
+        data, expected = data_of(filled), data_of(self.content)
+        own = data["init_args"]
+        if not isinstance(own, dict):
+            return None
+        if data["class_path"] == expected["class_path"]:
+            usual = _defaults_of(self.data)
+            if _lost(own, usual | expected["init_args"]):
+                return None
+            data = data | {"init_args": usual | own}
+        filled = {"seed_everything": defaults.get("seed_everything")} | filled | {"data": data}
+        return self._flat(filled, Role.RESULT)
 
 
-def defaults(parser: Any) -> dict[str, Any]:
-    """The settings that there are, with what they are by default.
-
-    Args:
-        parser: of ``awconv fit``.
-    """
-    return written(parser, parser.get_defaults(skip_validation=True), none=True)
-
-
-def settings(content: dict[str, Any]) -> dict[str, str]:
-    """The settings that decide what comes of a run, each by its dotted name, as text.
-
-    Args:
-        content: by :func:`written`.
-    """
-    content = {name: value for name, value in content.items() if name not in _ELSEWHERE[""]}
-    trainer, data = dict(content.get("trainer") or {}), _data(content)
-    for name in _ELSEWHERE["trainer"]:
-        trainer.pop(name, None)
-    arguments = dict(data["init_args"])
-    for name in _ELSEWHERE["data"]:
-        arguments.pop(name, None)
-    for name, count in _PATHS.items():
-        if isinstance(arguments.get(name), str):
-            arguments[name] = "/".join(PurePath(arguments[name]).parts[-count:])
+def _flattened(content: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted names and values as JSON, without unset and empty values."""
     flat: dict[str, str] = {}
 
     def flatten(prefix: str, value: Any) -> None:
@@ -91,39 +136,12 @@ def settings(content: dict[str, Any]) -> dict[str, str]:
         elif value not in (None, {}, []):
             flat[prefix] = json.dumps(value)
 
-    flatten("", content | {"trainer": trainer, "data": data | {"init_args": arguments}})
+    flatten("", dict(content))
     return flat
 
 
-def completed(there: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, str] | None:
-    """The settings of a run's file, with today's defaults for those that its version of awconv did not have.
-
-    The file may be somebody else's: what it names is compared, and not imported.
-
-    Args:
-        there: the content of the file's recipe.
-        now: the configuration that it is compared with, by :func:`written`.
-        defaults: by :func:`defaults`.
-
-    Returns:
-        None if it has settings that there are no more.
-    """
-    filled: dict[str, Any] = {name: value for name, value in there.items() if name not in _ELSEWHERE[""]}
-    for section in ("model", "trainer"):
-        own = filled.get(section) or {}
-        if not isinstance(own, dict) or _lost(own, defaults[section]):
-            return None
-        filled[section] = defaults[section] | own
-    data, expected = _data(filled), _data(now)
-    if data["class_path"] == expected["class_path"]:
-        own, usual = data["init_args"], _defaults_of(expected["class_path"])
-        if not isinstance(own, dict) or _lost(own, usual | expected["init_args"]):
-            return None
-        data = data | {"init_args": usual | own}
-    return settings({"seed_everything": defaults.get("seed_everything")} | filled | {"data": data})
-
-
-def _data(content: dict[str, Any]) -> dict[str, Any]:
+def data_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of the data, with its ``class_path`` and ``init_args``."""
     data = content.get("data") or {}
     return {"class_path": None, "init_args": {}} | (data if isinstance(data, dict) else {"class_path": data})
 
@@ -132,11 +150,11 @@ def _lost(there: dict[str, Any], known: dict[str, Any]) -> bool:
     return any(value is not None and name not in known for name, value in there.items())
 
 
-def _defaults_of(data: str) -> dict[str, Any]:
-    """The defaults of the arguments of a class of data, as they are written."""
+def _defaults_of(data: type[DataModule]) -> dict[str, Any]:
+    """The defaults of a data class's arguments, as plain values."""
     found = {
         name: parameter.default
-        for name, parameter in parameters(pydoc.locate(data)).items()
+        for name, parameter in parameters(data).items()
         if parameter.default is not parameter.empty
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
@@ -144,7 +162,7 @@ def _defaults_of(data: str) -> dict[str, Any]:
 
 
 def parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, with those that it hands on to the classes it derives from."""
+    """The arguments of a class and of its base classes."""
     found: dict[str, inspect.Parameter] = {}
     for one in reversed(inspect.getmro(kind)):
         if "__init__" in vars(one):
@@ -153,112 +171,7 @@ def parameters(kind: Any) -> dict[str, inspect.Parameter]:
 
 
 def check_nulls(group: str, kind: Any, arguments: dict[str, Any]) -> None:
-    """Raises a ValueError for null where the class takes none; the parser lets it through."""
+    """Raises a ValueError for an argument that is null and must not be; the parser accepts it."""
     for name, parameter in parameters(kind).items():
         if name in arguments and arguments[name] is None and "None" not in str(parameter.annotation):
             raise ValueError(f"{group}.{name} must not be null")
-
-
-def differences(there: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What differs between two trainings, a phrase for each setting."""
-    names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
-    return [f"{name} is {there.get(name, 'not set')} there, {now.get(name, 'not set')} now" for name in names]
-
-
-class SameThreads(pl.Callback):
-    """Keeps the number of threads in checkpoints, and goes on with as many: sums of more parts round otherwise.
-
-    Attributes:
-        threads: that this training computes with.
-    """
-
-    def __init__(self) -> None:
-        self.threads = torch.get_num_threads()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"threads": self.threads}
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Takes the number of the training that goes on.
-
-        Raises:
-            ValueError: no machine has as many.
-        """
-        there = checkpoint["callbacks"].get(self.state_key)
-        if trainer.state.fn == TrainerFn.FITTING and there is not None:
-            threads = there["threads"]
-            if not 1 <= threads <= _MOST_THREADS:
-                raise ValueError(f"the checkpoint's number of threads must be from 1 to {_MOST_THREADS}, got {threads}")
-            torch.set_num_threads(threads)
-            self.threads = threads
-
-
-class SameSettings(pl.Callback):
-    """Keeps the settings in checkpoints, and refuses to go on from one of other settings.
-
-    A training may become longer or shorter, and be logged or stopped in another way.
-
-    Args:
-        settings: of this training.
-
-    Attributes:
-        restoring: the training or evaluation is being set up, from a checkpoint where there is one, or makes its first
-            step, which is the first to look into the state of an optimizer.
-    """
-
-    def __init__(self, settings: dict[str, str]) -> None:
-        self.settings = settings
-        self.restoring = False
-        self._begun = 0
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.restoring = True
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.restoring &= bool(trainer.sanity_checking)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.restoring = False
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begun = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step > self._begun:
-            self.restoring = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings}
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Compares, where a training goes on.
-
-        Raises:
-            ValueError: a setting differs that the weights or the rest of the steps depend on.
-        """
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        check_parts(checkpoint, trainer)
-        there = checkpoint["callbacks"].get(self.state_key)
-        if there is None:
-            return
-        differing = differences(_of_steps(there["settings"]), _of_steps(self.settings))
-        if differing:
-            raise ValueError(
-                f"the checkpoint is of a training with other settings: {'; '.join(differing[:3])}. Give those that it "
-                "was trained with, or leave out --ckpt_path to start anew"
-            )
-
-
-def _of_steps(settings: dict[str, str]) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in settings.items()
-        if not name.startswith("trainer.") or name.removeprefix("trainer.") in _OF_STEPS
-    }

@@ -1,4 +1,4 @@
-"""Ending on SIGTERM: soon, in all processes at the same step, with a checkpoint and without a traceback."""
+"""Stops on SIGTERM: soon, in all processes at the same step, with a checkpoint and without a traceback."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ _WRITING_SECONDS = 60.0  # more, for a checkpoint that is being written
 
 
 def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer made a step with a batch of training."""
+    """Whether the optimizer made a step after this training batch."""
     last: bool = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class StopOnSigterm(pl.Callback):
-    """Ends a training after the step in which SIGTERM came, and an evaluation at once.
+    """On SIGTERM, ends a training after the current step, and an evaluation at once.
 
-    Several processes agree on the step: each of them has one, in which all see that one of them is to end. What takes
-    longer than 8 seconds, such as a long evaluation, is cut off; the last checkpoint remains.
+    Several processes agree on a step. Whatever takes longer than 8 seconds is cut off; the last checkpoint remains.
 
     Attributes:
-        agreed: all processes know that this is their last step.
+        agreed: whether all processes know that this is their last step.
     """
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class StopOnSigterm(pl.Callback):
         self._listen(trainer)
 
     def _listen(self, trainer: pl.Trainer) -> None:
-        """Takes SIGTERM from Lightning, whose handler talks to other processes that may be elsewhere."""
+        """Replaces Lightning's handler of SIGTERM, which waits for other processes."""
         self._trainer = trainer
         if threading.current_thread() is threading.main_thread():  # which alone may handle signals
             signal.signal(signal.SIGTERM, self._receive)

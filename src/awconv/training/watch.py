@@ -1,4 +1,4 @@
-"""What is watched while a network trains."""
+"""Callbacks that watch a training: finite numbers, speed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from awconv.models.pretrained import not_finite
 
 
 class DivergedError(ValueError):
-    """The loss or the weights became infinite or not a number."""
+    """The loss or the weights became infinite or NaN."""
 
 
 class FiniteTraining(pl.Callback):
-    """Stops a training whose loss or weights are infinite or not a number, before a checkpoint is written of it.
+    """Stops a training whose loss or weights became infinite or NaN, before they are written to a checkpoint.
 
-    The first such step is noted on the device, and looked at each ``log_every_n_steps`` steps, so that the device need
-    not be waited for in each step. The weights, and their average where there is one, are looked at when they are
-    written; a validation loss is only warned of.
+    The first such step is noted on the device and read every ``log_every_n_steps`` steps, so that no step waits for the
+    device. Weights and averaged weights are checked when they are written. A validation loss causes a warning only.
     """
 
     _NEVER = torch.iinfo(torch.int64).max
@@ -100,7 +99,7 @@ def _path(callback: Any) -> Any:
 
 
 class Pace(pl.Callback):
-    """Logs the images that are trained on in a second, in all processes together, and the time left."""
+    """Logs training images per second, over all processes, and the time left."""
 
     def __init__(self) -> None:
         self._start = 0.0

@@ -1,4 +1,4 @@
-"""What all data sets of labelled images share: splits, decoding, augmentation."""
+"""What all data sets for a classification share: splits, decoding, augmentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from awconv.data.images import (
 )
 from awconv.data.labels import checked_names
 from awconv.data.loading import DataModule, Split
-from awconv.data.order import blocks_of
+from awconv.data.order import chunks_of
 
 IN_MEMORY_BYTES = 2**31
 BATCH_BYTES = 2**32
@@ -250,9 +250,9 @@ class ImageDataModule(DataModule):
             return []
         if isinstance(dataset, InMemoryImages):
             return self._load_batches(dataset, split, _as_it_is, num_workers=0)
-        stored = getattr(dataset.dataset, "blocks", None)
-        blocks = blocks_of(stored, dataset.indices) if stored and split == "train" else None
-        return self._load_batches(dataset, split, _collate, self.num_workers, blocks)
+        stored = getattr(dataset.dataset, "chunks", None)
+        chunks = chunks_of(stored, dataset.indices) if stored and split == "train" else None
+        return self._load_batches(dataset, split, _collate, self.num_workers, chunks)
 
     def _augment(self, batch: Any, seed: int) -> Any:
         """Images that are not in memory were augmented when they were decoded."""

@@ -1,4 +1,4 @@
-"""Recipes: YAML files, checked before the parser reads them."""
+"""Reads recipes (YAML) and refuses files that are too large or malformed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SECTIONS = ("model", "trainer", "recent_checkpoint", "detections")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Reads a YAML file of settings; what it names is not imported.
+    """Reads a YAML file of settings. Imports nothing.
 
     Returns:
-        The settings, with those of files that sections name.
+        The settings. A section that names a file is replaced by the file's content.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is no YAML, no mapping of settings, or becomes too large.
+        FileNotFoundError: the file is missing.
+        ValueError: it is not YAML, not a mapping, or too large.
     """
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} is not a file; expected a YAML file such as those under recipes/")
@@ -37,12 +37,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def parse_recipe(text: str, name: str, folder: Path) -> dict[str, Any]:
-    """What :func:`read_recipe` returns, of YAML or JSON that was given as such.
+    """Like :func:`read_recipe`, for YAML or JSON given as text.
 
     Args:
         text: the settings.
-        name: what a message calls them.
-        folder: where the files are that sections may name.
+        name: their name in messages.
+        folder: the folder of files that sections name.
 
     Raises:
         ValueError: as for :func:`read_recipe`.
@@ -69,7 +69,7 @@ def parse_recipe(text: str, name: str, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def bounded_yaml() -> Iterator[None]:
-    """Within it, a parser reads no YAML that its aliases make huge, in whatever argument or file it stands."""
+    """Inside, parsers refuse YAML that becomes huge by its aliases, in arguments and in files."""
     load = jsonargparse.get_loader("yaml")
 
     def check_and_load(text: str) -> Any:
@@ -88,7 +88,7 @@ def bounded_yaml() -> Iterator[None]:
 
 
 def _check_size(root: yaml.Node | None) -> None:
-    """Raises a ValueError for a document that its aliases make huge or endless."""
+    """Raises a ValueError for a document that becomes huge or endless by its aliases."""
     sizes: dict[int, int] = {}
     open_: set[int] = set()
 

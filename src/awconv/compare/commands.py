@@ -1,0 +1,220 @@
+"""The commands ``compare``, ``ablate`` and ``demo``."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from awconv import terminal
+from awconv.compare.ablation import arms, choices
+from awconv.compare.comparison import Comparison, Run
+from awconv.compare.processes import train_in_turn, train_side_by_side
+from awconv.compare.record import Record, TestSplit
+from awconv.compare.report import table, write_report
+from awconv.compare.variants import check_overrides, find_change, read_base
+from awconv.training.lock import locked
+from awconv.training.quiet import quiet_lightning
+
+DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
+
+
+@quiet_lightning()
+def compare(
+    recipe: Path,
+    variants: str = "plain,aw",
+    seeds: int = 3,
+    out: Path | None = None,
+    jobs: int = 1,
+    split: TestSplit = "test",
+    overrides: Sequence[str] = (),
+    command: str = "",
+) -> int:
+    """Trains variants of a recipe over the same seeds and compares them.
+
+    Each finished run leaves a record, a small JSON file, and is not trained again. Ctrl-C reports the finished runs; the
+    same command resumes the interrupted one, on any machine with the folder. A failed run is reported, and the
+    others go on. Variants of a seed are trained one after the other, so that the ratio of their times is fair.
+
+    Args:
+        recipe: a YAML file for ``awconv fit``.
+        variants: with commas between them: ``plain`` is the recipe's network, ``aw``, ``se`` or ``aw_se`` the same
+            network with that attention, a network of timm by its name, and ``FILE.yaml`` the recipe with that file
+            laid over it.
+        seeds: number of seeds, counted from 0.
+        out: the folder of the report; ``runs/RECIPE`` by default.
+        jobs: how many runs are trained side by side, in processes that share the device.
+        split: the split to test on. Make choices on ``val``, before you look at ``test``.
+        overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+        command: what the user typed, for the report.
+
+    Returns:
+        The exit status: 0, 1 if a run failed, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Raises:
+        FileNotFoundError: the recipe or a variant is missing.
+        ValueError: the recipe names no network, a variant is unknown or given twice, there is nothing to run, a record
+            has other settings, or the comparison itself sets an override.
+    """
+    check_overrides(overrides)
+    base = read_base(recipe, overrides).network
+    changes = [find_change(base, variant.strip()) for variant in variants.split(",")]
+    names = [change.name for change in changes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
+    comparison = Comparison(
+        tuple(change.apply(recipe, overrides) for change in changes),
+        seeds,
+        out if out is not None else Path("runs") / recipe.stem,
+        split,
+        jobs,
+    )
+    return _run(comparison, f"{base}: {' against '.join(names)} ({recipe.stem})", command)
+
+
+@quiet_lightning()
+def ablate(
+    recipe: Path,
+    vary: str | None = None,
+    seeds: int = 3,
+    out: Path | None = None,
+    jobs: int = 1,
+    overrides: Sequence[str] = (),
+    command: str = "",
+) -> int:
+    """Compares settings of a recipe's attention branch on the validation split.
+
+    The test split is not used. Finished and interrupted runs are treated as in ``awconv compare``.
+
+    Args:
+        recipe: a YAML file for ``awconv fit``.
+        vary: changes, tried one at a time, with spaces between them: arguments of the layer such as ``reduction=4``,
+            ``in_expansion=1``, ``activation=tanh``, ``residual=false``, ``norm_layer=none``; ``select=layer3.*`` for
+            the layers with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for their optimisation. Join
+            changes by ``+`` to try them at once: ``reduction=4+activation=tanh``. The default is some of each kind.
+        seeds: number of seeds, counted from 0.
+        out: the folder of the report; ``runs/RECIPE_ablation`` by default.
+        jobs: how many runs are trained side by side, in processes that share the device.
+        overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+        command: what the user typed, for the report.
+
+    Returns:
+        The exit status, as of :func:`compare`.
+
+    Raises:
+        FileNotFoundError: the recipe is missing.
+        ValueError: the recipe's network has no AW version, a change is unknown, the data have no validation split, a
+            record has other settings, or the comparison itself sets an override.
+    """
+    check_overrides(overrides)
+    base = read_base(recipe, overrides)
+    network = base.network if base.network.startswith("aw_") else find_change(base.network, "aw").network
+    assert network is not None
+    changes = arms(network, choices(network) if vary is None else vary.split(), base.network_args)
+    comparison = Comparison(
+        tuple(change.apply(recipe, overrides) for change in changes),
+        seeds,
+        out if out is not None else Path("runs") / f"{recipe.stem}_ablation",
+        "val",
+        jobs,
+    )
+    return _run(comparison, f"{network}: choices for the branch ({recipe.stem})", command)
+
+
+def demo(
+    seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = (), command: str = "awconv demo"
+) -> int:
+    """Trains a small ResNet, plain and with AW, on scikit-learn's scanned digits, and compares them.
+
+    Args:
+        seeds: number of seeds, counted from 0.
+        out: the folder of the report.
+        overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
+        command: what the user typed, for the report.
+
+    Returns:
+        The exit status, as of :func:`compare`.
+    """
+    return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
+
+
+def _run(comparison: Comparison, title: str, command: str) -> int:
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # of processes that train together
+    console = terminal.console() if first else Console(quiet=True)
+    with locked(comparison.folder) if first else nullcontext():
+        status, records = _train_all(comparison, console)
+        if records and first:
+            order = [variant.name for variant in comparison.variants]
+            records.sort(key=lambda record: (record.seed, order.index(record.variant)))
+            console.print(table(records, title).rich())
+            console.print(f"Report: {write_report(records, comparison.folder, title, command)}", markup=False)
+    return status
+
+
+def _train_all(comparison: Comparison, console: Console) -> tuple[int, list[Record]]:
+    runs, folder = comparison.runs, comparison.folder
+    finished = {run.name: record for run in runs if (record := comparison.finished(run)) is not None}
+    records = list(finished.values())
+    if records:
+        _print(console, f"{len(records)} of {len(runs)} runs are finished already, in {folder}")
+    missing = [run for run in runs if run.name not in finished]
+    train = train_in_turn if comparison.jobs == 1 else train_side_by_side
+    failures: list[tuple[Run, str]] = []
+    stopped = 0
+    with _Bar(console, len(missing)) as bar:
+        try:
+            with closing(train(comparison, missing, bar.advance_run)) as results:
+                for run, result in results:
+                    if isinstance(result, Record):
+                        records.append(result)
+                        score = f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
+                        _print(console, f"{run.name}: {score}")
+                    else:
+                        failures.append((run, result))
+        except (KeyboardInterrupt, SIGTERMException) as error:
+            stopped = 130 if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM
+            kept = f"{len(records)} finished runs are kept in {folder}"
+            _print(console, f"Interrupted; {kept}, and the same command goes on")
+    for run, reason in failures:
+        terminal.say(*f"awconv: run {run.name} failed: {reason}".splitlines())
+    return stopped or (1 if failures else 0), records
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+class _Bar(Progress):
+    """One bar for all runs."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._bar = self.add_task("", total=runs)
+        self._done: dict[str, float] = {}
+
+    def advance_run(self, run: Run, epochs: float, of: int) -> None:
+        """Shows the progress of a run.
+
+        Args:
+            run: the run.
+            epochs: epochs done so far.
+            of: number of all epochs.
+        """
+        self._done[run.name] = epochs / of
+        epoch = min(int(epochs) + 1, of)
+        self.update(self._bar, description=f"{run.name}, epoch {epoch}/{of}", completed=sum(self._done.values()))

@@ -1,0 +1,127 @@
+"""Trains a run of a comparison, resuming where it was interrupted, and writes its record."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import timm
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from awconv.compare.comparison import Comparison, Run
+from awconv.compare.record import Record, TestSplit
+from awconv.compare.recorder import Progress, Recorder
+from awconv.data import DataModule
+from awconv.summary import summary
+from awconv.training import TrainingCLI
+from awconv.training.checkpoints import find_last, read_checkpoint
+from awconv.training.recipe import Recipe
+from awconv.training.same import SameSettings
+from awconv.version import __version__
+
+
+class OpenedData:
+    """Data sets that runs share, so that each is decoded once."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, DataModule] = {}
+
+    def of(self, recipe: Recipe, built: TrainingCLI, split: TestSplit) -> DataModule:
+        """The data of an earlier run with the same settings, or else the run's own.
+
+        Raises:
+            ValueError: there is nothing to test on.
+        """
+        key = json.dumps(recipe.settings.content["data"], sort_keys=True)
+        data = self._opened.setdefault(key, built.datamodule)
+        if data.dataset(split) is None:
+            splits = {"test": "neither a test nor a validation split", "val": "no validation split"}
+            raise ValueError(f"the data have {splits[split]}; hold one out with data.val_fraction")
+        return data
+
+
+def train(
+    comparison: Comparison, run: Run, opened: OpenedData, on_progress: Progress = lambda epochs, of: None
+) -> Record:
+    """Trains the network, resuming an interrupted run, tests it after the last epoch and writes the record.
+
+    Args:
+        comparison: that the run belongs to.
+        run: the run.
+        opened: the data sets of other runs, to share.
+        on_progress: called after each batch with the epochs done so far and the number of all epochs.
+
+    Raises:
+        KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
+        SIGTERMException: SIGTERM came.
+        ValueError: there is nothing to test on, or an interrupted run had other settings.
+    """
+    recipe, split = comparison.recipe(run), comparison.split
+    built = recipe.build()
+    model, trainer, data = built.model, built.trainer, opened.of(recipe, built, split)
+    recorder = Recorder(on_progress)
+    trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]  # before checkpoints are written
+    try:
+        interrupted = _interrupted(comparison, run, recipe)
+        with built.naming(interrupted):
+            trainer.fit(model, datamodule=data, ckpt_path=interrupted)
+        evaluate = trainer.test if split == "test" else trainer.validate
+        (metrics,) = evaluate(model, datamodule=data, verbose=False)
+    except SIGTERMException:
+        raise
+    except SystemExit as error:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    model.cpu()
+    record = Record(
+        variant=run.variant.name,
+        network=model.network_name,
+        seed=run.seed,
+        parameters=sum(p.numel() for p in model.network.parameters() if p.requires_grad),
+        operations=summary(model.network, model.example()).operations,
+        test_split=data.test_split if split == "test" else split,
+        score=metrics[f"{split}/{model.score}"],
+        epochs=recorder.epochs,
+        recipe=dict(recipe.settings.content),
+        versions=_versions(recorder.device),
+        jobs=comparison.jobs,
+        metric=model.score_name,
+        figures={name: metrics[f"{split}/{name}"] for name in model.further_figures},
+    )
+    if trainer.is_global_zero:
+        record.save(comparison.file(run))
+    return record
+
+
+def _versions(device: Any) -> dict[str, str]:
+    return {
+        "awconv": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _interrupted(comparison: Comparison, run: Run, recipe: Recipe) -> str | None:
+    """The last checkpoint of an interrupted run, or None.
+
+    Raises:
+        ValueError: it has other settings.
+    """
+    folder = comparison.checkpoints(run)
+    last = find_last(folder)
+    if last is None:
+        return None
+    there = read_checkpoint(last)["callbacks"].get(SameSettings.__qualname__, {}).get("settings", {})
+    differing = recipe.settings.differences(there)
+    if differing:
+        raise ValueError(
+            f"{folder} holds checkpoints of other settings: {'; '.join(differing[:3])}. Name another folder with "
+            "--out, or remove this one to train anew"
+        )
+    return str(last)

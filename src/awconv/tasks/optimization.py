@@ -1,0 +1,121 @@
+"""Optimiser and learning rate schedule of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from torch import nn
+from torch.optim import Optimizer
+
+from awconv.parameter_groups import branch_parameters
+from awconv.tasks.checks import check_numbers
+
+_MOST = 1e18  # products of two such numbers are finite in single precision
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Optimiser, linear warm-up and decay of the learning rate.
+
+    Attributes:
+        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms have no weight decay.
+        optimizer_args: further arguments of the optimizer.
+        lr: the highest learning rate.
+        branch_lr_factor: factor of the attention branches' learning rate.
+        momentum: of the optimizer.
+        weight_decay: of the optimizer.
+        branch_weight_decay: of the attention branches; None for ``weight_decay``.
+        warmup_epochs: length of the linear warm-up, in epochs.
+        decay_epochs: epochs after which the learning rate is multiplied by ``decay_rate``. If empty, the rate decays to
+            0 as a cosine.
+        decay_rate: factor at each of ``decay_epochs``.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    optimizer: str
+    optimizer_args: dict[str, Any]
+    lr: float
+    branch_lr_factor: float
+    momentum: float
+    weight_decay: float
+    branch_weight_decay: float | None
+    warmup_epochs: float
+    decay_epochs: tuple[float, ...]
+    decay_rate: float
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            lr=(self.lr, 0, _MOST),
+            branch_lr_factor=(self.branch_lr_factor, 0, _MOST),
+            momentum=(self.momentum, 0, 1),
+            weight_decay=(self.weight_decay, 0, _MOST),
+            branch_weight_decay=(self.branch_weight_decay, 0, _MOST),
+            warmup_epochs=(self.warmup_epochs, 0, _MOST),
+            decay_rate=(self.decay_rate, 0, 100 * _MOST),
+            **{f"decay_epochs[{index}]": (epoch, 0, _MOST) for index, epoch in enumerate(self.decay_epochs)},
+        )
+
+    def make_optimizer(self, network: nn.Module) -> Optimizer:
+        """An optimizer of a network's parameters.
+
+        Raises:
+            ValueError: timm does not know the optimizer, or the optimizer an argument.
+        """
+        try:
+            return create_optimizer_v2(
+                self._parameter_groups(network),
+                opt=self.optimizer,
+                lr=self.lr,
+                momentum=self.momentum,
+                **self.optimizer_args,
+            )
+        except Exception as error:  # of timm, or of any optimizer
+            raise ValueError(
+                f"optimizer must be a name of timm.optim.list_optimizers(), and optimizer_args its arguments, got "
+                f"{self.optimizer!r} and {self.optimizer_args}: {error}"
+            ) from error
+
+    def _parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        """timm's groups, with and without weight decay, each split into attention branches and the rest."""
+        groups: list[dict[str, Any]] = param_groups_weight_decay(
+            network, self.weight_decay, no_weight_decay_list=getattr(network, "no_weight_decay", set)()
+        )
+        branch = branch_parameters(network)
+        own_decay = self.branch_weight_decay
+        split = []
+        for group in groups:
+            decay = group["weight_decay"] and (group["weight_decay"] if own_decay is None else own_decay)
+            inside, outside = dict(lr=self.lr * self.branch_lr_factor, weight_decay=decay), dict(lr=self.lr)
+            split.append(group | outside | dict(params=[p for p in group["params"] if p not in branch]))
+            split.append(group | inside | dict(params=[p for p in group["params"] if p in branch]))
+        return [group for group in split if group["params"]]
+
+    def schedule(self, steps_per_epoch: float, steps: float) -> Callable[[int], float]:
+        """A function from the optimizer's step to a factor of the learning rate.
+
+        Args:
+            steps_per_epoch: the optimizer's steps in an epoch.
+            steps: its steps in the whole training; may be infinite.
+
+        Raises:
+            ValueError: ``steps`` is infinite, and a cosine decay needs an end.
+        """
+        boundaries = [epoch * steps_per_epoch for epoch in self.decay_epochs]
+        if not boundaries and math.isinf(steps):
+            raise ValueError("a cosine decay needs an end: give trainer.max_epochs or trainer.max_steps")
+        warmup = int(min(steps, round(self.warmup_epochs * steps_per_epoch)))
+
+        def share(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if boundaries:
+                return float(self.decay_rate ** sum(step >= boundary for boundary in boundaries))
+            return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, steps - warmup)))) / 2
+
+        return share

@@ -1,0 +1,105 @@
+"""Callbacks that make a resumed training equal to an uninterrupted one: same settings, same threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from awconv.roles import Role
+from awconv.training.checkpoints import check_parts
+from awconv.training.settings import Settings
+
+_MOST_THREADS = 4096
+
+
+class SameThreads(pl.Callback):
+    """Stores the number of threads in checkpoints and restores it: another number rounds sums differently.
+
+    Attributes:
+        threads: number of threads of this training.
+    """
+
+    def __init__(self) -> None:
+        self.threads = torch.get_num_threads()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"threads": self.threads}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Sets the checkpoint's number of threads.
+
+        Raises:
+            ValueError: the number is out of range.
+        """
+        there = checkpoint["callbacks"].get(self.state_key)
+        if trainer.state.fn == TrainerFn.FITTING and there is not None:
+            threads = there["threads"]
+            if not 1 <= threads <= _MOST_THREADS:
+                raise ValueError(f"the checkpoint's number of threads must be from 1 to {_MOST_THREADS}, got {threads}")
+            torch.set_num_threads(threads)
+            self.threads = threads
+
+
+class SameSettings(pl.Callback):
+    """Stores the settings in checkpoints, and refuses to resume with settings that change the steps.
+
+    Length, logs and the way to stop may change.
+
+    Args:
+        settings: of this training.
+
+    Attributes:
+        restoring: true until the end of the first step, which is the first to use an optimizer's restored state.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.restoring = False
+        self._begun = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.restoring = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restoring &= bool(trainer.sanity_checking)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restoring = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._begun:
+            self.restoring = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings.deciding(Role.RESULT)}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Compares the settings when a training resumes.
+
+        Raises:
+            ValueError: a setting differs that decides the steps.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        check_parts(checkpoint, trainer)
+        there = checkpoint["callbacks"].get(self.state_key)
+        if there is None:
+            return
+        differing = self.settings.differences(there["settings"], Role.STEPS)
+        if differing:
+            raise ValueError(
+                f"the checkpoint is of a training with other settings: {'; '.join(differing[:3])}. Give those that it "
+                "was trained with, or leave out --ckpt_path to start anew"
+            )
