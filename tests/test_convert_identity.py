@@ -47,20 +47,20 @@ def test_the_attentional_weights_are_the_old_ones_bit_for_bit_where_the_constant
 def test_the_gradient_of_the_branch_is_that_of_finite_differences() -> None:
     model = convert(network(), init="identity").double()
     images = torch.randn(4, 3, 12, 12).double()
-    gain = model[3].attention.norm2.weight
+    weight = model[3].attention.norm2.weight
 
     def loss() -> Tensor:
         return model(images).square().sum()
 
     loss().backward()
-    step = 1e-5
+    distance = 1e-5
     with torch.no_grad():
-        gain[1] += step
+        weight[1] += distance
         above = loss()
-        gain[1] -= 2 * step
+        weight[1] -= 2 * distance
         below = loss()
-    # Central differences of a smooth function in double precision: errors of step squared, and 1e-16 / step.
-    torch.testing.assert_close(gain.grad[1], (above - below) / (2 * step), rtol=1e-6, atol=1e-6)
+    # Central differences of a smooth function in double precision: errors of distance squared, and 1e-16 / distance.
+    torch.testing.assert_close(weight.grad[1], (above - below) / (2 * distance), rtol=1e-6, atol=1e-6)
 
 
 def test_identity_divides_nothing_before_all_layers_are_known_to_fit() -> None:

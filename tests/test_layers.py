@@ -76,7 +76,7 @@ def test_the_layer_is_the_papers_branch_and_one_convolution_for_each_sample(
 
 
 def switch_attention_off(layer: nn.Module) -> None:
-    """ReLU of a last norm without gain and offset is zero, and K + 0 * K is K."""
+    """ReLU of a last norm without weight and bias is zero, and K + 0 * K is K."""
     nn.init.zeros_(layer.attention.norm2.weight)
     nn.init.zeros_(layer.attention.norm2.bias)
 

@@ -44,7 +44,7 @@ def test_parameters_and_operations_are_those_of_the_formulas() -> None:
     convert(model, ["1.1", "2"])
     counted = summary(model, torch.zeros(2, 3, 16, 16))
     first, second = counted.converted
-    # Hidden channels max(C1 // 16, 4) = 4; two convolutions and the gain and shift of their norms.
+    # Hidden channels max(C1 // 16, 4) = 4; two convolutions and the weight and bias of their norms.
     assert first.parameters == 32 * 4 + 4 * 16 + 2 * (4 + 16)
     assert second.parameters == 16 * 4 + 4 * 16 + 2 * (4 + 16)
     # For each of 2 images: the branch at 3x3 and 1x5 positions, and the lesser of the weights (16 x 32 x 9, 16 x 1 x 5)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import logging
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -23,12 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from awconv.branch import NormLayer
 from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
+from awconv.selection import Convolution, Selection, choose, convolutions, nothing_selected, parts_of_branches
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Predicate = Callable[[str, nn.Module], bool]
-Selection = str | re.Pattern[str] | Predicate
-
-AW_LAYERS = (AWConv1d, AWConv2d, AWConv3d)
 _COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv1d: AWConv1d,
     nn.Conv2d: AWConv2d,
@@ -93,23 +86,22 @@ def convert(
         TypeError: an argument is none of these.
         ValueError: nothing was selected, or a name, a glob or an expression matches no convolution, or an argument does
             not fit a selected layer. The model is left as it was.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3))
+        >>> input = torch.randn(2, 3, 8, 8)
+        >>> before = model(input)
+        >>> [type(layer).__name__ for layer in awconv.convert(model, init="identity")]  # the first one is the stem
+        ['Conv2d', 'ReLU', 'AWConv2d']
+        >>> torch.allclose(model(input), before, atol=1e-5)
+        True
     """
     _check_arguments(model, init, norm_layer)
-    candidates = convolutions(model)
-    chosen = _choose(model, candidates, select)
-    obstacles = _obstacles(model, chosen)
-    if all(obstacles.values()):
-        raise ValueError(_nothing_selected(model, candidates, obstacles, select))
-    kind = _most_common_norm(model)
-    counterparts: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
-    for name, old in chosen.items():
-        if obstacles[name]:
-            _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
-        else:
-            norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
-            counterparts[old] = _counterpart(name, old, norm_layer=norm, **arguments)
+    counterparts = _counterparts(model, select, norm_layer, arguments)
     if init == "identity":
-        _start_as_identity({name: counterparts[old] for name, old in chosen.items() if old in counterparts})
+        _start_as_identity(model, counterparts)
     return _replaced(model, counterparts)
 
 
@@ -125,18 +117,38 @@ def _check_arguments(model: nn.Module, init: str, norm_layer: NormLayer | Litera
         )
 
 
-def _obstacles(model: nn.Module, chosen: Mapping[str, Convolution]) -> dict[str, str | None]:
+def _counterparts(
+    model: nn.Module,
+    select: Selection | Sequence[Selection] | None,
+    norm_layer: NormLayer | Literal["match"] | None,
+    arguments: dict[str, Any],
+) -> dict[nn.Module, AWConv1d | AWConv2d | AWConv3d]:
+    """The new layers, by the convolutions that they replace."""
+    candidates = convolutions(model)
+    chosen = choose(model, candidates, select)
     owners = weight_owners(model)
-    return {name: obstacle(module, owners) for name, module in chosen.items()}
+    obstacles = {name: obstacle(module, owners) for name, module in chosen.items()}
+    if all(obstacles.values()):
+        raise ValueError(nothing_selected(model, candidates, obstacles, select))
+    kind = _most_common_norm(model)
+    counterparts: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
+    for name, old in chosen.items():
+        if obstacles[name]:
+            _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
+        else:
+            norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
+            counterparts[old] = _counterpart(name, old, norm_layer=norm, **arguments)
+    return counterparts
 
 
-def _start_as_identity(layers: Mapping[str, AWConv1d | AWConv2d | AWConv3d]) -> None:
+def _start_as_identity(model: nn.Module, counterparts: Mapping[nn.Module, AWConv1d | AWConv2d | AWConv3d]) -> None:
+    names = {module: name for name, module in model.named_modules()}
     gains: list[tuple[Tensor, Tensor]] = []
-    for name, layer in layers.items():
+    for old, layer in counterparts.items():
         try:
             gains.append((layer.weight, layer.start_constant()))
         except ValueError as error:
-            raise ValueError(f"convert: layer {name!r}: {error}") from error
+            raise ValueError(f"convert: layer {names[old]!r}: {error}") from error
     for weight, gain in gains:  # now that nothing can fail any more
         weight.data = weight.data / gain  # not in place: another tensor may share the storage
 
@@ -186,33 +198,6 @@ def _lose_attention(name: str, *arguments: Any, **options: Any) -> NoReturn:
         f"{name}() would make a plain convolution of AW-convolutions, and lose their attention. Fold the plain network "
         "first (with timm.utils.reparameterize_model, for one), then call awconv.convert"
     )
-
-
-def convolutions(model: nn.Module) -> dict[str, Convolution]:
-    """The convolutions of a model that are not AW-convolutions or parts of their branches, by name."""
-    branches = _parts_of_branches(model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Convolution) and not isinstance(module, AW_LAYERS) and module not in branches
-    }
-
-
-def _parts_of_branches(model: nn.Module) -> set[nn.Module]:
-    return {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
-
-
-def is_spatial(module: Convolution) -> bool:
-    """Whether a convolution looks at more than one position."""
-    return max(module.kernel_size) > 1
-
-
-def stem(model: nn.Module) -> str | None:
-    """The name of a model's first spatial convolution, AW or not; None for a model that is a convolution itself."""
-    for name, module in model.named_modules():
-        if name != "" and isinstance(module, Convolution) and is_spatial(module):
-            return str(name)
-    return None
 
 
 def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -292,76 +277,9 @@ def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AW
     return new.train(old.training)
 
 
-def _choose(
-    model: nn.Module, candidates: dict[str, Convolution], select: Selection | Sequence[Selection] | None
-) -> dict[str, Convolution]:
-    if select is None:
-        first = stem(model)
-        return {name: module for name, module in candidates.items() if is_spatial(module) and name != first}
-    # A shared module has several names, and candidates know it by its first.
-    known = set(candidates.values())
-    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if module in known}
-    several = isinstance(select, Sequence) and not isinstance(select, str)
-    selections: Any = select if several else [select]
-    chosen: set[nn.Module] = set()
-    matches: Callable[[str], Any]
-    for selection in selections:
-        if isinstance(selection, str):
-            pattern, matches = selection, functools.partial(fnmatchcase, pat=selection)
-        elif isinstance(selection, re.Pattern):
-            pattern, matches = selection.pattern, selection.fullmatch
-        elif callable(selection) and not isinstance(selection, type):
-            chosen |= {module for name, module in named.items() if selection(name, module)}
-            continue
-        else:
-            raise TypeError(
-                "convert: select must be a layer's name, a glob such as 'layer4.*', a compiled regular expression, a "
-                "function of a layer's name and the layer such as lambda name, layer: layer.groups == 1, or a list of "
-                f"these; got {selection!r}"
-            )
-        matched = {module for name, module in named.items() if matches(name)}
-        if not matched and candidates:
-            if any(matches(name) for name, module in model.named_modules() if isinstance(module, AW_LAYERS)):
-                raise ValueError(f"convert: {pattern!r} is an AW-convolution already; leave it out of select")
-            near = ", ".join(map(repr, _near(pattern, list(named))))
-            raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {near}")
-        chosen |= matched
-    return {name: module for name, module in candidates.items() if module in chosen}
-
-
-def _near(pattern: str, names: list[str]) -> list[str]:
-    """The names that a user may have meant: those below a module of that name, else those spelt alike."""
-    below = [name for name in names if name.startswith(pattern.rstrip("*.\\$") + ".")]
-    if below:
-        return [pattern.rstrip("*.\\$") + ".*", *below[:5]]
-    words = re.sub(r"[^\w.]+", "", pattern)
-    alike = difflib.get_close_matches(words, names, n=6, cutoff=0.5)
-    return alike or names[:6]
-
-
-def _nothing_selected(
-    model: nn.Module,
-    candidates: dict[str, Convolution],
-    obstacles: dict[str, str | None],
-    select: Selection | Sequence[Selection] | None,
-) -> str:
-    name = type(model).__name__
-    if not candidates:
-        has = "none" if not any(isinstance(m, AW_LAYERS) for m in model.modules()) else "AW-convolutions only"
-        return f"convert: no convolution of {name} was selected for conversion; it has {has}"
-    if obstacles:
-        listed = "; ".join(f"{name!r}: {obstacle}" for name, obstacle in list(obstacles.items())[:8])
-        return f"convert: no convolution of {name} that was selected can be converted exactly: {listed}"
-    listed = ", ".join(f"{name!r} ({module})" for name, module in list(candidates.items())[:8])
-    default = ". By default only kernels larger than 1 are, without the first one; give select="
-    return f"convert: no convolution of {name} was selected for conversion; it has {listed}" + (
-        "" if select is not None else default
-    )
-
-
 def _most_common_norm(model: nn.Module) -> str:
     """The kind of norm that a model has most of: ``"batch"``, ``"sync"``, ``"group"`` or ``"frozen"``."""
-    branches = _parts_of_branches(model)
+    branches = parts_of_branches(model)
     kinds: Counter[str] = Counter()
     for module in model.modules():
         if module in branches:

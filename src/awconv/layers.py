@@ -17,7 +17,7 @@ from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import pool_beside, pools_beside
 from awconv.ops.problem import SPATIAL_NAMES
 
-__all__ = ["AWConv1d", "AWConv2d", "AWConv2dSame", "AWConv3d", "AttentionBranch"]
+__all__ = ["AW_LAYERS", "AWConv1d", "AWConv2d", "AWConv2dSame", "AWConv3d", "AttentionBranch"]
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _AW_CONV = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
@@ -88,8 +88,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         ]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Shape (N, C1, \\*size) to (N, C2, \\*out_size); a single sample without the batch axis is taken as nn.Conv
-        takes it.
+        """Shape (N, C1, \\*size) to (N, C2, \\*out_size); the batch axis may be missing, as for nn.Conv.
 
         Raises:
             ValueError: the input does not have ``in_channels`` channels or the right number of axes.
@@ -225,6 +224,12 @@ class AWConv1d(_AWConvNd, nn.Conv1d):
 
     Shape:
         Input (N, C1, L) or (C1, L), output (N, C2, L') or (C2, L').
+
+    Examples:
+        >>> import torch
+        >>> from awconv import AWConv1d
+        >>> AWConv1d(16, 32, 3, padding=1)(torch.randn(4, 16, 8)).shape
+        torch.Size([4, 32, 8])
     """
 
 
@@ -263,6 +268,15 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
 
     Shape:
         Input (N, C1, H, W) or (C1, H, W), output (N, C2, H', W') or (C2, H', W').
+
+    Examples:
+        >>> import torch
+        >>> from awconv import AWConv2d
+        >>> layer, input = AWConv2d(16, 32, 3, padding=1), torch.randn(4, 16, 8, 8)
+        >>> layer(input).shape
+        torch.Size([4, 32, 8, 8])
+        >>> layer.attention(input).shape  # a value for each sample, output channel and tap
+        torch.Size([4, 32, 1, 3, 3])
     """
 
 
@@ -285,4 +299,13 @@ class AWConv3d(_AWConvNd, nn.Conv3d):
 
     Shape:
         Input (N, C1, D, H, W) or (C1, D, H, W), output (N, C2, D', H', W') or (C2, D', H', W').
+
+    Examples:
+        >>> import torch
+        >>> from awconv import AWConv3d
+        >>> AWConv3d(16, 32, 3, padding=1)(torch.randn(4, 16, 8, 8, 8)).shape
+        torch.Size([4, 32, 8, 8, 8])
     """
+
+
+AW_LAYERS = (AWConv1d, AWConv2d, AWConv3d)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from awconv.convert import AW_LAYERS
+from awconv.layers import AW_LAYERS
 
 
 def parameter_groups(
@@ -19,15 +19,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters of a model into groups with options of their own.
 
-    ::
-
-        groups = parameter_groups(model, branch={"lr": 0.01, "weight_decay": 0.0})
-        optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9, weight_decay=1e-4)
-
     Args:
         model: a network with AW-convolutions.
-        branch: options for the attention branches, such as ``lr`` or ``weight_decay``; what is not given is the
-            optimiser's.
+        branch: options for the attention branches, such as ``lr`` or ``weight_decay``. The optimiser's options hold
+            for what is not given.
         weight: options for the weights that the attention multiplies.
         rest: options for all other parameters (biases of AW-convolutions too).
 
@@ -38,6 +33,15 @@ def parameter_groups(
     Raises:
         TypeError: the model is no module.
         ValueError: the model has no AW-convolution, or options are no mapping or hold ``params`` or ``name``.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), awconv.AWConv2d(8, 16, 3))
+        >>> groups = awconv.parameter_groups(model, branch={"lr": 0.01, "weight_decay": 0.0})
+        >>> optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9, weight_decay=1e-4)
+        >>> [(group["name"], len(group["params"]), group["lr"]) for group in optimizer.param_groups]
+        [('branch', 6, 0.01), ('weight', 1, 0.001), ('rest', 3, 0.001)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups: model must be an nn.Module, got {model!r}")
@@ -60,6 +64,13 @@ def parameter_groups(
 
 
 def branch_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model's attention branches; none for a network without AW-convolutions."""
+    """The parameters of a model's attention branches; none for a network without AW-convolutions.
+
+    Examples:
+        >>> import awconv
+        >>> from awconv.parameter_groups import branch_parameters
+        >>> sum(parameter.numel() for parameter in branch_parameters(awconv.AWConv2d(64, 64, 3)))
+        648
+    """
     layers = (module for module in model.modules() if isinstance(module, AW_LAYERS))
     return {parameter for layer in layers for parameter in layer.attention.parameters()}

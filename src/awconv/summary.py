@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from awconv.convert import AW_LAYERS, convolutions, is_spatial, obstacle, stem, weight_owners
-from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.convert import obstacle, weight_owners
+from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 from awconv.ops.algorithm import CONV
+from awconv.selection import convolutions, is_spatial, stem
 from awconv.tables import Table
 
 _AWConv = AWConv1d | AWConv2d | AWConv3d
@@ -51,6 +52,13 @@ class Summary:
         parameters: of the whole network.
         operations: multiply-adds of the whole network for the inputs, as :func:`summary` counts them; None without
             inputs.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> found = awconv.summary(torch.nn.Sequential(awconv.AWConv2d(16, 32, 3)))
+        >>> [layer.name for layer in found.converted], found.parameters_added, found.parameters
+        (['0'], 264, 4904)
     """
 
     layers: tuple[LayerSummary, ...]
@@ -94,9 +102,9 @@ class Summary:
 def summary(model: nn.Module, inputs: Any = None) -> Summary:
     """Lists the convolutions of a network: those that are AW-convolutions, and why the others are not.
 
-    Operations are the multiply-adds of convolutions, linear layers and matrix products; of an AW-convolution also those
-    of its branch's two convolutions and of the attention, counted on the weights of each sample or on each tap's
-    partial products, whichever is less. Norms, activations and pooling are not counted, as is usual.
+    Operations are multiply-adds of convolutions, linear layers and matrix products. Norms, activations and pooling are
+    not counted, as is usual. An AW-convolution adds the two convolutions of its branch and the multiplications by the
+    attention: of each sample's weights or of each tap's partial products, whichever are fewer.
 
     Args:
         model: any network; it is not changed. On the device ``meta`` nothing is computed.
@@ -105,6 +113,16 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
 
     Raises:
         TypeError: the model is no module.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), awconv.AWConv2d(16, 32, 3))
+        >>> print(awconv.summary(model, torch.zeros(1, 3, 8, 8)))
+        layer                           parameters added  operations added
+        0       Conv2d 3 to 16, 3x3                                         the stem
+        1       AWConv2d 16 to 32, 3x3               264             6,336
+        1 of 2                                       264             6,336  +5.19% of parameters, +7.10% of operations
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")

@@ -55,19 +55,19 @@ def draw(seed: int) -> Drawn:
     dims = int(random.choice([1, 2, 2, 2, 3]))
     kernel = tuple(number(1, {1: 9, 2: 5, 3: 3}[dims]) for _ in range(dims))
     stride, dilation = (tuple(number(1, most) for _ in range(dims)) for most in (4, 2))
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    extents = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     before = tuple(number(0, 4) for _ in range(dims))
     after = before if random.random() < 0.7 else tuple(number(0, 4) for _ in range(dims))
     size = []
     for axis in range(dims):
-        least = max(1, reach[axis] - before[axis] - after[axis])
+        least = max(1, extents[axis] - before[axis] - after[axis])
         extent = number(least, least + {1: 150, 2: 24, 3: 8}[dims] // int(random.choice([1, 3])))
         if random.random() < 0.5:  # then padding before can take the place of what the stride leaves
             extent = -(-extent // stride[axis]) * stride[axis]
         size.append(extent)
     group_in, group_out = channels(), channels()
     groups = 1 if group_in * group_out > 100 else number(1, 5)
-    axes = zip(size, before, after, reach, stride, strict=True)
+    axes = zip(size, before, after, extents, stride, strict=True)
     positions = tuple((extent + b + a - r) // s + 1 for extent, b, a, r, s in axes)
     while np.prod(positions) * group_in * group_out * groups * np.prod(kernel) > MOST_WORK:
         if group_in >= group_out:
@@ -103,7 +103,7 @@ def expected_output(drawn: Drawn, input: Tensor, weight: Tensor, attention: Tens
         attention = attention.repeat_interleave(weight.shape[axis - 1] // attention.shape[axis], axis)
     weights = attention * weight + (weight if problem.residual else 0)
     padded = F.pad(input, [amount for pair in reversed(drawn.padding) for amount in pair])
-    reached = [d * (k - 1) for d, k in zip(problem.geometry.dilation, problem.kernel, strict=True)]
+    spans = [d * (k - 1) for d, k in zip(problem.geometry.dilation, problem.kernel, strict=True)]
     padded = padded.unflatten(1, (problem.geometry.groups, -1))
     weights = weights.unflatten(1, (problem.geometry.groups, -1))
     total: Any = 0
@@ -112,9 +112,9 @@ def expected_output(drawn: Drawn, input: Tensor, weight: Tensor, attention: Tens
             (
                 ...,
                 *(
-                    slice(t * d, extent - reach + t * d, s)
-                    for t, d, s, extent, reach in zip(
-                        tap, problem.geometry.dilation, drawn.stride, padded.shape[3:], reached, strict=True
+                    slice(t * d, extent - span + t * d, s)
+                    for t, d, s, extent, span in zip(
+                        tap, problem.geometry.dilation, drawn.stride, padded.shape[3:], spans, strict=True
                     )
                 ),
             )

@@ -91,12 +91,12 @@ def cases(draw: st.DrawFn, dims: tuple[int, ...] = (1, 2, 3), least_batch: int =
     dilation = number(1, 2)
     padding = number(0, 3) if padding == "number" else padding
     dilations = (dilation,) * axes if isinstance(dilation, int) else dilation
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    extents = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     weight_shape = (group_out * groups, group_in, *kernel)
     return Case(
         dims=axes,
         batch=draw(st.integers(least_batch, 3)),
-        size=tuple(draw(st.integers(r, r + 5)) for r in reach),
+        size=tuple(draw(st.integers(r, r + 5)) for r in extents),
         weight_shape=weight_shape,
         attention_shape=tuple(draw(st.one_of(st.just(1), divisors(size), st.just(size))) for size in weight_shape),
         groups=groups,

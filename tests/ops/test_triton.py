@@ -181,14 +181,14 @@ def test_equals_the_definition_over_the_arguments(data: st.DataObject, device: s
     depthwise, kernel = data.draw(st.booleans()), data.draw(st.tuples(*[st.integers(1, 3)] * 2))
     stride, dilation = data.draw(st.tuples(*[st.integers(1, 3)] * 2)), data.draw(st.tuples(*[st.integers(1, 2)] * 2))
     padding = data.draw(st.tuples(*[st.integers(0, 2)] * 2))
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    extents = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     channels, groups = data.draw(st.integers(16, 20)), data.draw(st.integers(1, 2))
-    assume(max(padding) < 2 or min(reach) > 1)
+    assume(max(padding) < 2 or min(extents) > 1)
     check(
         Case(
             2,
             data.draw(st.integers(1, 3)),
-            tuple(data.draw(st.integers(r, r + 3)) for r in reach),
+            tuple(data.draw(st.integers(r, r + 3)) for r in extents),
             (channels, 1, *kernel) if depthwise else (channels * groups, 16, *kernel),
             (channels, 1, *kernel) if depthwise else (channels * groups, 1, *kernel),
             groups=channels if depthwise else groups,

@@ -19,7 +19,7 @@ from awconv.bench.report import (
     numbers,
     print_measurements,
 )
-from awconv.convert import AW_LAYERS
+from awconv.layers import AW_LAYERS
 from awconv.models.detection import DETECTORS
 from awconv.models.registry import BASELINES
 from awconv.ops.choose import ALGORITHMS

@@ -32,9 +32,8 @@ class Work:
 def work_of(problem: Problem, batch: int, passes: int) -> Work:
     """The work of the plain convolution of a problem, whatever computes it.
 
-    A step has three passes: the forward and the two products of the backward, the gradients of the input and of the
-    weight, which read the gradient of the output each, and the weight or the input, and write what has the size of the
-    other.
+    A step has three passes: the forward, the gradient of the input and the gradient of the weight. Each gradient reads
+    the gradient of the output and one more tensor, and writes the third.
     """
     input = batch * problem.in_channels * product(problem.size)
     output = batch * problem.out_elements
@@ -52,7 +51,8 @@ class Ceilings:
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """The best of a large matrix product and of plain 3x3 convolutions, and a copy that no cache holds."""
+    """Operations a second by a large matrix product or plain 3x3 convolutions, whichever are faster; bytes a second by
+    a copy larger than caches."""
     matrix = torch.randn(2048, 2048, device=device, dtype=dtype)
     images = torch.randn(16, 256, 28, 28, device=device, dtype=dtype)
     kernel = torch.randn(256, 256, 3, 3, device=device, dtype=dtype)

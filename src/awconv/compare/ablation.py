@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from awconv.compare.variants import Change
-from awconv.convert import AW_LAYERS
+from awconv.layers import AW_LAYERS
 
 _CHOICES = (
     "reduction=4 reduction=8 in_expansion=1 out_expansion=2 kernel_expansion=3 activation=tanh activation=relu "

@@ -69,8 +69,8 @@ def _is_finite(tensor: Tensor) -> bool:
 def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any] | None = None) -> dict[str, Any]:
     """A file of weights as ``timm.create_model`` takes it, in ``pretrained_cfg_overlay``.
 
-    It has the number of the weights' classes, by which timm drops a classifier of others. timm then takes what there
-    is, and so it is checked here that nothing else is missing or left over.
+    It has the weights' number of classes, so that timm drops a classifier of another number. timm loads whatever fits;
+    this function checks that nothing else is missing or left over.
 
     Args:
         network: a name that timm knows.

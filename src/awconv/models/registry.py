@@ -186,14 +186,18 @@ _VARIANTS: dict[str, dict[str, str]] = {}
 
 
 def variants(baseline: str) -> dict[str, str]:
-    """The networks that are made of another one, by their scheme of attention.
+    """The networks that are another one with attention, by the scheme of the attention.
 
     Args:
-        baseline: a network's name.
+        baseline: the name of a network.
 
     Returns:
-        For ``"resnet50"``, ``{"aw": "aw_resnet50", "se": "seresnet50", "aw_se": "aw_seresnet50", ...}``; nothing for a
-        network that has none.
+        Names by scheme, such as ``"aw"``, ``"se"`` and ``"aw_se"``; nothing for a network that has no variants.
+
+    Examples:
+        >>> from awconv.models import variants
+        >>> variants("resnet34")
+        {'aw': 'aw_resnet34', 'se': 'seresnet34', 'aw_se': 'aw_seresnet34'}
     """
     return dict(_VARIANTS.get(baseline, {}))
 

@@ -16,10 +16,10 @@ class Machine(NamedTuple):
 
     Attributes:
         element: time to move one element through memory, in multiply-adds of a plain convolution.
-        grouped: time of a multiply-add in a convolution with one group a sample, in those of a plain convolution.
-        weight: elements moved for each element of a sample's own weights, made, used and differentiated.
+        grouped: time of a multiply-add in a convolution with one group per sample, relative to a plain convolution.
+        weight: elements moved per element of a sample's own weights: to make, use and differentiate them.
         call: time to launch the work of one tap, shared among the samples of a usual batch.
-        fused: time of a multiply-add in a fused kernel, in those of a plain convolution.
+        fused: time of a multiply-add in a fused kernel, relative to a plain convolution.
     """
 
     element: float

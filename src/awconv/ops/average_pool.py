@@ -33,9 +33,9 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
     device (pytorch issue 50198). Sums are kept in single precision at least. A number that is not finite spoils the
-    bins that cover it. In a product with a matrix, which exported graphs, graphs compiled for a CPU, and GPUs with
-    three axes or without Triton use, it spoils every bin of its channel and sample: zero times infinity is no zero, and
-    what would tell them apart reads the input once more for each bin, or has other sizes baked in.
+    bins that cover it. Exported graphs, graphs compiled for a CPU, and GPUs with three axes or without Triton use the
+    product with a matrix. There such a number spoils every bin of its channel and sample, since zero times infinity is
+    NaN; to avoid that would take one more pass over the input for each bin, or fixed sizes.
 
     Args:
         input: shape (N, C, \*size), with as many spatial axes as ``output_size`` has numbers.
@@ -65,9 +65,9 @@ def pool_beside(input: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tens
     """:func:`average_pool` for a tensor on a GPU that has one more use, a convolution.
 
     Returns:
-        What the convolution is to take in the place of the input, equal to it; and the pooled tensor, whose gradient is
-        added to that of the convolution where it lies. That saves two passes over it, and changes a tensor that only
-        the convolution's node has: a hook of that node sees it change.
+        A tensor equal to the input, which the convolution must take in its place, and the pooled tensor. The backward
+        adds the pooling's gradient to the convolution's in place, which saves two passes over it; a hook of the
+        convolution's node sees that tensor change.
     """
     passed, pooled = _PoolBeside.apply(input, list(output_size))
     return passed, pooled

@@ -165,7 +165,7 @@ def _fits(
     dtype: torch.dtype,
     cast: bool,
 ) -> bool:
-    """Whether the kernels take tensors like these. What the modules refuse is left to them, to say so."""
+    """Whether the kernels take tensors like these. What the modules refuse is left to their own errors."""
     (samples, channels, *kernel), weight1, weight2 = shapes[0], shapes[1], shapes[7]
     hidden, columns = weight1[0], weight2[0]
     multiplied, normed = {dtypes[0], dtypes[1], dtypes[7]}, {*dtypes[2:6], *dtypes[8:12]}
@@ -188,8 +188,8 @@ def _fits(
 
 
 def infer(pooled: Tensor, branch: Branch) -> Tensor:
-    """The attention from running statistics, without gradients. Tiles of rows depend on no batch size, so that what a
-    network says of a sample does not either."""
+    """The attention from running statistics, without gradients. Tiles of rows do not depend on the batch size, and so
+    the result of a sample does not either."""
     pooled, taps = _by_rows(pooled)
     attention = _empty_attention(pooled, branch)
     launch = launches.inference(_facts(pooled, branch, taps))

@@ -2,7 +2,7 @@
 
 What is loaded runs with the user's rights. A library is therefore taken from the cache only if its folder and file
 belong to the user and nobody else can write them, and if its bytes are those that its name tells. Otherwise it is built
-anew, and without a cache that can be trusted in a private folder, for this process alone.
+anew. Without a cache that can be trusted, it is built in a private folder, for this process alone.
 """
 
 from __future__ import annotations

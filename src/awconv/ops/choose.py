@@ -60,26 +60,32 @@ _asked_in_thread = _OfThread()
 
 @contextmanager
 def use_algorithm(algorithm: str | None) -> Iterator[None]:
-    """Holds every AW-convolution inside that leaves the choice open (``algorithm="auto"``) to one algorithm.
+    """Runs every AW-convolution inside that leaves the choice open (``algorithm="auto"``) by one algorithm.
 
-    To compare algorithms over a whole network, or to pin one down:
-
-        with awconv.use_algorithm("per_tap"):
-            output = network(images)
+    It compares algorithms over a whole network, or pins one down.
 
     It holds for the thread or the task that asked, and for what these call. Threads that they start, as
-    ``nn.DataParallel`` does for its replicas, choose for themselves. A backward belongs to the algorithm of its
-    forward, in whichever of autograd's threads it runs. Not so the forward that activation checkpointing repeats: on a
-    GPU a thread of autograd repeats it, which sees no choice of another; give ``algorithm=`` itself there.
+    ``nn.DataParallel`` does for its replicas, choose for themselves. A backward follows its forward, in whichever of
+    autograd's threads it runs. The exception is activation checkpointing on a GPU: a thread of autograd repeats the
+    forward and does not see the choice, so give ``algorithm=`` to the convolution there.
 
-    A function made by ``torch.compile`` is traced once for each algorithm that is asked for around its calls. It
-    follows the thread and not the task. An exported program keeps what it was exported with.
+    ``torch.compile`` traces a function once for each algorithm that is asked for around its calls; this follows the
+    thread and not the task. An exported program keeps the algorithm that it was exported with.
 
     Args:
         algorithm: a name that ``algorithm=`` of :func:`aw_conv2d` takes. None or ``"auto"`` gives the choice back.
 
     Raises:
-        ValueError: no algorithm has that name. One that cannot run a problem makes the convolution raise.
+        ValueError: no algorithm has that name. The convolution raises where the algorithm cannot run it.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> layer, input = awconv.AWConv2d(16, 32, 3).eval(), torch.randn(2, 16, 8, 8)
+        >>> with awconv.use_algorithm("naive"):
+        ...     expected = layer(input)
+        >>> torch.allclose(layer(input), expected, atol=1e-5)
+        True
     """
     name = "auto" if algorithm is None else algorithm
     if name != "auto" and name not in ALGORITHMS:

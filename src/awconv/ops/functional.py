@@ -115,6 +115,13 @@ def aw_conv1d(
 
     Raises:
         TypeError, ValueError: as for :func:`aw_conv2d`.
+
+    Examples:
+        >>> import torch
+        >>> from awconv import aw_conv1d
+        >>> attention = torch.full((2, 4, 1, 3), 0.5)
+        >>> aw_conv1d(torch.ones(2, 3, 8), torch.ones(4, 3, 3), attention).shape
+        torch.Size([2, 4, 6])
     """
     return _aw_conv(
         1, input, weight, attention, bias, stride, padding, dilation, groups, residual=residual, algorithm=algorithm
@@ -134,14 +141,13 @@ def aw_conv2d(
     residual: bool = True,
     algorithm: str = "auto",
 ) -> Tensor:
-    """AW-convolution (arXiv 2108.08205): a convolution whose weights are attended anew for every sample.
+    """AW-convolution (arXiv 2108.08205): a convolution whose weights are multiplied by an attention map of each sample.
 
-    ``O[n] = conv(I[n], K + A[n] * K) + bias``, with the attention map A expanded to the shape of the weights: each
-    value of ``attention`` stands for a block of equal size along each axis.
+    ``O[n] = conv(I[n], K + A[n] * K) + bias``. The attention map A is ``attention``, expanded to the shape of the
+    weights: each value stands for a block of equal size along each axis.
 
-    The arguments may be float16, bfloat16, float32 or float64, all of one dtype and on one device; under
-    ``torch.autocast`` they are cast as those of a convolution are. A ``channels_last`` input gives a ``channels_last``
-    output. The batch may be empty.
+    All arguments have one dtype (float16, bfloat16, float32 or float64) and one device. ``torch.autocast`` casts them
+    as a convolution's. A ``channels_last`` input gives a ``channels_last`` output. The batch may be empty.
 
     Args:
         input: shape (N, C1, H, W).
@@ -154,9 +160,8 @@ def aw_conv2d(
         dilation: distance between the taps of the kernel, one number or two.
         groups: number of groups of channels; C1 for a depthwise convolution.
         residual: weights K + A * K if true, A * K otherwise.
-        algorithm: ``"auto"`` chooses by the attention's shape and an estimate of the cost, or takes what
-            :func:`awconv.use_algorithm` asks for around the call. A name takes one: those of
-            ``awconv.ops.choose.ALGORITHMS``, which docs/operator.md describes. All compute the same.
+        algorithm: ``"auto"`` picks the fastest exact algorithm for the shapes at hand, or the one that
+            :func:`awconv.use_algorithm` names around the call. A name takes that one: see docs/operator.md.
 
     Returns:
         Shape (N, C2, H', W'), with the dtype of ``input`` (autocast's where it is on).
@@ -164,6 +169,14 @@ def aw_conv2d(
     Raises:
         TypeError: an argument is of the wrong type, or dtypes are mixed or not floating-point.
         ValueError: sizes or devices do not fit together, or ``algorithm`` is unknown or cannot run this problem.
+
+    Examples:
+        >>> import torch
+        >>> from awconv import aw_conv2d
+        >>> attention = torch.full((2, 4, 1, 3, 3), 0.5)  # a value for each sample, output channel and tap
+        >>> output = aw_conv2d(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3), attention)
+        >>> output.shape, output[0, 0, 0, 0].item()  # 27 weights of 1 + 0.5
+        (torch.Size([2, 4, 6, 6]), 40.5)
     """
     return _aw_conv(
         2, input, weight, attention, bias, stride, padding, dilation, groups, residual=residual, algorithm=algorithm
@@ -202,6 +215,13 @@ def aw_conv3d(
 
     Raises:
         TypeError, ValueError: as for :func:`aw_conv2d`.
+
+    Examples:
+        >>> import torch
+        >>> from awconv import aw_conv3d
+        >>> attention = torch.full((2, 4, 1, 3, 3, 3), 0.5)
+        >>> aw_conv3d(torch.ones(2, 3, 8, 8, 8), torch.ones(4, 3, 3, 3, 3), attention).shape
+        torch.Size([2, 4, 6, 6, 6])
     """
     return _aw_conv(
         3, input, weight, attention, bias, stride, padding, dilation, groups, residual=residual, algorithm=algorithm

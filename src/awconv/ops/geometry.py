@@ -69,8 +69,8 @@ class Geometry(NamedTuple):
         )
 
     def seeing(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[Geometry, tuple[tuple[int, int], ...]]:
-        """The geometry without the positions that see nothing but padding: with absurd strides and paddings these can
-        be nearly all, and what computes them takes minutes (PyTorch's own backward, too, or it crashes).
+        """The geometry without the positions that see nothing but padding. Absurd strides and paddings can make these
+        nearly all positions. Computing them takes minutes; PyTorch's own backward takes as long, or crashes.
 
         Returns:
             The geometry of the positions that see something, and the positions ``(before, after)`` these along each

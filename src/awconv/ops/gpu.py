@@ -51,8 +51,8 @@ def power_of_two(size: int, most: int, least: int = 1) -> int:
 class Kernel:
     """A Triton kernel with its constants. On a CPU, Triton's interpreter runs it.
 
-    Where it ran before, it is launched without asking Triton again which code suits its arguments, which takes longer
-    than a small layer: their dtypes decide it, and that addresses are multiples of 16; no number does.
+    A later launch does not ask Triton again which code suits its arguments, which takes longer than a small layer.
+    Their dtypes decide it, and whether addresses are multiples of 16; no number does.
 
     Args:
         module: where the kernel is, imported at the first launch, since it imports Triton.

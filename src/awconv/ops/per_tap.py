@@ -75,7 +75,7 @@ class _PerTap(torch.autograd.Function):
     def forward(input: Tensor, weights: Tensor, gain: Tensor, problem: Problem) -> Tensor:
         padded = _channels_first(problem, input)
         output: Tensor | None = None
-        for taps in _chunks(problem, input):
+        for taps in _taps_at_once(problem, input):
             partials = _partials(problem, weights[taps], _columns(problem, padded, taps)).to(_sum_dtype(input))
             for partial, scale in zip(partials, gain[taps].to(partials.dtype), strict=True):
                 output = partial * scale if output is None else output.addcmul_(partial, scale)
@@ -101,7 +101,7 @@ def _backward(
     padded = _channels_first(problem, input)
     grad_padded: Tensor | None = None
     grad_weights, grad_gain = [], []
-    for taps in _chunks(problem, input):
+    for taps in _taps_at_once(problem, input):
         columns = _columns(problem, padded, taps)
         grad_partials = _by_group(problem, grad_output * gain[taps])
         if need_input:
@@ -130,7 +130,7 @@ def _backward(
     )
 
 
-def _chunks(problem: Problem, input: Tensor) -> list[slice]:
+def _taps_at_once(problem: Problem, input: Tensor) -> list[slice]:
     """Taps that are multiplied at once: as many as keep what they see and give within a fixed number of elements."""
     at_once = 1
     if not tracing.compiling():  # where the batch size may be symbolic

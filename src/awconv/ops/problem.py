@@ -49,9 +49,10 @@ class Problem:
         kernel: kernel size along each spatial axis.
         size: input size along each spatial axis, before padding.
         out_size: output size along each spatial axis, without positions that see nothing but padding.
-        unseeing: positions ``(before, after)`` these along each spatial axis, whose output is zero.
-        geometry: that of these positions: no padding that only positions left out see, and where there is one
-            position, a stride as long as the input at the most.
+        unseeing: positions ``(before, after)`` along each spatial axis that see nothing but padding; their output is
+            zero.
+        geometry: of the other positions, without padding that they do not see; where there is one position, its stride
+            is at most as long as the input.
         rates: how often ``Expand`` repeats the attention along C2, C1/groups and each kernel axis (r_C2, r_C1, r_hw).
         residual: K + A * K if true, A * K otherwise.
         device: the type of the device, such as ``"cpu"``.

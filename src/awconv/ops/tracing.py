@@ -1,5 +1,5 @@
-"""What goes on around a call: compilation, export, transforms, autocast. Asked here, and nowhere else in the package's
-operators, since every question is put to PyTorch in another way."""
+"""What goes on around a call: compilation, export, transforms, autocast. The operators ask only here: PyTorch has a way
+of its own to ask each question."""
 
 from __future__ import annotations
 

@@ -151,8 +151,8 @@ def _levels(strides: list[int], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_scales(pool: MultiScaleRoIAlign, strides: list[int]) -> None:
-    """Gives a pooling the scales of its levels. It would infer them from the first images that it sees, and keep them:
-    those of a long strip are others than a photograph's."""
+    """Gives a pooling the scales of its levels. It would infer them from the first images and keep them, and a long
+    strip has other scales than a photograph."""
     side = 8 * max(strides)
     levels = {
         name: torch.zeros(1, 1, side // s, side // s) for name, s in zip(pool.featmap_names, strides, strict=True)

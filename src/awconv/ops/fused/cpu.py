@@ -44,8 +44,8 @@ def obstacle(problem: Problem) -> str | None:
         return f"its C code takes kernels of {_MAX_TAPS} taps at the most"
     if problem.padding_obstacle is not None:
         return f"its C code copies the input with its padding, {problem.padding_obstacle}"
-    why: str | None = _why_not_built(_computed_in(problem.dtype))
-    return why
+    found: str | None = _build_obstacle(_computed_in(problem.dtype))
+    return found
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +54,7 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _why_not_built(dtype: torch.dtype) -> str | None:
+def _build_obstacle(dtype: torch.dtype) -> str | None:
     """Why there is no library, a constant to torch.compile."""
     built = library(_SOURCE, dtype)
     return built if isinstance(built, str) else None

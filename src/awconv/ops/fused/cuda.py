@@ -1,8 +1,8 @@
 """The CUDA half of the fused algorithm: lays tensors out for the Triton kernels beside this file, and launches them.
 
-The kernels read images and weights with their channels last; others are copied. What they make has the layout of what
-it stands for: the output and the input's gradient that of the input, the gradients of weight and gain those of weight
-and gain. The first call of a size compiles, which a CUDA graph cannot capture: run once before the capture.
+The kernels read images and weights with their channels last; others are copied. The output and the input's gradient get
+the layout of the input, the gradients of weight and gain those of weight and gain. The first call of a size compiles,
+which a CUDA graph cannot capture: run once before the capture.
 """
 
 from __future__ import annotations

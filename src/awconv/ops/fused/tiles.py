@@ -18,7 +18,7 @@ class Tile(NamedTuple):
 
     Attributes:
         kernel: its name.
-        sizes: its constants ``block_...``.
+        sizes: its constants ``tile_...``.
         warps: of a program.
         stages: of the pipeline of its loop.
         wide_gains: whether it reads gains in single precision, whose loads are pipelined, for the price of a copy.
