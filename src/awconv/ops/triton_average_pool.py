@@ -23,6 +23,30 @@ def _strides(channels: tl.constexpr, height, width, channels_last: tl.constexpr)
         return height * width, width, 1
 
 
+@triton.jit
+def _crossed(positions, channels, channels_last: tl.constexpr):
+    """Numbers of positions and of channels along the axes of a tile."""
+    if channels_last:
+        return positions[:, None], channels[None, :]
+    else:
+        return positions[None, :], channels[:, None]
+
+
+@triton.jit
+def _zeros(positions: tl.constexpr, channels: tl.constexpr, channels_last: tl.constexpr, dtype: tl.constexpr):
+    if channels_last:
+        return tl.full((positions, channels), 0, dtype)
+    else:
+        return tl.full((channels, positions), 0, dtype)
+
+
+@triton.jit
+def _bin(index, size, bins, by_bins, by_bins_shift):
+    """The first position that a bin covers, and how many it covers."""
+    first = divide(index * size, by_bins, by_bins_shift)
+    return first, divide((index + 1) * size + bins - 1, by_bins, by_bins_shift) - first
+
+
 @triton.jit(do_not_specialize=["height", "width", "bins_y", "bins_x"])
 def pool(
     input,  # (samples, channels, height, width)
@@ -52,10 +76,8 @@ def pool(
     target += sample * channels * bins
     y = tl.arange(0, tile_y * tile_x) // tile_x
     x = tl.arange(0, tile_y * tile_x) % tile_x
-    if channels_last:
-        offsets = (y * input_y + x * input_x)[:, None] + (channel * input_c)[None, :]
-    else:
-        offsets = (y * input_y + x * input_x)[None, :] + (channel * input_c)[:, None]
+    of_positions, of_channels = _crossed(y * input_y + x * input_x, channel * input_c, channels_last)
+    offsets = of_positions + of_channels
     first = tl.program_id(0) % shares * each
     for bin in range(first, tl.minimum(first + each, bins)):
         bin_y = bin // bins_x
@@ -64,17 +86,12 @@ def pool(
         first_x = bin_x * width // bins_x
         rows = ((bin_y + 1) * height + bins_y - 1) // bins_y - first_y
         columns = ((bin_x + 1) * width + bins_x - 1) // bins_x - first_x
-        if channels_last:
-            total = tl.full((tile_y * tile_x, tile_channels), 0, dtype)
-        else:
-            total = tl.full((tile_channels, tile_y * tile_x), 0, dtype)
+        total = _zeros(tile_y * tile_x, tile_channels, channels_last, dtype)
         for start_y in range(0, rows, tile_y):
             for start_x in range(0, columns, tile_x):
                 exists = (start_y + y < rows) & (start_x + x < columns)
-                if channels_last:
-                    mask = exists[:, None] & channel_exists[None, :]
-                else:
-                    mask = exists[None, :] & channel_exists[:, None]
+                position_mask, channel_mask = _crossed(exists, channel_exists, channels_last)
+                mask = position_mask & channel_mask
                 start = (first_y + start_y) * input_y + (first_x + start_x) * input_x
                 total += tl.load(input + start + offsets, mask=mask, other=0.0).to(dtype)
         mean = tl.sum(total, 0 if channels_last else 1) / (rows * columns).to(dtype)
@@ -123,19 +140,14 @@ def spread(
     y = divide(position, by_width, by_width_shift)
     x = position - y * width
     target_c, target_y, target_x = _strides(channels, height, width, channels_last)
-    if channels_last:
-        offsets = (y * target_y + x * target_x)[:, None] + (channel * target_c)[None, :]
-        mask = exists[:, None] & channel_exists[None, :]
-    else:
-        offsets = (y * target_y + x * target_x)[None, :] + (channel * target_c)[:, None]
-        mask = exists[None, :] & channel_exists[:, None]
-    target += sample * channels * height * width + offsets
+    of_positions, of_channels = _crossed(y * target_y + x * target_x, channel * target_c, channels_last)
+    position_mask, channel_mask = _crossed(exists, channel_exists, channels_last)
+    mask = position_mask & channel_mask
+    target += sample * channels * height * width + (of_positions + of_channels)
     if added:
         total = tl.load(target, mask=mask, other=0.0).to(dtype)
-    elif channels_last:
-        total = tl.full((tile_positions, tile_channels), 0, dtype)
     else:
-        total = tl.full((tile_channels, tile_positions), 0, dtype)
+        total = _zeros(tile_positions, tile_channels, channels_last, dtype)
     grad_c, grad_y, grad_x = _strides(channels, bins_y, bins_x, channels_last)
     grad += sample * channels * bins_y * bins_x
     lowest_y = divide(y * bins_y, by_height, by_height_shift)  # the first bin that covers a position
@@ -143,19 +155,12 @@ def spread(
     for cover in tl.static_range(cover_y * cover_x):
         bin_y = lowest_y + cover // cover_x
         bin_x = lowest_x + cover % cover_x
-        first_y = divide(bin_y * height, by_bins_y, by_bins_y_shift)
-        first_x = divide(bin_x * width, by_bins_x, by_bins_x_shift)
-        rows = divide((bin_y + 1) * height + bins_y - 1, by_bins_y, by_bins_y_shift) - first_y
-        columns = divide((bin_x + 1) * width + bins_x - 1, by_bins_x, by_bins_x_shift) - first_x
+        first_y, rows = _bin(bin_y, height, bins_y, by_bins_y, by_bins_y_shift)
+        first_x, columns = _bin(bin_x, width, bins_x, by_bins_x, by_bins_x_shift)
         covered = exists & (bin_y < bins_y) & (bin_x < bins_x) & (first_y <= y) & (first_x <= x)
-        share = 1 / (rows * columns).to(dtype)
-        at = bin_y * grad_y + bin_x * grad_x
-        if channels_last:
-            here = covered[:, None] & channel_exists[None, :]
-            value = tl.load(grad + at[:, None] + (channel * grad_c)[None, :], mask=here, other=0.0)
-            total += value.to(dtype) * share[:, None]
-        else:
-            here = covered[None, :] & channel_exists[:, None]
-            value = tl.load(grad + at[None, :] + (channel * grad_c)[:, None], mask=here, other=0.0)
-            total += value.to(dtype) * share[None, :]
+        position_mask, channel_mask = _crossed(covered, channel_exists, channels_last)
+        of_positions, of_channels = _crossed(bin_y * grad_y + bin_x * grad_x, channel * grad_c, channels_last)
+        share, _ = _crossed(1 / (rows * columns).to(dtype), channel, channels_last)
+        value = tl.load(grad + of_positions + of_channels, mask=position_mask & channel_mask, other=0.0)
+        total += value.to(dtype) * share
     tl.store(target, total.to(target.dtype.element_ty), mask=mask)

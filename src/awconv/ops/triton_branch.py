@@ -322,17 +322,8 @@ def finish(
     if part == 0:
         kept2 = kept + 2 * hidden
         _store_norm(
-            kept2,
-            running_mean2,
-            running_variance2,
-            mean,
-            variance,
-            inverse,
-            momentum2,
-            rows,
-            column,
-            is_column,
-            columns,
+            *(kept2, running_mean2, running_variance2, mean, variance, inverse),
+            *(momentum2, rows, column, is_column, columns),
         )
     if tl.program_id(0) == 0:
         tl.store(batches2, tl.load(batches2) + 1)

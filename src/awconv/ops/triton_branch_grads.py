@@ -24,6 +24,27 @@ def _merged_sums(source, parts, at, exists, size: tl.constexpr, tile_columns: tl
 
 
 @triton.jit
+def _store_norm_grads(grad_weight, grad_bias, grad_sum, product_sum, at, exists):
+    """The gradients of a norm's weight and bias."""
+    tl.store(grad_bias + at, grad_sum.to(grad_bias.dtype.element_ty), mask=exists)
+    tl.store(grad_weight + at, product_sum.to(grad_weight.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _store_sums(target, grad, normed, size: tl.constexpr, exists):
+    """Two sums over the rows of a part, which the gradient of a norm needs."""
+    tl.store(target, tl.sum(grad, 0), mask=exists)
+    tl.store(target + size, tl.sum(grad * normed, 0), mask=exists)
+
+
+@triton.jit
+def _store_tile(target, tile, row, row_exists, width: tl.constexpr, column, column_exists):
+    """A tile of a matrix whose rows have some width, in single precision."""
+    at = (row * width)[:, None] + column[None, :]
+    tl.store(target + at, tile, mask=row_exists[:, None] & column_exists[None, :])
+
+
+@triton.jit
 def _grad_normed(grad, normed, norm_weight, inverse, grad_sum, product_sum, row, rows, at, exists):
     """The gradient of what a norm was given, from that of what it gave."""
     count = rows.to(tl.float32)
@@ -110,8 +131,7 @@ def sum_grads(
         precision,
     )
     target = scratch + sums2 + part * (2 * columns) + column
-    tl.store(target, tl.sum(above, 0), mask=column < columns)
-    tl.store(target + columns, tl.sum(above * normed, 0), mask=column < columns)
+    _store_sums(target, above, normed, columns, column < columns)
 
 
 @triton.jit(do_not_specialize=["rows", "sums2", "sums1", "grads", "pieces2"])
@@ -145,7 +165,7 @@ def grad_second(
     tile_parts: tl.constexpr,
 ):
     """From the gradient of the attention to that of norm1, for some rows and a share of the columns."""
-    part = tl.program_id(0) // shares
+    parts, part = tl.cdiv(rows, tile_rows), tl.program_id(0) // shares
     row = part * tile_rows + tl.arange(0, tile_rows)
     unit = tl.arange(0, tile_hidden)
     is_unit = unit < hidden
@@ -159,41 +179,22 @@ def grad_second(
         is_column = column < columns
         right = load_weight2(weight2, column, hidden, columns, low, tile_hidden)
         normed2, inverse2, above = _grad_score(
-            grad,
-            kept,
-            value,
-            right,
-            norm_weight2,
-            norm_bias2,
-            row,
-            rows,
-            column,
-            hidden,
-            columns,
-            taps,
-            activation,
-            precision,
+            *(grad, kept, value, right, norm_weight2, norm_bias2, row, rows),
+            *(column, hidden, columns, taps, activation, precision),
         )
-        grad_sum, product_sum = _merged_sums(
-            scratch + sums2, tl.cdiv(rows, tile_rows), column, is_column, columns, tile_columns, tile_parts
-        )
+        sums = _merged_sums(scratch + sums2, parts, column, is_column, columns, tile_columns, tile_parts)
         if part == 0:
-            tl.store(grad_norm_bias2 + column, grad_sum.to(grad_norm_bias2.dtype.element_ty), mask=is_column)
-            tl.store(grad_norm_weight2 + column, product_sum.to(grad_norm_weight2.dtype.element_ty), mask=is_column)
-        left = _grad_normed(above, normed2, norm_weight2, inverse2, grad_sum, product_sum, row, rows, column, is_column)
+            _store_norm_grads(grad_norm_weight2, grad_norm_bias2, *sums, column, is_column)
+        left = _grad_normed(above, normed2, norm_weight2, inverse2, *sums, row, rows, column, is_column)
         left = rounded(left, low)
         total = tl.dot(left, tl.trans(right), total, input_precision=precision)
         piece = tl.dot(tl.trans(left), value, input_precision=precision)
         target = scratch + tl.multiple_of(pieces2, 4) + part * (columns * hidden)
-        target += (column * hidden)[:, None] + unit[None, :]
-        tl.store(target, piece, mask=is_column[:, None] & is_unit[None, :])
+        _store_tile(target, piece, column, is_column, hidden, unit, is_unit)
     total = tl.where(shifted <= 0, 0.0, total)
     target = scratch + tl.multiple_of(grads, 4) + tl.program_id(0) % shares * (rows * hidden)
-    here = (row < rows)[:, None] & is_unit[None, :]
-    tl.store(target + (row * hidden)[:, None] + unit[None, :], total, mask=here)
-    target = scratch + sums1 + tl.program_id(0) * (2 * hidden) + unit
-    tl.store(target, tl.sum(total, 0), mask=is_unit)
-    tl.store(target + hidden, tl.sum(total * normed1, 0), mask=is_unit)
+    _store_tile(target, total, row, row < rows, hidden, unit, is_unit)
+    _store_sums(scratch + sums1 + tl.program_id(0) * (2 * hidden) + unit, total, normed1, hidden, is_unit)
 
 
 @triton.jit(do_not_specialize=["rows", "sums1", "grads", "pieces1"])
@@ -240,8 +241,7 @@ def grad_first(
     parts = tl.cdiv(rows, tile_rows) * shares
     grad_sum, product_sum = _merged_sums(scratch + sums1, parts, unit, is_unit, hidden, tile_hidden, tile_parts)
     if tl.program_id(0) == 0:
-        tl.store(grad_norm_bias1 + unit, grad_sum.to(grad_norm_bias1.dtype.element_ty), mask=is_unit)
-        tl.store(grad_norm_weight1 + unit, product_sum.to(grad_norm_weight1.dtype.element_ty), mask=is_unit)
+        _store_norm_grads(grad_norm_weight1, grad_norm_bias1, grad_sum, product_sum, unit, is_unit)
     left = rounded(
         _grad_normed(above, normed, norm_weight1, inverse, grad_sum, product_sum, row, rows, unit, is_unit), low
     )
