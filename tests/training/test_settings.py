@@ -46,8 +46,6 @@ def test_declared_roles_are_of_arguments_that_exist(task: type[Task]) -> None:
     for owner in (task, task.data_module, *task.data_module.__subclasses__()):
         shared = {"max_pixels", "num_workers"}  # declared for all data, also for those in memory
         assert set(owner.roles) - shared <= set(parameters(owner)), owner
-    for name in task.arguments_of(Role.DATA):
-        assert hasattr(task.data_module, name), name
 
 
 @pytest.mark.parametrize(
