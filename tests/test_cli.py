@@ -269,7 +269,7 @@ def test_too_little_memory_is_one_line(
     def fail(*_: object, **__: object) -> int:
         raise error
 
-    monkeypatch.setattr("awconv.cli._lightning", fail)
+    monkeypatch.setattr("awconv.cli._train", fail)
     assert main(["fit"]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("awconv fit: there is not enough memory; take smaller images or batches: ")
@@ -281,6 +281,6 @@ def test_other_errors_of_the_runtime_are_not_hidden(monkeypatch: pytest.MonkeyPa
     def fail(*_: object, **__: object) -> int:
         raise RuntimeError("a fault of our own")
 
-    monkeypatch.setattr("awconv.cli._lightning", fail)
+    monkeypatch.setattr("awconv.cli._train", fail)
     with pytest.raises(RuntimeError, match="a fault of our own"):
         main(["fit"])

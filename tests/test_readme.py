@@ -10,6 +10,8 @@ import timm
 import torch
 
 from awconv.cli import main
+from awconv.compare.paired import summarise
+from awconv.compare.record import Record
 from tests.documents import ROOT, commands
 
 README = ROOT / "README.md"
@@ -44,6 +46,19 @@ def test_the_table_of_models_gives_their_parameters() -> None:
     assert len(rows) > 5
     for name, *numbers in rows:
         with torch.device("meta"):
-            models = [timm.create_model(twin) for twin in (name, name.removeprefix("aw_"))]
+            models = [timm.create_model(one) for one in (name, name.removeprefix("aw_"))]
         counts = [f"{sum(p.numel() for p in model.parameters()):,}" for model in models]
         assert counts == numbers, name
+
+
+@pytest.mark.parametrize("folder", ["cifar10_jpeg_resnet8_short", "tiny_imagenet100_resnet8_short"])
+def test_the_first_table_holds_the_figures_of_the_records(folder: str) -> None:
+    records = [Record.load(path) for path in sorted((ROOT / "results" / folder).glob("*-seed*.json"))]
+    plain, aw = ({s.variant: s for s in summarise(records)}[name] for name in ("plain", "aw"))
+    first_screen = README.read_text().partition("## Install")[0]
+    row = (
+        f"| {plain.score:.2f} ± {plain.spread:.2f} % | **{aw.score:.2f} ± {aw.spread:.2f} %** "
+        f"| + {100 * (aw.parameters / plain.parameters - 1):.1f} % |"
+    )
+    assert row in first_screen
+    assert {plain.seeds, aw.seeds} == {3}

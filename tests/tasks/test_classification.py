@@ -105,7 +105,7 @@ def test_weights_of_another_network_are_refused(kind: str, classes: int, tmp_pat
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])
-@pytest.mark.parametrize("network", [NETWORK, "aw_resnet8_cifar"])  # twins are compared with the same arguments
+@pytest.mark.parametrize("network", [NETWORK, "aw_resnet8_cifar"])  # variants are compared with the same arguments
 def test_branches_have_a_rate_and_a_decay_of_their_own(network: str, factor: float, tmp_path: Path) -> None:
     cli = TrainingCLI(
         [

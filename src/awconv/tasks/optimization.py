@@ -21,18 +21,7 @@ _MOST = 1e18  # products of two such numbers are finite in single precision
 class Optimization:
     """Optimiser, linear warm-up and decay of the learning rate.
 
-    Attributes:
-        optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms have no weight decay.
-        optimizer_args: further arguments of the optimizer.
-        lr: the highest learning rate.
-        branch_lr_factor: factor of the attention branches' learning rate.
-        momentum: of the optimizer.
-        weight_decay: of the optimizer.
-        branch_weight_decay: of the attention branches; None for ``weight_decay``.
-        warmup_epochs: length of the linear warm-up, in epochs.
-        decay_epochs: epochs after which the learning rate is multiplied by ``decay_rate``. If empty, the rate decays to
-            0 as a cosine.
-        decay_rate: factor at each of ``decay_epochs``.
+    Attributes: the arguments of :class:`awconv.tasks.Task` with the same names.
 
     Raises:
         ValueError: a number is out of its range.
