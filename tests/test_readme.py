@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import lightning  # noqa: F401 - its import sets log levels, and the first command's would do so within a test
 import pytest
 import timm
 import torch
