@@ -215,7 +215,7 @@ COMMANDS: dict[str, Command] = {
         subjects=(
             ("op", None),
             ("model", Positional("networks", "such as aw_resnet50", several=True, type=str)),
-            ("detector", Positional("backbones", "such as aw_resnet50", several=True, type=str)),
+            ("detector", Positional("networks", "such as aw_resnet50", several=True, type=str)),
         ),
     ),
 }

@@ -133,7 +133,7 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["detector", "aw_resnet18", "--size=9999999x9999999"], "GiB are needed.*size = 9999999x9999999"),
         (["op", "--device=tpu"], "device must be cpu or cuda"),
         (["detector", "aw_resnet18", "--size=800"], "size must be a height and a width such as 800x1333, got '800'"),
-        (["detector", "resnet50"], "backbones must be AW networks, got 'resnet50'"),
+        (["detector", "resnet50"], "networks must be AW networks, got 'resnet50'"),
         (["model", "resnet50"], "must be AW networks, got 'resnet50'"),
         (["model", "aw_resnet8_cifar", "--algorithm=fast"], "algorithm must be some of auto, .*, got 'fast'"),
         (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, training, memory, branch"),

@@ -112,10 +112,10 @@ def _model(rng: random.Random) -> Arguments:
 
 
 def _detector(rng: random.Random) -> Arguments:
-    name = rng.choice(["batch", "work", "size", "detector", "algorithm", "amp", "rounds", "backbones"])
+    name = rng.choice(["batch", "work", "size", "detector", "algorithm", "amp", "rounds", "networks"])
     sizes = ("64", "64x64x64", "x", "0x64", "-1x64", "100000x100000", "9" * 30 + "x64", "1x64", "64x100000", "1x1")
-    if name == "backbones":
-        return ["bench", "detector", rng.choice(_NETWORKS), "--rounds=1", "--size=64x64"], "backbones", True
+    if name == "networks":
+        return ["bench", "detector", rng.choice(_NETWORKS), "--rounds=1", "--size=64x64"], "networks", True
     numeric = name in ("batch", "rounds")
     value = rng.choice(sizes if name == "size" else _WRONG + _HUGE if numeric else _WRONG)
     small = {"batch": "1", "size": "64x64", "rounds": "1", "work": "forward"} | {name: value}

@@ -28,7 +28,7 @@ _OBJECTS = 8  # boxes an image, about COCO's mean
 
 
 def bench_detector(
-    backbones: Sequence[str],
+    networks: Sequence[str],
     size: str = "800x1333",
     batch: str = "1",
     work: str = "forward,step",
@@ -45,7 +45,7 @@ def bench_detector(
     many proposals. Norms are frozen and the first stages are not trained, as in fine-tuning.
 
     Args:
-        backbones: their names, such as aw_resnet50.
+        networks: the backbones' names, such as aw_resnet50.
         size: height and width of the images, in pixels. Faster R-CNN does not resize them.
         batch: images; several numbers, with commas, make rows for each.
         work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training).
@@ -64,7 +64,7 @@ def bench_detector(
     """
     check_device(device)
     check_range(rounds=rounds)
-    check_aw_networks("backbones", backbones)
+    check_aw_networks("networks", networks)
     works = names("work", work, ("forward", "step"))
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
     batches = numbers("batch", batch)
@@ -75,7 +75,7 @@ def bench_detector(
     for images in batches:
         check_memory(FIRST_MAPS * images * 3 * height * width, device, batch=images, size=size)
     measurements: list[Measurement] = []
-    for name in backbones:
+    for name in networks:
         detectors = matched_detectors(detector, name, **arguments)
         for images in batches:
             input = torch.rand(images, 3, height, width, device=device)
