@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -284,3 +286,16 @@ def test_other_errors_of_the_runtime_are_not_hidden(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("awconv.cli._train", fail)
     with pytest.raises(RuntimeError, match="a fault of our own"):
         main(["fit"])
+
+
+def test_the_models_are_listed_without_the_training_libraries() -> None:
+    code = (
+        "import sys; sys.modules['lightning'] = None; from awconv.cli import main; "
+        "sys.exit(main(['models', '--filter', 'aw_resnet8_cifar', '--format', 'json']) or main(['fit']) - 1)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)[0]["name"] == "aw_resnet8_cifar"
+    assert (
+        "this part of awconv needs 'lightning', which is not installed: pip install 'awconv[train]'" in process.stderr
+    )
