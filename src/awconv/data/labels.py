@@ -1,4 +1,4 @@
-"""What may be a label, and what the names of classes."""
+"""Checks of labels and of the names of classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def checked_label(value: Any) -> int:
     """A class index.
 
     Raises:
-        ValueError: it is no whole number from 0 on (a boolean is none); the message begins with "got".
+        ValueError: the value is no integer of at least 0, or a boolean. The message begins with "got".
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"got {value!r:.80}")
@@ -21,14 +21,14 @@ def checked_label(value: Any) -> int:
 
 
 def checked_names(names: Sequence[Any], where: str) -> list[str]:
-    """Names of classes, by index, each in the form in which names are compared.
+    """Names of classes, by index, each normalised by :func:`composed`.
 
     Args:
-        names: at least two.
-        where: what an error begins with: where they come from.
+        names: at least two names.
+        where: the source of the names, at the beginning of an error.
 
     Raises:
-        ValueError: there is only one, or one is no text, empty, or given twice.
+        ValueError: there are fewer than two names, or a name is no text, empty, or given twice.
     """
     if len(names) < 2:
         raise ValueError(f"{where}: a classification needs at least two classes, got {list(names)}")
@@ -44,10 +44,10 @@ def checked_names(names: Sequence[Any], where: str) -> list[str]:
 
 
 def numbered(targets: Sequence[int], where: str) -> list[str]:
-    """Names for classes that have numbers alone: 0 to the largest label.
+    """Names of classes that have none: the numbers from 0 to the largest label.
 
     Raises:
-        ValueError: there is no label, one is negative, or labels below the largest are missing.
+        ValueError: there is no label, a label is negative, or a number below the largest is no label.
     """
     found = set(targets)
     if not found:
