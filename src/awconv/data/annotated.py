@@ -97,11 +97,11 @@ def check_size(annotated: Annotated, size: tuple[int, int], name: str) -> None:
     """Raises a BrokenImageError if an image is too narrow, or its size differs from that in its annotations."""
     if max(size) > _NARROWEST * min(size):
         raise BrokenImageError(
-            f"{name}: it has {size[0]}x{size[1]} pixels; a detector would lose an image of which one side is more than "
-            f"{_NARROWEST} times the other; crop it"
+            f"{name}: it has {size[0]}x{size[1]} pixels; one side must be at most {_NARROWEST} times the other, as a "
+            "detector shrinks narrower images to nothing; crop the image"
         )
     if size != (annotated.width, annotated.height):
         raise BrokenImageError(
-            f"{name}: the annotations say {annotated.width}x{annotated.height} pixels, and it has "
-            f"{size[0]}x{size[1]}; annotate the image as it is, or resize it"
+            f"{name}: the image must have {annotated.width}x{annotated.height} pixels, as its annotations say, got "
+            f"{size[0]}x{size[1]}; correct the annotations, or resize the image"
         )

@@ -49,7 +49,7 @@ class Cifar10(ImageDataModule):
         except (RuntimeError, OSError) as error:
             raise FileNotFoundError(
                 f"{self._dataset.__name__} is not in {self.root}: {error}. Put the folder {self._dataset.base_folder} "
-                "there, or let it be fetched with --data.download true on a machine with a network"
+                "there, or download it with --data.download=true on a machine with a network"
             ) from error
 
     @property

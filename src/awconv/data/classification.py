@@ -41,7 +41,7 @@ def check_batch(batch_size: int, channels: int, image_size: int) -> None:
     if size > BATCH_BYTES:
         raise ValueError(
             f"{batch_size} images of {channels} channels and {image_size}x{image_size} pixels take "
-            f"{size / 2**30:,.1f} GiB as float32, of which a batch may have {BATCH_BYTES / 2**30:.0f}; take a smaller "
+            f"{size / 2**30:,.1f} GiB as float32; a batch may take at most {BATCH_BYTES / 2**30:.0f}: choose a smaller "
             "batch_size or image_size"
         )
 
@@ -194,8 +194,8 @@ class ImageDataModule(DataModule):
         empty = [name for index, name in enumerate(classes) if index not in found]
         if empty:
             raise ValueError(
-                f"{len(empty)} of {len(classes)} classes have no training image: {', '.join(empty[:10])}; leave "
-                "them out of the data set, or give images of them"
+                f"{len(empty)} of {len(classes)} classes have no training image: {', '.join(empty[:10])}; remove these "
+                "classes, or add images of them"
             )
 
     def _select(self, split: Split) -> tuple[LabelledImages | None, list[int]]:
@@ -221,7 +221,7 @@ class ImageDataModule(DataModule):
         except ValueError as error:
             raise ValueError(
                 f"val_fraction = {self.val_fraction} cannot be held out of every class of {len(source)} training "
-                f"images: {error} Give a validation split, another val_fraction, or 0 for none"
+                f"images: {error} Give a validation split, another val_fraction, or 0 for no validation"
             ) from error
         return sorted(train), sorted(val)
 

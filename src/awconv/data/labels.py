@@ -55,7 +55,7 @@ def numbered(targets: Sequence[int], where: str) -> list[str]:
     largest = max(found)
     if min(found) < 0:
         raise ValueError(
-            f"{where}: labels must be from 0 on, got {min(found)} {targets.count(min(found))} times; -1 usually marks "
+            f"{where}: labels must be at least 0, got {min(found)} {targets.count(min(found))} times; -1 usually marks "
             "images without a label, which cannot be used"
         )
     missing = largest + 1 - len(found)
@@ -63,7 +63,7 @@ def numbered(targets: Sequence[int], where: str) -> list[str]:
         first = [number for number in range(min(largest, 10 + len(found))) if number not in found][:5]
         raise ValueError(
             f"{where}: classes without names must be numbered from 0 without gaps; the largest label is {largest}, and "
-            f"{missing:,} below it have no image, such as {', '.join(map(str, first))}; number them anew, or name the "
-            "classes"
+            f"{missing:,} below it have no image, such as {', '.join(map(str, first))}; renumber the labels, or give "
+            "names of the classes"
         )
     return checked_names([str(number) for number in range(largest + 1)], where)
