@@ -71,7 +71,7 @@ def test_members_that_cannot_be_unpacked_are_named(
 def test_an_archive_that_was_cut_is_named(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", {"a": b"a" * 99})
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"a\.zip is a damaged zip archive: its end is missing; copy the archive again"):
+    with pytest.raises(ValueError, match=r"a\.zip is a damaged zip archive: its end is missing; copy the archive"):
         Files(path)
 
 

@@ -245,7 +245,7 @@ class TestLayouts:
                 tuple(f"{split}_images/{name}/0.png" for split in ("train", "val") for name in ("cat", "dog")),
                 r"'train', and train_images, val_images in it .* as /.*/train/CLASS/, .*root=/.*[^/]/train_images; if",
             ),
-            (("cat/0.png", "dog/a/0.png", "dog/b/0.png"), r"dog in it are .* classes, move all of them into /.*/train$"),
+            (("cat/0.png", "dog/a/0.png", "dog/b/0.png"), r"dog in it are .* classes, move all of them to /.*/train$"),
         ],
     )
     def test_other_layouts_are_named(self, paths: tuple[str, ...], message: str, tmp_path: Path) -> None:

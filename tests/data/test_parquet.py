@@ -71,7 +71,7 @@ class TestParquet:
             ([True, False, True], "bool with 0 nulls"),
             ([[0], [1], [0, 1]], r"list<.*> with 0 nulls"),
         ):
-            refused([nothing] * 3, labels, rf"column 'label' must hold a class index or a name.*got {kind}")
+            refused([nothing] * 3, labels, rf"column 'label' must hold a class index .integer. or a name.*got {kind}")
         write_parquet(tmp_path / "more.parquet", range(20), names=False, label=lambda target: int(target) + 5)
         with pytest.raises(ValueError, match=r"more\.parquet must have the 10 classes of"):
             Parquet(train, test=str(tmp_path / "more.parquet"), image_size=8).dataset("test")

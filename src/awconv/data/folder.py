@@ -170,7 +170,7 @@ class ImageFolder(ImageDataModule):
                 f"{self.root} has no folder 'train', and {', '.join(wrong[:10])} in it are no classes: they hold no "
                 f"images, but folders of images. If they are splits, lay them out as {self.root}/train/CLASS/, "
                 "val/CLASS/ and test/CLASS/, or train on one of them: "
-                f"--data.root={os.path.commonpath(places[likely])}; if they are classes, move all of them into "
+                f"--data.root={os.path.commonpath(places[likely])}; if they are classes, move all of them to "
                 f"{self.root}/train"
             )
 
