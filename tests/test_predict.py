@@ -1,4 +1,4 @@
-"""Predictions on folders as they are found in the wild, and copies that are drawn. Networks are not trained."""
+"""Predictions on folders as users have them, and drawn copies. Networks are not trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets in zip archives: as systems pack them, and damaged or made to do harm."""
+"""Data sets in zip archives: as systems pack them, damaged, or malicious."""
 
 from __future__ import annotations
 

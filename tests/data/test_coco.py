@@ -1,4 +1,4 @@
-"""COCO's format: what is wrong in annotations is named, and what they do not say is read from the images."""
+"""COCO's format: errors name wrong annotations, and image files give what annotations lack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images with boxes: photographs in the layouts of COCO and VOC, and what real files get wrong."""
+"""Images with boxes: photographs in the layouts of COCO and VOC, and faults of real files."""
 
 from __future__ import annotations
 

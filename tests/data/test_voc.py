@@ -1,4 +1,4 @@
-"""VOC's format: what tools make of it, and what they get wrong."""
+"""VOC's format: as tools write it, and their faults."""
 
 from __future__ import annotations
 
