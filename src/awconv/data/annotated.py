@@ -18,7 +18,7 @@ from awconv.data.images import MAX_PIXELS, BrokenImageError, check_bytes, log_sk
 from awconv.data.order import Draw, derive_seed, seed_all
 
 Target = dict[str, Tensor]
-_NARROWEST = 100  # longest ratio of sides: a detector would shrink a narrower image to a few pixels across, or none
+_NARROWEST = 100  # largest ratio of sides: a detector would shrink a narrower image to a few pixels across, or none
 
 
 class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):

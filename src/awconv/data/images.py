@@ -103,7 +103,7 @@ def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixe
             image = _scaled(image, white, inverted)
         else:
             mode = "L" if image.mode in _GREY else "RGB"
-            image = image if image.mode == mode else image.convert(mode)  # which would copy it
+            image = image if image.mode == mode else image.convert(mode)  # convert would copy it
         return image if turn is None else image.transpose(turn)
 
 

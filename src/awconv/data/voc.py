@@ -25,7 +25,7 @@ CATEGORIES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 _LISTS = "ImageSets/Main"
-_IMAGE_FOLDERS, _XML_FOLDERS = ("jpegimages", "images", "data"), ("annotations", "labels")  # the last ones: FiftyOne's
+_IMAGE_FOLDERS, _XML_FOLDERS = ("jpegimages", "images", "data"), ("annotations", "labels")  # last: FiftyOne's
 _LARGEST_LIST, _LARGEST_XML = 2**26, 2**24  # bytes
 _DEEPEST = 100  # elements; VOC has 5
 _DIFFICULT = {"0": False, "false": False, "": False, "1": True, "true": True}
