@@ -1,4 +1,4 @@
-"""A small network to convert, and what is seen of it."""
+"""A small network to convert, and the kinds of its convolutions."""
 
 from __future__ import annotations
 

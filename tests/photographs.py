@@ -1,4 +1,4 @@
-"""Two photographs that scikit-learn ships, and what is seen in them, written in the layouts of COCO and VOC."""
+"""Two photographs that scikit-learn ships, with boxes, written in the layouts of COCO and VOC."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Memory that nobody has written holds NaN or the largest number, so that a result which depends on it is seen.
+"""Fills uninitialised memory with NaN or the largest number, so that a result that depends on it shows.
 
-What PyTorch offers for that (``torch.utils.deterministic.fill_uninitialized_memory``) works only together with
-``torch.use_deterministic_algorithms``, which chooses other algorithms than users have.
+PyTorch's own setting (``torch.utils.deterministic.fill_uninitialized_memory``) needs
+``torch.use_deterministic_algorithms``, which selects other algorithms than users run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conversion of networks: what is converted, and what is left or refused."""
+"""Conversion of networks: which layers are converted, kept or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converted networks and what folds layers into one: RepVGG and others, norms, LoRA."""
+"""Converted networks and code that folds layers into one: RepVGG and others, norms, LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion of trained networks, which compute what they did before."""
+"""Conversion by identity: trained networks compute the same as before."""
 
 from __future__ import annotations
 

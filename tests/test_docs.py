@@ -1,4 +1,4 @@
-"""What the pages tell people to run, runs; what they name, exists."""
+"""The pages: their examples and commands run, and the files that they name exist."""
 
 from __future__ import annotations
 

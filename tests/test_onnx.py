@@ -1,4 +1,4 @@
-"""Exported to ONNX: the batch is dynamic, the weights are constant and ONNX Runtime computes what PyTorch does."""
+"""Export to ONNX: the batch is dynamic, the weights are constant, and ONNX Runtime computes the same as PyTorch."""
 
 from __future__ import annotations
 

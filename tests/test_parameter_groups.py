@@ -1,4 +1,4 @@
-"""Parameters apart by what they are."""
+"""Parameters in groups, by their kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that nobody has written is seen in tests."""
+"""Tests notice reads of uninitialised memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions on folders as they are found in the wild, and copies that are drawn. Networks are not trained."""
+"""Predictions on folders as users have them, and drawn copies. Networks are not trained."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class TestBounds:
         monkeypatch.setattr("awconv.predict.load_task", lambda ckpt: detector)
         Image.new("L", (1334, 1)).save(folder / "long.png")
         assert main(["predict", f"--ckpt={CKPT}", str(folder / "long.png")]) == 1
-        assert "long.png: of 1334x1 pixels less than one is left in width or height" in capsys.readouterr().err
+        assert "long.png: 1334x1 pixels shrink to less than one in width or height" in capsys.readouterr().err
         Image.new("L", (1333, 1)).save(folder / "long.png")
         assert predict([folder / "long.png"], CKPT) == 0
 

@@ -1,4 +1,4 @@
-"""Every recipe, on photographs that scikit-learn ships: it runs, and each of its variants exists."""
+"""Every recipe runs on photographs that scikit-learn ships, and each of its variants exists."""
 
 from __future__ import annotations
 

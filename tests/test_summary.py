@@ -1,4 +1,4 @@
-"""What a network's summary says and counts."""
+"""The summary of a network: its text and its counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a terminal is given."""
+"""Text for terminals."""
 
 from __future__ import annotations
 

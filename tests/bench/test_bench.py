@@ -1,4 +1,4 @@
-"""The benchmark command: what it counts and prints. What it times is never asserted."""
+"""The benchmark command: its counts and its output. No test asserts a time."""
 
 from __future__ import annotations
 

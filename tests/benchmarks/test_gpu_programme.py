@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py in small on a CPU: every stage writes its figures, and what fails or has no time costs no other."""
+"""benchmarks/gpu.py in small on a CPU: every stage writes its figures, and a failing or late one stops no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparisons: what is trained, what is taken up, and what is refused."""
+"""Comparisons: which runs are trained, kept or refused."""
 
 from __future__ import annotations
 

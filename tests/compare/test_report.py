@@ -1,4 +1,4 @@
-"""What a comparison says of its records, and what it writes."""
+"""The report of a comparison: its figures and its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparisons that are interrupted, begun twice, or made of somebody else's files."""
+"""Comparisons that are interrupted, started twice, or read untrusted records."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Files that an earlier version wrote are read by this one: checkpoints, records of runs, a pickled layer.
+"""This version reads files of an earlier one: checkpoints, records of runs, a pickled layer.
 
-All were written by the commit 8b02dc4 (November 2026), on the digits, by a resnet8_cifar of width 4:
+The commit 8b02dc4 (November 2026) wrote all of them, on the digits, with a resnet8_cifar of width 4:
 
     awconv fit --config=fit.yaml                       fit.ckpt, with averaged weights
     awconv fit ... --model.convert="{init: identity}"  identity.ckpt

@@ -1,4 +1,4 @@
-"""COCO's format: what is wrong in annotations is named, and what they do not say is read from the images."""
+"""COCO's format: errors name wrong annotations, and image files give what annotations lack."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def test_files_that_are_not_there_or_not_cocos_are_named(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"a\.zip is neither a folder nor a zip archive"):
         Coco(tmp_path / "a.zip").classes  # noqa: B018
     write_coco(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"instances_val\.json are not there; give --data\.annotations"):
+    with pytest.raises(FileNotFoundError, match=r"instances_val\.json do not exist; .* give --data\.annotations"):
         Coco(tmp_path, train="val").classes  # noqa: B018
     file = tmp_path / "annotations" / "instances_train2017.json"
     file.write_text("{")
-    with pytest.raises(ValueError, match=r"instances_train2017\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is not JSON"):
         Coco(tmp_path).classes  # noqa: B018
     file.write_text('{"images": []}')
     with pytest.raises(ValueError, match="it has no annotations and no categories"):
@@ -38,14 +38,14 @@ def test_mistakes_in_cocos_format_are_named(tmp_path: Path) -> None:
     content = annotations()
     content["annotations"][0]["category_id"] = 99
     write_coco(tmp_path, content)
-    with pytest.raises(ValueError, match="annotation 1 of split train2017 names image 40 and category 99"):
+    with pytest.raises(ValueError, match="annotation 1 of split train2017 refers to image 40 and category 99"):
         Coco(tmp_path).dataset("train")
     for part, entry, mistake, message in (
         ("images", 0, {"width": "160"}, "image 40 of .*: width must be a whole number, got '160'"),
         ("images", 1, {"id": "a"}, "image a of .*: id must be a whole number, got 'a'"),
-        ("images", 1, {"id": 40}, "2 images have the id 40, of which there must be one"),
+        ("images", 1, {"id": 40}, "2 images have the same id, 40; each must"),
         ("categories", 0, {"name": 7}, "category 3 of .*: name must be text, got 7"),
-        ("categories", 0, {"name": "tree"}, "2 categories have the name 'tree'"),
+        ("categories", 0, {"name": "tree"}, "2 categories have the same name, 'tree'"),
         ("annotations", 0, {"bbox": [1, 2, 3]}, r"annotation 1 of .*: bbox must be x, y, .*, got \[1, 2, 3\]"),
         ("annotations", 0, {"bbox": [1, 2, 3, float("nan")]}, "bbox must be x, y, width and height"),
         ("annotations", 0, {"bbox": None}, "bbox must be x, y, width and height in pixels, got None"),
@@ -125,7 +125,7 @@ def test_a_category_that_only_groups_others_is_none(tmp_path: Path, caplog: pyte
     with caplog.at_level("INFO"):
         assert data.classes == list(CATEGORIES)
     assert data.category_ids == list(CATEGORIES.values())
-    assert "category 'park' (0) is none: it groups others" in caplog.text
+    assert "category 'park' (0) left out: it only groups others" in caplog.text
     assert Coco(tmp_path, categories=["park", "tree"]).category_ids == [0, 10]  # where it is asked for
     # A project that has the name of its only category.
     content["categories"][0]["name"] = content["categories"][1]["supercategory"] = "temple"
@@ -135,9 +135,9 @@ def test_a_category_that_only_groups_others_is_none(tmp_path: Path, caplog: pyte
     assert len(Coco(tmp_path, val="valid").dataset("val") or ()) == 2  # which may leave it out
     content["annotations"][0]["category_id"] = 0
     write_coco(tmp_path, content, split="valid")
-    with pytest.raises(ValueError, match=r"annotation 1 of split valid is of the category 'temple' \(0\), whi"):
+    with pytest.raises(ValueError, match=r"annotation 1 of split valid has the category 'temple' \(0\), whi"):
         Coco(tmp_path, val="valid").dataset("val")
-    with pytest.raises(ValueError, match="2 categories have the name 'temple'"):  # both are annotated
+    with pytest.raises(ValueError, match="2 categories have the same name, 'temple'"):  # both are annotated
         Coco(tmp_path, train="valid").dataset("train")
 
 
@@ -207,7 +207,7 @@ def test_broken_images_that_are_skipped_are_not_counted_as_trained_on(tmp_path: 
         ("annotations", {"area": "30"}, "area must be a number"),
         ("annotations", {"category_id": True}, "category_id must be a whole number, got True"),
         ("annotations", {"image_id": 10**30}, "image_id must be a whole number"),
-        ("annotations", {"id": 2}, "2 annotations have the id 2, of which there must be one"),
+        ("annotations", {"id": 2}, "2 annotations have the same id, 2; each must"),
         ("annotations", {"id": [2]}, r"annotation \[2\] .*: id must be a whole number"),
         ("images", {"width": True}, "image 40 .*: width must be a whole number, got True"),
         ("images", {"file_name": " "}, "image 40 .*: file_name must be text, got ' '"),
@@ -280,7 +280,7 @@ def test_an_image_too_narrow_for_a_detector_is_named(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "train2017", tmp_path / "again" / "train2017", dirs_exist_ok=True)
     for inspect in (True, False):
         data = Coco(tmp_path / "again", val_fraction=0, inspect=inspect, num_workers=0)
-        with pytest.raises(BrokenImageError, match=r"china\.png: it has 6000x2 pixels; a detector would lose"):
+        with pytest.raises(BrokenImageError, match=r"china\.png: it has 6000x2 pixels; one side must be at most"):
             list(data.train_dataloader())
 
 
@@ -293,7 +293,7 @@ def test_a_test_split_needs_no_annotations(tmp_path: Path, caplog: pytest.LogCap
         dataset = Coco(tmp_path, test="test2017").dataset("test")
     assert dataset is not None
     assert [len(image.boxes) for image in dataset.images] == [0, 0]
-    assert "split test2017 has no annotations: its figures are -1, and mean nothing" in caplog.text
+    assert "split test2017 has no annotations: its figures are -1 and mean nothing" in caplog.text
     for other in (dict(val="test2017"), dict(train="test2017")):
         with pytest.raises(ValueError, match="it has no annotations"):
             Coco(tmp_path, **other).dataset("train")  # type: ignore[arg-type]

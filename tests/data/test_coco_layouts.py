@@ -114,7 +114,7 @@ def test_an_image_that_may_be_one_of_several_is_none(tmp_path: Path) -> None:
         shutil.copy(tmp_path / "train2017" / "china.png", tmp_path / "train2017" / folder)
     assert Coco(tmp_path).files.below("train2017")[0] == "train2017/a/china.png"
     (tmp_path / "train2017" / "china.png").unlink()
-    with pytest.raises(ValueError, match=r"may be train2017/a/china\.png or train2017/b/china\.png; give"):
+    with pytest.raises(ValueError, match=r"could be train2017/a/china\.png or train2017/b/china\.png; give"):
         Coco(tmp_path).dataset("train")
     content["images"][0]["file_name"] = "D:\\b\\china.png"  # the longer end decides
     write_coco(tmp_path, content)
@@ -149,9 +149,9 @@ def test_cocos_test_images_have_a_file_without_annotations(tmp_path: Path, caplo
     assert "split test2017 has no annotations: its figures are -1" in caplog.text
     assert "such as test2017/china.png" in caplog.text  # and not the file that was read
     for options in ({"val": "test2017"}, {"test": "test2017", "annotations": "annotations//instances_{split}.json"}):
-        with pytest.raises(FileNotFoundError, match=r"instances_test2017\.json are not there; .*image_info_test2017"):
+        with pytest.raises(FileNotFoundError, match=r"instances_test2017\.json do not exist; .*image_info_test2017"):
             Coco(tmp_path, **options).dataset("train")
-    with pytest.raises(FileNotFoundError, match=r"instances_test2018\.json are not there"):
+    with pytest.raises(FileNotFoundError, match=r"instances_test2018\.json do not exist"):
         Coco(tmp_path, test="test2018").dataset("test")
 
 
@@ -215,5 +215,5 @@ def test_paths_that_lead_out_of_the_root_are_refused(path: str, tmp_path: Path) 
 
 def test_the_annotations_that_are_there_are_named(tmp_path: Path) -> None:
     write_coco(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there are annotations/instances_train2017\.json"):
+    with pytest.raises(FileNotFoundError, match=r"the JSON files are annotations/instances_train2017\.json"):
         Coco(tmp_path, train="train").dataset("train")

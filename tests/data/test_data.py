@@ -1,4 +1,4 @@
-"""What all data sets share, on digits as they are."""
+"""The base of all data sets, tested on the digits."""
 
 from __future__ import annotations
 

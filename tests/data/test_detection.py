@@ -1,4 +1,4 @@
-"""Images with boxes: photographs in the layouts of COCO and VOC, and what real files get wrong."""
+"""Images with boxes: photographs in the layouts of COCO and VOC, and faults of real files."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_only_the_categories_asked_for_are_there(tmp_path: Path) -> None:
     assert [image.labels.tolist() for image in dataset.images] == [[2, 1]]  # nothing of it is in the other image
     assert data.summary.other_boxes == 2
     assert data.summary.images_without_boxes == 1
-    with pytest.raises(ValueError, match="there is no category bush, hut; there are temple, flower, tree"):
+    with pytest.raises(ValueError, match="there is no category bush, hut; the categories are temple, flower, tree"):
         Coco(tmp_path, categories=["tree", "bush", "hut"]).classes  # noqa: B018
 
 
@@ -253,7 +253,7 @@ def test_broken_images_are_named_and_skipped_if_wanted(damage: str, tmp_path: Pa
     data = Coco(tmp_path, val="train2017", inspect=False, num_workers=0)
     with pytest.raises(BrokenImageError, match=r"flower\.png.*--data\.broken_images=skip leaves broken images out"):
         list(data.val_dataloader())
-    found_early = {"gone": "is not a file", "resized": "the annotations say 160x106 pixels, and it has 20x20"}
+    found_early = {"gone": "is not a file", "resized": "must have 160x106 pixels, as its annotations say, got 20x20"}
     if damage in found_early:
         with pytest.raises(BrokenImageError, match=rf"flower\.png.*{found_early[damage]}.*--data\.broken_images=skip"):
             Coco(tmp_path, val_fraction=0).dataset("train")

@@ -65,7 +65,7 @@ class TestImageFolder:
         with pytest.raises(BrokenImageError, match=r"val/digit3/0003\.png: cannot identify"):
             ImageFolder(tmp_path, image_size=8).dataset("val")
         (tmp_path / "train" / "empty").mkdir()
-        with pytest.raises(FileNotFoundError, match=r"of 1 of 11 classes: empty\."):
+        with pytest.raises(FileNotFoundError, match=r"1 of 11 classes have no image file: empty;"):
             ImageFolder(tmp_path).classes  # noqa: B018
 
 
@@ -94,9 +94,7 @@ def test_broken_images_are_refused_or_left_out_by_name(
 def test_an_empty_class_is_named(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train": 30})
     (tmp_path / "train" / "digit11").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=r"train: no image file .* of 1 of \d+ classes: digit11\. .*remove empty"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"train: 1 of \d+ classes have no image file: digit11; .*remove empty"):
         ImageFolder(tmp_path).classes  # noqa: B018
 
 
@@ -169,7 +167,7 @@ class TestLayouts:
         data = ImageFolder(tmp_path)
         assert {split: len(data.open(split)) for split in names} == {"train": 2, "val": 4, "test": 6}
         tree(tmp_path / "Train" if train != "Train" else tmp_path / "train", "cat/0.png", "dog/0.png")
-        with pytest.raises(ValueError, match="are both train splits; expected one"):
+        with pytest.raises(ValueError, match="are both the train split; expected one"):
             ImageFolder(tmp_path).classes  # noqa: B018
 
     def test_a_folder_for_each_class_without_splits(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,7 +176,7 @@ class TestLayouts:
         assert data.classes == ["cat", "dog"]
         assert data.open("val") is None
         assert data.test_split == "val"
-        assert "each folder in it is a class of the training images: cat, dog, 2 in all" in caplog.text
+        assert "each folder in it is a training class: cat, dog, 2 in all" in caplog.text
         assert "not used: 1 beside the folders of the classes (.csv)" in caplog.text
 
     @pytest.mark.parametrize(("train", "val"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -193,7 +191,7 @@ class TestLayouts:
             assert source.targets == [0, 0, 1]
             assert np.array_equal(np.asarray(source[2][0]), np.asarray(digit(2)))
         tree(tmp_path, unicodedata.normalize(val, "train/é/1.png"))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="train: two folders are called é, in two of Unicode's forms; make them"):
+        with pytest.raises(ValueError, match="train: two folders are called é, in different Unicode forms; merge them"):
             ImageFolder(tmp_path).classes  # noqa: B018
 
     def test_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +206,7 @@ class TestLayouts:
         data = ImageFolder(tree(tmp_path, *CATS_AND_DOGS, *more))
         assert len(data.open("train")) == 4
         assert data.open("test") is None
-        assert f"not used: {tmp_path}/test, which has no folder for each class" in caplog.text
+        assert f"not used: {tmp_path}/test, which holds no folders of classes" in caplog.text
         assert f"not used: extra\\x1b[2J, notes.txt in {tmp_path}" in caplog.text
         for why in (
             "beside the folders of the classes (.png)",
@@ -222,15 +220,15 @@ class TestLayouts:
         [
             (
                 ("pets/train/cat/0.png", "pets/train/dog/0.png"),
-                r"two classes, and .* has one folder, pets; expected images",
+                r"two classes, and .* holds only the folder pets; expected images",
             ),
-            (("train/cat/0.png",), r"two classes, and .*/train has one folder, cat"),
-            (("train/0.png", "test/1.png"), r"train holds no folder for each class; expected images in"),
+            (("train/cat/0.png",), r"two classes, and .*/train holds only the folder cat"),
+            (("train/0.png", "test/1.png"), r"train holds no folders of classes; expected images in"),
             (("test/cat/0.png", "test/dog/0.png"), r"train is not a folder; expected images in .*/train/CLASS/"),
             (("0.png",), r"train is not a folder; expected images in"),
             (
                 (*CATS_AND_DOGS, "train/emu/x.txt", "train/owl/x.gif.txt"),
-                r"of 2 of 4 classes: emu, owl\. Expected images",
+                r"2 of 4 classes have no image file: emu, owl; expected images",
             ),
             (  # Intel's images on Kaggle
                 (
@@ -247,7 +245,7 @@ class TestLayouts:
                 tuple(f"{split}_images/{name}/0.png" for split in ("train", "val") for name in ("cat", "dog")),
                 r"'train', and train_images, val_images in it .* as /.*/train/CLASS/, .*root=/.*[^/]/train_images; if",
             ),
-            (("cat/0.png", "dog/a/0.png", "dog/b/0.png"), r"dog in it are .* classes, put all of them into /.*/train$"),
+            (("cat/0.png", "dog/a/0.png", "dog/b/0.png"), r"dog in it are .* classes, move all of them to /.*/train$"),
         ],
     )
     def test_other_layouts_are_named(self, paths: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -261,7 +259,7 @@ class TestLayouts:
     def test_an_archive_is_to_be_unpacked(self, tmp_path: Path) -> None:
         (tmp_path / "a.zip").write_bytes(b"PK")
         with pytest.raises(
-            FileNotFoundError, match=r"a\.zip/train is not a folder; .*; unpack it, if it is an archive"
+            FileNotFoundError, match=r"a\.zip/train is not a folder; .*; if it is an archive, unpack it"
         ):
             ImageFolder(tmp_path / "a.zip").classes  # noqa: B018
 

@@ -210,7 +210,7 @@ def test_the_number_of_bytes_is_limited_before_they_are_read(tmp_path: Path) -> 
                 continue
             with pytest.raises(
                 BrokenImageError,
-                match=r"^name: its bytes are more than max_pixels = 64 allows \(1,049,089; at most 1,049,088\); ",
+                match=r"^name: its 1,049,089 bytes are more than the 1,049,088 that max_pixels = 64 allows; ",
             ):
                 read_image(source, "name", max_pixels=64)
 
@@ -219,14 +219,18 @@ def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.touch()
     os.truncate(path, 2**40)  # zeros that take no place
-    with pytest.raises(BrokenImageError, match=r"^name: its bytes are more than max_pixels = 67,108,864 allows"):
+    with pytest.raises(
+        BrokenImageError, match=r"^name: its [\d,]+ bytes are more than .* max_pixels = 67,108,864 allows"
+    ):
         read_image(str(path), "name")
 
 
 def test_neither_are_those_of_a_detector(tmp_path: Path) -> None:
     root = write_coco(tmp_path)
     os.truncate(root / "train2017" / "china.png", 2**40)
-    with pytest.raises(BrokenImageError, match=r"china\.png: its bytes are more than max_pixels = 67,108,864 allows"):
+    with pytest.raises(
+        BrokenImageError, match=r"china\.png: its [\d,]+ bytes are more than .* max_pixels = 67,108,864 allow"
+    ):
         Coco(root, val_fraction=0).dataset("train")
     skipping = Coco(root, val_fraction=0, inspect=False, broken_images="skip").dataset("train")
     assert skipping is not None

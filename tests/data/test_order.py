@@ -1,4 +1,4 @@
-"""Which images a batch holds, for any sizes and numbers of processes."""
+"""The images of each batch, for any sizes and numbers of processes."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class TestParquet:
         refused([1, 2, 3], [0, 1, 2], r"column 'image' must hold the content of image files, .*got int64")
         refused([{"a": 1}] * 3, [0, 1, 2], r"column 'image' must hold .*structs with the fields 'bytes'.*got struct<a")
         refused([{"bytes": [1]}] * 3, [0, 1, 2], r"column 'image' must hold .*got struct<bytes: list<")
-        refused([nothing] * 3, [0, 1, -1], r"odd\.parquet: labels must be from 0 on, got -1 1 times; -1 usually marks")
+        refused([nothing] * 3, [0, 1, -1], r"odd\.parquet: labels must be at least 0, got -1 1 times; -1 usually marks")
         refused([nothing] * 3, [0, 1, 2**31], r"the largest label is 2147483648, and 2,147,483,646 below it have no")
         refused([nothing] * 3, [0, 0, 0], r"odd\.parquet: a classification needs at least two classes, got \['0'\]")
         refused([nothing] * 3, ["a", " ", "b"], r"odd\.parquet: the name of class 0 must be text, got ' '")
@@ -71,7 +71,7 @@ class TestParquet:
             ([True, False, True], "bool with 0 nulls"),
             ([[0], [1], [0, 1]], r"list<.*> with 0 nulls"),
         ):
-            refused([nothing] * 3, labels, rf"column 'label' must hold class indices or names.*got {kind}")
+            refused([nothing] * 3, labels, rf"column 'label' must hold a class index .integer. or a name.*got {kind}")
         write_parquet(tmp_path / "more.parquet", range(20), names=False, label=lambda target: int(target) + 5)
         with pytest.raises(ValueError, match=r"more\.parquet must have the 10 classes of"):
             Parquet(train, test=str(tmp_path / "more.parquet"), image_size=8).dataset("test")
@@ -118,7 +118,7 @@ class TestStreamedParquet:
     def test_a_broken_file_is_named(self, tmp_path: Path) -> None:
         write_parquet(tmp_path / "a.parquet", range(50))
         (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
-        with pytest.raises(ValueError, match=r"b\.parquet is not a Parquet file, or a broken one"):
+        with pytest.raises(ValueError, match=r"b\.parquet is not a Parquet file, or is broken"):
             Parquet(str(tmp_path / "*.parquet")).classes  # noqa: B018
 
     def test_a_broken_row_group_is_named(self, tmp_path: Path) -> None:
@@ -240,10 +240,10 @@ class TestLayouts:
             "b/c*",
         ):
             assert len(Parquet(pattern).open("train")) == 6
-        with pytest.raises(ValueError, match=r"is a folder; expected a Parquet file or a glob pattern of some"):
+        with pytest.raises(ValueError, match=r"is a folder; expected a Parquet file or a glob pattern"):
             Parquet("~").classes  # noqa: B018
         os.mkfifo(tmp_path / "pipe.parquet")
-        with pytest.raises(ValueError, match=r"pipe\.parquet is not a file that can be read more than once"):
+        with pytest.raises(ValueError, match=r"pipe\.parquet is not a regular file; expected a Parquet file"):
             Parquet("~/pipe.parquet").classes  # noqa: B018
 
     def test_what_is_not_used_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -291,7 +291,7 @@ class TestSizes:
         monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *_, **__: pytest.fail("it is read"))
         with pytest.raises(
             BrokenImageError,
-            match=r"a\.parquet: row group 0 is broken: its column 'image' would become [\d,]+ bytes of [\d,]+, as",
+            match=r"a\.parquet: row group 0 is broken: its column 'image' would grow from [\d,]+ to [\d,]+ bytes,",
         ):
             source[0]
 
@@ -302,7 +302,7 @@ class TestSizes:
         source = Parquet(str(tmp_path / "a.parquet"), max_pixels=64).open("train")
         monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *_, **__: pytest.fail("it is read"))
         with pytest.raises(
-            BrokenImageError, match=r"a\.parquet, row group 0: its bytes are more than max_pixels = 64 allows \("
+            BrokenImageError, match=r"a\.parquet, row group 0: its [\d,]+ bytes are more than .* max_pixels = 64 allows"
         ):
             source[2]
 
@@ -333,7 +333,7 @@ class TestSpoiledFiles:
         place = content.index(values)
         changed = b"\1" + values[1:]  # the first label
         (tmp_path / "a.parquet").write_bytes(content[:place] + changed + content[place + len(values) :])
-        with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file, or a broken one: .*CRC"):
+        with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file, or is broken: .*CRC"):
             Parquet(str(tmp_path / "a.parquet")).classes  # noqa: B018
 
 

@@ -44,13 +44,13 @@ class TestWebDataset:
             WebDataset(str(tmp_path / "none.tar")).classes  # noqa: B018
         write_shard(tmp_path / "a.tar", range(20))
         (tmp_path / "cut.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:3000])
-        with pytest.raises(ValueError, match=r"cut\.tar is not a plain tar file, or a broken one"):
+        with pytest.raises(ValueError, match=r"cut\.tar is not a plain tar file, or is broken"):
             WebDataset(str(tmp_path / "cut.tar")).classes  # noqa: B018
         whole = (tmp_path / "a.tar").read_bytes()
         end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
         for length in (end, end - 512 * 3):  # without the headers of zeros, and with a member of which nothing is left
             (tmp_path / "short.tar").write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=r"short\.tar is (cut off|not a plain tar file, or a broken one)"):
+            with pytest.raises(ValueError, match=r"short\.tar is (cut off|not a plain tar file, or is broken)"):
                 WebDataset(str(tmp_path / "short.tar")).classes  # noqa: B018
         (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
         with pytest.raises(ValueError, match=r"a\.tar\.gz is not a plain tar file"):
@@ -58,7 +58,9 @@ class TestWebDataset:
         write_shard(tmp_path / "none.tar", range(5), label="txt")
         with pytest.raises(ValueError, match=r"image images/0000\.png has no label; expected images/0000\.cls"):
             WebDataset(str(tmp_path / "none.tar")).classes  # noqa: B018
-        with pytest.raises(ValueError, match=r"labels must be from 0 to 1, got 9; name all classes with class_names"):
+        with pytest.raises(
+            ValueError, match=r"labels must be from 0 to 1, got 9; give the names of all classes with class_names"
+        ):
             WebDataset(str(tmp_path / "a.tar"), class_names=["a", "b"]).classes  # noqa: B018
 
     def test_a_file_that_is_cut_anywhere_is_refused_or_whole(self, tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ class TestWebDataset:
                 assert len(source) == 6  # cut within the zeros that fill it up: nothing is lost
                 assert length >= end + 1024
         (tmp_path / "95.tar").write_bytes(whole[: int(0.95 * end)])
-        with pytest.raises(ValueError, match=r"95\.tar is (not a plain tar file, or a broken one|cut off)"):
+        with pytest.raises(ValueError, match=r"95\.tar is (not a plain tar file, or is broken|cut off)"):
             WebDataset(str(tmp_path / "95.tar")).classes  # noqa: B018
 
 
@@ -174,7 +176,9 @@ def test_an_image_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pyt
     assert source is not None
     assert source[0][0].size == (8, 8)
     monkeypatch.setattr("builtins.open", lambda *_: pytest.fail("it is read"))
-    with pytest.raises(BrokenImageError, match=r"a\.tar, c\.png: its bytes are more than max_pixels = 64 allows \("):
+    with pytest.raises(
+        BrokenImageError, match=r"a\.tar, c\.png: its [\d,]+ bytes are more than .* max_pixels = 64 allows"
+    ):
         source[2]
 
 
@@ -198,11 +202,11 @@ class TestLabels:
             ({"b.json": '{"label": -1}'}, r"a\.tar, b\.json must hold a class index of at least 0: got -1"),
             ({"b.png": B, "b.cls": "2147483648"}, r"the largest label is 2147483648, and 2,147,483,647 below it have"),
             ({"b.cls": "0"}, r"a\.tar: a classification needs at least two classes, got \['0'\]"),
-            ({"b.jpg": B}, r"a\.tar: b\.png and b\.jpg are both images of b; expected one"),
+            ({"b.jpg": B}, r"a\.tar: b\.png and b\.jpg are both images of b; keep one"),
             ({"c.png": B}, r"a\.tar: image c\.png has no label; expected c\.cls"),
             (
                 {"c.png": B, "c.json": "{}"},
-                r"image c\.png has no label; .*or c\.json with it .*, which c\.json has not",
+                r"image c\.png has no label; .*or c\.json with it .*; c\.json has none",
             ),
         ],
     )
@@ -228,9 +232,7 @@ class TestLabels:
             member = tarfile.TarInfo("c.png")
             member.type, member.linkname = tarfile.LNKTYPE, "a.png"
             tar.addfile(member)
-        with pytest.raises(
-            ValueError, match=r"a\.tar: c\.png is a link or sparse; the tar file must hold a plain copy"
-        ):
+        with pytest.raises(ValueError, match=r"a\.tar: c\.png must be a plain copy, got a link or a sparse file"):
             WebDataset(path).classes  # noqa: B018
 
     @pytest.mark.parametrize(

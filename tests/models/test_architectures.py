@@ -1,4 +1,4 @@
-"""Networks of many families stay what they are when they are converted with ``init="identity"``."""
+"""Networks of many families compute the same after a conversion with ``init="identity"``."""
 
 from __future__ import annotations
 

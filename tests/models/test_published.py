@@ -77,9 +77,9 @@ def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = bytearray((copy / FILE).read_bytes())
     content[-1] ^= 1
     (copy / FILE).write_bytes(content)
-    with pytest.raises(ValueError, match=r"is not what was published: its SHA-256 is [0-9a-f]{64}, expected"):
+    with pytest.raises(ValueError, match=r"is not the published file: its SHA-256 must be [0-9a-f]{64}, got"):
         published.verify(copy / FILE)
-    with pytest.raises(ValueError, match=r"is not what was published"):
+    with pytest.raises(ValueError, match=r"is not the published file"):
         timm.create_model(FOLDERS[0].name, pretrained=True, pretrained_cfg_overlay=dict(file=str(copy / FILE)))
 
 

@@ -1,6 +1,6 @@
-"""Random AW-convolutions, each by every algorithm that can run it, against sums in float64 written for this alone.
+"""Random AW-convolutions by every algorithm that can run them, compared with sums in float64 from independent code.
 
-``python -m tests.ops.campaign SEED ...`` checks again the problems of some seeds.
+``python -m tests.ops.campaign SEED ...`` repeats the problems of some seeds.
 """
 
 from __future__ import annotations

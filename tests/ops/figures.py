@@ -1,4 +1,4 @@
-"""A plugin of pytest, ``-p tests.ops.figures``: adds up numbers that tests recorded as properties, and prints them."""
+"""A pytest plugin, ``-p tests.ops.figures``: adds up numbers that tests record as properties, and prints the sums."""
 
 from __future__ import annotations
 

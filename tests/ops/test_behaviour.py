@@ -1,4 +1,4 @@
-"""Layouts, dtypes, compilation, export, choice: what the operator promises beside its numbers."""
+"""The operator beyond its numbers: layouts, dtypes, compilation, export, choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention branch's kernels for GPUs: by Triton's interpreter on a CPU, and on a GPU where there is one."""
+"""The attention branch's kernels for GPUs: by Triton's interpreter on a CPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each wrong argument has its error, which names the argument, what was expected and what came."""
+"""Each wrong argument gives an error that names the argument, what was expected and what came."""
 
 from __future__ import annotations
 

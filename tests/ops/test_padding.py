@@ -1,4 +1,4 @@
-"""Absurd strides, paddings and dilations take what a plain convolution takes."""
+"""Absurd strides, paddings and dilations cost no more than in a plain convolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a call runs now, on data, so that it need not go through PyTorch's dispatcher."""
+"""Calls that run now, on data, are told from others: they can skip PyTorch's dispatcher."""
 
 from __future__ import annotations
 

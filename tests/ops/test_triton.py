@@ -1,4 +1,4 @@
-"""The fused algorithm's kernels for GPUs: by Triton's interpreter on a CPU, and on a GPU where there is one."""
+"""The fused algorithm's kernels for GPUs: by Triton's interpreter on a CPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``use_algorithm``: whom a block holds to an algorithm, and what is logged of each choice."""
+"""``use_algorithm``: which calls it applies to, and what is logged of each choice."""
 
 from __future__ import annotations
 

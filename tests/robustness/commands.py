@@ -1,4 +1,4 @@
-"""Spoiled options, recipes, files of runs and output folders."""
+"""Spoiled options, recipes, records of runs and output folders."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """All doors, and a process that tries their inputs.
 
-The command line is run in forks, since its imports take seconds. They are forks of this process, which does nothing
-else and so has no threads whose locks a fork would keep.
+The command line runs in forks of this process, since its imports take seconds. The process does nothing else, so it has
+no threads whose locks a fork would keep.
 """
 
 from __future__ import annotations

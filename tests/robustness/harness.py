@@ -1,4 +1,4 @@
-"""Runs one command on one spoiled input in a process of its own, and says what is wrong with what came of it."""
+"""Runs one command on one spoiled input, in a process of its own, and reports what went wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spoiled image files, and folders of them, before ``awconv predict``."""
+"""Spoiled image files, and folders of them, for ``awconv predict``."""
 
 from __future__ import annotations
 

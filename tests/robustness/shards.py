@@ -1,4 +1,4 @@
-"""Spoiled Parquet files, tar files and folders of classes, before ``awconv fit``."""
+"""Spoiled Parquet files, tar files and folders of classes, for ``awconv fit``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Inputs that are spoiled by rule, at every door: an error of one line, and nothing lost.
+"""Inputs spoiled by rule, at every door: each gives an error of one line, and nothing is lost.
 
-``make campaign`` tries all; the ordinary tests a few of each door. A failure names the door and the seed, which make
-the same input again: ``pytest tests/robustness -m campaign -k options-17``.
+``make campaign`` tries all inputs, the ordinary tests a few of each door. A failure names the door and the seed, which
+repeat the input: ``pytest tests/robustness -m campaign -k options-17``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A classification that starts from pretrained weights."""
+"""Classification from pretrained weights."""
 
 from __future__ import annotations
 

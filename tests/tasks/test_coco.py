@@ -1,4 +1,4 @@
-"""COCO's figures of detections, beside pycocotools."""
+"""COCO's figures, compared with those of pycocotools."""
 
 from __future__ import annotations
 

@@ -239,8 +239,8 @@ def test_what_is_asked_of_ssd_is_done(network: str, arguments: dict[str, Any], r
     ("arguments", "message"),
     [
         ({"norm": "group", "min_size": 512}, "norm, min_size must be left out with ssd300"),
-        ({"network_args": {"drop_rate": 0.1}}, "do not fit: vgg16 has no drop_rate; aw_vgg16 has aw_args"),
-        ({"network_args": {"aw_args": {}}}, "do not fit: vgg16 has no aw_args; aw_vgg16 has aw_args"),
+        ({"network_args": {"drop_rate": 0.1}}, "do not fit: vgg16 takes no drop_rate; aw_vgg16 takes aw_args"),
+        ({"network_args": {"aw_args": {}}}, "do not fit: vgg16 takes no aw_args; aw_vgg16 takes aw_args"),
     ],
 )
 def test_what_ssd_cannot_do_is_said(arguments: dict[str, Any], message: str) -> None:

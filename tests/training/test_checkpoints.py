@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, or made to do harm; folders that two processes want, or none may."""
+"""Checkpoints that are damaged or malicious; folders that two processes use, or none may write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of detections: what it may be written over, and through."""
+"""The file of detections: which files it may replace, and which links it follows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kills at random moments: whatever ends a training, or a comparison, the same command ends as if nothing had."""
+"""Kills at random moments: the same command ends a training, or a comparison, as if nothing had killed it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings by which nothing could be trained, and recipes that are none."""
+"""Settings that would train nothing, and files that are no recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interruptions: whatever stops a training, the same command with --ckpt_path=last ends with the same weights."""
+"""Interruptions: after any stop, the same command with --ckpt_path=last ends with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is watched while a network trains."""
+"""Checks while a network trains."""
 
 from __future__ import annotations
 

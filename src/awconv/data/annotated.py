@@ -1,4 +1,4 @@
-"""Images with boxes as a data set: each decoded at its access, and checked against its annotations."""
+"""A data set of images with boxes. Each access decodes an image and checks it against its annotations."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from awconv.data.images import MAX_PIXELS, BrokenImageError, check_bytes, log_sk
 from awconv.data.order import Draw, derive_seed, seed_all
 
 Target = dict[str, Tensor]
-_NARROWEST = 100  # longer side to shorter one: a detector would shrink what is narrower to a few pixels across, or none
+_NARROWEST = 100  # largest ratio of sides: a detector would shrink a narrower image to a few pixels across, or none
 
 
 class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
     """Images with boxes, decoded at each access.
 
-    An item is an image, uint8 of shape (3, H, W), and a dictionary of ``boxes`` (float32, shape (K, 4): x1, y1, x2, y2
-    in pixels), ``labels`` (int64, from 1), ``area``, ``iscrowd`` and ``image_id``; where a broken image is skipped,
-    another one in training, and None in an evaluation.
+    An item is a pair: an image, uint8 of shape (3, H, W), and a dictionary with ``boxes`` (float32, shape (K, 4): x1,
+    y1, x2, y2 in pixels), ``labels`` (int64, from 1), ``area``, ``iscrowd`` and ``image_id``. If a broken image is
+    skipped, training gets the next image in its place, and evaluation gets None.
 
     Args:
-        files: where the images are.
-        images: what is marked in them.
-        transform: of an image and a dictionary with ``boxes`` and ``labels`` as torchvision's tensors.
+        files: the data set's files.
+        images: their annotations.
+        transform: called with an image and a dictionary of ``boxes`` and ``labels``, all as torchvision's tensors.
         skip_broken: leave out images that cannot be decoded, and log their names.
-        max_pixels: the most that an image may have.
+        max_pixels: the largest number of pixels of an image.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
         if not isinstance(index, Draw):
             return self._read(index)
         seed_all(derive_seed(index.seed, index.epoch, index.image))
-        for further in range(len(self)):  # in the place of a broken image, the one behind it
+        for further in range(len(self)):  # the next image replaces a broken one
             item = self._read((index.image + further) % len(self))
             if item is not None:
                 return item
@@ -94,14 +94,14 @@ class AnnotatedImages(Dataset[tuple[Tensor, Target] | None]):
 
 
 def check_size(annotated: Annotated, size: tuple[int, int], name: str) -> None:
-    """Raises a BrokenImageError for an image that is not as large as its annotations say, or too narrow."""
+    """Raises a BrokenImageError if an image is too narrow, or its size differs from that in its annotations."""
     if max(size) > _NARROWEST * min(size):
         raise BrokenImageError(
-            f"{name}: it has {size[0]}x{size[1]} pixels; a detector would lose an image of which one side is more than "
-            f"{_NARROWEST} times the other; crop it"
+            f"{name}: it has {size[0]}x{size[1]} pixels; one side must be at most {_NARROWEST} times the other, as a "
+            "detector shrinks narrower images to nothing; crop the image"
         )
     if size != (annotated.width, annotated.height):
         raise BrokenImageError(
-            f"{name}: the annotations say {annotated.width}x{annotated.height} pixels, and it has "
-            f"{size[0]}x{size[1]}; annotate the image as it is, or resize it"
+            f"{name}: the image must have {annotated.width}x{annotated.height} pixels, as its annotations say, got "
+            f"{size[0]}x{size[1]}; correct the annotations, or resize the image"
         )

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device that trains, every sample by numbers of its own."""
+"""Augmentation of whole batches on the training device. Every sample has random numbers of its own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def shift(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Pads with zeros and crops each sample to its size again.
+    """Pads each sample with zeros, then crops it to its former size.
 
     Args:
         images: shape (N, C, H, W), of any dtype.
         padding: pixels on each side.
-        top: where the crops begin in the padded images, from 0 to 2 * padding, shape (N,).
-        left: the same.
+        top: first row of each crop in the padded image, from 0 to 2 * padding, shape (N,).
+        left: first column of each crop, likewise.
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
@@ -26,5 +26,5 @@ def shift(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
 
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirrors the samples of a batch, shape (N, C, H, W), where ``chosen``, shape (N,), is true."""
+    """Mirrors the samples of a batch, shape (N, C, H, W), for which ``chosen``, shape (N,), is true."""
     return torch.where(chosen[:, None, None, None], images.flip(3), images)

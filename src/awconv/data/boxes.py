@@ -1,4 +1,4 @@
-"""An image with boxes: what may be in its annotations, what can be trained on, and what is counted on the way."""
+"""An image with boxes: valid annotations, the boxes to train on, and counts of what was left out."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-LEAST = 1.0  # pixels: what torchvision's augmentation leaves out, too
-_MOST = 2**31  # pixels from the image's corner; no image is as large, and float64 can still multiply it
-_LARGEST_ID = 2**63 - 1  # what a tensor holds
+LEAST = 1.0  # pixels; torchvision's augmentation, too, leaves out smaller boxes
+_MOST = 2**31  # pixels from the image's corner: no image is that large, and products stay finite in float64
+_LARGEST_ID = 2**63 - 1  # of int64, the dtype of ids
 
 
 @dataclass(frozen=True)
 class Annotated:
-    """An image and what is marked in it.
+    """An image and its annotations.
 
     Attributes:
-        path: of the image, among the data set's files.
-        image_id: its number in the data set.
-        width: in pixels; 0 where the annotations do not say it, and the image's file has to.
-        height: the same.
+        path: of the image, within the data set.
+        image_id: number of the image in the data set.
+        width: in pixels; 0 if the annotations give none, so that the image's file has to.
+        height: likewise.
         boxes: float64, shape (K, 4): x1, y1, x2, y2 in pixels.
         labels: int64, shape (K,), from 1; 0 is the background.
-        areas: float64, shape (K,), in square pixels, of the object, by which an evaluation calls it small or large.
-        crowd: bool, shape (K,): regions that hold any number of objects (COCO), or are too difficult (VOC). They are
-            not trained on, and detections in them are not counted as wrong.
-        others: number of boxes of categories that were not asked for, which are not here.
+        areas: float64, shape (K,), of the objects, in square pixels. The evaluation sorts objects into small, medium
+            and large by them.
+        crowd: bool, shape (K,): regions with any number of objects (COCO), or difficult objects (VOC). Training ignores
+            them, and the evaluation does not count detections in them as wrong.
+        others: number of boxes left out here, because their categories are not wanted.
     """
 
     path: str
@@ -44,21 +45,21 @@ class Annotated:
 
 @dataclass
 class BoxSummary:
-    """What a training split holds, and what was done to it; printed, a sentence.
+    """Counts of a training split: what it holds, what was left out, and what was changed. ``str`` makes a sentence.
 
     Attributes:
-        images: that are trained on.
-        boxes: that are trained on.
-        empty_boxes: left out, because they are less than a pixel wide or high.
-        outside_boxes: left out, because less than a pixel of them lies inside their image.
-        repeated_boxes: left out, because the same box of the same category is in the same image already.
-        clipped_boxes: that were clipped to their image.
-        crowd_regions: left out of the training.
-        other_boxes: left out, because their category was not asked for.
-        images_without_boxes: that have no box to train on.
-        measured_images: whose size is that of their file, because their annotations have none, or one that cannot be.
-        broken_images: that are missing or cannot be read, and are skipped.
-        modes: number of images by Pillow's mode that are not RGB, and were converted, such as ``{"L": 3, "CMYK": 1}``.
+        images: images to train on.
+        boxes: boxes to train on.
+        empty_boxes: boxes left out: less than a pixel wide or high.
+        outside_boxes: boxes left out: less than a pixel of them lies inside their image.
+        repeated_boxes: boxes left out: their image has the same box of the same category already.
+        clipped_boxes: boxes clipped to their image.
+        crowd_regions: crowd regions left out.
+        other_boxes: boxes left out: their category is not wanted.
+        images_without_boxes: images without a box to train on.
+        measured_images: images whose file gave their size: their annotations give none, or an impossible one.
+        broken_images: images skipped: missing, or not readable.
+        modes: number of images converted to RGB, by Pillow's mode, such as ``{"L": 3, "CMYK": 1}``.
     """
 
     images: int = 0
@@ -93,7 +94,7 @@ class BoxSummary:
 
 
 def clean(image: Annotated, counts: BoxSummary) -> Annotated:
-    """The boxes of an image that can be trained on, clipped to it; what was left out is counted."""
+    """The boxes of an image to train on, clipped to the image. Counts in ``counts`` what was left out."""
     boxes, crowd = image.boxes, image.crowd.astype(bool)
     empty = ((boxes[:, 2:] - boxes[:, :2]) < LEAST).any(1)
     limits = np.array([image.width, image.height] * 2, boxes.dtype)
@@ -113,7 +114,7 @@ def clean(image: Annotated, counts: BoxSummary) -> Annotated:
 
 
 def _repeated(image: Annotated, among: Array) -> Array:
-    """Which boxes are, with their category, those of an earlier one."""
+    """Whether each box repeats an earlier one of the same category."""
     rows = [(label, *box) for label, box in zip(image.labels.tolist(), image.boxes.tolist(), strict=True)]
     seen: set[tuple[float, ...]] = set()
     repeated = np.zeros(len(rows), bool)
@@ -124,21 +125,20 @@ def _repeated(image: Annotated, among: Array) -> Array:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value can be a coordinate or an area: a finite real number that is no boolean, up to what the largest
-    image could have."""
+    """Whether a value can be a coordinate or an area: a number, no boolean, and not beyond the largest image."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= _MOST  # which NaN is not
+    return abs(value) <= _MOST  # false for NaN
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value can number images or categories."""
+    """Whether a value can be the id of an image or a category."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_ID
 
 
 def size(width: float | None, height: float | None) -> tuple[int, int]:
-    """The width and height of an image in pixels, as its annotations have them; twice 0 if one cannot be."""
+    """Width and height of an image, in pixels, from its annotations; (0, 0) if one is missing or impossible."""
     if width is None or height is None:
         return 0, 0
-    can_be = all(is_number(side) and side >= 1 and side == int(side) for side in (width, height))
-    return (int(width), int(height)) if can_be else (0, 0)
+    possible = all(is_number(side) and side >= 1 and side == int(side) for side in (width, height))
+    return (int(width), int(height)) if possible else (0, 0)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, as torchvision downloads them."""
+"""CIFAR-10 and CIFAR-100, read and downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Cifar10(ImageDataModule):
     """CIFAR-10: 50,000 training and 10,000 test images, 32x32, 10 classes.
 
     Args:
-        root: the folder that holds ``cifar-10-batches-py``, or that it is downloaded to.
-        download: fetch it where it is missing.
+        root: the folder of ``cifar-10-batches-py``.
+        download: download the data if ``root`` does not hold them.
         **kwargs: as for :class:`ImageDataModule`.
     """
 
@@ -49,7 +49,7 @@ class Cifar10(ImageDataModule):
         except (RuntimeError, OSError) as error:
             raise FileNotFoundError(
                 f"{self._dataset.__name__} is not in {self.root}: {error}. Put the folder {self._dataset.base_folder} "
-                "there, or let it be fetched with --data.download true on a machine with a network"
+                "there, or download it with --data.download=true on a machine with a network"
             ) from error
 
     @property
@@ -64,7 +64,7 @@ class Cifar10(ImageDataModule):
 
 
 class Cifar100(Cifar10):
-    """CIFAR-100: as :class:`Cifar10`, with 100 classes, in the folder ``cifar-100-python``."""
+    """CIFAR-100: 100 classes, in the folder ``cifar-100-python``. Everything else is as in :class:`Cifar10`."""
 
     default_mean, default_std = CIFAR100_MEAN, CIFAR100_STD
     _dataset = CIFAR100

@@ -1,4 +1,4 @@
-"""What all data sets for a classification share: splits, decoding, augmentation."""
+"""The base of all data sets for classification: splits, decoding, augmentation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BATCH_BYTES = 2**32
 
 
 def check_batch(batch_size: int, channels: int, image_size: int) -> None:
-    """Refuses a batch that no network could take, before memory ends.
+    """Refuses a batch too large for any network, before memory runs out.
 
     Raises:
         ValueError: its images take more than 4 GiB as float32.
@@ -41,7 +41,7 @@ def check_batch(batch_size: int, channels: int, image_size: int) -> None:
     if size > BATCH_BYTES:
         raise ValueError(
             f"{batch_size} images of {channels} channels and {image_size}x{image_size} pixels take "
-            f"{size / 2**30:,.1f} GiB as float32, of which a batch may have {BATCH_BYTES / 2**30:.0f}; take a smaller "
+            f"{size / 2**30:,.1f} GiB as float32; a batch may take at most {BATCH_BYTES / 2**30:.0f}: choose a smaller "
             "batch_size or image_size"
         )
 
@@ -49,35 +49,36 @@ def check_batch(batch_size: int, channels: int, image_size: int) -> None:
 class ImageDataModule(DataModule):
     """Labelled images for a classification, as batches ``(images, targets)``.
 
-    Images are uint8, shape (N, channels, image_size, image_size): the network's task normalises them. A set of at most
-    2 GiB is decoded once, kept as one tensor, and augmented in batches on the training device, by random crops after
-    zero padding and horizontal flips. A larger one is decoded by workers, which draw the random resized crops usual at
-    that scale, or those of ``transform``.
+    Images are uint8, shape (N, channels, image_size, image_size). The task normalises them.
 
-    The order of the images and their augmentation depend on the run's seed, the epoch and the step alone. Several
-    processes share the batches; an evaluation sees every image once.
+    A data set of at most 2 GiB is decoded once and kept as one tensor. The training device augments its batches, by
+    random crops after zero padding and by horizontal flips. Workers decode a larger data set, with the random resized
+    crops usual at that scale, or those of ``transform``.
 
-    Where an argument is None, the data set has a default of its own, in the class attribute ``default_...``.
+    The order of the images and their augmentation depend only on the run's seed, the epoch and the step. Several
+    processes share the batches, and an evaluation sees every image once.
+
+    None, as an argument, stands for the data set's own default, in the class attribute ``default_...``.
 
     Args:
         image_size: height and width, in pixels.
-        crop_pct: the shorter side is resized to ``image_size / crop_pct`` and the centre cropped.
+        crop_pct: share of the shorter side that the centre crop keeps: the shorter side is first resized to
+            ``image_size / crop_pct``.
         batch_size: samples a batch and device.
         crop_padding: zeros on each side before the random crop, in pixels; 0 for no crop.
         horizontal_flip: mirror half of the training images.
-        val_fraction: share of each class held out from the training split, where the data set has no validation split
-            of its own; 0 for none.
+        val_fraction: share of each class held out from the training split if there is no validation split; 0 for none.
         split_seed: seed of that split. It is not the run's seed: all runs share one split.
-        in_memory: decode once, or at each access; None decides by the size.
-        num_workers: processes that decode a set that is not in memory.
+        in_memory: true decodes each image once, false at each access, None decides by the size of the data set.
+        num_workers: processes that decode images, if the data set is not in memory.
         transform: arguments of ``timm.data.create_transform`` for the training images, such as
             ``{"auto_augment": "rand-m7-mstd0.5-inc1", "scale": [0.35, 1.0]}``. They are then decoded at each access.
-        broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
-            out, in the evaluation too, and logs its name.
-        max_pixels: an image file with more pixels, or more bytes than these need, is as a broken one: it would take
-            too much memory.
+        broken_images: ``"refuse"`` raises an error that names the broken image; ``"skip"`` leaves the image out, in
+            evaluation too, and logs its name.
+        max_pixels: the largest number of pixels of an image. A file with more pixels, or with more bytes than so many
+            pixels need, counts as broken: it would take too much memory.
         mean: mean of each channel, of values from 0 to 1.
-        std: deviation of each channel.
+        std: standard deviation of each channel.
 
     Raises:
         ValueError: a number is out of its range, or a batch would take too much memory.
@@ -148,10 +149,10 @@ class ImageDataModule(DataModule):
 
     @abc.abstractmethod
     def open(self, split: Split) -> LabelledImages | None:
-        """The data set's own split, or None if it has none of that name. Nothing is decoded yet.
+        """Opens a split of the data set, or returns None if there is no such split. Decodes nothing yet.
 
         Raises:
-            FileNotFoundError: the data is not there.
+            FileNotFoundError: the data are missing.
         """
 
     @property
@@ -160,9 +161,9 @@ class ImageDataModule(DataModule):
         return [self.channels, self.image_size, self.image_size]
 
     def dataset(self, split: Split) -> InMemoryImages | TransformedImages | None:
-        """A split as it is trained or evaluated on, opened and, if it is kept in memory, decoded on first use.
+        """A split, ready for training or evaluation. The first use opens it and, if it is kept in memory, decodes it.
 
-        The test split of a data set without one is its validation split.
+        Without a test split, ``"test"`` is the validation split.
         """
         if split == "test":
             split = self.test_split
@@ -175,7 +176,7 @@ class ImageDataModule(DataModule):
 
     @property
     def test_split(self) -> Split:
-        """The split that is tested on: ``"val"`` where the data set has no ``"test"``."""
+        """The split to test on: ``"test"``, or ``"val"`` if the data set has no test split."""
         return "val" if self._source("test") is None else "test"
 
     def _source(self, split: Split) -> LabelledImages | None:
@@ -193,8 +194,8 @@ class ImageDataModule(DataModule):
         empty = [name for index, name in enumerate(classes) if index not in found]
         if empty:
             raise ValueError(
-                f"{len(empty)} of {len(classes)} classes have no training image: {', '.join(empty[:10])}; leave "
-                "them out of the data set, or give images of them"
+                f"{len(empty)} of {len(classes)} classes have no training image: {', '.join(empty[:10])}; remove these "
+                "classes, or add images of them"
             )
 
     def _select(self, split: Split) -> tuple[LabelledImages | None, list[int]]:
@@ -207,7 +208,7 @@ class ImageDataModule(DataModule):
 
     @cached_property
     def _held_out(self) -> tuple[list[int], list[int]]:
-        """Indices into the training split: those to train on, and those held out."""
+        """Indices into the training split: the images to train on, and the held-out images."""
         source = self._source("train")
         assert source is not None
         everything = list(range(len(source)))
@@ -220,7 +221,7 @@ class ImageDataModule(DataModule):
         except ValueError as error:
             raise ValueError(
                 f"val_fraction = {self.val_fraction} cannot be held out of every class of {len(source)} training "
-                f"images: {error} Give a validation split, another val_fraction, or 0 for none"
+                f"images: {error} Give a validation split, another val_fraction, or 0 for no validation"
             ) from error
         return sorted(train), sorted(val)
 
@@ -236,7 +237,7 @@ class ImageDataModule(DataModule):
                 hflip=0.5 if self.horizontal_flip else 0.0, color_jitter=0.0, mean=self.mean, std=self.std
             )
             arguments |= self.transform or {}
-            try:  # without normalisation, timm leaves uint8
+            try:  # normalize=False keeps uint8
                 transform = create_transform(input_size=self.image_size, is_training=True, normalize=False, **arguments)
             except TypeError as error:
                 raise ValueError(
@@ -255,7 +256,7 @@ class ImageDataModule(DataModule):
         return self._load_batches(dataset, split, _collate, self.num_workers, chunks)
 
     def _augment(self, batch: Any, seed: int) -> Any:
-        """Images that are not in memory were augmented when they were decoded."""
+        """Augments images kept in memory. The workers have augmented all others."""
         if not isinstance(self.dataset("train"), InMemoryImages):
             return batch
         images, targets = batch
@@ -266,7 +267,7 @@ class ImageDataModule(DataModule):
 
         Args:
             images: shape (N, C, H, W); this process's share of the batch.
-            seed: the same in all processes, which then do together what one would do alone.
+            seed: the same in all processes, so that together they draw what a single process would.
         """
         rank, of = self._share
         generator = torch.Generator().manual_seed(seed)

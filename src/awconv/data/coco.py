@@ -54,30 +54,35 @@ _OPTIONAL: dict[str, dict[str, _Kind]] = {
 
 
 class Coco(DetectionDataModule):
-    """Images with boxes in COCO's format, by default in COCO's own layout: ``root/train2017/*.jpg`` and
+    """Images with boxes in COCO's format. The default is COCO's own layout: ``root/train2017/*.jpg`` and
     ``root/annotations/instances_train2017.json``.
 
-    An annotation without an area, or with one of 0 or less, has that of its box. A category that only groups others, as
-    Roboflow's first one, is none: it is the supercategory of another, and nothing in the training split is annotated
-    with it. The name of an image's file may be of the machine that it was annotated on (absolute, with backslashes or
-    percent signs, as CVAT, VIA and Label Studio write them): where there is none at ``images/NAME``, it is the one file
-    below ``images`` that shares the longest end of the path. A test split may have no annotations, for detections that
-    somebody else evaluates: in COCO's own layout, ``root/annotations/image_info_test2017.json``.
+    An annotation whose area is missing, or 0 or less, gets the area of its box. Training and evaluation leave out a
+    category that only groups others, such as Roboflow's first one: it is the supercategory of another, and no object of
+    the training split has it.
+
+    An image's file name may come from the machine of the annotator: an absolute path, or one with backslashes or
+    percent signs, as CVAT, VIA and Label Studio write them. If there is no file ``images/NAME``, the image is the file
+    below ``images`` that shares the longest end of that path.
+
+    A test split may have no annotations, for detections that somebody else evaluates: in COCO's own layout,
+    ``root/annotations/image_info_test2017.json``.
 
     Args:
-        root: the folder, or a zip archive of it.
+        root: the folder of the data set, or a zip archive of it.
         train: name of the training split.
-        val: the same; None holds out ``val_fraction`` of the training split.
-        test: the same; None tests on the validation split.
-        images: the folder of a split's images, under ``root``; ``{split}`` stands for the name of the split.
-        annotations: the same, for the file of its annotations.
-        max_annotations: the most bytes that a file of annotations may have, unpacked; it takes ten times the memory.
-        **kwargs: as for :class:`DetectionDataModule`.
+        val: name of the validation split. None holds out ``val_fraction`` of the training split.
+        test: name of the test split. None tests on the validation split.
+        images: folder of a split's images, relative to ``root``. ``{split}`` stands for the name of the split.
+        annotations: file of a split's annotations, likewise.
+        max_annotations: largest size of a file of annotations, in bytes, unpacked. Reading it takes ten times as much
+            memory.
+        **kwargs: further arguments of :class:`DetectionDataModule`.
 
     Raises:
-        FileNotFoundError: a file is missing; the message names it.
-        ValueError: a file is not in COCO's format, splits have different categories, or one that is asked for is not
-            there.
+        FileNotFoundError: a file is missing. The message names it.
+        ValueError: a file is not in COCO's format, splits have different categories, or a wanted category does not
+            exist.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {**DetectionDataModule.roles, "max_annotations": Role.NOTHING}
@@ -102,14 +107,14 @@ class Coco(DetectionDataModule):
 
     @cached_property
     def _content(self) -> dict[str, Any]:
-        """That of the training split's file."""
+        """The content of the training split's annotations."""
         if not self.splits["train"]:
             raise ValueError("--data.train must name a split, such as train2017")
         return self._load("train")
 
     @cached_property
     def _grouping(self) -> dict[int, str]:
-        """Categories that only group others, by their numbers."""
+        """Names of the categories that only group others, by id."""
         categories = self._content["categories"]
         annotated = {annotation["category_id"] for annotation in self._content["annotations"]}
         supercategories: dict[Any, set[int]] = {}
@@ -123,7 +128,7 @@ class Coco(DetectionDataModule):
         }
         for number, name in grouping.items():
             rank_zero_info(
-                printable(f"category {name!r} ({number}) is none: it groups others, and nothing is annotated with it")
+                printable(f"category {name!r} ({number}) left out: it only groups others, and no object has it")
             )
         return grouping
 
@@ -149,16 +154,16 @@ class Coco(DetectionDataModule):
         if named != expected:
             differing = sorted(set(named.items()) ^ set(expected.items()))
             raise ValueError(
-                f"split {name} must have the categories of {self.splits['train']}; these are only in one of them, or "
-                f"have another number there: {', '.join(f'{name} ({number})' for name, number in differing[:10])}"
+                f"split {name} must have the categories of {self.splits['train']}; these are in only one of them, or "
+                f"have different ids: {', '.join(f'{name} ({number})' for name, number in differing[:10])}"
             )
         return images
 
     def _place(self, pattern: str, split: Split) -> str:
-        """A path that an option gives, of a split.
+        """The path of a split, from an option's pattern.
 
         Raises:
-            ValueError: it is not below the root.
+            ValueError: the path leads out of the root.
         """
         path = posixpath.normpath(pattern.replace("{split}", str(self.splits[split])) or ".")
         if leads_out(path):
@@ -168,7 +173,7 @@ class Coco(DetectionDataModule):
         return path
 
     def _read(self, split: Split, content: Mapping[str, Any]) -> tuple[dict[str, int], list[Annotated]]:
-        """The numbers of the categories that are wanted, by their names, and the images of a split."""
+        """The ids of the wanted categories, by name, and the images of a split."""
         name = self.splits[split]
         named = self._wanted(content["categories"], f"split {name}")
         label = {number: index + 1 for index, number in enumerate(named.values())}
@@ -178,13 +183,12 @@ class Coco(DetectionDataModule):
             number, what = annotation["category_id"], f"annotation {annotation.get('id')} of split {name}"
             if annotation["image_id"] not in marked or number not in known:
                 raise ValueError(
-                    f"{what} names image {annotation['image_id']} and category {number}, of which one is not in the "
-                    "file"
+                    f"{what} refers to image {annotation['image_id']} and category {number}; the file must hold both"
                 )
             if self.categories is None and number not in label:
                 raise ValueError(
-                    f"{what} is of the category {self._grouping[number]!r} ({number}), which only groups others in "
-                    f"{self.splits['train']}; name those that are wanted with --data.categories"
+                    f"{what} has the category {self._grouping[number]!r} ({number}), which only groups others in split "
+                    f"{self.splits['train']}; give the wanted categories with --data.categories"
                 )
             marked[annotation["image_id"]].append(annotation)
         folder = self._place(self.images, split)
@@ -194,14 +198,14 @@ class Coco(DetectionDataModule):
         again = len(found) - len(set(found.values()))
         if again:
             rank_zero_info(
-                f"split {name}: {again:,} images are the file of another one, and count each, as their numbers differ"
+                f"split {name}: {again:,} images share a file with another one; each counts, since their ids differ"
             )
         if paths.moved:
             rank_zero_info(f"split {name}: {paths.moved:,} images were found by the end of their path, below {folder}")
         return named, [_annotated(image, marked[image["id"]], found[image["id"]], label) for image in content["images"]]
 
     def _load(self, split: Split) -> dict[str, Any]:
-        """What the file of a split's annotations holds, of the right types."""
+        """The content of a split's annotations, with its types checked."""
         path, name = self._place(self.annotations, split), self.splits[split]
         if split == "test" and self.annotations == _ANNOTATIONS and not self.files.holds(path):
             images_alone = self._place(_TEST_IMAGES, split)
@@ -213,20 +217,20 @@ class Coco(DetectionDataModule):
             text = self.files.read(path, self.max_annotations, "max_annotations")
         except FileNotFoundError as error:
             there = [other for other in self.files.below(".") if other.endswith(".json")]
-            found = f"there are {', '.join(there[:5])}" if there else "no file there is called .json"
+            found = f"the JSON files are {', '.join(there[:5])}" if there else "there is no JSON file"
             raise FileNotFoundError(
-                f"annotations {shown} are not there; give --data.annotations and --data.images if the layout is "
-                f"another one than COCO's; {found}"
+                f"annotations {shown} do not exist; if the layout is not COCO's own, give --data.annotations and "
+                f"--data.images; {found}"
             ) from error
         try:
             content = json.loads(text)
         except RecursionError as error:
             raise ValueError(f"{shown} is not in COCO's format: it nests too deeply") from error
-        except ValueError as error:  # of JSON, of its encoding, or of a number with thousands of digits
-            raise ValueError(f"{shown} is no JSON: {error}") from error
+        except ValueError as error:  # bad JSON, a bad encoding, or a number with thousands of digits
+            raise ValueError(f"{shown} is not JSON: {error}") from error
         missing = [part for part in _FIELDS if not isinstance(content, dict) or part not in content]
         if split == "test" and missing == ["annotations"]:
-            rank_zero_info(f"split {name} has no annotations: its figures are -1, and mean nothing")
+            rank_zero_info(f"split {name} has no annotations: its figures are -1 and mean nothing")
             content["annotations"], missing = [], []
         if missing:
             raise ValueError(f"{shown} is not in COCO's format: it has no {' and no '.join(missing)}")
@@ -245,18 +249,18 @@ class Coco(DetectionDataModule):
         named = {category["name"]: category["id"] for category in own}
         if self.categories is None:
             return named
-        named = {category["name"]: category["id"] for category in groups} | named  # one that groups may be wanted
+        named = {category["name"]: category["id"] for category in groups} | named  # users may want a grouping one
         unknown = [name for name in self.categories if name not in named]
         if unknown:
-            raise ValueError(f"there is no category {', '.join(unknown)}; there are {', '.join(named)}")
+            raise ValueError(f"there is no category {', '.join(unknown)}; the categories are {', '.join(named)}")
         return {name: named[name] for name in self.categories}
 
 
 class _Paths:
-    """Where the images of a folder are.
+    """Finds the images of a folder.
 
     Attributes:
-        moved: how many were found elsewhere than their name says.
+        moved: number of images found by the end of their path.
     """
 
     def __init__(self, files: Files, folder: str) -> None:
@@ -266,10 +270,10 @@ class _Paths:
         self.moved = 0
 
     def find(self, name: str) -> str:
-        """The path of an image that annotations name.
+        """The path of an image, from its file name in the annotations.
 
         Raises:
-            ValueError: it may be one of several.
+            ValueError: the name fits several files.
         """
         exact = posixpath.normpath(f"{self._folder}/{name}")
         if exact in self._known or self._files.holds(exact):
@@ -285,7 +289,7 @@ class _Paths:
                 found = [path for path in self._named(parts[-1]) if composed(f"/{path}").endswith(end)]
                 if len(found) > 1:
                     raise ValueError(
-                        f"image {name!r:.200} is not at {self._files.name(exact)}, and may be {found[0]} or "
+                        f"image {name!r:.200} is not at {self._files.name(exact)} and could be {found[0]} or "
                         f"{found[1]}; give its path below --data.images"
                     )
                 if found:
@@ -302,7 +306,7 @@ class _Paths:
 
 
 def _check_entries(entries: Any, part: str, split: str) -> None:
-    """Raises a ValueError that names what is not in COCO's format."""
+    """Raises a ValueError that names the first entry with an error."""
     if not isinstance(entries, list):
         raise ValueError(f"split {split} is not in COCO's format: {part} must be a list, got {entries!r:.40}")
     one = {"images": "image", "annotations": "annotation", "categories": "category"}[part]
@@ -321,11 +325,11 @@ def _check_entries(entries: Any, part: str, split: str) -> None:
 
 
 def _check_different(entries: Sequence[Mapping[str, Any]], part: str, key: str, split: str) -> None:
-    """Raises a ValueError where a key that tells entries apart does not."""
+    """Raises a ValueError if several entries have the same value of a key."""
     given = Counter(entry[key] for entry in entries if key in entry)
     ((value, count),) = given.most_common(1) or [("", 0)]
     if count > 1:
-        raise ValueError(f"{split}: {count} {part} have the {key} {value!r}, of which there must be one")
+        raise ValueError(f"{split}: {count} {part} have the same {key}, {value!r}; each must have its own")
 
 
 def _annotated(

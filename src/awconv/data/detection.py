@@ -1,4 +1,4 @@
-"""What all data sets for a detection share: splits, sizes, augmentation, batches."""
+"""The base of all data sets for detection: splits, sizes, augmentation, batches."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ from awconv.terminal import printable
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _READ = ENDINGS | {".json", ".xml"}  # the endings of images and annotations
-_THREADS = 4  # that read headers
-
+_THREADS = 4  # for reading headers
 
 Augmentation = Literal["none", "flip", "scale_jitter", "ssd"]
 
@@ -45,36 +44,38 @@ Augmentation = Literal["none", "flip", "scale_jitter", "ssd"]
 class DetectionDataModule(DataModule):
     """Images with boxes, as batches ``(images, targets)``: two lists, as torchvision's detectors take them.
 
-    Images are uint8, of sizes of their own. For the training, boxes are clipped to their image; empty boxes, those
-    outside and crowd regions are left out, and all of it is counted in :attr:`summary`. An evaluation takes the
-    annotations as they are. Each training batch is all landscape or all portrait, so that little is padded, except an
-    epoch's last batches, which take what is left of both. An image with an EXIF orientation is turned upright, unless
-    its annotations fit only the pixels as they are stored. Where annotations have no size, or one that cannot be, it is
-    that of the upright image. An image of which one side is more than 100 times the other is as a broken one. Images
-    and files of annotations that no split uses are logged.
+    Images are uint8 and differ in size. Training clips boxes to their image and leaves out empty boxes, boxes outside
+    their image and crowd regions. :attr:`summary` counts all of these. Evaluation takes the annotations as they are.
+
+    Each training batch is all landscape or all portrait, to save padding, except an epoch's last batches, which mix
+    what remains of both.
+
+    An image with an EXIF orientation is turned upright, unless its annotations fit only the pixels as stored. If
+    annotations give no size, or an impossible one, the size is that of the upright image. An image with one side more
+    than 100 times the other counts as broken. Images and files of annotations that no split uses are logged.
 
     Args:
-        root: the folder, or the zip archive, that the data set lies in.
-        categories: names of those that are wanted; None for all.
+        root: the folder of the data set, or a zip archive of it.
+        categories: names of the wanted categories; None for all.
         batch_size: images a batch and device.
-        val_fraction: share of the training images that is held out, where no validation split is given; 0 for none.
+        val_fraction: share of the training images held out if there is no validation split; 0 for none.
         split_seed: seed of that split. It is not the run's seed: all runs share one split.
         images_without_boxes: ``"skip"`` leaves them out of the training, as is usual for COCO; ``"keep"`` trains on
             them as background. They are always evaluated.
         augmentation: ``"flip"`` mirrors half of the images; ``"scale_jitter"`` also enlarges or shrinks them at random
             and crops (arXiv 2012.07177); ``"ssd"`` distorts colours, zooms out and crops (arXiv 1512.02325);
             ``"none"`` leaves them as they are.
-        jitter_size: height and width that the scale jitter crops to, in pixels.
-        inspect: read the header of every training image before the training, to count those that are not RGB, and to
-            find those that are missing, no images, or of another size than their annotations say.
-        broken_images: ``"refuse"`` raises an error that names an image which cannot be decoded; ``"skip"`` leaves it
-            out, in the evaluation too, and logs its name.
+        jitter_size: height and width of the scale jitter's crop, in pixels.
+        inspect: read the header of every training image before the training. This counts images that are not RGB and
+            finds files that are missing, are no images, or differ in size from their annotations.
+        broken_images: ``"refuse"`` raises an error that names the broken image; ``"skip"`` leaves the image out, in
+            evaluation too, and logs its name.
         num_workers: processes that decode images.
-        max_pixels: an image file with more pixels, or more bytes than these need, is as a broken one: it would take
-            too much memory.
+        max_pixels: the largest number of pixels of an image. A file with more pixels, or with more bytes than so many
+            pixels need, counts as broken: it would take too much memory.
 
     Raises:
-        FileNotFoundError: the data set is not there.
+        FileNotFoundError: the data set does not exist.
         ValueError: a number is out of its range, or a category does not exist.
     """
 
@@ -128,18 +129,18 @@ class DetectionDataModule(DataModule):
     @property
     @abc.abstractmethod
     def category_ids(self) -> list[int]:
-        """The data set's own number of each class."""
+        """The id of each class in the data set."""
 
     @abc.abstractmethod
     def open(self, split: Split) -> list[Annotated] | None:
-        """The data set's own split, or None if it has none of that name.
+        """Opens a split of the data set, or returns None if there is no such split.
 
-        It adds the folders that it looks for files in to ``_looked_in``, and the files that it reads to
+        Adds the folders of its files to ``_looked_in``, and the annotation files that it reads to
         ``_annotation_files``.
 
         Raises:
-            FileNotFoundError: the data is not there.
-            ValueError: it is not what was expected.
+            FileNotFoundError: the data are missing.
+            ValueError: the data are not in the expected format.
         """
 
     @cached_property
@@ -148,7 +149,7 @@ class DetectionDataModule(DataModule):
         return Files(self.root)
 
     def dataset(self, split: Split) -> AnnotatedImages | None:
-        """A split as it is trained or evaluated on; None if there is none."""
+        """A split, ready for training or evaluation; None if there is no such split."""
         if split == "test":
             split = self.test_split
         if split not in self._datasets:
@@ -207,7 +208,7 @@ class DetectionDataModule(DataModule):
         return [image for image, held in zip(images, held_out, strict=True) if held == (split == "val")]
 
     def _measure(self, images: list[Annotated], split: Split) -> list[Annotated]:
-        """Gives images of unknown size that of their files; those that cannot be read are left out, or an error."""
+        """Gives images of unknown size the size of their files. Skips or refuses files that cannot be read."""
         unknown = [index for index, image in enumerate(images) if not image.width]
         if not unknown:
             return images
@@ -227,18 +228,17 @@ class DetectionDataModule(DataModule):
         if split == "train":
             self.summary.measured_images, self.summary.broken_images = len(unknown) - broken, broken
         else:
-            rank_zero_info(f"{split} images: the files of {len(unknown):,} say their size, as annotations do not")
+            rank_zero_info(f"{split} images: {len(unknown):,} have no size in their annotations; their files give it")
         return measured
 
     def _header(self, image: Annotated) -> tuple[str, tuple[int, int]] | None:
-        """The mode of an image, and its size: upright, where that is not known. None for one that cannot be read, and
-        is to be skipped."""
+        """The mode and size of an image, upright if the annotations give no size. None for a broken image to skip."""
         name, known = self.files.name(image.path), image.width > 0
         try:
             check_bytes(self.files.size(image.path), name, self.max_pixels)
             with self.files.open(image.path) as file:
                 mode, size = read_header(file, name, upright=not known, max_pixels=self.max_pixels)
-            if not known or size == (image.height, image.width):  # which may be turned upright
+            if not known or size == (image.height, image.width):  # decoding may turn it upright
                 image = replace(image, width=size[0], height=size[1])
             check_size(image, size, name)
         except (ValueError, FileNotFoundError) as error:
@@ -288,12 +288,12 @@ class DetectionDataModule(DataModule):
         if dataset is None:
             return []
         groups = None
-        if split == "train" and self.augmentation in ("none", "flip"):  # the others leave images of one size
+        if split == "train" and self.augmentation in ("none", "flip"):  # the others make images of one size
             groups = np.array([image.height > image.width for image in dataset.images], int)
         return self._load_batches(dataset, split, collate, self.num_workers, groups=groups)
 
 
 def collate(batch: list[Any]) -> tuple[list[Tensor], list[Target]]:
-    """Two lists, without the images that were left out."""
+    """Images and targets as two lists, without skipped images."""
     readable = [item for item in batch if item is not None]
     return [image for image, _ in readable], [target for _, target in readable]

@@ -19,8 +19,8 @@ _SPLIT_SEED = 0
 class Digits(ImageDataModule):
     """1,797 scanned handwritten digits, 8x8 pixels, grey (``sklearn.datasets.load_digits``).
 
-    A fifth of them, 360, drawn once and evenly over the classes, is the test split. The arguments are those of
-    :class:`ImageDataModule`.
+    The test split is a fifth of them, 360 images, evenly over the classes and always the same. The arguments are those
+    of :class:`ImageDataModule`.
     """
 
     channels = 1

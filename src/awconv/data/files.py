@@ -1,4 +1,4 @@
-"""Files of a data set, in a folder or in a zip archive."""
+"""Files of a data set, in a folder or a zip archive."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ _LEFTOVERS = frozenset(
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is a program's own and none of a data set: hidden ones, such as
-    ``.ipynb_checkpoints`` and the ``._x.jpg`` that a Mac writes beside ``x.jpg``, and those of Windows and of NAS,
-    in capitals or not."""
+    """Whether a name is that of a program's own file or folder, which belongs to no data set.
+
+    These are hidden names, such as ``.ipynb_checkpoints`` and the ``._x.jpg`` that macOS writes beside ``x.jpg``, and
+    names that Windows and NAS devices use, in capitals or not.
+    """
     return (name.startswith(".") and name != "..") or name.casefold() in _LEFTOVERS
 
 
 def composed(name: str) -> str:
-    """A name in the one of Unicode's forms in which names are compared: macOS writes é as e and an accent, and most
-    others as one character."""
+    """A name in Unicode's composed form (NFC), for comparison. macOS writes é as e and an accent, most other systems as
+    one character."""
     return unicodedata.normalize("NFC", name)
 
 
 def walk(folder: Path) -> list[str]:
-    """Paths of all files below a folder but leftovers, sorted by their folders and then by their names.
+    """Paths of all files below a folder, sorted by folder, then by name. Leaves out leftovers.
 
-    Links are followed, but no folder is entered twice.
+    Follows links, but enters no folder twice.
 
     Raises:
         ValueError: a folder cannot be read.
@@ -70,24 +72,26 @@ def walk(folder: Path) -> list[str]:
 
 
 def matching(pattern: str, kind: str) -> list[str]:
-    """The files that a path or a glob pattern names, in alphabetical order. A path that is there is no pattern, even
-    with brackets in it, nor is a folder at its beginning; ``~`` is the home folder.
+    """The files that a path or a glob pattern names, in alphabetical order.
+
+    A path that exists is taken literally, even with brackets in it, and so are the folders at the beginning of a
+    pattern. ``~`` is the home folder.
 
     Args:
-        pattern: the path or pattern.
-        kind: what is expected, for the error: "a Parquet file".
+        pattern: a path or a glob pattern.
+        kind: the expected kind of file, for errors, such as "a Parquet file".
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: it is a folder, or something else that is no file, such as a named pipe.
+        FileNotFoundError: no file matches.
+        ValueError: the path is a folder, or no regular file, such as a named pipe.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        raise ValueError(f"{pattern} is a folder; expected {kind} or a glob pattern of some, such as {pattern}/train*")
+        raise ValueError(f"{pattern} is a folder; expected {kind} or a glob pattern, such as {pattern}/train*")
     if os.path.isfile(pattern):
         return [pattern]
     if os.path.exists(pattern):
-        raise ValueError(f"{pattern} is not a file that can be read more than once; expected {kind}")
+        raise ValueError(f"{pattern} is not a regular file; expected {kind}")
     folder, rest = pattern, ""
     while folder and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
@@ -95,16 +99,22 @@ def matching(pattern: str, kind: str) -> list[str]:
     paths = {os.path.join(folder, name) for name in glob.glob(rest, root_dir=folder or None, recursive=True)}
     found = sorted(path for path in paths if os.path.isfile(path))
     if not found:
-        raise FileNotFoundError(f"no file matches {pattern!r}; expected {kind} or a glob pattern of some")
+        raise FileNotFoundError(f"no file matches {pattern!r}; expected {kind} or a glob pattern")
     return found
 
 
 def log_unused(patterns: Iterable[str | None], kind: str) -> None:
-    """Logs the files beside those that the patterns of all splits name, of the same endings, that none of them names:
-    often a split that was forgotten. Beside a folder that is called ``train`` or the like, they may lie in another one.
+    """Logs files that no split uses: often a forgotten split.
+
+    Looks beside the used files for files with the same ending. If the used files lie in a folder called ``train`` or
+    the like, also looks in the folders beside it.
+
+    Args:
+        patterns: of all splits; None for a split without files.
+        kind: the expected kind of file, for errors.
 
     Raises:
-        FileNotFoundError: a pattern names no file.
+        FileNotFoundError: no file matches a pattern.
         ValueError: a pattern is a folder.
     """
     found = [path for pattern in patterns if pattern is not None for path in matching(pattern, kind)]
@@ -119,11 +129,11 @@ def log_unused(patterns: Iterable[str | None], kind: str) -> None:
         rank_zero_info(printable(f"files not used by any split: {', '.join(unused[:10])}, {len(unused)} in all"))
 
 
-_SISTERS = 100  # folders at most that are looked into
+_SISTERS = 100  # the most folders to look into
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What lies in a folder but leftovers, in alphabetical order; nothing of one that cannot be read."""
+    """The content of a folder without leftovers, in alphabetical order. Empty if the folder cannot be read."""
     try:
         return sorted(one for one in folder.iterdir() if not is_leftover(one.name))
     except OSError:
@@ -131,24 +141,24 @@ def _inside(folder: Path) -> list[Path]:
 
 
 class Files:
-    """What lies under a folder, or in a zip archive, by paths relative to it.
+    """The files of a folder or of a zip archive, by relative paths.
 
-    Paths have slashes. None leads out of the folder. Of an archive with a single folder at its top, paths may leave out
-    that folder. It is opened anew in each process that reads it.
+    Paths have slashes, and none leads out of the root. If all of an archive lies in a single folder, paths may leave
+    out that folder. Each process opens the archive for itself.
 
     Args:
         root: the folder or the archive.
 
     Raises:
-        FileNotFoundError: neither is there.
-        ValueError: the file is no zip archive, is damaged, or a name in it leads out of it.
+        FileNotFoundError: the root does not exist.
+        ValueError: the root is no zip archive, or a damaged one, or holds a name that leads out of it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._prefixes = [""]
         self._lock = threading.Lock()
-        self._archives: dict[int, _Archive] = {}  # by process: forked ones would share a position in the file
+        self._archives: dict[int, _Archive] = {}  # by process: forked processes would share a file position
         self._below: dict[str, list[str]] = {}
         if root.is_file():
             tops = {path.partition("/")[0] for path in self._archive.members if "/" in path}
@@ -166,11 +176,11 @@ class Files:
         return self._archives[process]
 
     def name(self, path: str) -> str:
-        """What messages call a file."""
+        """The name of a file in messages."""
         return str(self.root / path)
 
     def holds(self, path: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file exists."""
         path = posixpath.normpath(path)
         if leads_out(path):
             return False
@@ -179,7 +189,7 @@ class Files:
         return self._member(path) is not None
 
     def size(self, path: str) -> int:
-        """The number of a file's bytes, unpacked; 0 if it is not there."""
+        """The unpacked size of a file, in bytes; 0 if it does not exist."""
         path = posixpath.normpath(path)
         if not self.holds(path):
             return 0
@@ -187,10 +197,10 @@ class Files:
         return os.path.getsize(self.root / path) if member is None else member.file_size
 
     def below(self, folder: str) -> list[str]:
-        """The paths of all files below a folder but leftovers, in alphabetical order; none if it is not there.
+        """The paths of all files below a folder, in alphabetical order, without leftovers. Empty if it does not exist.
 
         Raises:
-            ValueError: a folder in it cannot be read.
+            ValueError: a folder cannot be read.
         """
         folder = posixpath.normpath(folder or ".")
         if folder not in self._below:
@@ -198,8 +208,7 @@ class Files:
         return self._below[folder]
 
     def beside(self, used: Iterable[str]) -> list[str]:
-        """The names of the files and folders at the top but leftovers, of which nothing is used, in alphabetical
-        order."""
+        """The names at the top of the root below which no file is used, in alphabetical order, without leftovers."""
         if self.root.is_dir():
             names, paths = set(os.listdir(self.root)), set(used)
         else:
@@ -227,16 +236,16 @@ class Files:
 
     @contextmanager
     def open(self, path: str, limit: int | None = None, option: str = "") -> Iterator[IO[bytes]]:
-        """A file to read from; of an archive, one at a time.
+        """Opens a file for reading; in an archive, one at a time.
 
         Args:
             path: of the file.
-            limit: the most bytes that it may have, unpacked; None for any number.
-            option: by which a user sets the limit.
+            limit: largest unpacked size, in bytes; None for no limit.
+            option: name of the option that sets the limit, for the error.
 
         Raises:
-            FileNotFoundError: it is not there.
-            ValueError: it is larger, compressed beyond what data can be, or cannot be read.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is too large, unpacks to implausibly many bytes, or cannot be read.
         """
         path, name = posixpath.normpath(path), self.name(path)
         if leads_out(path):
@@ -261,7 +270,7 @@ class Files:
                 yield file
 
     def read(self, path: str, limit: int | None = None, option: str = "") -> bytes:
-        """A file's content; arguments and errors as for :meth:`open`."""
+        """The content of a file. Arguments and errors are those of :meth:`open`."""
         with self.open(path, limit, option) as file:
             return file.read()
 
@@ -273,17 +282,17 @@ class Files:
 
 
 class _Archive:
-    """A zip archive, opened.
+    """An open zip archive.
 
     Attributes:
-        members: its files, by their paths.
+        members: the files of the archive, by path.
     """
 
     def __init__(self, path: Path) -> None:
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
                 if file.read(4) == b"PK\3\4":
-                    raise ValueError(f"{path} is a damaged zip archive: its end is missing; copy it again")
+                    raise ValueError(f"{path} is a damaged zip archive: its end is missing; copy the archive again")
             raise ValueError(f"{path} is neither a folder nor a zip archive")
         with _named(str(path)):
             self._file = zipfile.ZipFile(path)
@@ -292,18 +301,18 @@ class _Archive:
             name = member.filename.replace("\\", "/")  # as some programs on Windows write it
             if leads_out(name):
                 raise ValueError(
-                    f"{path}: the name {member.filename!r:.200} leads out of the archive; pack it anew, by paths that "
-                    "are relative and without '..'"
+                    f"{path}: the name {member.filename!r:.200} leads out of the archive; pack the archive again, with "
+                    "relative paths without '..'"
                 )
             if not name.endswith("/"):
                 self.members[posixpath.normpath(name)] = member
 
     @contextmanager
     def open(self, member: zipfile.ZipInfo, name: str) -> Iterator[IO[bytes]]:
-        """A member to read from.
+        """Opens a member for reading.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: the member cannot be read.
         """
         if member.flag_bits & _ENCRYPTED:
             raise ValueError(f"{name} is encrypted; unpack the archive")
@@ -311,18 +320,20 @@ class _Archive:
             yield file
 
 
-_ENCRYPTED = 1  # of a member's flags
-_RATIO = 200  # of data to packed data
-_PACKED_TIGHTLY = 2**24  # bytes that are unpacked whatever the ratio
+_ENCRYPTED = 1  # bit of a member's flags
+_RATIO = 200  # the largest ratio of unpacked to packed bytes
+_PACKED_TIGHTLY = 2**24  # bytes that may unpack at any ratio
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Makes a ValueError with a name of what zipfile and its decompressors raise."""
+    """Turns errors of zipfile and its decompressors into a ValueError with a name."""
     try:
         yield
     except NotImplementedError as error:
-        raise ValueError(f"{name} cannot be unpacked: {error}; pack the archive with deflate, or unpack it") from error
+        raise ValueError(
+            f"{name} cannot be unpacked: {error}; compress it with deflate, or unpack the archive"
+        ) from error
     except (
         zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, struct.error, RuntimeError, OverflowError
     ) as error:  # fmt: skip
@@ -330,15 +341,15 @@ def _named(name: str) -> Iterator[None]:
 
 
 def check_ratio(size: int, packed: int, name: str, way_out: str) -> None:
-    """Raises a ValueError for data of some bytes that were packed into too few."""
+    """Raises a ValueError if data are packed too tightly to be plausible, as in a zip bomb."""
     if size > max(_PACKED_TIGHTLY, _RATIO * packed):
         raise ValueError(
-            f"{name} would become {size:,} bytes of {packed:,}, as data hardly do; {way_out}, if that is what it holds"
+            f"{name} would grow from {packed:,} to {size:,} bytes, more than real data do; if they are real, {way_out}"
         )
 
 
 def leads_out(path: str) -> bool:
-    """Whether a path is absolute or has ``..`` left; ``C:`` is Windows' root."""
+    """Whether a path is absolute, also by a drive of Windows (``C:``), or has a ``..``."""
     return path.startswith("/") or path[1:3] in (":", ":/") or ".." in path.split("/")
 
 

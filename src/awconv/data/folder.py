@@ -27,21 +27,21 @@ _EXPECTED = "expected images in {root}/train/CLASS/, and optionally val and test
 
 
 class FolderImages(Dataset[tuple[Image.Image, int]]):
-    """The image files below the folders in a folder, each of which is a class.
+    """The images of a folder that holds one folder for each class.
 
     Args:
-        folder: that holds the folders of the classes.
-        max_pixels: the most that an image may have.
+        folder: the folder that holds the folders of the classes.
+        max_pixels: the largest number of pixels of an image.
 
     Attributes:
-        classes: the names of the folders, in the form in which names are compared.
-        files: the paths of the images, by class.
-        targets: the class index of each.
-        unused: number of files that are no images of a class, by why.
+        classes: names of the folders, normalised by :func:`composed`.
+        files: paths of the images, by class.
+        targets: class index of each image.
+        unused: number of files that are no images of a class, by the cause.
 
     Raises:
-        FileNotFoundError: there is no folder in it, or one that holds no images.
-        ValueError: a folder cannot be read, or two are the same class.
+        FileNotFoundError: there are no folders of classes, or a class has no images.
+        ValueError: a folder cannot be read, or two folders are the same class.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -49,10 +49,10 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         folders = _subfolders(folder)
         self.classes = [composed(one.name) for one in folders]
         if not self.classes:
-            raise FileNotFoundError(f"{folder}: there is no folder in it. Expected images in a folder for each class")
+            raise FileNotFoundError(f"{folder} holds no folders; expected images in a folder for each class")
         twice = [name for name, count in Counter(self.classes).items() if count > 1]
         if twice:
-            raise ValueError(f"{folder}: two folders are called {twice[0]}, in two of Unicode's forms; make them one")
+            raise ValueError(f"{folder}: two folders are called {twice[0]}, in different Unicode forms; merge them")
         self.files: list[str] = []
         self.targets: list[int] = []
         self.unused: Counter[str] = Counter()
@@ -73,9 +73,8 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
                 empty.append(name)
         if empty:
             raise FileNotFoundError(
-                f"{folder}: no image file is in the folder of {len(empty)} of {len(self.classes)} classes: "
-                f"{', '.join(empty[:10])}. Expected images ({', '.join(sorted(ENDINGS))}) in a folder for each class; "
-                "remove empty ones"
+                f"{folder}: {len(empty)} of {len(self.classes)} classes have no image file: {', '.join(empty[:10])}; "
+                f"expected images ({', '.join(sorted(ENDINGS))}) in the folder of each class; remove empty folders"
             )
 
     def __len__(self) -> int:
@@ -89,19 +88,21 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
 class ImageFolder(ImageDataModule):
     """Images under ``root/train/CLASS/`` and, where they exist, ``root/val/CLASS/`` and ``root/test/CLASS/``.
 
-    The splits' folders may also be called ``training``, ``valid``, ``validation`` and ``testing``, in capitals too.
-    Where there is none of them, each folder in ``root`` is a class, and one that holds folders of images alone an
-    error: it may be a split of another name. What programs leave behind (``.ipynb_checkpoints``, ``__MACOSX``,
-    ``._x.jpg``, ``@eaDir`` and the like) is passed over, and what else is not used is logged.
+    The folders of splits may also be called ``training``, ``valid``, ``validation`` and ``testing``, in capitals too.
+    Without any of them, each folder in ``root`` is a class. A folder that then holds only folders of images is an
+    error, since it may be a split of another name.
+
+    Files and folders that programs leave behind (``.ipynb_checkpoints``, ``__MACOSX``, ``._x.jpg``, ``@eaDir`` and the
+    like) are ignored. All other unused files are logged.
 
     Args:
         root: the folder that holds ``train``.
-        **kwargs: as for :class:`ImageDataModule`; ``val_fraction`` is used only without ``val``.
+        **kwargs: further arguments of :class:`ImageDataModule`. ``val_fraction`` counts only without ``val``.
 
     Raises:
-        FileNotFoundError: a folder is missing, or the folder of a class holds no images; the message names it.
-        ValueError: splits have different classes, there is only one class, two folders are the same split, or folders
-            are neither classes nor splits.
+        FileNotFoundError: a folder is missing, or the folder of a class holds no images. The message names it.
+        ValueError: splits have different classes, there is only one class, two folders are the same split, or a folder
+            is neither a class nor a split.
     """
 
     def __init__(self, root: Path, **kwargs: Any) -> None:
@@ -110,32 +111,30 @@ class ImageFolder(ImageDataModule):
 
     @cached_property
     def _folders(self) -> dict[Split, Path]:
-        """The folder of each split that there is."""
+        """The folder of each split that exists."""
         expected = _EXPECTED.format(root=self.root)
         if not self.root.is_dir():
-            hint = "; unpack it, if it is an archive" if self.root.is_file() else ""
+            hint = "; if it is an archive, unpack it" if self.root.is_file() else ""
             raise FileNotFoundError(f"{self.root / 'train'} is not a folder; {expected}{hint}")
         inside = _subfolders(self.root)
         named = {split: [one for one in inside if one.name.lower() in names] for split, names in _NAMES.items()}
         for split, found in named.items():
             if len(found) > 1:
-                raise ValueError(f"{' and '.join(map(str, found))} are both {split} splits; expected one")
+                raise ValueError(f"{' and '.join(map(str, found))} are both the {split} split; expected one")
         folders = {split: found[0] for split, found in named.items() if found}
         if not folders and inside:
             names = f"{', '.join(one.name for one in inside[:10])}, {len(inside)} in all"
             rank_zero_info(
-                printable(
-                    f"{self.root} has no folder 'train': each folder in it is a class of the training images: {names}"
-                )
+                printable(f"{self.root} has no folder 'train', so each folder in it is a training class: {names}")
             )
             return {"train": self.root}
         if "train" not in folders:
             raise FileNotFoundError(f"{self.root / 'train'} is not a folder; {expected}")
         if not _subfolders(folders["train"]):
-            raise FileNotFoundError(f"{folders['train']} holds no folder for each class; {expected}")
+            raise FileNotFoundError(f"{folders['train']} holds no folders of classes; {expected}")
         flat = {split: folder for split, folder in folders.items() if not _subfolders(folder)}
         for split, folder in flat.items():
-            rank_zero_info(f"not used: {folder}, which has no folder for each class ('awconv predict' needs none)")
+            rank_zero_info(f"not used: {folder}, which holds no folders of classes ('awconv predict' needs none)")
             del folders[split]
         used = (*folders.values(), *flat.values())
         others = sorted(one.name for one in self.root.iterdir() if one not in used and not is_leftover(one.name))
@@ -146,9 +145,9 @@ class ImageFolder(ImageDataModule):
     @cached_property
     def _train(self) -> FolderImages:
         train = self._open("train")
-        if len(train.classes) < 2:  # perhaps it is the folder above the data set's
+        if len(train.classes) < 2:  # perhaps the folder above the data set
             raise ValueError(
-                f"a classification needs at least two classes, and {self._folders['train']} has one folder, "
+                f"a classification needs at least two classes, and {self._folders['train']} holds only the folder "
                 f"{train.classes[0]}; {_EXPECTED.format(root=self.root)}"
             )
         if self._folders["train"] == self.root:
@@ -156,7 +155,7 @@ class ImageFolder(ImageDataModule):
         return train
 
     def _refuse_splits(self, train: FolderImages) -> None:
-        """Raises a ValueError for folders of the root that are no classes, but hold folders of images."""
+        """Raises a ValueError if a folder of the root is no class but holds folders of images."""
         places: dict[str, set[str]] = {name: set() for name in train.classes}
         for target, path in zip(train.targets, train.files, strict=True):
             places[train.classes[target]].add(os.path.dirname(path))
@@ -170,8 +169,8 @@ class ImageFolder(ImageDataModule):
             raise ValueError(
                 f"{self.root} has no folder 'train', and {', '.join(wrong[:10])} in it are no classes: they hold no "
                 f"images, but folders of images. If they are splits, lay them out as {self.root}/train/CLASS/, "
-                "val/CLASS/ and test/CLASS/, or name the one to train on: "
-                f"--data.root={os.path.commonpath(places[likely])}; if they are classes, put all of them into "
+                "val/CLASS/ and test/CLASS/, or train on one of them: "
+                f"--data.root={os.path.commonpath(places[likely])}; if they are classes, move all of them to "
                 f"{self.root}/train"
             )
 
@@ -196,7 +195,7 @@ class ImageFolder(ImageDataModule):
         if dataset.classes != self._train.classes:
             differing = sorted(set(dataset.classes) ^ set(self._train.classes))
             raise ValueError(
-                f"{self._folders[split]} must have the classes of {self._folders['train']}; these are only in one of "
+                f"{self._folders[split]} must have the classes of {self._folders['train']}; these are in only one of "
                 f"them: {', '.join(differing[:10])}"
             )
         return dataset

@@ -1,4 +1,4 @@
-"""From files and arrays to uint8 tensors."""
+"""Images, from files and arrays to uint8 tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from awconv.data.order import Draw, derive_seed, seed_all
 from awconv.terminal import printable
 
-FORMATS = {  # by Pillow's names, with the endings of their files. Others are refused: some run programs (PostScript)
+FORMATS = {  # Pillow's names and the endings of files. Others are refused: some, such as PostScript, run programs
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
@@ -33,11 +33,11 @@ FORMATS = {  # by Pillow's names, with the endings of their files. Others are re
 }
 ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
 MAX_PIXELS = 2**26  # 8192x8192
-_PIXEL_BYTES, _NOTES_BYTES = 8, 2**20  # of an encoded image: 4 channels of 16 bits, and what is said about it
-_RESIZED_WHOLE = 2**24  # pixels: a result up to this size is computed before its centre is cropped
+_PIXEL_BYTES, _NOTES_BYTES = 8, 2**20  # of an encoded image: 4 channels of 16 bits a pixel, and metadata
+_RESIZED_WHOLE = 2**24  # pixels: up to this size, the whole image is resized before its centre is cropped
 
 Image.init()
-_READABLE = [name for name in FORMATS if name in Image.OPEN]  # a build of Pillow may lack some
+_READABLE = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack formats
 _MODES = {1: "L", 3: "RGB"}
 _GREY = ("1", "L", "LA", "La")
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
@@ -50,8 +50,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_QUARTERS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))  # which exchange width and height
-_OTHERS = (  # what is often found under an image's name, and Pillow does not know
+_QUARTERS = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))  # these swap width and height
+_OTHERS = (  # kinds of files that often bear an image's name, though Pillow does not read them
     (b"%PDF", "a PDF"),
     (b"version https://git-lfs", "a pointer of Git LFS, which 'git lfs pull' replaces by the file"),
     (b"<", "text (HTML, XML or SVG)"),
@@ -66,8 +66,10 @@ class BrokenImageError(ValueError):
 
 
 class LabelledImages(Protocol):
-    """torchvision's convention for data sets in a classification: pictures with class indices, which ``targets`` lists
-    without decoding anything."""
+    """torchvision's convention for classification data: pairs of a picture and a class index.
+
+    ``targets`` lists the class indices without decoding an image.
+    """
 
     targets: list[int]
 
@@ -77,20 +79,20 @@ class LabelledImages(Protocol):
 
 
 def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image wholly, to grey (mode L) or colour (RGB). Of several frames it is the first.
+    """Decodes an image completely, to grey (mode L) or colour (RGB). Takes the first of several frames.
 
-    Grey values of 16 bits are scaled, so that 65535 becomes 255; those of a TIFF or PGM file that says its range (12
-    bits, say) by that range. Transparency is dropped, as torchvision and timm do.
+    Scales grey values of 16 bits so that 65535 becomes 255. If a TIFF or PGM file gives a smaller range, such as 12
+    bits, scales by that range. Drops transparency, as torchvision and timm do.
 
     Args:
         source: the file's content, or its path.
-        name: what an error calls it.
-        upright: turn it as its EXIF orientation says; otherwise its pixels stay where they are stored.
-        max_pixels: the most that it may have; :func:`check_bytes` says how many bytes that are.
+        name: name of the image in errors.
+        upright: turn the image by its EXIF orientation; otherwise leave the pixels as stored.
+        max_pixels: the largest number of pixels. It limits the bytes, too: see :func:`check_bytes`.
 
     Raises:
-        BrokenImageError: it cannot be read, decoded or converted, is not of one of :data:`FORMATS`, has too many
-            pixels or bytes, or has values whose white nobody knows (integers of 32 bits, or floats).
+        BrokenImageError: the image cannot be read, decoded or converted, has none of the :data:`FORMATS`, has too many
+            pixels or bytes, or has values without a known white (integers of 32 bits, or floats).
     """
     with _opened(source, name, max_pixels) as image:
         white = _white(image)
@@ -101,23 +103,23 @@ def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixe
             image = _scaled(image, white, inverted)
         else:
             mode = "L" if image.mode in _GREY else "RGB"
-            image = image if image.mode == mode else image.convert(mode)  # which would copy it
+            image = image if image.mode == mode else image.convert(mode)  # convert would copy it
         return image if turn is None else image.transpose(turn)
 
 
 def read_header(
     source: IO[bytes], name: str, *, upright: bool = False, max_pixels: int = MAX_PIXELS
 ) -> tuple[str, tuple[int, int]]:
-    """Pillow's mode of an image, and its width and height in pixels; only the header is read.
+    """Reads the header of an image: Pillow's mode, and width and height in pixels.
 
     Args:
-        source: the file.
-        name: what an error calls it.
-        upright: its size when it is turned as its EXIF orientation says; otherwise that of the pixels as stored.
-        max_pixels: the most that it may have.
+        source: the open file.
+        name: name of the image in errors.
+        upright: return the size of the image turned by its EXIF orientation; otherwise that of the pixels as stored.
+        max_pixels: the largest number of pixels.
 
     Raises:
-        BrokenImageError: it is no image that :func:`read_image` would read.
+        BrokenImageError: the header is not that of an image for :func:`read_image`.
     """
     with _opened(source, name, max_pixels) as image:
         _white(image)
@@ -127,33 +129,33 @@ def read_header(
 
 
 def check_bytes(size: int, name: str, max_pixels: int, images: int = 1) -> None:
-    """Refuses encoded images of more bytes than so many pixels can need, before they are read.
+    """Refuses encoded images, before they are read, if they have more bytes than ``max_pixels`` can need.
 
     Args:
-        size: in bytes, of all of them.
-        name: what an error calls them.
-        max_pixels: the most that an image may have.
-        images: how many there are.
+        size: of all images together, in bytes.
+        name: name of the images in errors.
+        max_pixels: the largest number of pixels of an image.
+        images: number of images.
 
     Raises:
-        BrokenImageError: they are larger.
+        BrokenImageError: they have more than 8 bytes a pixel and a mebibyte an image.
     """
     limit = images * (_PIXEL_BYTES * max_pixels + _NOTES_BYTES)
     if size > limit:
         raise BrokenImageError(
-            f"{name}: its bytes are more than max_pixels = {max_pixels:,} allows ({size:,}; at most {limit:,}); shrink "
-            "what it holds, or raise max_pixels if there is memory for it"
+            f"{name}: its {size:,} bytes are more than the {limit:,} that max_pixels = {max_pixels:,} allows; shrink "
+            "the images, or raise max_pixels if there is enough memory"
         )
 
 
 @contextmanager
 def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iterator[Image.Image]:
-    """An image of which the header is read. Any error, in the body too, becomes a BrokenImageError with its name."""
+    """Opens an image and reads its header. Any error, also in the body, becomes a BrokenImageError with the name."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow would refuse what is asked for
+        Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow would refuse such an image
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        if isinstance(file, str) and not os.path.isfile(file):  # a named pipe would never end
+        if isinstance(file, str) and not os.path.isfile(file):  # reading a named pipe would never end
             raise FileNotFoundError("it is not a file")
         if isinstance(source, bytes | str):
             check_bytes(len(source) if isinstance(source, bytes) else os.path.getsize(source), name, max_pixels)
@@ -164,7 +166,7 @@ def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iter
     except Image.DecompressionBombError as error:
         raise BrokenImageError(
             f"{name}: its pixels are more than max_pixels = {max_pixels:,} allows ({error}); shrink the image, or "
-            "raise max_pixels if there is memory for it"
+            "raise max_pixels if there is enough memory"
         ) from error
     except BrokenImageError:
         raise
@@ -175,7 +177,7 @@ def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iter
 
 
 def _kind(file: str | IO[bytes]) -> str:
-    """What a file is that is no image, as a clause."""
+    """The kind of a file that is no readable image, as a clause for an error."""
     if isinstance(file, str):
         with open(file, "rb") as opened:
             head = opened.read(32)
@@ -190,7 +192,7 @@ def _kind(file: str | IO[bytes]) -> str:
         if head.startswith(start):
             return f"cannot identify an image: the file is {kind}"
     prefix = head[:16]
-    for format, (factory, accepts) in Image.OPEN.items() if len(prefix) == 16 else ():  # what Pillow hands them
+    for format, (factory, accepts) in Image.OPEN.items() if len(prefix) == 16 else ():  # Pillow passes 16 bytes
         if format not in FORMATS and accepts is not None and accepts(prefix) is True:
             description = getattr(factory, "format_description", None) or format
             return f"it is a file of {description} ({format}), which is not read"
@@ -198,16 +200,16 @@ def _kind(file: str | IO[bytes]) -> str:
 
 
 def _white(image: Image.Image) -> int | None:
-    """White's value in grey images of more than 8 bits, which ``convert`` would clip at 255; None for others."""
+    """The value of white in a grey image of more than 8 bits, which ``convert`` would clip at 255; None for others."""
     if image.mode.startswith("I;16"):
         bits = image.tag_v2.get(_BITS_PER_SAMPLE, 16) if image.format == "TIFF" else 16  # type: ignore[attr-defined]
         return (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
-    if image.mode == "I" and image.format in ("PNG", "PPM"):  # which Pillow scales to 16 bits
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales these to 16 bits
         return 65535
     if image.mode in ("I", "F"):
         kind = "32 bits, or signed ones" if image.mode == "I" else "floating point"
         raise ValueError(
-            f"nothing says which value is white among numbers of {kind} (Pillow's mode {image.mode}); save the image "
+            f"nothing says which value is white in numbers of {kind} (Pillow's mode {image.mode}); save the image "
             "with 8 bits, or with 16 bits without a sign"
         )
     return None
@@ -220,23 +222,23 @@ def _scaled(image: Image.Image, white: int, inverted: bool) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How to turn a loaded image upright."""
+    """The transposition that turns a loaded image upright, or None."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged notes about an image that can be decoded; other programs show it as it is stored
+    except Exception:  # damaged metadata of an image that can be decoded: other programs show it as stored
         return None
 
 
 def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0) -> Tensor:
-    """Resizes the shorter side and crops the centre, as torchvision's Resize and CenterCrop.
+    """Resizes the shorter side and crops the centre, as torchvision's Resize and CenterCrop do.
 
-    Of a large result only the centre is computed, so that the longer side may be of any length.
+    Computes only the centre of a large result, so that the longer side may have any length.
 
     Args:
         image: grey (mode L) or colour (RGB).
         channels: 1 for grey, 3 for colour.
         size: height and width of the result, in pixels.
-        crop_pct: the share of the shorter side that is left, such as 0.875 for 224 of 256 pixels.
+        crop_pct: share of the shorter side to keep, such as 0.875 for 224 of 256 pixels.
 
     Returns:
         uint8, shape (channels, size, size).
@@ -254,10 +256,10 @@ def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0
 
 
 def _centre(image: Image.Image, width: int, height: int, size: int) -> Image.Image:
-    """The centre of an image that is resized to a width and a height, without computing the rest.
+    """The centre of an image resized to a width and a height, computed without the rest.
 
-    Pillow's filter reaches beyond the box, so that values are those of the whole but for the rounding of the box, which
-    Pillow keeps in float32.
+    Pillow's filter also reads pixels beyond the box. So the values are those of the whole resized image, up to the
+    rounding of the box, which Pillow keeps in float32.
     """
     left, top = round((width - size) / 2), round((height - size) / 2)
     across, down = image.width / width, image.height / height
@@ -266,7 +268,7 @@ def _centre(image: Image.Image, width: int, height: int, size: int) -> Image.Ima
 
 
 class ArrayImages(Dataset[tuple[Image.Image, int]]):
-    """Images that are already decoded.
+    """Decoded images.
 
     Args:
         images: uint8, shape (N, H, W) or (N, H, W, 3).
@@ -285,16 +287,16 @@ class ArrayImages(Dataset[tuple[Image.Image, int]]):
 
 
 class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
-    """A data set decoded once, in threads, and kept as one uint8 tensor. Batches are cut out of it whole.
+    """A data set decoded once, by threads, and kept as one uint8 tensor. A batch is one indexing of it.
 
     Args:
         dataset: pictures and class indices.
-        indices: which of them.
+        indices: of the images to keep.
         transform: from a PIL image to a uint8 tensor of shape (channels, size, size).
         channels: 1 for grey, 3 for colour.
         size: height and width, in pixels.
         skip_broken: leave out images that cannot be decoded, and log their names.
-        threads: how many decode at once.
+        threads: number of threads that decode.
 
     Raises:
         BrokenImageError: an image cannot be decoded, or none can.
@@ -334,19 +336,19 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index], self.targets[index]
 
     def __getitems__(self, indices: Sequence[int | Draw]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once (the hook of PyTorch's DataLoader), so that collating is nothing."""
+        """A whole batch at once. PyTorch's DataLoader calls this, and nothing is left to collate."""
         chosen = torch.tensor([i.image if isinstance(i, Draw) else i for i in indices], dtype=torch.long)
         return self.images[chosen], self.targets[chosen]
 
 
 class TransformedImages(Dataset[tuple[Tensor, int] | None]):
-    """A data set decoded and transformed anew at each access, for sets that do not fit into memory.
+    """A data set too large for memory. Each access decodes and transforms an image.
 
-    An item is None where a broken image is skipped.
+    The item of a skipped broken image is None.
 
     Args:
         dataset: pictures and class indices.
-        indices: which of them.
+        indices: of the images to use.
         transform: from a PIL image to a uint8 tensor of shape (channels, H, W).
         channels: 1 for grey, 3 for colour.
         skip_broken: leave out images that cannot be decoded, and log their names.
@@ -386,10 +388,10 @@ def _read(dataset: LabelledImages, index: int, skip_broken: bool) -> Image.Image
 
 
 def log_skipped(error: Exception, skip_broken: bool) -> None:
-    """Logs a broken image that is left out.
+    """Logs the error of a broken image, if broken images are skipped.
 
     Raises:
-        BrokenImageError: it is not to be left out.
+        BrokenImageError: broken images are not skipped.
     """
     if not skip_broken:
         raise BrokenImageError(f"{error}; --data.broken_images=skip leaves broken images out") from error

@@ -1,4 +1,4 @@
-"""What may be a label, and what the names of classes."""
+"""Checks of labels and of the names of classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def checked_label(value: Any) -> int:
     """A class index.
 
     Raises:
-        ValueError: it is no whole number from 0 on (a boolean is none); the message begins with "got".
+        ValueError: the value is no integer of at least 0, or a boolean. The message begins with "got".
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"got {value!r:.80}")
@@ -21,14 +21,14 @@ def checked_label(value: Any) -> int:
 
 
 def checked_names(names: Sequence[Any], where: str) -> list[str]:
-    """Names of classes, by index, each in the form in which names are compared.
+    """Names of classes, by index, each normalised by :func:`composed`.
 
     Args:
-        names: at least two.
-        where: what an error begins with: where they come from.
+        names: at least two names.
+        where: the source of the names, at the beginning of an error.
 
     Raises:
-        ValueError: there is only one, or one is no text, empty, or given twice.
+        ValueError: there are fewer than two names, or a name is no text, empty, or given twice.
     """
     if len(names) < 2:
         raise ValueError(f"{where}: a classification needs at least two classes, got {list(names)}")
@@ -44,10 +44,10 @@ def checked_names(names: Sequence[Any], where: str) -> list[str]:
 
 
 def numbered(targets: Sequence[int], where: str) -> list[str]:
-    """Names for classes that have numbers alone: 0 to the largest label.
+    """Names of classes that have none: the numbers from 0 to the largest label.
 
     Raises:
-        ValueError: there is no label, one is negative, or labels below the largest are missing.
+        ValueError: there is no label, a label is negative, or a number below the largest is no label.
     """
     found = set(targets)
     if not found:
@@ -55,7 +55,7 @@ def numbered(targets: Sequence[int], where: str) -> list[str]:
     largest = max(found)
     if min(found) < 0:
         raise ValueError(
-            f"{where}: labels must be from 0 on, got {min(found)} {targets.count(min(found))} times; -1 usually marks "
+            f"{where}: labels must be at least 0, got {min(found)} {targets.count(min(found))} times; -1 usually marks "
             "images without a label, which cannot be used"
         )
     missing = largest + 1 - len(found)
@@ -63,7 +63,7 @@ def numbered(targets: Sequence[int], where: str) -> list[str]:
         first = [number for number in range(min(largest, 10 + len(found))) if number not in found][:5]
         raise ValueError(
             f"{where}: classes without names must be numbered from 0 without gaps; the largest label is {largest}, and "
-            f"{missing:,} below it have no image, such as {', '.join(map(str, first))}; number them anew, or name the "
-            "classes"
+            f"{missing:,} below it have no image, such as {', '.join(map(str, first))}; renumber the labels, or give "
+            "names of the classes"
         )
     return checked_names([str(number) for number in range(largest + 1)], where)

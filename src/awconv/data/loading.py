@@ -1,4 +1,4 @@
-"""What all data modules share: loaders whose batches depend on the seed, the epoch and the step alone."""
+"""The base of all data modules: loaders whose batches depend only on the seed, the epoch and the step."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from awconv.data.order import (
 from awconv.roles import Role
 
 Split = Literal["train", "val", "test"]
-_WORKER_SECONDS = 12  # what a worker outlives a SIGTERM by: longer than the training that it loads for
+_WORKER_SECONDS = 12  # that a worker lives on after a SIGTERM: longer than the training that needs it
 
 
 class Sized(Protocol):
-    """A data set of known length, whose items are asked for by index, or by a draw in training."""
+    """A data set of known length. Its items are accessed by index, in training by :class:`Draw`."""
 
     def __len__(self) -> int: ...
 
@@ -37,15 +37,15 @@ class Sized(Protocol):
 
 
 def most_processes() -> int:
-    """How many processes of a kind a training may have on this machine."""
+    """The largest number of devices, or of workers, that a training may use on this machine."""
     return max(32, 4 * (os.cpu_count() or 1))
 
 
 class DataModule(pl.LightningDataModule, abc.ABC):
     """Batches of a data set's splits.
 
-    The order of the images and their augmentation depend on the run's seed, the epoch and the step alone. Several
-    processes share the batches; an evaluation sees every image once.
+    The order of the images and their augmentation depend only on the run's seed, the epoch and the step. Several
+    processes share the batches, and an evaluation sees every image once.
 
     Args:
         batch_size: samples a batch and device.
@@ -56,9 +56,9 @@ class DataModule(pl.LightningDataModule, abc.ABC):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"num_workers": Role.NOTHING, "max_pixels": Role.NOTHING}
-    """Of the arguments that do not decide each step."""
+    """Roles of arguments; the others decide the steps."""
     compared_names: ClassVar[Mapping[str, int]] = {"root": 1, "train": 2, "val": 2, "test": 2}
-    """How many of a path's last names tell whether data are the same: it begins otherwise on another machine."""
+    """How many last parts of a path identify the data. The parts before them differ between machines."""
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -76,15 +76,15 @@ class DataModule(pl.LightningDataModule, abc.ABC):
 
     @abc.abstractmethod
     def dataset(self, split: Split) -> Any:
-        """A split as it is trained or evaluated on; None if there is none.
+        """A split, ready for training or evaluation; None if there is no such split.
 
-        The test split of a data set without one is its validation split.
+        Without a test split, ``"test"`` is the validation split.
         """
 
     @property
     @abc.abstractmethod
     def test_split(self) -> Split:
-        """The split that is tested on: ``"val"`` where the data set has no ``"test"``."""
+        """The split to test on: ``"test"``, or ``"val"`` if the data set has no test split."""
 
     @property
     def _share(self) -> Share:
@@ -92,11 +92,11 @@ class DataModule(pl.LightningDataModule, abc.ABC):
 
     @property
     def _seed(self) -> int:
-        """That of the run, which Lightning keeps there."""
+        """The run's seed, from Lightning's environment variable."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def _batches_done(self) -> int:
-        """Batches of the current epoch that were trained on already."""
+        """Number of batches of the current epoch that are trained on already."""
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _load_batches(
@@ -108,7 +108,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         chunks: np.ndarray[Any, Any] | None = None,
         groups: np.ndarray[Any, Any] | None = None,
     ) -> Any:
-        """A loader; ``chunks`` and ``groups`` as for :class:`TrainingBatches`."""
+        """Makes a loader. ``chunks`` and ``groups`` are those of :class:`TrainingBatches`."""
         share = self._share
         batches: Any
         if split == "train":
@@ -141,7 +141,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
 
     @abc.abstractmethod
     def _loader(self, split: Split) -> Any:
-        """The loader of a split; an empty list where there is none."""
+        """The loader of a split; an empty list if there is no such split."""
 
     def train_dataloader(self) -> Any:
         return self._loader("train")
@@ -153,7 +153,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         return self._loader("test")
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Seeds all that is drawn in the rest of a training step, and augments its batch."""
+        """In training, augments the batch and seeds all random numbers of the rest of the step."""
         if self.trainer is None or not self.trainer.training:
             return batch
         place = (self._seed, self.trainer.current_epoch, self._batches_done())
@@ -166,5 +166,5 @@ class DataModule(pl.LightningDataModule, abc.ABC):
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """SIGTERM may reach a whole group of processes, and a training needs its next batch to end well."""
+    """Delays the end of a worker: SIGTERM may reach the whole process group, and the training needs one more batch."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_SECONDS))

@@ -1,7 +1,7 @@
-"""Which images a batch holds, and with which random numbers: a function of the seed, the epoch and the step.
+"""The images of each batch and their random numbers, as functions of the seed, the epoch and the step.
 
-Nothing is drawn from a state that grows with the training. So a resumed training goes on with the very batches that an
-uninterrupted one has, several processes together see those of one, and the number of workers does not matter.
+No random state is carried from step to step. So a resumed training gets the batches of an uninterrupted one, several
+processes together get the batches of a single one, and the number of workers changes nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-WINDOW = 8  # chunks that are shuffled together, and kept decompressed
+WINDOW = 8  # chunks shuffled together, and kept decompressed
 
 
 class Draw(NamedTuple):
     """An image of a training batch.
 
     Attributes:
-        image: its position in the data set.
-        epoch: for which it is drawn.
+        image: index of the image in the data set.
+        epoch: number of the epoch.
         seed: of the run.
     """
 
@@ -36,8 +36,8 @@ class Share(NamedTuple):
     """The part of each batch that a process takes.
 
     Attributes:
-        rank: the number of the process, from 0.
-        of: how many there are.
+        rank: number of this process, from 0.
+        of: number of processes.
     """
 
     rank: int = 0
@@ -48,7 +48,7 @@ ALONE = Share()
 
 
 class EpochCounter:
-    """The number of the epoch that the batches are drawn for. Lightning sets it."""
+    """The number of the epoch to draw batches for. Lightning sets it."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -58,21 +58,21 @@ class EpochCounter:
 
 
 class TrainingBatches(Sampler[list[Draw]]):
-    """Batches of an order drawn anew for each epoch. Images that do not fill a batch of all processes are left out.
+    """Training batches, in a new random order each epoch. Images that fill no batch of all processes are left out.
 
     Args:
         size: number of images.
         batch_size: images a batch and process.
         share: the part of this process.
         seed: of the orders and the augmentation.
-        chunks: for each image the number of the chunk that it is stored in (a Parquet row group, a shard). Chunks are
-            then shuffled, and images within :data:`WINDOW` chunks, so that each chunk is read once. By default all
-            images are shuffled.
-        groups: for each image the number of its group. Each batch is then of one group, except an epoch's last
-            batches, of images that fill no batch with their own group.
-        start: called at the beginning of each epoch: the number of batches to leave out, which were trained on before
-            an interruption.
-        same: draw the order of the first epoch again in each, to fit a few batches as ``overfit_batches`` does.
+        chunks: for each image, the number of the chunk that stores it (a Parquet row group, a shard). Shuffles the
+            chunks, then the images within :data:`WINDOW` chunks, so that each chunk is read once. None shuffles all
+            images.
+        groups: for each image, the number of its group. Each batch is then of one group, except an epoch's last
+            batches, which mix the groups' remaining images.
+        start: called at the beginning of each epoch. Returns the number of batches to skip: an interrupted training
+            has used them.
+        same: repeat the order of the first epoch in each, as ``overfit_batches`` needs it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TrainingBatches(Sampler[list[Draw]]):
     ) -> None:
         self.size, self.batch_size, self.share, self.seed = size, batch_size, share, seed
         self.chunks, self.groups, self.start, self.same = chunks, groups, start, same
-        self.sampler = EpochCounter()  # under the name where Lightning looks for set_epoch
+        self.sampler = EpochCounter()  # Lightning calls sampler.set_epoch
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.share.of)
@@ -99,7 +99,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         for number in range(self.start(), len(self)):
             batch = order[number * together : (number + 1) * together]
             yield [Draw(image, epoch, self.seed) for image in batch[self.share.rank :: self.share.of]]
-        self.sampler.set_epoch(epoch + 1)  # for loops that do not say which epoch it is
+        self.sampler.set_epoch(epoch + 1)  # for loops that never call set_epoch
 
     def _order(self, epoch: int) -> list[int]:
         generator = np.random.default_rng([self.seed, epoch])
@@ -111,7 +111,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         return [int(index) for index in (order if self.groups is None else self._grouped(order, self.groups))]
 
     def _grouped(self, order: Any, groups: np.ndarray[Any, Any]) -> list[int]:
-        """The same order, in which each batch waits until enough images of its group have come."""
+        """Groups an order: a batch is emitted as soon as its group has enough images."""
         together = self.batch_size * self.share.of
         waiting: dict[int, list[int]] = {}
         full: list[int] = []
@@ -124,11 +124,12 @@ class TrainingBatches(Sampler[list[Draw]]):
 
 
 class EvaluationBatches(Sampler[list[int]]):
-    """Every image once, in all processes together, and as many batches in each of them: they wait for one another.
+    """Evaluation batches: every image once, over all processes. Each process has the same number of batches, since
+    processes wait for each other.
 
     Args:
         size: number of images.
-        batch_size: images of a batch; where the processes' shares need it, some batches have one more.
+        batch_size: images of a batch. Some batches have one more, if the processes' shares need it.
         share: the part of this process.
 
     Raises:
@@ -139,7 +140,7 @@ class EvaluationBatches(Sampler[list[int]]):
         if size < share.of:
             raise ValueError(f"{size} images cannot be evaluated by {share.of} processes: take fewer devices")
         self.indices = range(share.rank, size, share.of)
-        # No more than the smallest share has images: an empty batch is none.
+        # At most one batch for each image of the smallest share: no batch may be empty.
         self.batches = min(math.ceil(math.ceil(size / share.of) / batch_size), size // share.of)
 
     def __len__(self) -> int:
@@ -151,9 +152,9 @@ class EvaluationBatches(Sampler[list[int]]):
 
 
 class TrainingLoader(DataLoader[Any]):
-    """A DataLoader that asks for the epoch and the start with its first batch, and not when its iterator is made.
+    """A DataLoader that reads the epoch and the start when its first batch is fetched, not when its iterator is made.
 
-    Lightning makes iterators before it has set the epoch, and before a resumed training knows where it was.
+    Lightning makes iterators before it sets the epoch, and before a resumed training knows its position.
     """
 
     def __iter__(self) -> Any:
@@ -161,9 +162,8 @@ class TrainingLoader(DataLoader[Any]):
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed for some purpose, from numbers that say which; seeds of different numbers have nothing to do with each
-    other."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)  # torch's are signed
+    """A seed from several numbers. Different numbers give independent seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)  # torch takes signed integers
 
 
 def seed_all(seed: int) -> None:
@@ -174,11 +174,11 @@ def seed_all(seed: int) -> None:
 
 
 def chunks_of(stored: Sequence[int], indices: Sequence[int]) -> np.ndarray[Any, Any]:
-    """The chunks of some images, numbered without gaps.
+    """The chunk of each of some images. Chunks are numbered anew, without gaps.
 
     Args:
         stored: number of images in each chunk.
-        indices: the images.
+        indices: of the images, within the data set.
     """
     chunk = np.repeat(np.arange(len(stored)), stored)[np.asarray(indices)]
     return np.unique(chunk, return_inverse=True)[1]

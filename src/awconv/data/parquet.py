@@ -30,8 +30,15 @@ _TEXT, _BINARY = ("string", "large_string", "string_view"), ("binary", "large_bi
 
 
 class _Shard(NamedTuple):
-    """A file: the number of rows in each of its row groups, its labels, whether these are names, and the names of the
-    classes by index, if it has any."""
+    """A Parquet file.
+
+    Attributes:
+        path: of the file.
+        groups: number of rows in each row group.
+        labels: of all rows.
+        texts: whether the labels are names.
+        names: of the classes, by index, if the metadata have any.
+    """
 
     path: str
     groups: list[int]
@@ -41,31 +48,30 @@ class _Shard(NamedTuple):
 
 
 class ParquetImages(Dataset[tuple[Image.Image, int]]):
-    """The rows of some Parquet files: a column of images and one of labels.
+    """The rows of Parquet files, with a column of images and a column of labels.
 
-    An image is a struct {bytes, path}, the content of a file, or the path of one, from the Parquet file's folder; a
-    label is the index of a class, or its name.
+    An image is a struct {bytes, path}, the content of a file, or a path relative to the Parquet file's folder. A label
+    is the index of a class, or its name.
 
-    The labels are read at once. The images are streamed: a file's row groups are read when one of their rows is asked
-    for, and the last few are kept.
+    All labels are read at once. Images are streamed: the first access to a row reads its row group, and the last few
+    row groups stay in memory.
 
     Args:
-        pattern: a file, or a glob pattern of several, read in alphabetical order.
+        pattern: a file, or a glob pattern of several files, which are read in alphabetical order.
         image_column: name of the column of images.
         label_column: name of the column of labels.
-        training: the images whose classes these must have; None takes the classes from the files.
-        max_pixels: the most that an image may have.
+        training: the training images, whose classes these must have. None takes the classes from the files.
+        max_pixels: the largest number of pixels of an image.
 
     Attributes:
-        targets: the class index of each row.
-        classes: the names of the classes: those in the files' metadata, or the names among the labels in alphabetical
+        targets: class index of each row.
+        classes: names of the classes: those in the files' metadata, or the names among the labels in alphabetical
             order, or numbers.
         chunks: number of rows in each row group.
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: a column is missing or of another type, files differ in their classes, or there are labels outside
-            the list of classes.
+        ValueError: a column is missing or has a wrong type, files differ in their classes, or a label is no class.
     """
 
     def __init__(
@@ -83,12 +89,12 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         for shard in shards:
             if (shard.texts, shard.names) != self._kind:
                 raise ValueError(
-                    f"{shard.path} must have labels as {first.path} has them, {_described(*self._kind)}; got "
+                    f"{shard.path} must have labels like those of {first.path}: {_described(*self._kind)}; got "
                     f"{_described(shard.texts, shard.names)}"
                 )
         if training is not None and training._kind != self._kind:
             raise ValueError(
-                f"{pattern} must have the {len(training.classes)} classes of {training.files[0]}, "
+                f"{pattern} must have the {len(training.classes)} classes of {training.files[0]}: "
                 f"{_described(*training._kind)}; got {_described(*self._kind)}"
             )
         self.classes: list[str] = _classes(shards, pattern) if training is None else training.classes
@@ -125,7 +131,7 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         return read_image(content, name, max_pixels=self._max_pixels), self.targets[index]
 
     def _read(self, group: int) -> Any:
-        """The images of a row group, and those of the last few asked for without reading them again."""
+        """The images of a row group. Keeps the last few row groups in memory."""
         with self._lock:
             if group not in self._kept:
                 parquet = require("pyarrow.parquet", extra="parquet")
@@ -135,7 +141,7 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                         self._check_size(opened.metadata.row_group(number), f"{file}, row group {number}")
                         images = opened.read_row_group(number, columns=[self._column]).column(0)
                     if len(images) != self.chunks[group]:
-                        raise ValueError(f"it has {len(images)} rows, and should have {self.chunks[group]}")
+                        raise ValueError(f"it must have {self.chunks[group]} rows, got {len(images)}")
                     self._kept[group] = images
                 except BrokenImageError:
                     raise
@@ -147,7 +153,7 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
             return self._kept[group]
 
     def _check_size(self, group: Any, name: str) -> None:
-        """Raises an error for a row group whose images are too large, or compressed beyond what data can be."""
+        """Raises an error if the images of a row group are too large, or packed too tightly to be plausible."""
         chunks = [group.column(index) for index in range(group.num_columns)]
         chunks = [one for one in chunks if f"{one.path_in_schema}.".startswith(f"{self._column}.")]
         size = sum(one.total_uncompressed_size for one in chunks)
@@ -180,13 +186,13 @@ def _read_shard(file: str, image_column: str, label_column: str) -> _Shard:
                 raise OSError(f"it has {len(labels)} labels for {sum(groups)} rows")
             listed = labels.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{file} is not a Parquet file, or a broken one: {error}") from error
-    if pyarrow.types.is_dictionary(labels.type):  # as pandas writes its categories
+        raise ValueError(f"{file} is not a Parquet file, or is broken: {error}") from error
+    if pyarrow.types.is_dictionary(labels.type):  # pandas' categories
         labels = labels.cast(labels.type.value_type)
     texts = _is(labels.type, *_TEXT)
     if not (texts or pyarrow.types.is_integer(labels.type)) or labels.null_count:
         raise ValueError(
-            f"{file}: column {label_column!r} must hold class indices or names, an integer or a text in every row, got "
+            f"{file}: column {label_column!r} must hold a class index (integer) or a name (text) in every row, got "
             f"{labels.type} with {labels.null_count} nulls"
         )
     if texts:
@@ -202,7 +208,7 @@ def _check_columns(schema: Any, file: str, image_column: str, label_column: str)
         if schema.names.count(column) != 1:
             raise ValueError(
                 f"{file} must have a column {column!r}, got {schema.names}; "
-                "name the right one with image_column or label_column"
+                "give the right name with image_column or label_column"
             )
     images = schema.field(image_column).type
     if _is(images, "struct"):
@@ -219,24 +225,24 @@ def _check_columns(schema: Any, file: str, image_column: str, label_column: str)
 
 
 def _is(kind: Any, *names: str) -> bool:
-    """Whether a type of Arrow is one of these."""
+    """Whether a type of Arrow has one of these names."""
     types = require("pyarrow", extra="parquet").types
     return any(getattr(types, f"is_{name}")(kind) for name in names)
 
 
 def _class_names(schema: Any, column: str, file: str) -> list[str] | None:
-    """The names in the metadata of Hugging Face's data sets; None where there are none."""
+    """The names of the classes in the metadata of Hugging Face's data sets, or None."""
     content = (schema.metadata or {}).get(b"huggingface")
     if content is None:
         return None
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
-        rank_zero_info(f"{file}: its metadata 'huggingface' are not JSON, and not used")
+        rank_zero_info(f"{file}: metadata 'huggingface' not used: they are not JSON")
         return None
     for key in ("info", "features", column, "names"):
         found = found.get(key) if isinstance(found, dict) else None
-    if found is None:  # a column of another kind, which has no names
+    if found is None:  # the column is of another kind, without names
         return None
     if not isinstance(found, list):
         raise ValueError(f"{file}: the names of the classes in its metadata must be a list, got {found!r:.80}")
@@ -274,17 +280,17 @@ def _described(texts: bool, names: list[str] | None) -> str:
 class Parquet(ImageDataModule):
     """Images in Parquet files, in the layout of Hugging Face's data sets: ``image`` {bytes, path} and ``label``.
 
-    Images may also be the content of files alone, or paths of files, from the Parquet file's folder. Labels are class
-    indices, whose names come from the files' metadata, where they have any, or names. Columns and neighbouring files
-    that are not used are logged.
+    The column of images may also hold the content of files, or paths relative to the Parquet file's folder. Labels are
+    class indices or names. The names of indices come from the files' metadata, if they have any. Unused columns, and
+    unused files beside the used ones, are logged.
 
     Args:
-        train: a file, or a glob pattern of several.
-        val: the same; None holds out ``val_fraction`` of the training split.
-        test: the same; None tests on the validation split.
+        train: the training split: a file, or a glob pattern of several.
+        val: the validation split, likewise. None holds out ``val_fraction`` of the training split.
+        test: the test split, likewise. None tests on the validation split.
         image_column: name of the column of images.
         label_column: name of the column of labels.
-        **kwargs: as for :class:`ImageDataModule`; ``val_fraction`` is used only without ``val``.
+        **kwargs: further arguments of :class:`ImageDataModule`. ``val_fraction`` counts only without ``val``.
 
     Raises:
         FileNotFoundError: no file matches.

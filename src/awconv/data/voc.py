@@ -25,7 +25,7 @@ CATEGORIES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 _LISTS = "ImageSets/Main"
-_IMAGE_FOLDERS, _XML_FOLDERS = ("jpegimages", "images", "data"), ("annotations", "labels")  # the last ones FiftyOne's
+_IMAGE_FOLDERS, _XML_FOLDERS = ("jpegimages", "images", "data"), ("annotations", "labels")  # last: FiftyOne's
 _LARGEST_LIST, _LARGEST_XML = 2**26, 2**24  # bytes
 _DEEPEST = 100  # elements; VOC has 5
 _DIFFICULT = {"0": False, "false": False, "": False, "1": True, "true": True}
@@ -33,29 +33,29 @@ _DIFFICULT = {"0": False, "false": False, "": False, "1": True, "true": True}
 
 class Voc(DetectionDataModule):
     """Images with boxes in VOC's format: ``root/VOC2007/`` with ``JPEGImages``, ``Annotations`` and
-    ``ImageSets/Main``, and other years beside it; or folders without lists, whose XML files all count.
+    ``ImageSets/Main``, and other years beside it. A folder without lists works, too: all its XML files count.
 
-    Pixels are counted from 1 there, and a box includes its last ones: boxes are moved accordingly. Objects marked as
-    difficult are handled as crowd regions: they are not trained on, and not counted in the evaluation. Images may have
-    any ending that is read. In a list such as ``car_train`` a name may be followed by 1, 0 or -1, which say whether
-    there is a car in the image: all of them are of the split. Names may stand in quotes. An image that is listed twice
-    counts once.
+    VOC counts pixels from 1, and a box includes its last pixels. Boxes are converted to the usual coordinates, from 0.
+    Objects marked as difficult are treated as crowd regions: training ignores them, and the evaluation does not count
+    them. Image files may have any supported ending.
+
+    In a list such as ``car_train`` a name may be followed by 1, 0 or -1, which say whether the image shows a car. All
+    of these images belong to the split. Names may stand in quotes. An image listed twice counts once.
 
     Args:
         root: the folder that holds the years (``VOCdevkit``), or a zip archive of it.
-        train: the years and lists of the training split, such as ``VOC2007/trainval``, or one of them; a list without a
-            year where ``ImageSets`` lies in ``root``; a folder that holds images and XML files, side by side or in
-            folders called ``JPEGImages``, ``images`` or ``data`` and ``Annotations``, ``annotations`` or ``labels``;
-            ``.`` for ``root`` itself.
-        val: the same; None holds out ``val_fraction`` of the training split.
-        test: the same; None tests on the validation split.
-        categories: names of those that are wanted, which may be other ones than VOC's; None for VOC's 20.
-        **kwargs: as for :class:`DetectionDataModule`.
+        train: the training split: one entry, or several. An entry is a year and a list, such as ``VOC2007/trainval``; a
+            list alone, if ``ImageSets`` lies in ``root``; or a folder of images and XML files (``.`` for ``root``
+            itself). These lie side by side, or in folders called ``JPEGImages``, ``images`` or ``data``, and
+            ``Annotations``, ``annotations`` or ``labels``.
+        val: the validation split, likewise. None holds out ``val_fraction`` of the training split.
+        test: the test split, likewise. None tests on the validation split.
+        categories: names of the wanted categories, which need not be VOC's; None for VOC's 20.
+        **kwargs: further arguments of :class:`DetectionDataModule`.
 
     Raises:
-        FileNotFoundError: a file is missing; the message names it.
-        ValueError: an annotation is not in VOC's format, or no object of the training split is of a category that is
-            asked for.
+        FileNotFoundError: a file is missing. The message names it.
+        ValueError: an annotation is not in VOC's format, or no object of the training split has a wanted category.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Voc(DetectionDataModule):
             return None
         images: list[Annotated] = []
         seen: set[str] = set()
-        taken: dict[str, str] = {}  # images by their annotations
+        taken: dict[str, str] = {}  # image of each annotation file
         repeated = 0
         for entry in lists:
             folder = _Folder(self.files, entry, split)
@@ -105,22 +105,22 @@ class Voc(DetectionDataModule):
         image, count = (Counter(taken.values()).most_common(1) or [("", 0)])[0]
         if count > 1:
             both = sorted(path for path, of in taken.items() if of == image)
-            raise ValueError(f"{' and '.join(both[:5])} are all of the image {self.files.name(image)}; keep one")
+            raise ValueError(f"{' and '.join(both[:5])} annotate the same image, {self.files.name(image)}; keep one")
         if repeated:
-            rank_zero_info(f"{split} images: {repeated:,} are listed twice, and count once")
+            rank_zero_info(f"{split} images: {repeated:,} listed twice, counted once")
         if split == "train":
             self._check_categories(seen, ", ".join(lists))
         return images
 
     def _check_categories(self, seen: set[str], lists: str) -> None:
-        """Raises a ValueError where no object is of a category that was asked for."""
+        """Raises a ValueError if no object has a wanted category."""
         own = self.classes != list(CATEGORIES)
         unknown = [name for name in self.classes if name not in seen and name not in CATEGORIES]
         if unknown or (seen and not own and not seen & set(CATEGORIES)):
-            asked = f"the category {', '.join(unknown)}" if own else "VOC's 20 categories"
+            asked = f"the category {', '.join(unknown)}" if own else "one of VOC's 20 categories"
             raise ValueError(
-                f"no object of {lists} is of {asked}; there are {', '.join(sorted(seen)) or 'none'}; name those that "
-                "are wanted with --data.categories"
+                f"no object of {lists} has {asked}; its categories are {', '.join(sorted(seen)) or 'none'}; give the "
+                "wanted ones with --data.categories"
             )
 
     def _annotated(self, folder: _Folder, stem: str, image_id: int, seen: set[str]) -> Annotated:
@@ -167,22 +167,22 @@ class Voc(DetectionDataModule):
 
 
 class _Folder:
-    """Where the images and annotations lie that an entry of a split names.
+    """The images and annotations of one entry of a split.
 
     Args:
         files: of the data set.
         entry: of the split.
-        split: for an error.
+        split: name of the split in errors.
 
     Attributes:
-        folders: that were looked in.
+        folders: folders of the images and the annotations.
         lists: the file of the list, if there is one.
-        annotations: the paths of the XML files, by the names that lists have for them.
-        listed: names of images, perhaps with an ending, in quotes, or with a 1, 0 or -1 behind them.
+        annotations: paths of the XML files, by their names in lists.
+        listed: names of images, perhaps with an ending, in quotes, or followed by 1, 0 or -1.
 
     Raises:
-        FileNotFoundError: there is no such list.
-        ValueError: there is no such folder, or the list is empty or no text.
+        FileNotFoundError: the list does not exist.
+        ValueError: the folder does not exist, or the list is empty or no text.
     """
 
     def __init__(self, files: Files, entry: str, split: Split) -> None:
@@ -212,13 +212,13 @@ class _Folder:
             raise ValueError(f"{files.name(self._list)} lists no image; give another list with --data.{split}")
 
     def stem(self, line: str) -> str:
-        """The name of a listed image, among :attr:`annotations`.
+        """The name in :attr:`annotations` of an image, from its line in the list.
 
         Raises:
-            FileNotFoundError: it has none.
+            FileNotFoundError: the image has no annotations.
         """
         quoted = re.sub(r"\s+(?:-1|0|1)$", "", line)
-        name = re.sub(r'^"(.+)"$', r"\1", quoted)  # as CVAT and datumaro write one with a space
+        name = re.sub(r'^"(.+)"$', r"\1", quoted)  # CVAT and datumaro quote names with a space
         stem, ending = posixpath.splitext(name)
         names = (line, quoted, name, *([stem] if ending.lower() in ENDINGS else []))
         for one in (*names, *(self._stems.get(composed(one), "") for one in names)):
@@ -231,12 +231,12 @@ class _Folder:
         """The path of an image.
 
         Args:
-            stem: its name in a list.
-            filename: its file's name in its annotations, which counts where files have another name than their
-                annotations, or where two differ in their endings alone.
+            stem: name of the image in a list.
+            filename: name of its file in the annotations. It counts if no file is called like the annotations, or if
+                several are, with different endings.
 
         Raises:
-            ValueError: it may be one of several.
+            ValueError: the name fits several files.
         """
         alike = self._by_stem.get(composed(stem), [])
         found = [path for own, path in alike if own == stem] or [path for _, path in alike]
@@ -245,7 +245,9 @@ class _Folder:
         name = posixpath.basename(filename.strip().replace("\\", "/"))
         named = [path for path in found if composed(posixpath.basename(path)) == composed(name)]
         if found and not named:
-            raise ValueError(f"its image may be {found[0]} or {found[1]}, and its filename is {filename!r:.200}")
+            raise ValueError(
+                f"its image could be {found[0]} or {found[1]}; filename must be one, got {filename!r:.200}"
+            )
         if named:
             return named[0]
         folder = posixpath.dirname(f"{self._images}/{stem}")
@@ -256,14 +258,14 @@ class _Folder:
 
 
 def _below(files: Files, folder: str) -> Iterator[tuple[str, str, str]]:
-    """Of each file below a folder: its path from there without the ending, its ending in small letters, its path."""
+    """For each file below a folder: its path within the folder without the ending, the lower-case ending, its path."""
     for path in files.below(folder):
         stem, ending = posixpath.splitext(path)
         yield stem if folder == "." else stem[len(folder) + 1 :], ending.lower(), path
 
 
 def _without_list(files: Files, entry: str) -> tuple[str, str]:
-    """The folders of the images and of the XML files, in a folder without lists."""
+    """The folders of images and of XML files, in a folder without lists."""
     folder = posixpath.normpath(entry)
     images = _inner(files, folder, _IMAGE_FOLDERS, ENDINGS)
     xml = _inner(files, folder, _XML_FOLDERS, {".xml"})
@@ -273,7 +275,7 @@ def _without_list(files: Files, entry: str) -> tuple[str, str]:
 
 
 def _inner(files: Files, folder: str, names: Sequence[str], endings: Collection[str]) -> str:
-    """The first folder of these names in a folder that holds files of these endings; the folder itself without one."""
+    """The first inner folder with one of these names and a file with one of these endings; else the folder itself."""
     inner = {stem.partition("/")[0] for stem, ending, _ in _below(files, folder) if "/" in stem and ending in endings}
     within = [one for name in names for one in sorted(inner) if one.lower() == name]
     return posixpath.normpath(f"{folder}/{within[0]}") if within else folder
@@ -297,11 +299,11 @@ def _no_such(files: Files, entry: str, split: Split) -> Exception:
     place, slash, name = posixpath.normpath(entry).rpartition("/")
     if not slash:
         return ValueError(
-            f"a split of VOC is YEAR/LIST, such as VOC2007/trainval, got {entry!r:.200}, which is no folder with XML "
-            f"files in {files.root}, either; there are: {there}{hint}"
+            f"--data.{split} must name YEAR/LIST, such as VOC2007/trainval, or a folder of {files.root} with XML "
+            f"files, got {entry!r:.200}; there are: {there}{hint}"
         )
     return FileNotFoundError(
-        f"{files.name(f'{place}/{_LISTS}/{name}.txt')} is not a file; name the lists that are there, such as "
+        f"{files.name(f'{place}/{_LISTS}/{name}.txt')} is not a file; give lists that exist, such as "
         f"--data.{split}='[VOC2007/trainval]'{hint}; there are: {there}"
     )
 
@@ -310,21 +312,23 @@ def _lines(files: Files, path: str) -> list[str]:
     try:
         lines = files.read(path, _LARGEST_LIST).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{files.name(path)} is no list: {error}") from error
+        raise ValueError(f"{files.name(path)} is not a text file: {error}") from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def _parse(content: bytes) -> ElementTree.Element:
-    """The root of an XML file. Entities, which can grow without end or name other files, need a DTD, which none has.
+    """The root of an XML file.
+
+    Refuses a DTD, and so all entities, which could grow without end or read other files.
 
     Raises:
-        expat.ExpatError: it is no XML.
-        ValueError: it has a DTD, or nests too deeply.
+        expat.ExpatError: the content is not XML.
+        ValueError: the content has a DTD, or nests too deeply.
     """
     depth = 0
 
     def refuse(*_: Any) -> None:
-        raise ValueError("it has a DTD (<!DOCTYPE>), which annotations do not need, and which is not read")
+        raise ValueError("it has a DTD (<!DOCTYPE>); remove it, since annotations need none")
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         nonlocal depth
@@ -357,7 +361,7 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 def _number(text: str, path: str) -> float:
     try:
-        if "_" in text:  # which Python would skip
+        if "_" in text:  # Python would skip it
             raise ValueError
         return float(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files in which an image and its label are neighbours of one name."""
+"""WebDataset shards: tar files that hold each image beside its label, under the same name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PATTERNS = 10**6
 
 
 class _Place(NamedTuple):
-    """Where an image lies in the shards."""
+    """The place of an image in the shards."""
 
     shard: int
     name: str
@@ -42,25 +42,26 @@ class _Place(NamedTuple):
 
 
 class TarImages(Dataset[tuple[Image.Image, int]]):
-    """The images of some tar files, each beside a file of the same name that ends in ``.cls`` (the class index as
-    text) or ``.json`` (with the index under ``label``; where there is a ``.cls``, other JSON is no label, nor is a text
-    or null there).
+    """The labelled images of tar files.
 
-    The tar files' headers and the labels are read at once; an image when it is asked for, from its place. What is not
-    used is logged, but for what programs leave behind (``._x.jpg``).
+    Beside each image lies a file of the same name that ends in ``.cls`` (the class index as text) or ``.json`` (the
+    class index under ``label``). If there is a ``.cls``, the JSON may be anything else, and its ``label`` text or null.
+
+    The headers of the tar files and the labels are read at once, each image at its access. Unused files are logged,
+    except those that programs leave behind (``._x.jpg``).
 
     Args:
-        pattern: a tar file, or a pattern of several, read in alphabetical order: a glob (``train-*.tar``), or numbers
-            as WebDataset has them (``train-{0000..0099}.tar``).
-        max_pixels: the most that an image may have.
+        pattern: a tar file, or a pattern of several, which are read in alphabetical order: a glob (``train-*.tar``), or
+            a range as in WebDataset (``train-{0000..0099}.tar``).
+        max_pixels: the largest number of pixels of an image.
 
     Attributes:
-        targets: the class index of each image.
-        chunks: number of images in each file, so that training reads a few files at a time.
+        targets: class index of each image.
+        chunks: number of images in each file. Training reads a few files at a time.
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: a file is no tar file, is compressed or cut off, an image has no label, or two that disagree.
+        ValueError: a file is no tar file, is compressed or cut off, or an image has no label, or labels that disagree.
     """
 
     def __init__(self, pattern: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -74,18 +75,18 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
                 with tarfile.open(shard, "r:") as tar:
                     before = len(self.targets)
                     members = tar.getmembers()
-                    _check_end(shard, tar.offset)  # before a label is missed that was cut off
+                    _check_end(shard, tar.offset)  # first: a cut file could lack labels
                     self._index(number, tar, members)
                     self.chunks.append(len(self.targets) - before)
             except (tarfile.TarError, OSError) as error:
-                raise ValueError(f"{shard} is not a plain tar file, or a broken one: {error}") from error
+                raise ValueError(f"{shard} is not a plain tar file, or is broken: {error}") from error
         if not self._places:
             raise ValueError(f"{pattern}: the tar files hold no images beside labels ({' or '.join(_LABELS)})")
 
     def _index(self, number: int, tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> None:
         shard = self._shards[number]
         images: dict[str, _Place] = {}
-        labels: dict[str, tuple[int, str]] = {}  # with the file that it is from
+        labels: dict[str, tuple[int, str]] = {}  # with the name of its file
         notes: dict[str, str] = {}  # JSON without a label
         unused: Counter[str] = Counter()
         for member in sorted(members, key=lambda member: not member.name.lower().endswith(".cls")):
@@ -99,12 +100,12 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
                 unused[f"not named as images ({path.suffix or path.name})"] += 1
                 continue
             if not member.isfile() or member.issparse():
-                raise ValueError(f"{shard}: {member.name} is a link or sparse; the tar file must hold a plain copy")
+                raise ValueError(f"{shard}: {member.name} must be a plain copy, got a link or a sparse file")
             if is_image:
                 place = _Place(number, member.name, member.offset_data, member.size)
                 if images.setdefault(key, place) is not place:
                     names = f"{images[key].name} and {member.name}"
-                    raise ValueError(f"{shard}: {names} are both images of {key}; expected one")
+                    raise ValueError(f"{shard}: {names} are both images of {key}; keep one")
                 continue
             label = _label(tar, member, ending, shard, key in labels)
             if label is None:
@@ -116,7 +117,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
             if key not in labels:
                 raise ValueError(
                     f"{shard}: image {place.name} has no label; expected {key}.cls with the class index, or {key}.json "
-                    "with it under 'label'" + (f", which {notes[key]} has not" if key in notes else "")
+                    "with it under 'label'" + (f"; {notes[key]} has none" if key in notes else "")
                 )
             self._places.append(place)
             self.targets.append(labels[key][0])
@@ -142,18 +143,18 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
 
 
 def _check_end(shard: str, offset: int) -> None:
-    """Refuses a tar file without the zeros that end one: what is behind the last member may be lost."""
+    """Refuses a tar file without its final zeros: members behind the last one may be lost."""
     with open(shard, "rb") as file:
-        file.seek(offset)  # of the header after the last member, which is the first of two headers of zeros
+        file.seek(offset)  # behind the last member, to the first of two headers of zeros
         end = file.read(2 * tarfile.BLOCKSIZE)
         size = file.seek(0, os.SEEK_END)
     if end != bytes(2 * tarfile.BLOCKSIZE) or size % tarfile.BLOCKSIZE:
-        raise ValueError(f"{shard} is cut off: it does not end as a tar file does")
+        raise ValueError(f"{shard} is cut off: the zeros at the end of a tar file are missing; copy the file again")
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str, known: bool) -> int | None:
-    """The class index in a file; None for JSON that has none: where it is known from another file, a label that is no
-    number is something else."""
+    """The class index in a file; None for JSON without one. If another file gives the class index (``known``), a label
+    in JSON that is no number means something else."""
     file = tar.extractfile(member)
     assert file is not None
     try:
@@ -176,7 +177,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: st
 
 
 def _expanded(pattern: str) -> list[str]:
-    """A pattern for each number of a range in braces; of several ranges, for each combination."""
+    """A pattern for each number of a range in braces, or for each combination of several ranges."""
     parts = _RANGE.split(pattern)
     between, ranges = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
     counts = [int(last) - int(first) + 1 for first, last in ranges]
@@ -188,18 +189,18 @@ def _expanded(pattern: str) -> list[str]:
 
 
 class WebDataset(ImageDataModule):
-    """Images in WebDataset shards: tar files, not compressed, on a disk.
+    """Images in WebDataset shards: uncompressed tar files on a disk.
 
     Args:
-        train: a tar file, or a pattern of several: ``train-*.tar`` or ``train-{0000..0099}.tar``.
-        val: the same; None holds out ``val_fraction`` of the training split.
-        test: the same; None tests on the validation split.
-        class_names: by index; numbers by default.
-        **kwargs: as for :class:`ImageDataModule`; ``val_fraction`` is used only without ``val``.
+        train: the training split: a tar file, or a pattern of several: ``train-*.tar`` or ``train-{0000..0099}.tar``.
+        val: the validation split, likewise. None holds out ``val_fraction`` of the training split.
+        test: the test split, likewise. None tests on the validation split.
+        class_names: names of the classes, by index. None takes numbers as names.
+        **kwargs: further arguments of :class:`ImageDataModule`. ``val_fraction`` counts only without ``val``.
 
     Raises:
         FileNotFoundError: no file matches.
-        ValueError: a file is no tar file, an image has no label, or there are labels without a name.
+        ValueError: a file is no tar file, an image has no label, or a label has no name.
     """
 
     def __init__(
@@ -243,5 +244,5 @@ class WebDataset(ImageDataModule):
         if max(dataset.targets) >= classes:
             raise ValueError(
                 f"{pattern}: labels must be from 0 to {classes - 1}, got {max(dataset.targets)}; "
-                "name all classes with class_names"
+                "give the names of all classes with class_names"
             )

@@ -43,7 +43,7 @@ def check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         changed = archive.testzip() if all(not part.compress_type for part in archive.infolist()) else "compression"
     if changed is not None:
-        raise ValueError(f"it has changed since it was written ({changed}); copy it again, or take an earlier one")
+        raise ValueError(f"it has changed since it was written ({changed}); copy the file again, or use an earlier one")
 
 
 def not_finite(there: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -41,6 +41,6 @@ def verify(file: Path) -> None:
     expected = json.loads(config.read_text()).get("sha256")
     if expected is not None and sha256(file) != expected:
         raise ValueError(
-            f"{file} is not what was published: its SHA-256 is {sha256(file)}, expected {expected}; fetch it, or "
-            "install awconv, anew"
+            f"{file} is not the published file: its SHA-256 must be {expected}, got {sha256(file)}; download it or "
+            "install awconv again"
         )

@@ -12,4 +12,4 @@ def check_arguments(detector: type[Any], arguments: Mapping[str, Any]) -> None:
     known = [name for name, p in inspect.signature(detector).parameters.items() if p.kind is not p.VAR_KEYWORD]
     unknown = [name for name in arguments if name not in known]
     if unknown:
-        raise TypeError(f"{detector.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        raise TypeError(f"{detector.__name__} takes no {', '.join(unknown)}; it takes {', '.join(known)}")

@@ -215,8 +215,8 @@ def _freeze(network: nn.Module, trainable: int | Literal["usual"] | None) -> Non
         return
     if not told_apart:
         raise ValueError(
-            f"trainable_layers must be {len(parts)}, for all, got {trainable}: this backbone's stages "
-            f"({', '.join(info.module_name())}) are not modules of their own"
+            f"trainable_layers must be {len(parts)} (all), got {trainable}: the stages of this backbone "
+            f"({', '.join(info.module_name())}) are no separate modules"
         )
     for _, module in modules[: max(parts[len(parts) - trainable - 1]) + 1]:
         for parameter in module.parameters(recurse=False):

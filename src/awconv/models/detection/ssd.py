@@ -91,7 +91,7 @@ def _check(network: str, network_args: dict[str, Any]) -> None:
         raise ValueError(f"network of ssd300 must be 'vgg16' or 'aw_vgg16', got {network!r}")
     unknown = [name for name in network_args if (network, name) != ("aw_vgg16", "aw_args")]
     if unknown:
-        raise TypeError(f"{network} has no {', '.join(unknown)}; aw_vgg16 has aw_args")
+        raise TypeError(f"{network} takes no {', '.join(unknown)}; aw_vgg16 takes aw_args")
 
 
 def _trained_stages(trainable: int | Literal["usual"] | None, pretrained: bool) -> int:

@@ -38,7 +38,7 @@ class Uint8Transform(GeneralizedRCNNTransform):
         height, width = image.shape[-2:]
         if self.fixed_size is None and min(height, width) * self.max_size < max(height, width):
             raise NarrowImageError(
-                f"of {width}x{height} pixels less than one is left in width or height where the longer side is reduced "
+                f"{width}x{height} pixels shrink to less than one in width or height when the longer side is reduced "
                 f"to {self.max_size}, the network's max_size; cut the image into parts"
             )
         resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
