@@ -347,6 +347,9 @@ def test_plain_and_aw_are_compared(photographs: Path, tmp_path: Path) -> None:
         f"data: {{class_path: awconv.data.Coco, init_args: {{root: {photographs}, val: train2017, batch_size: 1}}}}\n"
     )
     assert compare(recipe, "plain,aw", seeds=1, out=tmp_path / "out", overrides=TINY) == 0
+    before = (tmp_path / "out" / "aw-seed0.json").stat().st_mtime_ns
+    assert compare(recipe, "plain,aw", seeds=1, out=tmp_path / "out", overrides=TINY) == 0  # takes up what is finished
+    assert (tmp_path / "out" / "aw-seed0.json").stat().st_mtime_ns == before
     plain, aw = (Record.load(tmp_path / "out" / f"{name}-seed0.json") for name in ("plain", "aw"))
     assert plain.metric == aw.metric == "box AP"
     assert aw.figures.keys() == {"AP50", "AP75", "AP_small", "AP_medium", "AP_large"}

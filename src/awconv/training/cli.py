@@ -268,7 +268,7 @@ def settings_of(task: type[Task], parser: LightningArgumentParser, config: Names
 
 def plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
     """A parsed configuration as plain values by section, without unset ones."""
-    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True))
+    content: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_link_targets=True, skip_validation=True))
     return content
 
 
