@@ -187,6 +187,14 @@ def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--ckpt" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["demo", "fit", "compare", "ablate", "publish", "predict"])
+def test_what_needs_training_names_the_extra(command: str) -> None:
+    code = f"import sys; sys.modules['lightning'] = None; from awconv.cli import main; sys.exit(main([{command!r}]))"
+    called = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    needs = "this part of awconv needs 'lightning', which is not installed: pip install 'awconv[train]'"
+    assert (called.returncode, called.stderr) == (1, f"awconv {command}: {needs}\n")
+
+
 def test_models_prints_what_they_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--filter=aw_resnet8*"]) == 0
     heading, row = capsys.readouterr().out.splitlines()

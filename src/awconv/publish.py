@@ -9,6 +9,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from awconv.extras import require
+
+require("lightning", extra="train")
+
 from awconv.compare.record import Record
 from awconv.compare.recorder import recorded
 from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS, sha256
