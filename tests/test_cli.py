@@ -307,3 +307,11 @@ def test_the_models_are_listed_without_the_training_libraries() -> None:
     assert (
         "this part of awconv needs 'lightning', which is not installed: pip install 'awconv[train]'" in process.stderr
     )
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_quietly() -> None:
+    command = (
+        f"{sys.executable} -m awconv models --filter 'aw_resnet*_cifar' --format json | true; echo ${{PIPESTATUS[0]}}"
+    )
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (process.stdout.strip(), process.stderr) == ("141", "")

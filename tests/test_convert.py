@@ -261,7 +261,9 @@ def test_a_layer_that_was_converted_before_is_known() -> None:
 
 
 def test_an_argument_that_no_layer_has_is_refused() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'reductoin'"):
+    with pytest.raises(
+        TypeError, match="there is no argument reductoin; there are select, init, norm_layer, reduction, in_expansion"
+    ):
         convert(network(), reductoin=4)
 
 
@@ -280,3 +282,8 @@ def test_a_model_without_convolutions_is_refused() -> None:
     for select in (None, "layer4"):
         with pytest.raises(ValueError, match="no convolution of Linear was selected for conversion; it has none"):
             convert(nn.Linear(3, 4), select)
+
+
+def test_a_network_that_is_converted_already_says_so() -> None:
+    with pytest.raises(ValueError, match=r"it has 'conv1' .*\. 6 others are AW-convolutions already"):
+        convert(timm.create_model("aw_resnet8_cifar"))

@@ -85,10 +85,10 @@ def test_it_prints_a_table() -> None:
     model = convert(timm.create_model("resnet8_cifar"))
     with_operations = str(summary(model, torch.zeros(1, 3, 32, 32)))
     first, *_, last = with_operations.splitlines()
-    assert first.split() == ["layer", "parameters", "added", "operations", "added"]
-    assert " ".join(last.split()) == "6 of 7 2,096 88,128 +2.78% of parameters, +0.72% of operations"
+    assert first.split() == ["layer", "parameters", "added", "multiply-adds", "added"]
+    assert " ".join(last.split()) == "6 of 7 2,096 88,128 +2.78% of parameters, +0.72% of multiply-adds"
     without = str(summary(model))
-    assert "operations" not in without
+    assert "multiply-adds" not in without
     assert " ".join(without.splitlines()[-1].split()) == "6 of 7 2,096 +2.78% of parameters"
 
 

@@ -69,7 +69,9 @@ class Command:
         given: dict[str, Any] = {}
         skip = set()
         if self.passes_on:
-            parser.epilog = "Arguments after -- go to every run, as awconv fit takes them: -- --trainer.max_epochs=5"
+            parser.epilog = (
+                f"Arguments of awconv fit for every run follow --, as in: awconv {name} ... -- --trainer.max_epochs=5"
+            )
             end = arguments.index("--") if "--" in arguments else len(arguments)
             given = {"command": shlex.join(["awconv", name, *arguments]), "overrides": list(arguments[end + 1 :])}
             arguments = arguments[:end]
@@ -143,9 +145,14 @@ def _parse(parser: Any, arguments: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def _path(name: str) -> Path:
-    """A function, and not the class: jsonargparse would write a Path as UTF-8, which names of files need not be."""
-    return Path(name)
+class _AnyPath:
+    """Makes a Path. Given the class itself, jsonargparse would write it as UTF-8, which file names need not be."""
+
+    def __call__(self, name: str) -> Path:
+        return Path(name)
+
+    def __repr__(self) -> str:
+        return "path"
 
 
 def _train(command: str, arguments: Sequence[str]) -> int:
@@ -202,7 +209,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command(
         "classify image files with a checkpoint, or find the objects in them",
         "awconv.predict:predict",
-        Positional("images", "image files, and folders to search for them", several=True, type=_path),
+        Positional("images", "image files, and folders to search for them", several=True, type=_AnyPath()),
         takes_bytes=True,
     ),
     "models": Command(
@@ -221,7 +228,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 _LIST = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
-USAGE = f"""awconv {__version__}: convolutions whose kernels adapt to each image
+USAGE = f"""awconv {__version__}: convolutions whose weights adapt to each image
 
 usage: awconv COMMAND [ARGUMENTS]
 
@@ -258,7 +265,12 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = [_expanded(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
-        return COMMANDS[command].run(command, arguments)
+        status = COMMANDS[command].run(command, arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as when `head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at the end
+        return 128 + signal.SIGPIPE
     except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         say(*f"awconv {command}: {_message(error, arguments)}".splitlines())
         return 1

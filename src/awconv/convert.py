@@ -98,16 +98,26 @@ def convert(
         >>> torch.allclose(model(input), before, atol=1e-5)
         True
     """
-    _check_arguments(model, init, norm_layer)
+    _check_arguments(model, init, norm_layer, arguments)
     counterparts = _counterparts(model, select, norm_layer, arguments)
     if init == "identity":
         _start_as_identity(model, counterparts)
     return _replaced(model, counterparts)
 
 
-def _check_arguments(model: nn.Module, init: str, norm_layer: NormLayer | Literal["match"] | None) -> None:
+# Of the layer; what the convolution has, its counterpart takes over.
+_ARGUMENTS = ("reduction", "in_expansion", "out_expansion", "kernel_expansion", "activation", "residual")
+
+
+def _check_arguments(
+    model: nn.Module, init: str, norm_layer: NormLayer | Literal["match"] | None, arguments: dict[str, Any]
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
+    unknown = [name for name in arguments if name not in _ARGUMENTS]
+    if unknown:
+        known = ("select", "init", "norm_layer", *_ARGUMENTS)
+        raise TypeError(f"convert: there is no argument {', '.join(unknown)}; there are {', '.join(known)}")
     if init not in ("fresh", "identity"):
         raise ValueError(f"convert: init must be 'fresh' or 'identity', got {init!r}")
     if isinstance(norm_layer, nn.Module) or not (norm_layer is None or norm_layer == "match" or callable(norm_layer)):

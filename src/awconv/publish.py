@@ -37,7 +37,7 @@ def publish(
         data: the training data, in words.
         recipe: the recipe's path, as the card's command names it.
         out: the folder in which the folder ``NETWORK.TAG`` is made.
-        license: of the weights, as an SPDX identifier.
+        license: the weights' licence, an SPDX identifier.
 
     Returns:
         The exit status, 0.
@@ -57,7 +57,7 @@ def publish(
     config = dict(
         architecture=record.network,
         num_classes=len(task.classes),
-        num_features=network.num_features,
+        num_features=getattr(network, "num_features", None),
         pretrained_cfg=_pretrained_cfg(network, task, tag, license),
         sha256=sha256(folder / FILE),
     )
@@ -90,6 +90,8 @@ def _finished(run: Path) -> tuple[Record, ClassificationTask]:
     """
     if not run.is_file():
         raise FileNotFoundError(f"run {run} is not a file; expected one of awconv compare, such as aw-seed0.json")
+    if run.suffix != ".json":
+        raise ValueError(f"run must be a record of awconv compare, such as runs/RECIPE/aw-seed0.json, got {run}")
     record, last = Record.load(run), find_last(run.with_suffix(""))
     if last is None:
         raise FileNotFoundError(f"there is no checkpoint under {run.with_suffix('')}, where the run's should be")
@@ -102,7 +104,10 @@ def _finished(run: Path) -> tuple[Record, ClassificationTask]:
     if record.network != task.network_name:
         raise ValueError(f"{run} says that its network is {record.network}, and {last} {task.network_name}")
     if task.network_args or task.conversion:
-        raise ValueError("a network with network_args or convert has no name of its own under which it could be loaded")
+        raise ValueError(
+            "a network with network_args or convert cannot be loaded by its name alone, so it is not published; keep "
+            f"its checkpoint, {last}"
+        )
     return record, task
 
 
@@ -110,7 +115,7 @@ def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: s
     """timm's configuration of the weights: classes and preprocessing."""
     cfg = {
         key: value
-        for key, value in network.pretrained_cfg.items()
+        for key, value in getattr(network, "pretrained_cfg", {}).items()
         if key not in ("url", "file", "hf_hub_id", "source", "architecture")
     }
     return cfg | dict(
@@ -130,6 +135,7 @@ def _card(record: Record, name: str, data: str, recipe: str, license: str, folde
     epochs = len(record.epochs)
     versions = markdown_cell(", ".join(f"{key} {value}" for key, value in record.versions.items()))
     validation = record.epochs[-1].val_score
+    small = _SMALL if folder is None else ""
     held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
     return f"""---
 license: {license}
@@ -138,7 +144,8 @@ tags: [image-classification, timm, awconv]
 ---
 # {name}
 
-`{record.network}`, {record.parameters:,} parameters, trained on {data} by [awconv](https://arxiv.org/abs/2108.08205).
+`{record.network}`, {record.parameters:,} parameters, trained on {data} by awconv, a library for
+[AW-convolution](https://arxiv.org/abs/2108.08205).
 
 | | |
 | --- | --- |
@@ -158,9 +165,13 @@ The figure comes from
 
     {_command(record, name, recipe, folder)}
 
-It is that of one run; what seeds do is in the comparison that the run belongs to. A small network on small images: made
-for tests and demonstrations, not for use on pictures of another kind.
+It is that of one run; the comparison that the run belongs to shows the spread over seeds.{small}
 """
+
+
+_SMALL = (  # of those that the package ships
+    " A small network on small images: made\nfor tests and demonstrations, not for use on pictures of another kind."
+)
 
 
 def _command(record: Record, name: str, recipe: str, folder: Path | None) -> str:

@@ -127,6 +127,8 @@ def nothing_selected(
         return f"convert: no convolution of {name} that was selected can be converted exactly: {listed}"
     listed = ", ".join(f"{name!r} ({module})" for name, module in list(candidates.items())[:8])
     default = ". By default only kernels larger than 1 are, without the first one; give select="
-    return f"convert: no convolution of {name} was selected for conversion; it has {listed}" + (
+    there = sum(isinstance(module, AW_LAYERS) for module in model.modules())
+    already = f". {there} others are AW-convolutions already" if there else ""
+    return f"convert: no convolution of {name} was selected for conversion; it has {listed}{already}" + (
         "" if select is not None else default
     )

@@ -90,9 +90,11 @@ class Summary:
         added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
         share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
         if self.operations is not None and self.operations_added is not None:
-            share += f", {self.operations_added / max(1, self.operations - self.operations_added):+.2%} of operations"
+            share += (
+                f", {self.operations_added / max(1, self.operations - self.operations_added):+.2%} of multiply-adds"
+            )
         rows.append((f"{len(self.converted)} of {len(self.layers)}", "", *added, share))
-        headings = ("layer", "", "parameters added", "operations added", "")
+        headings = ("layer", "", "parameters added", "multiply-adds added", "")
         if self.operations is not None:
             return Table(headings, rows, alignment="llrrl").plain()
         without = [(*row[:3], row[4]) for row in (headings, *rows)]
@@ -118,11 +120,12 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
         >>> import torch
         >>> import awconv
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), awconv.AWConv2d(16, 32, 3))
-        >>> print(awconv.summary(model, torch.zeros(1, 3, 8, 8)))
-        layer                           parameters added  operations added
-        0       Conv2d 3 to 16, 3x3                                         the stem
-        1       AWConv2d 16 to 32, 3x3               264             6,336
-        1 of 2                                       264             6,336  +5.19% of parameters, +7.10% of operations
+        >>> print(awconv.summary(model, torch.zeros(1, 3, 8, 8)))  # doctest: +NORMALIZE_WHITESPACE
+        layer                           parameters added  multiply-adds added
+        0       Conv2d 3 to 16, 3x3                                            the stem
+        1       AWConv2d 16 to 32, 3x3               264                6,336
+        1 of 2                                       264                6,336
+           +5.19% of parameters, +7.10% of multiply-adds
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"summary: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")

@@ -103,3 +103,13 @@ def test_every_choice_offered_is_one() -> None:
     for text in ("{", "!!python/name:os.system", "[" * 10**4):
         with pytest.raises(ValueError, match=r"the value of the change 'reduction=.*' is not YAML"):
             arms("aw_resnet8_cifar", [f"reduction={text}"])
+
+
+def test_variants_of_different_tasks_are_refused(tmp_path: Path) -> None:
+    overlay = tmp_path / "boxes.yaml"
+    overlay.write_text("model: {network: resnet18}\ndata: {class_path: awconv.data.Coco, init_args: {root: nowhere}}\n")
+    with pytest.raises(
+        ValueError, match=r"variants must have the same task, .*plain \(accuracy\) and boxes \(box AP\)"
+    ):
+        compare(tiny(tmp_path), f"plain,{overlay}", seeds=1, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

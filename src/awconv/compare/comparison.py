@@ -41,7 +41,7 @@ class Comparison:
         jobs: how many runs share the device.
 
     Raises:
-        ValueError: ``seeds`` or ``jobs`` is less than 1.
+        ValueError: ``seeds`` or ``jobs`` is less than 1, or the variants have different tasks.
     """
 
     variants: tuple[Variant, ...]
@@ -54,6 +54,10 @@ class Comparison:
         for name, value in (("seeds", self.seeds), ("jobs", self.jobs)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        tasks = {variant.recipe.settings.task.score_name: variant.name for variant in self.variants}
+        if len(tasks) > 1:
+            named = " and ".join(f"{name} ({score})" for score, name in tasks.items())
+            raise ValueError(f"variants must have the same task, and so the same score, got {named}")
         object.__setattr__(self, "jobs", min(self.jobs, self.seeds * len(self.variants)))
 
     @property

@@ -120,5 +120,5 @@ def find_change(base: str, given: str) -> Change:
         return Change(given, network=networks.get(given, given))
     raise ValueError(
         f"there is no variant {given!r} of {base}; there are {', '.join(networks)}, any other network of timm by its "
-        "name, or a YAML file that is laid over the recipe"
+        "name, or a YAML file that is laid over the recipe, such as 'model: {convert: {init: fresh}}' for AW"
     )

@@ -17,6 +17,8 @@ from awconv.ops.problem import Problem
 def aw_conv(problem: Problem, I: Tensor, K: Tensor, A: Tensor) -> Tensor:
     """``O[n, p, y, x] = sum over c, i, j of  I[n, c, y + i, x + j] * AK[n, p, c, i, j]``.
 
+    This is the paper's sum. :func:`windows` adds padding, stride and dilation, which it leaves out.
+
     Args:
         problem: the sizes and the arguments of the convolution.
         I: input, N x C1 x H x W.

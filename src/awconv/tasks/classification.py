@@ -45,11 +45,11 @@ class ClassificationTask(Task):
             not need the weights again.
         convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the network is converted after
             its pretrained weights are loaded.
-        label_smoothing: of the cross-entropy in training, from 0 to 1.
+        label_smoothing: label smoothing of the cross-entropy in training, from 0 to 1.
         mixup: arguments of ``timm.data.Mixup``, such as ``{"mixup_alpha": 0.2, "cutmix_alpha": 1.0}``.
         erasing: probability of replacing a rectangle of a training image by noise (timm's ``RandomErasing``).
         ema_decay: decay of an exponential moving average of the weights (timm's ``ModelEmaV3``), such as 0.9999. The
-            averaged network is evaluated and predicts. None for none.
+            averaged network is evaluated and predicts. null switches it off.
         channels_last: use that memory format.
         compile: use ``torch.compile``.
         **kwargs: as for :class:`Task`.
@@ -88,6 +88,9 @@ class ClassificationTask(Task):
         **kwargs: Any,
     ) -> None:
         super().__init__(network=network, network_args=network_args, pretrained=pretrained, convert=convert, **kwargs)
+        if not isinstance(crop_pct, int | float):
+            raise ValueError(f"crop_pct must be a number, got {crop_pct!r}")
+        check_numbers(crop_pct=(crop_pct, 0.01, 1))
         check_numbers(label_smoothing=(label_smoothing, 0, 1), erasing=(erasing, 0, 1), ema_decay=(ema_decay, 0, 1))
         self.classes = list(classes)
         self.input_size = list(input_size)

@@ -49,7 +49,7 @@ class DetectionTask(Task):
         max_size: the largest length of the longer side, in pixels.
         detector_args: further arguments of torchvision's detector, such as ``{"box_score_thresh": 0.01}``.
         lr: the highest learning rate. The default suits a batch of 2 images; 0.02 suits 16.
-        weight_decay: of the optimizer.
+        weight_decay: the optimizer's weight decay.
         **kwargs: as for :class:`Task`.
 
     Raises:

@@ -32,9 +32,9 @@ class Task(pl.LightningModule):
         optimizer_args: further arguments of the optimizer, such as ``{"betas": [0.9, 0.99]}``.
         lr: the highest learning rate.
         branch_lr_factor: factor of the attention branches' learning rate.
-        momentum: of the optimizer.
-        weight_decay: of the optimizer.
-        branch_weight_decay: of the attention branches; None for ``weight_decay``.
+        momentum: the optimizer's momentum.
+        weight_decay: the optimizer's weight decay.
+        branch_weight_decay: weight decay of the attention branches. None takes ``weight_decay``.
         warmup_epochs: length of the linear warm-up, in epochs.
         decay_epochs: epochs after which the learning rate is multiplied by ``decay_rate``. If empty, the rate decays to
             0 as a cosine.
