@@ -112,6 +112,7 @@ def test_the_report_folder_holds_json_curves_and_a_page(tmp_path: Path) -> None:
     assert [row["score"] for row in content["summary"]] == pytest.approx([92.0, 92.5])
     assert len(content["runs"]) == 4
     assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
+    assert "mathdefault" not in (tmp_path / "curves.svg").read_text()  # numbers on the axes, not their markup
     assert (tmp_path / "table.md").read_text() == table(RECORDS).markdown()
 
 

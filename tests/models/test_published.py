@@ -11,10 +11,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import awconv.models.published as published
 from awconv import AWConv2d
 from awconv.cli import main
+from awconv.compare import compare
 from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS
 from awconv.training import TrainingCLI
 
@@ -188,3 +190,26 @@ def test_publishing_a_run(compared: Path, tmp_path: Path, capsys: pytest.Capture
     shutil.rmtree(runs / "aw-seed0")
     assert main(["publish", str(runs / "aw-seed0.json"), *arguments]) == 1
     assert "there is no checkpoint under" in capsys.readouterr().err
+
+
+def test_a_network_of_ones_own_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that timm knows by name only, without a configuration or a number of features."""
+
+    def tiny_of_my_own(
+        pretrained: bool = False, num_classes: int = 10, in_chans: int = 1, **kwargs: object
+    ) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(in_chans, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)
+        )
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "tiny_of_my_own", tiny_of_my_own)
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text("model: {network: tiny_of_my_own}\ntrainer: {max_epochs: 1, accelerator: cpu}\n")
+    assert compare(recipe, "plain", seeds=1, out=out) == 0
+    arguments = ["--tag=digits", "--data=the digits", "--recipe=recipe.yaml", f"--out={tmp_path / 'weights'}"]
+    assert main(["publish", str(out / "plain-seed0.json"), *arguments]) == 0
+    folder = tmp_path / "weights" / "tiny_of_my_own.digits"
+    assert json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["num_classes"] == 10
+    assert "small network" not in (folder / CARD).read_text()
+    checkpoint = next((out / "plain-seed0").rglob("*.ckpt"))
+    assert main(["publish", str(checkpoint), *arguments]) == 1

@@ -106,7 +106,7 @@ def write_report(records: Sequence[Record], folder: Path, title: str, command: s
 
 def _plot(records: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, scores = figure.subplots(1, 2)
@@ -140,8 +140,9 @@ def _plot(records: Sequence[Record], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(title="mean; thin: each seed")
     losses.set_yscale("log")
-    for formatter in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
-        formatter(LogFormatter())  # plain numbers; the usual one writes mathematics, which is not parsed here
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter("{x:g}")  # the usual one writes mathematics, which is not parsed here
+    losses.yaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path)
 
 
