@@ -105,8 +105,12 @@ def convert(
     return _replaced(model, counterparts)
 
 
-# Of the layer; what the convolution has, its counterpart takes over.
-_ARGUMENTS = ("reduction", "in_expansion", "out_expansion", "kernel_expansion", "activation", "residual")
+# The layer's arguments that nothing but the attention has; a counterpart takes the others over from its convolution.
+ATTENTION_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(AWConv2d).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("norm_layer", "device", "dtype")
+)
 
 
 def _check_arguments(
@@ -114,9 +118,9 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
-    unknown = [name for name in arguments if name not in _ARGUMENTS]
+    unknown = [name for name in arguments if name not in ATTENTION_ARGUMENTS]
     if unknown:
-        known = ("select", "init", "norm_layer", *_ARGUMENTS)
+        known = ("select", "init", "norm_layer", *ATTENTION_ARGUMENTS)
         raise TypeError(f"convert: there is no argument {', '.join(unknown)}; there are {', '.join(known)}")
     if init not in ("fresh", "identity"):
         raise ValueError(f"convert: init must be 'fresh' or 'identity', got {init!r}")

@@ -266,3 +266,10 @@ def test_mixed_targets_and_erased_images_reach_the_network(tmp_path: Path, monke
         fit(tmp_path, f"--model.erasing={erasing}", "--trainer.max_steps=1")
     differing = (inputs[0] != inputs[1]).flatten(1).any(1)
     assert differing.sum() > 100  # of 128: where no rectangle fits in ten tries, an image stays
+
+
+@pytest.mark.parametrize("crop_pct", [None, "1", 0, 2.0, float("nan")])
+def test_a_share_of_the_image_that_cannot_be_is_refused(crop_pct: Any) -> None:
+    """A checkpoint may hold anything."""
+    with pytest.raises(ValueError, match="crop_pct must be a number"):
+        ClassificationTask(["a", "b"], [1, 8, 8], [0.5], [0.5], crop_pct=crop_pct, network="resnet8_cifar")

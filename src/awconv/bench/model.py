@@ -66,7 +66,7 @@ def bench_model(
         device: cpu or cuda.
         channels_last: memory format of networks and images.
         compile: compiles all of them.
-        compile_mode: how, in the words of torch.compile.
+        compile_mode: the mode of ``torch.compile``.
         rounds: how often each is timed.
         format: a table, the same as Markdown, or JSON with all figures.
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from awconv.compare.variants import Change
+from awconv.convert import ATTENTION_ARGUMENTS
 from awconv.layers import AW_LAYERS
 
 _CHOICES = (
@@ -19,17 +20,7 @@ _CHOICES = (
     "residual=false norm_layer=none init=identity branch_lr_factor=0.1 branch_lr_factor=3 branch_weight_decay=0"
 )
 
-_LAYER = (
-    "reduction",
-    "in_expansion",
-    "out_expansion",
-    "kernel_expansion",
-    "activation",
-    "residual",
-    "norm_layer",
-    "select",
-    "init",
-)
+_LAYER = (*ATTENTION_ARGUMENTS, "norm_layer", "select", "init")
 _TRAINING = ("branch_lr_factor", "branch_weight_decay")
 
 
