@@ -255,6 +255,11 @@ def warnings_about_plain_weights(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_plain_weights_in_aw_layers_are_logged_once(init: Any, caplog: pytest.LogCaptureFixture) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3)))
     model = convert(copy.deepcopy(plain), init=init)
+    if init == "identity":
+        model.load_state_dict(plain.state_dict(), strict=False)
+        assert not warnings_about_plain_weights(caplog)  # it computes with them
+        nn.init.ones_(model[1].attention.norm2.weight)  # as if trained
+        nn.init.ones_(model[2][0].attention.norm2.weight)
     model.load_state_dict(plain.state_dict(), strict=False)
     (message,) = warnings_about_plain_weights(caplog)
     assert "the first is '1'" in message

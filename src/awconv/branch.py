@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -14,16 +16,34 @@ from awconv.ops.branch import attend
 from awconv.ops.problem import product
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
-START = {
-    ("sigmoid", True): 0.0,
-    ("sigmoid", False): 0.0,
-    ("tanh", True): 0.0,
-    ("tanh", False): math.atanh(0.5),
-    ("relu", True): 1.0,
-    ("relu", False): 1.0,
-}
-"""Where a branch of constant attention starts, before its activation, by (activation, residual): the activation has a
-slope there, and the gain, 1 + a (a without the residual form), is not zero; a power of two where there is one."""
+
+
+class Start(NamedTuple):
+    """The constant map that a branch starts as by identity.
+
+    Attributes:
+        score: what the activation gets. It has a slope there.
+        attention: a0, which the activation makes of it.
+        gain: of the weights, 1 + a0; a0 without the residual form. It is not zero.
+    """
+
+    score: float
+    attention: float
+    gain: float
+
+
+_SCORES = {"sigmoid": (0.0, 0.5), "tanh": (0.0, 0.0), "relu": (1.0, 1.0)}  # and what the activation makes of them
+
+
+@functools.cache
+def start_of(activation: str, residual: bool) -> Start:
+    """Where a branch starts by identity."""
+    score, attention = _SCORES[activation]
+    if not residual and attention == 0:  # there would be no weights left
+        score, attention = math.atanh(0.5), 0.5
+    return Start(score, attention, attention + residual)
+
+
 NormLayer = Callable[[int], nn.Module]
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -41,13 +61,24 @@ class AttentionBranch(nn.Module):
 
     with ``hidden = max(C1 // reduction, 4)``. With the weight of the last norm at zero the attention is a constant.
 
+    A branch that starts as one, a0, gives its map relative to that: the layer's weights are those that the map A2 would
+    make, divided by what a0 would, so that they are K at the start. For weights K (1 + A2) / (1 + a0) it gives
+
+        A' = (1 + A2) / (1 + a0) - 1 = (A2 - a0) / (1 + a0)
+
+    and for the form without residual, K A2 / a0, ``A' = A2 / a0 - 1``; the layer computes with K (1 + A') either way.
+    The buffer ``relative_to`` holds a0, and is None in a branch of the paper's form.
+
     Args:
         in_channels: C1.
         attention_size: the sizes (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw) of one sample's map.
         reduction: r, of the hidden channels.
         activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
         norm_layer: called with a number of channels. None leaves the norms out and gives the convolutions a bias.
+        residual: the form of the layer's weights, on which a0 depends.
     """
+
+    relative_to: Tensor | None
 
     def __init__(
         self,
@@ -56,8 +87,10 @@ class AttentionBranch(nn.Module):
         reduction: int,
         activation: str,
         norm_layer: NormLayer | None,
+        residual: bool = True,
     ) -> None:
         super().__init__()
+        self.activation, self.residual = activation, residual
         self.attention_size = tuple(attention_size)
         out_blocks, in_blocks, *kernel = attention_size
         conv = _CONV[len(kernel)]
@@ -68,6 +101,17 @@ class AttentionBranch(nn.Module):
         self.conv2 = conv(hidden, out_blocks * in_blocks, 1, bias=norm_layer is None)
         self.norm2 = norm_layer(out_blocks * in_blocks) if norm_layer is not None else nn.Identity()
         self.act2 = ACTIVATIONS[activation]()
+        self.register_buffer("relative_to", None)
+
+    @property
+    def start(self) -> Start:
+        """The constant that the branch starts as by identity."""
+        return start_of(self.activation, self.residual)
+
+    @property
+    def relative(self) -> bool:
+        """Whether the map is relative to the constant that the branch starts as."""
+        return self._buffers["relative_to"] is not None
 
     def forward(self, input: Tensor, pooled: Tensor | None = None) -> Tensor:
         """Maps an input of shape (N, C1, H, W) to a compact attention map, shape (N, \\*attention_size).
@@ -84,39 +128,81 @@ class AttentionBranch(nn.Module):
         if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
             _check_statistics(attention)
         modules = (self.conv1, self.norm1, self.act1, self.conv2, self.norm2, self.act2)
-        attended = attend(modules, attention, self.attention_size)
+        constant, gain = self.start[1:] if self.relative else (0.0, 1.0)
+        attended = attend(modules, attention, self.attention_size, constant, gain)
         if attended is not None:
             return attended
         attention = self.act1(self.norm1(self.conv1(attention)))
         attention = self.act2(self.norm2(self.conv2(attention)))
+        if (constant, gain) != (0, 1):
+            attention = (attention - constant) / gain
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
 
     @torch.no_grad()
-    def start_constant(self, start: float) -> None:
-        """Starts as the constant ``activation(start)`` for every input, with a gradient that leads away from it.
+    def start_as_identity(self) -> None:
+        """Starts as a constant for every input, to which the map is relative, with a gradient that leads away from it.
 
-        The weight of the last norm becomes zero and its bias ``start``. Where the last norm has no weight to learn
-        (there is no norm, or it is frozen), the weights of the convolution before it become zero instead.
+        The weight of the last norm becomes zero and its bias the start's score. Where the last norm has no weight to
+        learn (there is no norm, or it is frozen), the weights of the convolution before it become zero instead.
 
         Raises:
-            ValueError: the last norm has statistics but no weight, or ``start`` is not zero and there is no bias.
+            ValueError: the last norm has statistics but no weight, or the score is not zero and there is no bias.
         """
-        weight = getattr(self.norm2, "weight", None)
-        frozen = isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)
-        if isinstance(weight, nn.Parameter):
-            weight.zero_()
-        elif frozen or isinstance(self.norm2, nn.Identity):
-            self.conv2.weight.zero_()
-        else:
+        scale, shift = self._last_scale(), self._last_shift()
+        if scale is None:
             raise ValueError(
                 'init="identity" needs a branch whose norm_layer has a weight (affine), is frozen, or is None; '
                 f"got {self.norm2}"
             )
-        bias = self.norm2.bias if isinstance(weight, Tensor) else self.conv2.bias
-        if isinstance(bias, Tensor):
-            bias.fill_(start)
-        elif start:
+        if shift is None and self.start.score:
             raise ValueError(f'init="identity" with this activation needs a norm_layer with a bias, got {self.norm2}')
+        scale.zero_()
+        if shift is not None:
+            shift.fill_(self.start.score)
+        self._set_relative(True)
+
+    def is_constant(self) -> bool:
+        """Whether the map is the same for every input, as at the start of a branch by identity."""
+        scale = self._last_scale()
+        return scale is not None and not scale.any()
+
+    def _last_scale(self) -> Tensor | None:
+        """What makes the map a constant where it is zero."""
+        weight = getattr(self.norm2, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            return weight
+        frozen = isinstance(weight, Tensor)
+        return self.conv2.weight if frozen or isinstance(self.norm2, nn.Identity) else None
+
+    def _last_shift(self) -> Tensor | None:
+        has_weight = isinstance(getattr(self.norm2, "weight", None), Tensor)
+        bias = self.norm2.bias if has_weight else self.conv2.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    def _set_relative(self, relative: bool) -> None:
+        if relative != self.relative:
+            self.relative_to = self.conv2.weight.new_tensor(self.start.attention) if relative else None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """A state dict of a branch says which form it was trained in, and the branch takes that."""
+        name = f"{prefix}relative_to"
+        told = state_dict.get(name)
+        if told is not None or any(key.startswith(prefix) for key in state_dict):
+            self._set_relative(told is not None)
+        if type(told) is Tensor and not told.is_meta and told.item() != self.start.attention:
+            error_messages = arguments[-1]
+            error_messages.append(
+                f"{name} is {told.item():g}, and this branch, of another activation or form, starts at "
+                f"{self.start.attention:g}: convert the network with the arguments that the saved one was converted with"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers.setdefault("relative_to", None)  # pickled before there was one
+
+    def extra_repr(self) -> str:
+        return f"relative_to={self.start.attention:g}" if self.relative else ""
 
 
 def _takes_batch_statistics(norm: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from timm.layers import Conv2dSame
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -71,8 +71,10 @@ def convert(
             regular expression for whole names, a function of a name and a module, or a list of these. By default every
             spatial convolution (a kernel larger than 1) but the stem, which is the first of them.
         init: ``"fresh"`` for training from scratch: the branch starts at random. ``"identity"`` for pretrained
-            networks: the network computes what it did, to float rounding, in training and evaluation. The branch
-            starts as a constant a, by whose gain 1 + a the weights are divided, and has a gradient from the first step.
+            networks: the network computes what it did, in training and evaluation, with the weights that it has, up to
+            the order in which an algorithm adds. The branch starts as a constant a0, has a gradient from the first
+            step, and gives its map relative to a0: weights K (1 + a) / (1 + a0), see
+            :class:`awconv.layers.AttentionBranch`. Pretrained weights may be loaded before or after the conversion.
         norm_layer: the branch's norm: called with a number of channels, None for none, or ``"match"`` for the kind that
             the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm in one group (for LayerNorm
             and InstanceNorm too); BatchNorm where it has none.
@@ -157,14 +159,11 @@ def _counterparts(
 
 def _start_as_identity(model: nn.Module, counterparts: Mapping[nn.Module, AWConv1d | AWConv2d | AWConv3d]) -> None:
     names = {module: name for name, module in model.named_modules()}
-    gains: list[tuple[Tensor, Tensor]] = []
     for old, layer in counterparts.items():
         try:
-            gains.append((layer.weight, layer.start_constant()))
+            layer.attention.start_as_identity()
         except ValueError as error:
             raise ValueError(f"convert: layer {names[old]!r}: {error}") from error
-    for weight, gain in gains:  # now that nothing can fail any more
-        weight.data = weight.data / gain  # not in place: another tensor may share the storage
 
 
 def _replaced(model: nn.Module, counterparts: Mapping[nn.Module, nn.Module]) -> nn.Module:

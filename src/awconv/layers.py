@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor, nn
 
-from awconv.branch import ACTIVATIONS, START, AttentionBranch, NormLayer
+from awconv.branch import ACTIVATIONS, AttentionBranch, NormLayer
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import pool_beside, pools_beside
 from awconv.ops.problem import SPATIAL_NAMES
@@ -73,7 +73,9 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             norm_layer = BATCH_NORMS[len(self.kernel_size)]
         _check(type(self).__name__, reduction, activation, residual, norm_layer)
         with self.weight.device:  # whatever the default device is now
-            self.attention = AttentionBranch(in_channels, self._attention_size(), reduction, activation, norm_layer)
+            self.attention = AttentionBranch(
+                in_channels, self._attention_size(), reduction, activation, norm_layer, residual
+            )
         self.attention.to(self.weight.dtype)
 
     def _attention_size(self) -> list[int]:
@@ -109,7 +111,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             padding,
             self.dilation,
             self.groups,
-            residual=self.residual,
+            residual=self.residual or self.attention.relative,
         )
         return _without_batch_like(output, input)
 
@@ -125,11 +127,12 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
         plain = f"{prefix}weight" in state_dict and not any(key.startswith(f"{prefix}attention.") for key in state_dict)
         told = any("attention." in key for key in missing_keys)  # of another layer of the network that is being loaded
-        if plain and not told:
+        if plain and not told and not (self.attention.relative and self.attention.is_constant()):
             _log.warning(
                 "plain weights were loaded into AW-convolutions (the first is %r), whose branches keep what they were: "
                 "the network computes with weight * (1 + a), not with these weights. To start from what the plain "
-                'network computes, load them into that, and then call awconv.convert(network, init="identity")',
+                'network computes, convert it with awconv.convert(network, init="identity"), before or after its '
+                "weights are loaded",
                 prefix.rstrip("."),
             )
 
@@ -139,28 +142,16 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             return input, self.padding
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * len(self.kernel_size)
 
-    @torch.no_grad()
-    def start_constant(self) -> Tensor:
-        """Makes the branch start as a constant a (:meth:`AttentionBranch.start_constant`), from which it can learn.
-
-        Returns:
-            The gain then: 1 + a, or a without the residual form; no axes. With its weights divided by this, the layer
-            computes what its plain convolution did: exactly where it is a power of two, and else to rounding.
-
-        Raises:
-            ValueError: the branch's norm has no weight or no bias.
-        """
-        start = START[self.activation, self.residual]
-        self.attention.start_constant(start)
-        constant: Tensor = self.attention.act2(self.weight.new_full((), start))
-        return 1 + constant if self.residual else constant
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.attention.activation, self.attention.residual = self.activation, self.residual  # lacking in old pickles
 
     def extra_repr(self) -> str:
         attention = (
             f", reduction={self.reduction}, in_expansion={self.in_expansion}, out_expansion={self.out_expansion}, "
             f"kernel_expansion={self.kernel_expansion}, activation={self.activation!r}, residual={self.residual}"
         )
-        return f"{super().extra_repr()}{attention}"
+        return f"{super().extra_repr()}{attention}{', init=identity' if self.attention.relative else ''}"
 
 
 def _as_batch(input: Tensor, layer: str, in_channels: int, dims: int) -> Tensor:

@@ -100,6 +100,8 @@ def matched_detectors(
 ) -> dict[str, nn.Module]:
     """The detectors ``"plain"`` and ``"aw"``, with the same random weights, which detect the same to rounding.
 
+    The attention is a constant, to which it is relative, whatever form the backbone was made in.
+
     Args:
         detector: ``faster_rcnn`` or ``ssd300``.
         backbone: an AW network.
@@ -109,7 +111,7 @@ def matched_detectors(
     aw.load_state_dict(aw.state_dict() | plain.state_dict())  # its own branches, and nothing else of it
     for layer in aw.modules():
         if isinstance(layer, AW_LAYERS):
-            layer.weight.data /= layer.start_constant()
+            layer.attention.start_as_identity()
     return {"plain": plain, "aw": aw}
 
 

@@ -68,24 +68,37 @@ class Branch(NamedTuple):
     activation: type[nn.Module]
     size: tuple[int, ...]  # of one sample's attention
     dtype: torch.dtype  # of products and of the attention
+    constant: float = 0.0  # to which the attention is relative
+    gain: float = 1.0
 
     @classmethod
-    def of(cls, modules: Sequence[Any], size: tuple[int, ...], dtype: torch.dtype) -> Branch:
+    def of(
+        cls,
+        modules: Sequence[Any],
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        constant: float = 0.0,
+        gain: float = 1.0,
+    ) -> Branch:
         conv1, norm1, _, conv2, norm2, act2 = modules
         weight1, weight2 = conv1._parameters.get("weight"), conv2._parameters.get("weight")
-        return cls(weight1, Norm.of(norm1), weight2, Norm.of(norm2), type(act2), size, dtype)
+        return cls(weight1, Norm.of(norm1), weight2, Norm.of(norm2), type(act2), size, dtype, constant, gain)
 
     def parameters(self) -> tuple[Tensor, ...]:
         return (self.weight1, *self.norm1[:2], self.weight2, *self.norm2[:2])
 
 
-def attend(modules: Sequence[nn.Module], pooled: Tensor, size: tuple[int, ...]) -> Tensor | None:
+def attend(
+    modules: Sequence[nn.Module], pooled: Tensor, size: tuple[int, ...], constant: float, gain: float
+) -> Tensor | None:
     r"""What the modules make of a pooled input one after another, or None where the kernels do not run them.
 
     Args:
         modules: of the branch, the six in their order.
         pooled: shape (N, C1, \*kernel).
         size: (C2/r_C2, (C1/groups)/r_C1, \*kernel).
+        constant: what is subtracted from what the modules give.
+        gain: by what the difference is divided.
 
     Returns:
         The attention, shape (N, \*size), in the dtype that the modules give.
@@ -97,7 +110,7 @@ def attend(modules: Sequence[nn.Module], pooled: Tensor, size: tuple[int, ...]) 
     if pooled.dim() not in _KINDS or not _plain(modules, pooled.dim()):
         return None
     cast = autocasting("cuda")
-    branch = Branch.of(modules, size, torch.get_autocast_dtype("cuda") if cast else pooled.dtype)
+    branch = Branch.of(modules, size, torch.get_autocast_dtype("cuda") if cast else pooled.dtype, constant, gain)
     if not _takes(branch, pooled, cast):
         return None
     if branch.norm1.training:
@@ -260,7 +273,7 @@ def _by_modules(
         value = torch.relu(F.batch_norm(hidden, None, None, norm_weight1, norm_bias1, True, 0, branch.norm1.epsilon))
         score = convolve(value, weight2.to(branch.dtype))
         normed = F.batch_norm(score, None, None, norm_weight2, norm_bias2, True, 0, branch.norm2.epsilon)
-        attention = _ACTIVATIONS[branch.activation][1](normed).reshape(grad.shape)
+        attention = (_ACTIVATIONS[branch.activation][1](normed).reshape(grad.shape) - branch.constant) / branch.gain
         wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
         grads = iter(torch.autograd.grad(attention, wanted, grad, create_graph=create_graph))
     return tuple(next(grads) if needed else None for needed in needs)
@@ -272,7 +285,8 @@ def _facts(pooled: Tensor, branch: Branch, taps: int) -> Facts:
     precision = "tf32"  # of no meaning for other dtypes
     if branch.dtype == torch.float32:
         precision = precision_of_products()
-    return Facts(*sizes, taps, _ACTIVATIONS[branch.activation][0], _DTYPES[branch.dtype], precision)
+    activation = _ACTIVATIONS[branch.activation][0]
+    return Facts(*sizes, taps, activation, branch.constant, branch.gain, _DTYPES[branch.dtype], precision)
 
 
 def _by_rows(pooled: Tensor) -> tuple[Tensor, int]:

@@ -26,6 +26,8 @@ class Facts(NamedTuple):
     columns: int
     taps: int = 1  # elements between two channels of a row, in memory
     activation: str = "sigmoid"
+    constant: float = 0.0  # to which the attention is relative: (activation - constant) / gain
+    gain: float = 1.0
     low: str = "float32"  # dtype of products
     precision: str = "ieee"  # of products of float32
 
@@ -97,7 +99,10 @@ class Facts(NamedTuple):
 
 @functools.lru_cache(maxsize=PLANS)
 def inference(facts: Facts) -> Launch:
-    names = "channels hidden columns taps activation low precision tile_rows tile_hidden tile_columns tile_channels"
+    names = (
+        "channels hidden columns taps activation constant gain low precision "
+        "tile_rows tile_hidden tile_columns tile_channels"
+    )
     programs = -(-facts.rows // _ROWS) * facts.tiles(facts.columns)
     return facts.launch("triton_branch.infer", names, programs, facts.rows, tile_rows=_ROWS)
 
@@ -113,7 +118,7 @@ def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
     made = (
         facts.launch("triton_branch.project", project, parts, rows, 0),
         facts.launch("triton_branch.measure", f"hidden columns {second}", programs, rows, 0, statistics2),
-        facts.launch("triton_branch.finish", f"hidden columns activation {second}", programs, rows, statistics2),
+        facts.launch("triton_branch.finish", f"hidden columns activation constant gain {second}", programs, rows, statistics2),
     )
     kept = -(-2 * (hidden + columns) // 4) * 4 + rows * hidden
     return made, kept, statistics2 + parts * 2 * columns
@@ -124,7 +129,7 @@ def backward(facts: Facts, grad_taps: int) -> tuple[tuple[Launch, ...], int]:
     """The launches, and the elements of the buffer that they hand on; with the taps of the attention's gradient."""
     rows, parts, above = facts.rows, facts.parts, facts._replace(taps=grad_taps)
     sums2, sums1, grads, pieces2, pieces1, end = facts.scratch()
-    second = "hidden columns taps activation low precision"
+    second = "hidden columns taps activation gain low precision"
     tiles = "tile_rows tile_hidden tile_columns"
     first = "channels hidden columns taps low precision shares tile_rows tile_hidden tile_channels tile_parts"
     added = sum(-(-size * facts.hidden // _ADDED) for size in (facts.channels, facts.columns))

@@ -6,7 +6,7 @@ Rows are the samples times the taps of the pooled input. With ``norm`` over the 
     hidden = pooled weight1^T               (rows, hidden)
     value  = ReLU(norm1(hidden))            (rows, hidden)
     score  = value weight2^T                (rows, columns)
-    attention = activation(norm2(score))    (rows, columns)
+    attention = (activation(norm2(score)) - constant) / gain    (rows, columns)
 
 Training needs the statistics of all rows twice, and so three kernels forward (``project``, ``measure``, ``finish``) and
 four backward (``sum_grads``, ``grad_second``, ``grad_first``, ``add_pieces``); inference needs one (``infer``). Scores
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from awconv.ops.triton_branch_tiles import (
-    activated,
+    attended,
     kept_hidden,
     load,
     load_weight2,
@@ -167,6 +167,8 @@ def infer(
     columns: tl.constexpr,
     taps: tl.constexpr,  # of pooled
     activation: tl.constexpr,
+    constant: tl.constexpr,  # to which the attention is relative
+    gain: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
@@ -190,7 +192,7 @@ def infer(
     score = tl.dot(value, load_weight2(weight2, column, hidden, columns, low, tile_hidden), input_precision=precision)
     inverse = 1 / tl.sqrt(load(variance2, column, is_column) + epsilon2)
     normed = (score - load(mean2, column, is_column)[None, :]) * inverse[None, :]
-    result = activated(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation)
+    result = attended(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation, constant, gain)
     here = (row < rows)[:, None] & is_column[None, :]
     tl.store(attention + (row * columns)[:, None] + column[None, :], result.to(attention.dtype.element_ty), mask=here)
 
@@ -292,6 +294,8 @@ def finish(
     hidden: tl.constexpr,
     columns: tl.constexpr,
     activation: tl.constexpr,
+    constant: tl.constexpr,  # to which the attention is relative
+    gain: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
@@ -316,7 +320,7 @@ def finish(
     )
     inverse = 1 / tl.sqrt(variance + epsilon2)
     normed = (score - mean[None, :]) * inverse[None, :]
-    result = activated(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation)
+    result = attended(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation, constant, gain)
     here = (row < rows)[:, None] & is_column[None, :]
     tl.store(attention + (row * columns)[:, None] + column[None, :], result.to(attention.dtype.element_ty), mask=here)
     if part == 0:

@@ -68,6 +68,7 @@ def _grad_score(
     columns: tl.constexpr,
     taps: tl.constexpr,
     activation: tl.constexpr,
+    gain: tl.constexpr,
     precision: tl.constexpr,
 ):
     """A tile of the score without mean and deviation, and of the gradient of what norm2 gave."""
@@ -78,7 +79,8 @@ def _grad_score(
     normed = (score - mean[None, :]) * inverse[None, :]
     at = start_of(row, columns, taps)[:, None] + (column * taps)[None, :]
     above = load(grad, at, (row < rows)[:, None] & is_column[None, :])
-    return normed, inverse, above * slope(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation)
+    shifted = scaled(normed, norm_weight2, norm_bias2, column, is_column)
+    return normed, inverse, above * slope(shifted, activation, gain)
 
 
 @triton.jit(do_not_specialize=["rows", "sums2"])
@@ -97,6 +99,7 @@ def sum_grads(
     columns: tl.constexpr,
     taps: tl.constexpr,  # of grad
     activation: tl.constexpr,
+    gain: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
@@ -128,6 +131,7 @@ def sum_grads(
         columns,
         taps,
         activation,
+        gain,
         precision,
     )
     target = scratch + sums2 + part * (2 * columns) + column
@@ -155,6 +159,7 @@ def grad_second(
     columns: tl.constexpr,
     taps: tl.constexpr,
     activation: tl.constexpr,
+    gain: tl.constexpr,
     low: tl.constexpr,
     precision: tl.constexpr,
     shares: tl.constexpr,
@@ -180,7 +185,7 @@ def grad_second(
         right = load_weight2(weight2, column, hidden, columns, low, tile_hidden)
         normed2, inverse2, above = _grad_score(
             *(grad, kept, value, right, norm_weight2, norm_bias2, row, rows),
-            *(column, hidden, columns, taps, activation, precision),
+            *(column, hidden, columns, taps, activation, gain, precision),
         )
         sums = _merged_sums(scratch + sums2, parts, column, is_column, columns, tile_columns, tile_parts)
         if part == 0:

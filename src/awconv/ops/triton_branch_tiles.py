@@ -88,23 +88,30 @@ def tanh(value):
 
 
 @triton.jit
-def activated(value, activation: tl.constexpr):
+def attended(value, activation: tl.constexpr, constant: tl.constexpr, gain: tl.constexpr):
+    """The activation, relative to a constant that is not (0, 1)."""
     if activation == "sigmoid":
-        return tl.sigmoid(value)
+        result = tl.sigmoid(value)
     elif activation == "tanh":
-        return tanh(value)
+        result = tanh(value)
     else:
-        return relu(value)
+        result = relu(value)
+    if constant != 0 or gain != 1:
+        result = (result - constant) / gain
+    return result
 
 
 @triton.jit
-def slope(value, activation: tl.constexpr):
-    """The derivative of the activation."""
+def slope(value, activation: tl.constexpr, gain: tl.constexpr):
+    """The derivative of ``attended``."""
     if activation == "sigmoid":
         result = tl.sigmoid(value)
-        return result * (1 - result)
+        result = result * (1 - result)
     elif activation == "tanh":
         result = tanh(value)
-        return 1 - result * result
+        result = 1 - result * result
     else:
-        return tl.where(value <= 0, 0.0, 1.0)
+        result = tl.where(value <= 0, 0.0, 1.0)
+    if gain != 1:
+        result = result / gain
+    return result
