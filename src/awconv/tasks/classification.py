@@ -41,8 +41,8 @@ class ClassificationTask(Task):
         network: a name that ``timm.create_model`` knows.
         network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``.
         pretrained: weights to start from: timm's for the network (true), or a file with the network's names
-            (safetensors, or a state dict of torch). A classifier for other classes is initialised anew. Checkpoints do
-            not need the weights again.
+            (safetensors, or a state dict of torch). A classifier for other classes starts at zeros, so that the first
+            gradients do not spoil the rest: the first loss is ln(classes). Checkpoints do not need the weights again.
         convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the network is converted after
             its pretrained weights are loaded.
         label_smoothing: label smoothing of the cross-entropy in training, from 0 to 1.
@@ -165,10 +165,13 @@ class ClassificationTask(Task):
                 overlay = weights_overlay(self.network_name, self.pretrained, self.network_args)
             network = self._build(pretrained=True, pretrained_cfg_overlay=overlay)
             known: Any = network.pretrained_cfg
-            if whole and known.get("num_classes") != len(self.classes):
+            of_others = known.get("num_classes") != len(self.classes)
+            if whole and of_others:
                 raise ValueError(f"they are of {known.get('num_classes')} classes, the data of {len(self.classes)}")
         except Exception as error:  # of timm, torch or safetensors
             self.refuse_weights(error)
+        if of_others:
+            _start_at_zero(network)
         self.network.load_state_dict(network.state_dict())
         if self.ema is not None:
             self.ema.set(self.network)
@@ -229,3 +232,11 @@ class ClassificationTask(Task):
         self.accuracy[split](logits, targets)
         self.log(f"{split}/loss", self.loss[split], on_step=False, on_epoch=True)  # type: ignore[arg-type]
         self.log(f"{split}/accuracy", self.accuracy[split], on_step=False, on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
+
+
+def _start_at_zero(network: Any) -> None:
+    """Makes all logits zero."""
+    classifier = network.get_classifier()  # timm's: a module, or one for each of several heads
+    for part in classifier if isinstance(classifier, Sequence) else [classifier]:
+        for parameter in part.parameters():
+            nn.init.zeros_(parameter)
