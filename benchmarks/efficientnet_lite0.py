@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 from itertools import product
 from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import save_file
 from timm.data import create_transform
 from torch import Tensor
 
 from awconv import convert
-from awconv.data.parquet import ParquetImages
 
 
 def timm_state_dict() -> dict[str, Tensor]:
@@ -48,12 +50,14 @@ def compare_predictions(photographs: str) -> None:
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(timm_state_dict())
     transform = create_transform(224, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875, interpolation="bicubic")
-    data = ParquetImages(photographs, "image", "label")
-    images = torch.stack([transform(image.convert("RGB")) for image, _ in data])
+    table = parquet.read_table(photographs, columns=["image", "label"])
+    files = [io.BytesIO(image["bytes"]) for image in table.column("image").to_pylist()]
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    labels = torch.tensor(table.column("label").to_pylist())
     with torch.inference_mode():
         expected = model(images)
-    right = int((expected.argmax(1) == torch.tensor(data.targets)).sum())
-    print(f"plain: {right} of {len(data)} right, largest logit {expected.abs().max():.2f}")
+    right = int((expected.argmax(1) == labels).sum())
+    print(f"plain: {right} of {len(labels)} right, largest logit {expected.abs().max():.2f}")
     for activation, residual in product(("sigmoid", "tanh", "relu"), (True, False)):
         converted = convert(copy.deepcopy(model), init="identity", activation=activation, residual=residual)
         with torch.inference_mode():

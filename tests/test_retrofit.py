@@ -62,6 +62,23 @@ def test_it_classifies_imagenets_photographs_as_before(pretrained: nn.Module, sh
     assert accuracy > 0.85  # 0.89 here; what the weights are worth shows that they are loaded rightly
 
 
+def test_the_benchmark_compares_photographs_of_any_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from benchmarks.efficientnet_lite0 import compare_predictions
+
+    files = []
+    for name in ("china.jpg", "flower.jpg"):
+        Image.fromarray(load_sample_image(name)).resize((64, 64)).save(file := io.BytesIO(), "PNG")
+        files.append({"bytes": file.getvalue(), "path": None})
+    parquet.write_table(pyarrow.table({"image": files, "label": [698, 985]}), tmp_path / "two.parquet")
+    compare_predictions(str(tmp_path / "two.parquet"))
+    plain, *converted = capsys.readouterr().out.splitlines()
+    assert "of 2 right" in plain
+    assert len(converted) == 6
+    assert all(": 0 predictions change" in line for line in converted)
+
+
 def test_fine_tuning_moves_the_attention_from_its_constant(pretrained: nn.Module) -> None:
     model = convert(copy.deepcopy(pretrained), "blocks.[56].*.conv_dw", init="identity").train()
     images = prepared([Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")])
