@@ -20,6 +20,7 @@ SMALL = (
     "aw_cbamresnet50",
     "aw_mobilenetv1_100",
     "aw_mobilenetv2_100",
+    "se_tf_efficientnet_lite0",
     "resnet8_cifar",
     "aw_resnet8_cifar",
     "aw_seresnet20_cifar",
@@ -35,10 +36,12 @@ def test_every_3x3_of_the_residual_blocks_is_replaced_and_nothing_else(name: str
             assert isinstance(module, AWConv2d) == (module.kernel_size == (3, 3) and path != "conv1"), path
 
 
-@pytest.mark.parametrize(("version", "layers"), [("v1", 13), ("v2", 17)])
-def test_every_depthwise_convolution_of_a_mobilenet_is_replaced_and_nothing_else(version: str, layers: int) -> None:
+@pytest.mark.parametrize(
+    ("network", "layers"), [("mobilenetv1_100", 13), ("mobilenetv2_100", 17), ("se_tf_efficientnet_lite0", 16)]
+)
+def test_every_depthwise_convolution_is_replaced_and_nothing_else(network: str, layers: int) -> None:
     with torch.device("meta"):
-        model = timm.create_model(f"aw_mobilenet{version}_100")
+        model = timm.create_model(f"aw_{network}")
     convolutions = {
         path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d) and "attention" not in path
     }
@@ -73,6 +76,11 @@ def test_a_networks_variants_are_found_by_their_scheme() -> None:
         "aw_cbam": "aw_cbamresnet50",
         "eca": "ecaresnet50",
         "aw_eca": "aw_ecaresnet50",
+    }
+    assert variants("tf_efficientnet_lite0") == {
+        "aw": "aw_tf_efficientnet_lite0",
+        "se": "se_tf_efficientnet_lite0",
+        "aw_se": "aw_se_tf_efficientnet_lite0",
     }
     assert variants("mobilenetv1_100")["aw_se"] == "aw_se_mobilenetv1_100"
     assert variants("wide_resnet28_10_cifar")["aa"] == "aa_wide_resnet28_10_cifar"

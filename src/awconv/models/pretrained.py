@@ -9,7 +9,10 @@ from typing import Any
 
 import timm
 from timm.models import load_state_dict
-from torch import Tensor
+from torch import Tensor, nn
+
+from awconv.branch import AttentionBranch
+from awconv.models.squeeze_excite import IdentitySqueezeExcite
 
 
 def read_weights(file: str | Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -66,11 +69,41 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())  # torch asks no float8
 
 
+def with_what_starts_as_identity(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Completes a plain network's weights by the attention of a new network that starts from them.
+
+    Attention that starts as the identity changes nothing that the plain network computes: the relative branches of
+    AW-convolutions (``init="identity"``), and :class:`IdentitySqueezeExcite`. A file has the weights of all modules of
+    such a kind or of none of them; where it has none, those of the network are taken.
+
+    Args:
+        state: the weights that there are.
+        network: a new one.
+
+    Returns:
+        The weights; what else is missing is missing still.
+    """
+    own = network.state_dict()
+    completed = dict(state)
+    for kind, is_identity in _STARTS_AS_IDENTITY.items():
+        modules = {name: module for name, module in network.named_modules() if isinstance(module, kind)}
+        names = [key for key in own if any(key.startswith(f"{name}.") for name in modules)]
+        if state.keys().isdisjoint(names) and all(is_identity(module) for module in modules.values()):
+            completed |= {name: own[name] for name in names}
+    return completed
+
+
+_STARTS_AS_IDENTITY: dict[type[nn.Module], Any] = {
+    AttentionBranch: lambda branch: branch.relative and branch.is_constant(),
+    IdentitySqueezeExcite: lambda module: module.is_identity(),
+}
+
+
 def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any] | None = None) -> dict[str, Any]:
     """A file of weights as ``timm.create_model`` takes it, in ``pretrained_cfg_overlay``.
 
     It has the weights' number of classes, so that timm drops a classifier of another number. timm loads whatever fits;
-    this function checks that nothing else is missing or left over.
+    this function checks that nothing else is missing or left over, but for :func:`with_what_starts_as_identity`.
 
     Args:
         network: a name that timm knows.
@@ -85,7 +118,7 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     if not file.is_file():
         raise FileNotFoundError(f"weights must be a file (safetensors, or a state dict of torch), got {str(file)!r}")
     plain = timm.create_model(network, **(network_args or {}))
-    state = read_weights(file, plain.state_dict())
+    state = with_what_starts_as_identity(read_weights(file, plain.state_dict()), plain)
     classifier = f"{plain.pretrained_cfg['classifier']}."  # type: ignore[index]  # a dictionary of timm's
     found, expected = (
         {key for key in keys if not key.startswith(classifier) and not key.endswith("num_batches_tracked")}
@@ -93,9 +126,15 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     )
     if found != expected:
         differing = sorted(found ^ expected)
+        hint = ""
+        if found < expected and all(".attention." in name for name in differing):
+            hint = (
+                "; attention that starts as the identity needs none: the network_args "
+                "{'aw_args': {'init': 'identity'}} make it so"
+            )
         raise ValueError(
             f"{file} does not hold the weights of {network}: {len(differing)} names differ, such as "
-            f"{', '.join(differing[:4])}"
+            f"{', '.join(differing[:4])}{hint}"
         )
     overlay: dict[str, Any] = dict(file=str(file))
     bias = state.get(f"{classifier}bias")

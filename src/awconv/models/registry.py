@@ -24,7 +24,9 @@ from torch import nn
 from awconv.convert import convert
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.models.cifar_resnet import CifarResNet
+from awconv.models.pretrained import with_what_starts_as_identity
 from awconv.models.published import published, verify
+from awconv.models.squeeze_excite import IdentitySqueezeExcite
 from awconv.models.wide_resnet import WideResNet
 
 
@@ -100,6 +102,21 @@ def _mobilenet(name: str, *args: Any, attn_layer: str | None = None, **kwargs: A
     return model
 
 
+def _efficientnet_lite(name: str, *args: Any, attn_layer: str | None = None, **kwargs: Any) -> nn.Module:
+    """An EfficientNet-Lite of timm; with squeeze-and-excitation, it has that of EfficientNet, starting as identity.
+
+    Its hidden channels are a quarter of those that come into the block.
+    """
+    model = timm.create_model(name, *args, **kwargs)
+    for module in model.modules() if attn_layer else ():
+        if hasattr(module, "conv_dw") and hasattr(module, "se"):
+            block: Any = module
+            channels = block.conv_dw.out_channels
+            incoming = (block.conv_pw if hasattr(block, "conv_pwl") else block.conv_dw).in_channels
+            block.se = IdentitySqueezeExcite(channels, round(incoming / 4), nn.ReLU6)
+    return model
+
+
 _SCHEMES = {"se": "1709.01507", "cbam": "1807.06521", "eca": "1910.03151", "aa": "1904.09925"}  # and their papers
 _IMAGENET = dict(
     num_classes=1000,
@@ -124,6 +141,12 @@ _MOBILENET = Family(
     _IMAGENET | dict(first_conv="conv_stem", classifier="classifier", interpolation="bicubic"),
     is_depthwise,
     features=dict(feature_cfg=dict(feature_cls="getter")),  # stages are not modules of their own there
+)
+_EFFICIENTNET_LITE = Family(
+    _MOBILENET.cfg | dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    is_depthwise,
+    features=_MOBILENET.features,
+    aw_args=dict(init="identity"),  # for pretrained weights, as its squeeze-and-excitation
 )
 _CIFAR: dict[str, Any] = dict(
     cfg=_IMAGENET
@@ -162,6 +185,8 @@ SPECS = (
     Spec("mobilenetv2_100", _MOBILENET, partial(_mobilenet, "mobilenetv2_100")),
     Spec("se_mobilenetv2_100", _MOBILENET, baseline="mobilenetv2_100", scheme="se"),
     Spec("cbam_mobilenetv2_100", _MOBILENET, baseline="mobilenetv2_100", scheme="cbam"),
+    Spec("tf_efficientnet_lite0", _EFFICIENTNET_LITE, partial(_efficientnet_lite, "tf_efficientnet_lite0")),
+    Spec("se_tf_efficientnet_lite0", _EFFICIENTNET_LITE, baseline="tf_efficientnet_lite0", scheme="se"),
     Spec("resnet8_cifar", _CIFAR_RESNET, partial(CifarResNet, 8)),
     Spec("seresnet8_cifar", _CIFAR_RESNET, baseline="resnet8_cifar", scheme="se"),
     Spec("cbamresnet8_cifar", _CIFAR_RESNET, baseline="resnet8_cifar", scheme="cbam"),
@@ -209,7 +234,8 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
             file = resolve_pretrained_cfg(name, **given).file
             if file:
                 verify(Path(file))
-        model: nn.Module = build_model_with_cfg(build, name, pretrained, **(deepcopy(defaults) | kwargs))
+        arguments = deepcopy(defaults) | dict(pretrained_filter_fn=with_what_starts_as_identity) | kwargs
+        model: nn.Module = build_model_with_cfg(build, name, pretrained, **arguments)
         return model
 
     entry.__name__ = entry.__qualname__ = name

@@ -118,7 +118,9 @@ def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
     made = (
         facts.launch("triton_branch.project", project, parts, rows, 0),
         facts.launch("triton_branch.measure", f"hidden columns {second}", programs, rows, 0, statistics2),
-        facts.launch("triton_branch.finish", f"hidden columns activation constant gain {second}", programs, rows, statistics2),
+        facts.launch(
+            "triton_branch.finish", f"hidden columns activation constant gain {second}", programs, rows, statistics2
+        ),
     )
     kept = -(-2 * (hidden + columns) // 4) * 4 + rows * hidden
     return made, kept, statistics2 + parts * 2 * columns

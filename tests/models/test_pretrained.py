@@ -1,0 +1,119 @@
+"""Networks with attention that start from a plain network's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import awconv
+from awconv.models.pretrained import weights_overlay
+from awconv.models.squeeze_excite import IdentitySqueezeExcite
+
+PLAIN = "tf_efficientnet_lite0"
+VARIANTS = [f"se_{PLAIN}", f"aw_{PLAIN}", f"aw_se_{PLAIN}"]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """A network whose norms have seen something."""
+    torch.manual_seed(0)
+    model = timm.create_model(PLAIN, num_classes=5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(plain: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "plain.safetensors"
+    save_file(plain.state_dict(), path)
+    return path
+
+
+def features(network: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return network.eval().forward_features(images)
+
+
+@pytest.mark.parametrize("classes", [5, 3])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_starts_as_identity_starts_from_the_plain_networks_file(
+    name: str, classes: int, plain: Any, weights: Path
+) -> None:
+    overlay = weights_overlay(name, weights)
+    model = timm.create_model(name, num_classes=classes, pretrained=True, pretrained_cfg_overlay=overlay)
+    state = model.state_dict()
+    for key, tensor in plain.state_dict().items():
+        if classes == 5 or not key.startswith("classifier."):
+            assert torch.equal(state[key], tensor), key
+    images = torch.randn(2, 3, 32, 32)
+    expected = features(plain, images)
+    # Roundings of single precision, over 49 convolutions; multiplying by 1 rounds nothing.
+    tolerance = 0.0 if name.startswith("se_") else 1e-4 * expected.abs().max().item()
+    torch.testing.assert_close(features(model, images), expected, rtol=0, atol=tolerance)
+
+
+def test_a_file_of_the_network_itself_is_taken_as_it_is(tmp_path: Path) -> None:
+    name = f"aw_se_{PLAIN}"
+    trained = timm.create_model(name)
+    for parameter in trained.parameters():
+        parameter.data.add_(0.01)
+    save_file(trained.state_dict(), tmp_path / "trained.safetensors")
+    overlay = weights_overlay(name, tmp_path / "trained.safetensors")
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    for key, tensor in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_file_that_lacks_some_of_the_attention_is_refused(name: str, tmp_path: Path) -> None:
+    state = timm.create_model(name).state_dict()
+    lost = [key for key in state if key.startswith("blocks.1.0.") and (".attention." in key or ".se." in key)]
+    assert lost
+    save_file({key: tensor for key, tensor in state.items() if key not in lost}, tmp_path / "some.safetensors")
+    with pytest.raises(ValueError, match=rf"does not hold the weights of {name}: \d+ names differ, such as blocks.1.0"):
+        weights_overlay(name, tmp_path / "some.safetensors")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "some.safetensors")))
+
+
+def test_branches_that_start_at_random_are_not_made_up(weights: Path) -> None:
+    arguments: dict[str, Any] = dict(aw_args=dict(init="fresh"))
+    with pytest.raises(ValueError, match=r"names differ, such as .*attention.*; attention that starts as the identity"):
+        weights_overlay(f"aw_{PLAIN}", weights, arguments)
+    overlay = dict(file=str(weights), num_classes=5)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        timm.create_model(f"aw_{PLAIN}", num_classes=5, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+
+def test_squeeze_and_excitation_starts_as_the_identity_and_learns_from_the_first_step() -> None:
+    module, images = IdentitySqueezeExcite(8, 8), torch.rand(2, 8, 5, 5)
+    assert module.is_identity()
+    assert torch.equal(module(images), images)
+    (module(images) * torch.rand(8, 1, 1)).sum().backward()
+    assert module.fc2.weight.grad.abs().max() > 0
+    assert module.fc2.bias.grad.abs().min() > 0
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+    assert not module.is_identity()
+    scores = module.fc2(torch.relu(module.fc1(images.mean((2, 3), keepdim=True))))
+    torch.testing.assert_close(module(images), images * 2 * torch.sigmoid(scores))
+
+
+def test_it_has_the_hidden_channels_of_efficientnets() -> None:
+    """EfficientNet-B0 is EfficientNet-Lite0 with squeeze-and-excitation and other activations, as its authors say."""
+    with torch.device("meta"):
+        ours, theirs = timm.create_model(f"se_{PLAIN}"), timm.create_model("efficientnet_b0")
+    found = {name: m.fc1.weight.shape for name, m in ours.named_modules() if isinstance(m, IdentitySqueezeExcite)}
+    expected = {name: m.conv_reduce.weight.shape for name, m in theirs.named_modules() if hasattr(m, "conv_reduce")}
+    assert found == expected
+    assert len(found) == 16
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    assert awconv.summary(ours).converted == ()
