@@ -250,5 +250,7 @@ def test_with_frozen_branches_the_weights_learn_what_the_plain_networks_do(optim
             optimizer.step()
     state = model.state_dict()
     for name, tensor in plain.state_dict().items():
-        error = (state[name] - tensor).abs().max().item()
-        print(name, error, (tensor-start[name]).abs().max().item())
+        # Roundings of double precision (1e-16), which ten steps in train mode magnify to 1e-9 of the values at most.
+        torch.testing.assert_close(state[name], tensor, rtol=1e-7, atol=1e-8, msg=name)
+        if name.endswith("conv1.weight"):
+            assert (tensor - start[name]).abs().max() > 1e-3, name
