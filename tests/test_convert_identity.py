@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import awconv
 from awconv import convert
-from awconv.layers import AWConv2dSame
+from awconv.layers import AW_LAYERS, AWConv2dSame
 from tests.networks import converted, network
 
 
@@ -223,3 +224,38 @@ def test_a_meta_network_is_converted_without_values() -> None:
 
 
 # --- the branch's norm
+
+
+# --- training
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
+        functools.partial(torch.optim.AdamW, lr=0.001, weight_decay=0.01),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_with_frozen_branches_the_weights_learn_what_the_plain_networks_do(optimiser: Any) -> None:
+    plain = timm.create_model("resnet18", num_classes=5, zero_init_last=False).double()
+    model = convert(copy.deepcopy(plain), init="identity")
+    for layer in model.modules():
+        if isinstance(layer, AW_LAYERS):
+            layer.attention.requires_grad_(False)
+    start = copy.deepcopy(plain.state_dict())
+    for network_ in (plain, model):
+        optimizer = optimiser(parameter for parameter in network_.parameters() if parameter.requires_grad)
+        for step in range(10):
+            generator = torch.Generator().manual_seed(step)
+            images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+            targets = torch.randint(5, (8,), generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(network_.train()(images), targets).backward()
+            optimizer.step()
+    state = model.state_dict()
+    for name, tensor in plain.state_dict().items():
+        # Roundings of double precision (1e-16), which ten steps in train mode magnify to 1e-9 of the values at most.
+        torch.testing.assert_close(state[name], tensor, rtol=1e-7, atol=1e-8, msg=name)
+        if name.endswith("conv1.weight"):
+            assert (tensor - start[name]).abs().max() > 1e-3, name

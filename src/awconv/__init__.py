@@ -4,11 +4,13 @@ Importing it registers the AW models with timm.
 """
 
 from awconv import models
+from awconv.adapter import adapter_state_dict, load_adapter, save_adapter
 from awconv.convert import convert
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, use_algorithm
 from awconv.parameter_groups import parameter_groups
 from awconv.summary import Summary, summary
+from awconv.train_only import train_only
 from awconv.version import __version__
 
 __all__ = [
@@ -17,12 +19,16 @@ __all__ = [
     "AWConv3d",
     "Summary",
     "__version__",
+    "adapter_state_dict",
     "aw_conv1d",
     "aw_conv2d",
     "aw_conv3d",
     "convert",
+    "load_adapter",
     "models",
     "parameter_groups",
+    "save_adapter",
     "summary",
+    "train_only",
     "use_algorithm",
 ]

@@ -88,13 +88,13 @@ def choose(
         if not matched and candidates:
             if any(matches(name) for name, module in model.named_modules() if isinstance(module, AW_LAYERS)):
                 raise ValueError(f"convert: {pattern!r} is an AW-convolution already; leave it out of select")
-            near = ", ".join(map(repr, _near(pattern, list(named))))
-            raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {near}")
+            alike = ", ".join(map(repr, near(pattern, list(named))))
+            raise ValueError(f"convert: no convolution is called {pattern!r}; near it: {alike}")
         chosen |= matched
     return {name: module for name, module in candidates.items() if module in chosen}
 
 
-def _near(pattern: str, names: list[str]) -> list[str]:
+def near(pattern: str, names: list[str]) -> list[str]:
     """The names that a user may have meant: those below a module of that name, else those spelt alike."""
     below = [name for name in names if name.startswith(pattern.rstrip("*.\\$") + ".")]
     if below:

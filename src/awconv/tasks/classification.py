@@ -21,6 +21,7 @@ from awconv.models.pretrained import weights_overlay
 from awconv.roles import Role
 from awconv.tasks.checks import check_numbers
 from awconv.tasks.task import Task
+from awconv.train_only import classifiers
 
 # The largest that some of timm.data.Mixup's arguments can be: a probability, or a parameter of a beta distribution.
 _OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e6}
@@ -98,6 +99,7 @@ class ClassificationTask(Task):
         self.channel_means, self.channel_deviations = list(mean), list(std)  # of values from 0 to 1
         self.label_smoothing, self.erasing, self.compiles = label_smoothing, erasing, compile
         self.network = self._build()
+        self.freeze_rest()
         self.ema = None if ema_decay is None else ModelEmaV3(self.network, decay=ema_decay)
         if self.ema is not None:
             self.ema.module.requires_grad_(False)  # several processes would wait for its gradients
@@ -153,12 +155,21 @@ class ClassificationTask(Task):
         """
         super().setup(stage)
         if self.loads_pretrained:
-            self._load_pretrained(whole=stage != "fit")
+            self.load_pretrained(whole=stage != "fit")
         self.network.to(memory_format=self.memory_format)
         if self.compiles:
             self.network.compile()
 
-    def _load_pretrained(self, whole: bool) -> None:
+    def load_pretrained(self, whole: bool) -> None:
+        """Loads the pretrained weights into the network.
+
+        Args:
+            whole: refuse weights of other classes, instead of starting with a classifier of zeros.
+
+        Raises:
+            FileNotFoundError: the file of weights is not there.
+            ValueError: there are no such weights, they belong to another network, or a classifier of zeros would stay.
+        """
         try:
             overlay = None
             if isinstance(self.pretrained, str):
@@ -171,7 +182,13 @@ class ClassificationTask(Task):
         except Exception as error:  # of timm, torch or safetensors
             self.refuse_weights(error)
         if of_others:
-            _start_at_zero(network)
+            if self.parts is not None and not any(p.requires_grad for p in _classifier_parameters(self.network)):
+                raise ValueError(
+                    f"train_only must have 'head', got {self.parts}: the weights are of {known.get('num_classes')} "
+                    f"classes and the data of {len(self.classes)}, so the classifier is a new one"
+                )
+            for parameter in _classifier_parameters(network):  # so that all logits are zero
+                nn.init.zeros_(parameter)
         self.network.load_state_dict(network.state_dict())
         if self.ema is not None:
             self.ema.set(self.network)
@@ -234,9 +251,5 @@ class ClassificationTask(Task):
         self.log(f"{split}/accuracy", self.accuracy[split], on_step=False, on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
 
 
-def _start_at_zero(network: Any) -> None:
-    """Makes all logits zero."""
-    classifier = network.get_classifier()  # timm's: a module, or one for each of several heads
-    for part in classifier if isinstance(classifier, Sequence) else [classifier]:
-        for parameter in part.parameters():
-            nn.init.zeros_(parameter)
+def _classifier_parameters(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for part in classifiers(network) for parameter in part.parameters()]

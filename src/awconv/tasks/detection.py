@@ -39,7 +39,7 @@ class DetectionTask(Task):
         pretrained: the backbone's weights to start from, those of a classifier: timm's (torchvision's for VGG; true),
             or a file. Checkpoints do not need them again.
         trainable_layers: number of the backbone's stages that are trained, counted from the last. None trains all
-            without pretrained weights, and the usual number with them.
+            without pretrained weights, and the usual number with them. ``train_only`` takes its place.
         convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the backbone is converted after
             its pretrained weights are loaded.
         norm: of Faster R-CNN's backbone: ``"batch"``, ``"sync"``, ``"frozen"`` or ``"group"``. None is ``"frozen"``
@@ -107,7 +107,10 @@ class DetectionTask(Task):
         self.norm, self.trainable_layers = norm, trainable_layers
         self.min_size: int | tuple[int, ...] = tuple(min_size) if isinstance(min_size, Sequence) else min_size
         self.max_size = max_size
+        if self.parts is not None and trainable_layers is not None:
+            raise ValueError("trainable_layers must be left out with train_only, which names all that trains")
         self.network = self._build(False)
+        self.freeze_rest()
         self.evaluation: list[Evaluated] = []
 
     def _build(self, weights: bool | str) -> nn.Module:

@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import awconv
 from awconv.data import DataModule
 from awconv.models.pretrained import not_finite
 from awconv.roles import Role
 from awconv.tasks.checks import check_network
 from awconv.tasks.optimization import Optimization
+from awconv.train_only import TrainedParts
 
 
 class Task(pl.LightningModule):
@@ -28,6 +30,8 @@ class Task(pl.LightningModule):
         network_args: further arguments of the network.
         pretrained: weights to start from: timm's (true), or a file.
         convert: arguments of :func:`awconv.convert`. None leaves the network as it is.
+        train_only: the parts that train, as for :func:`awconv.train_only`, such as ``["branch", "head"]``; all else is
+            frozen, statistics of norms included. None trains all.
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms have no weight decay.
         optimizer_args: further arguments of the optimizer, such as ``{"betas": [0.9, 0.99]}``.
         lr: the highest learning rate.
@@ -40,8 +44,11 @@ class Task(pl.LightningModule):
             0 as a cosine.
         decay_rate: factor at each of ``decay_epochs``.
 
+    Attributes:
+        trained: what trains, if ``train_only`` is given.
+
     Raises:
-        ValueError: timm does not know the network, or a number is out of its range.
+        ValueError: timm does not know the network, the network has no such part, or a number is out of its range.
     """
 
     data_module: ClassVar[type[DataModule]]
@@ -63,6 +70,7 @@ class Task(pl.LightningModule):
         network_args: dict[str, Any] | None = None,
         pretrained: bool | str = False,
         convert: dict[str, Any] | None = None,
+        train_only: Sequence[str] | None = None,
         optimizer: str = "sgd",
         optimizer_args: dict[str, Any] | None = None,
         lr: float = 0.1,
@@ -80,6 +88,10 @@ class Task(pl.LightningModule):
         self.network_name, self.pretrained = network, pretrained
         self.network_args: dict[str, Any] = dict(network_args or {})
         self.conversion = convert
+        if isinstance(train_only, str):
+            raise ValueError(f"train_only must be a list of parts, such as [branch, head], got {train_only!r}")
+        self.parts = None if train_only is None else list(train_only)
+        self.trained: TrainedParts | None = None
         self.optimization = Optimization(
             optimizer,
             dict(optimizer_args or {}),
@@ -107,6 +119,15 @@ class Task(pl.LightningModule):
     def example(self) -> Any:
         """The network's input for one image, to count its multiply-adds."""
         raise NotImplementedError
+
+    def freeze_rest(self) -> None:
+        """Freezes what ``train_only`` leaves out of ``self.network``, once it is built.
+
+        Raises:
+            ValueError: the network has no such part.
+        """
+        if self.parts is not None:
+            self.trained = awconv.train_only(self.network, *self.parts)
 
     @property
     def loads_pretrained(self) -> bool:

@@ -222,10 +222,14 @@ class TrainingCLI(LightningCLI):
         ]
 
     def before_fit(self) -> None:
-        """Claims a folder for the logs, and silences a warning that does not apply to our loaders."""
+        """Claims a folder for the logs, says what trains, and silences warnings that do not apply."""
         config = self._get(self.config_init, "trainer")
         if self.trainer.loggers and config.get("logger") in (None, True) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self.trainer.loggers = _loggers(config["default_root_dir"] or ".", claim=True)
+        if self.model.trained is not None:
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                say(f"awconv fit: {self.model.trained}")
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # norms that are held
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
 
     def before_validate(self) -> None:
