@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from awconv.branch import AttentionBranch
 from awconv.convert import ATTENTION_ARGUMENTS
 from awconv.layers import AW_LAYERS
 from awconv.selection import parts_of_branches
@@ -200,7 +199,7 @@ def fingerprint(model: nn.Module, adapter: Iterable[str]) -> str:
     """
     left_out = set(adapter)
     for name, layer in _layers(model).items():
-        if _is_at_start(layer.attention) or not left_out.isdisjoint(_names_below(layer, name)):
+        if layer.attention.is_identity() or not left_out.isdisjoint(_names_below(layer, name)):
             left_out |= _names_below(layer, name)
     return _digest(
         {
@@ -252,12 +251,6 @@ def _names_below(layer: Any, name: str) -> set[str]:
 
 def _below(layer: str, key: str) -> str:
     return f"{layer}.attention.{key}" if layer else f"attention.{key}"
-
-
-def _is_at_start(branch: AttentionBranch) -> bool:
-    shift = branch._last_shift()
-    started = shift is None or bool((shift == branch.start.score).all())
-    return branch.relative and branch.is_constant() and started
 
 
 def _arguments(layer: Any) -> dict[str, Any]:

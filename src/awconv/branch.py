@@ -161,10 +161,11 @@ class AttentionBranch(nn.Module):
             shift.fill_(self.start.score)
         self._set_relative(True)
 
-    def is_constant(self) -> bool:
-        """Whether the map is the same for every input, as at the start of a branch by identity."""
-        scale = self._last_scale()
-        return scale is not None and not scale.any()
+    def is_identity(self) -> bool:
+        """Whether the map is 0 for every input, as at the start by identity: the layer computes with its weights."""
+        scale, shift = self._last_scale(), self._last_shift()
+        constant = scale is not None and not scale.any()
+        return self.relative and constant and (shift is None or bool((shift == self.start.score).all()))
 
     def _last_scale(self) -> Tensor | None:
         """What makes the map a constant where it is zero."""

@@ -127,7 +127,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
         plain = f"{prefix}weight" in state_dict and not any(key.startswith(f"{prefix}attention.") for key in state_dict)
         told = any("attention." in key for key in missing_keys)  # of another layer of the network that is being loaded
-        if plain and not told and not (self.attention.relative and self.attention.is_constant()):
+        if plain and not told and not self.attention.is_identity():
             _log.warning(
                 "plain weights were loaded into AW-convolutions (the first is %r), whose branches keep what they were: "
                 "the network computes with weight * (1 + a), not with these weights. To start from what the plain "

@@ -85,18 +85,15 @@ def with_what_starts_as_identity(state: Mapping[str, Tensor], network: nn.Module
     """
     own = network.state_dict()
     completed = dict(state)
-    for kind, is_identity in _STARTS_AS_IDENTITY.items():
-        modules = {name: module for name, module in network.named_modules() if isinstance(module, kind)}
+    for kind in _STARTS_AS_IDENTITY:
+        modules: dict[str, Any] = {name: module for name, module in network.named_modules() if isinstance(module, kind)}
         names = [key for key in own if any(key.startswith(f"{name}.") for name in modules)]
-        if state.keys().isdisjoint(names) and all(is_identity(module) for module in modules.values()):
+        if state.keys().isdisjoint(names) and all(module.is_identity() for module in modules.values()):
             completed |= {name: own[name] for name in names}
     return completed
 
 
-_STARTS_AS_IDENTITY: dict[type[nn.Module], Any] = {
-    AttentionBranch: lambda branch: branch.relative and branch.is_constant(),
-    IdentitySqueezeExcite: lambda module: module.is_identity(),
-}
+_STARTS_AS_IDENTITY = (AttentionBranch, IdentitySqueezeExcite)
 
 
 def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any] | None = None) -> dict[str, Any]:
