@@ -202,12 +202,12 @@ COMMANDS: dict[str, Command] = {
         passes_on=True,
     ),
     "publish": Command(
-        "write a finished run's weights with a model card",
+        "write a finished run's weights or adapter with a model card",
         "awconv.publish:publish",
         Positional("run", "the record of a run of awconv compare, such as aw-seed0.json"),
     ),
     "predict": Command(
-        "classify image files with a checkpoint, or find the objects in them",
+        "classify image files with a checkpoint or an adapter, or find the objects in them",
         "awconv.predict:predict",
         Positional("images", "image files, and folders to search for them", several=True, type=_AnyPath()),
         takes_bytes=True,

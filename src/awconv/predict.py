@@ -1,4 +1,4 @@
-"""Classifies image files, or finds the objects in them, with a checkpoint."""
+"""Classifies image files, or finds the objects in them, with a checkpoint or an adapter."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.models.detection.transform import NarrowImageError
 from awconv.tables import Table
 from awconv.tasks import ClassificationTask, DetectionTask, Task
+from awconv.tasks.adapted import load_adapted
 from awconv.training.checkpoints import read_checkpoint
 from awconv.training.partial import clear_old, replacing
 
@@ -99,6 +100,7 @@ class Failure:
 def predict(
     images: Sequence[Path],
     ckpt: Path,
+    pretrained: Path | None = None,
     format: Literal["table", "json"] = "table",
     batch_size: int = 64,
     threshold: float = 0.5,
@@ -111,7 +113,8 @@ def predict(
 
     Args:
         images: image files, and folders to search for them. Each image is predicted once.
-        ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``.
+        ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or an adapter (.safetensors) of ``publish``.
+        pretrained: a file of the weights that the adapter was trained on; by default timm's for its network.
         format: a table, or JSON with ``predictions`` and ``failures``.
         batch_size: images that a classifier takes at once. A detector takes one at a time.
         threshold: the lowest score of an object that is reported.
@@ -124,9 +127,10 @@ def predict(
         The exit status: 0, or 1 if an image was broken.
 
     Raises:
-        FileNotFoundError: the checkpoint or an image is missing, or a folder holds no image.
-        ValueError: the file is not such a checkpoint, a number is out of its range, ``draw`` is given for a classifier,
-            a copy would overwrite another file, or the network's outputs are not finite.
+        FileNotFoundError: the checkpoint, the base or an image is missing, or a folder holds no image.
+        ValueError: the file is no such checkpoint or adapter, its base is another one, a number is out of its range,
+            ``draw`` is given for a classifier, a copy would overwrite another file, or the network's outputs are not
+            finite.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
@@ -135,7 +139,10 @@ def predict(
             raise ValueError(f"{argument} must be at least 1, got {value}")
     draw = None if draw is None else Path(os.path.expanduser(draw))
     files = _files(images, draw)
-    task = load_task(Path(os.path.expanduser(ckpt)))
+    ckpt = Path(os.path.expanduser(ckpt))
+    if ckpt.suffix != ".safetensors" and pretrained is not None:
+        raise ValueError(f"pretrained is the base of an adapter (.safetensors), and {ckpt} is a checkpoint")
+    task = load_adapted(ckpt, pretrained).ready() if ckpt.suffix == ".safetensors" else load_task(ckpt)
     results: list[Prediction | Detected | Failure]
     if isinstance(task, DetectionTask):
         columns = ("image", "objects", "best score")
@@ -176,8 +183,7 @@ def load_task(ckpt: Path) -> Task:
         task: Task = kind.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
     except Exception as error:  # a checkpoint of any other network fails in ways of its own
         raise ValueError(f"{ckpt} cannot be used, or is not a checkpoint of 'awconv fit': {error}") from error
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return task.eval().to(device or "cpu")
+    return task.ready()
 
 
 def classify(

@@ -1,4 +1,4 @@
-"""Writes a finished run's weights with a model card."""
+"""Writes a finished run's weights, or its adapter, with a model card."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from awconv.adapter import save_adapter
 from awconv.extras import require
 
 require("lightning", extra="train")
 
 from awconv.compare.record import Record
 from awconv.compare.recorder import recorded
-from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS, sha256
+from awconv.models.published import ADAPTER, CARD, CONFIG, FILE, WEIGHTS, sha256
 from awconv.predict import load_task
 from awconv.tables import markdown_cell
 from awconv.tasks import ClassificationTask
+from awconv.tasks.adapted import described, load_adapted
 from awconv.terminal import printable
 from awconv.training.checkpoints import find_last, read_checkpoint
 
@@ -30,6 +32,9 @@ def publish(
 
     The folder has the layout of Hugging Face's hub. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
     it; once uploaded, ``hf-hub:NAME`` does too.
+
+    Of a run with ``train_only``, it writes what was trained, as ``adapter.safetensors``, which ``awconv predict`` and
+    :func:`awconv.load_adapter` put on the pretrained base. The network may then be converted or have arguments.
 
     Args:
         run: the record of a run of ``awconv compare``, with its checkpoints beside it.
@@ -44,7 +49,8 @@ def publish(
 
     Raises:
         FileNotFoundError: the record or its checkpoint is missing.
-        ValueError: the file is not a record, its network has arguments of its own, or a text does not fit into a card.
+        ValueError: the file is not a record, its network has arguments of its own, the base of an adapter is not to be
+            had, or a text does not fit into a card.
     """
     _check_texts(tag, license, data=data, recipe=recipe)
     record, task = _finished(run)
@@ -52,18 +58,24 @@ def publish(
     name = f"{record.network}.{tag}"
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), folder / FILE)
-    (folder / FILE).chmod(0o644)  # for all who may use the package
+    weights = folder / (FILE if task.parts is None else ADAPTER)
+    if task.parts is None:
+        save_file(network.state_dict(), weights)
+    else:
+        _write_adapter(task, weights)
+    weights.chmod(0o644)  # for all who may use the package
     config = dict(
         architecture=record.network,
         num_classes=len(task.classes),
         num_features=getattr(network, "num_features", None),
         pretrained_cfg=_pretrained_cfg(network, task, tag, license),
-        sha256=sha256(folder / FILE),
+        sha256=sha256(weights),
     )
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     packaged = out.resolve() == WEIGHTS.resolve()
-    (folder / CARD).write_text(_card(record, name, data, recipe, license, None if packaged else folder))
+    place = None if packaged else folder
+    how = _loading(record, name, recipe, place) if task.parts is None else _adapting(task, weights)
+    (folder / CARD).write_text(_card(record, name, data, recipe, license, how))
     print(printable(f"{name}: {record.test_split} accuracy {100 * record.score:.2f} %, in {folder}"))
     return 0
 
@@ -103,7 +115,12 @@ def _finished(run: Path) -> tuple[Record, ClassificationTask]:
         raise ValueError(f"only classifiers are published, and {run} is of a detector")
     if record.network != task.network_name:
         raise ValueError(f"{run} says that its network is {record.network}, and {last} {task.network_name}")
-    if task.network_args or task.conversion:
+    if task.parts is not None and not task.pretrained:
+        raise ValueError(
+            "an adapter needs its base, and that of a run with train_only and without pretrained was random; train on "
+            f"--model.pretrained, or keep the checkpoint, {last}"
+        )
+    if task.parts is None and (task.network_args or task.conversion):
         raise ValueError(
             "a network with network_args or convert cannot be loaded by its name alone, so it is not published; keep "
             f"its checkpoint, {last}"
@@ -130,12 +147,21 @@ def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: s
     )
 
 
-def _card(record: Record, name: str, data: str, recipe: str, license: str, folder: Path | None) -> str:
-    """The model card. ``folder`` is None for weights that the package ships, which are loaded by name."""
+def _write_adapter(task: ClassificationTask, file: Path) -> None:
+    """Writes an adapter, and makes sure that it can be loaded on its base."""
+    save_adapter(task.network, file, values=task.evaluated, metadata=described(task))
+    try:
+        load_adapted(file, Path(task.pretrained) if isinstance(task.pretrained, str) else None)
+    except (ValueError, OSError):
+        file.unlink()
+        raise
+
+
+def _card(record: Record, name: str, data: str, recipe: str, license: str, how: str) -> str:
+    """The model card. ``how`` says what there is, how it is loaded, and where its figure comes from."""
     epochs = len(record.epochs)
     versions = markdown_cell(", ".join(f"{key} {value}" for key, value in record.versions.items()))
     validation = record.epochs[-1].val_score
-    small = _SMALL if folder is None else ""
     held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
     return f"""---
 license: {license}
@@ -144,7 +170,7 @@ tags: [image-classification, timm, awconv]
 ---
 # {name}
 
-`{record.network}`, {record.parameters:,} parameters, trained on {data} by awconv, a library for
+`{record.network}`, {record.parameters:,} parameters trained on {data} by awconv, a library for
 [AW-convolution](https://arxiv.org/abs/2108.08205).
 
 | | |
@@ -155,7 +181,12 @@ tags: [image-classification, timm, awconv]
 | made with | {versions} |
 | licence | {license} |
 
-```python
+{how}"""
+
+
+def _loading(record: Record, name: str, recipe: str, folder: Path | None) -> str:
+    """How whole weights are loaded and tested. ``folder`` is None for those that the package ships, loaded by name."""
+    return f"""```python
 import awconv, timm
 
 model = timm.create_model("{name if folder is None else f"local-dir:{folder}"}", pretrained=True)
@@ -165,10 +196,42 @@ The figure comes from
 
     {_command(record, name, recipe, folder)}
 
-It is that of one run; the comparison that the run belongs to shows the spread over seeds.{small}
+{_SPREAD}{_SMALL if folder is None else ""}
 """
 
 
+def _adapting(task: ClassificationTask, file: Path) -> str:
+    """How an adapter is put on its base."""
+    arguments = dict(pretrained=True, num_classes=len(task.classes), in_chans=task.input_size[0]) | task.network_args
+    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    base, imported, option = "timm's weights for it", "", ""
+    if isinstance(task.pretrained, str):
+        base, option = f"the weights `{task.pretrained}`", f" --pretrained={task.pretrained}"
+        imported = "from awconv.models.pretrained import weights_overlay\n"
+        given += f", pretrained_cfg_overlay=weights_overlay({task.network_name!r}, {task.pretrained!r})"
+    lines = [f"model = timm.create_model({task.network_name!r}{given})"]
+    if task.conversion is not None:
+        lines.append(f"awconv.convert(model, **{task.conversion!r})")
+    lines.append(f"awconv.load_adapter(model, {str(file)!r}).eval()")
+    code = "\n".join(lines)
+    return f"""`{file.name}` is an adapter: what was trained of the network on
+{base}. It {task.trained}.
+
+```python
+import awconv, timm
+{imported}
+{code}
+```
+
+The classes are `label_names` in `{CONFIG}`. This predicts images:
+
+    awconv predict --ckpt={file}{option} IMAGES
+
+{_SPREAD.replace("It", "The figure", 1)}
+"""
+
+
+_SPREAD = "It is that of one run; the comparison that the run belongs to shows the spread over seeds."
 _SMALL = (  # of those that the package ships
     " A small network on small images: made\nfor tests and demonstrations, not for use on pictures of another kind."
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 WEIGHTS = Path(__file__).with_name("weights")
 FILE, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+ADAPTER = "adapter.safetensors"  # in the place of FILE, where the rest of the network was frozen
 
 
 def published(network: str) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -137,6 +138,12 @@ class Task(pl.LightningModule):
             return False
         return bool(self.trainer.training) or self.evaluates_pretrained
 
+    def ready(self) -> Task:
+        """The task in evaluation mode, on the accelerator if there is one."""
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.eval().to(device or "cpu")
+        return self
+
     def refuse_weights(self, error: Exception) -> NoReturn:
         """Reports that pretrained weights could not be loaded.
 
@@ -146,7 +153,11 @@ class Task(pl.LightningModule):
         """
         if isinstance(error, FileNotFoundError) and self.pretrained is not True:
             raise error
-        mend = "; --model.pretrained=FILE takes them from a file" if self.pretrained is True else ""
+        mend = (
+            "; --model.pretrained=FILE takes them from a file (of awconv predict: --pretrained=FILE)"
+            if self.pretrained is True
+            else ""
+        )
         raise ValueError(f"no pretrained weights for {self.network_name} ({self.pretrained}): {error}{mend}") from error
 
     def setup(self, stage: str) -> None:
