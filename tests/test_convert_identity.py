@@ -90,7 +90,10 @@ def test_a_trained_branch_gives_the_map_of_the_paper_relative_to_its_start(
     start = {"sigmoid": 0.5, "tanh": 0.0 if residual else 0.5, "relu": 1.0}[activation]
     weights = plain.weight * ((1 + attention) / (1 + start) if residual else attention / start)
     expected = torch.stack(
-        [F.conv2d(image, weight, plain.bias, padding=1, groups=groups) for image, weight in zip(input, weights)]
+        [
+            F.conv2d(image, weight, plain.bias, padding=1, groups=groups)
+            for image, weight in zip(input, weights, strict=True)
+        ]
     )
     # Sums of at most 54 products in double precision (1e-16).
     torch.testing.assert_close(layer(input), expected, rtol=1e-11, atol=1e-11)
@@ -101,7 +104,8 @@ def test_pretrained_weights_may_be_loaded_before_or_after_the_conversion() -> No
     before = convert(copy.deepcopy(plain), init="identity")
     after = convert(network(), init="identity").eval()
     missing, unexpected = after.load_state_dict(plain.state_dict(), strict=False)
-    assert not unexpected and all(".attention." in name or name.startswith("3.attention.") for name in missing)
+    assert not unexpected
+    assert all(".attention." in name or name.startswith("3.attention.") for name in missing)
     assert torch.equal(after(images), before(images))
     torch.testing.assert_close(after(images), plain(images), rtol=1e-5, atol=1e-5)  # as above
 
@@ -121,7 +125,8 @@ def test_a_state_dict_says_in_which_form_its_branches_were_trained(init: Any) ->
     model.load_state_dict(trained.state_dict())
     assert torch.equal(model(images), trained(images))
     assert model[3].attention.relative_to == 0.5
-    assert "relative_to=0.5" in str(model[3]) and "init=identity" in str(model[3])
+    assert "relative_to=0.5" in str(model[3])
+    assert "init=identity" in str(model[3])
 
 
 def test_a_state_dict_of_before_is_taken_as_it_was_trained() -> None:

@@ -193,7 +193,7 @@ class AttentionBranch(nn.Module):
             error_messages = arguments[-1]
             error_messages.append(
                 f"{name} is {told.item():g}, and this branch, of another activation or form, starts at "
-                f"{self.start.attention:g}: convert the network with the arguments that the saved one was converted with"
+                f"{self.start.attention:g}: convert the network with the arguments of the saved one"
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
