@@ -323,9 +323,9 @@ def _refuse_adapter(module: nn.Module, name: str, child: nn.Module | None) -> No
         )
     if isinstance(module, AttentionBranch) and isinstance(getattr(child, "base_layer", None), nn.Module):
         raise ValueError(
-            f"{_qualified_name(child)} would adapt {name} of an attention branch, which the names of its targets match. "
-            r'Build the network anew and leave branches out, exclude_modules=r".*\.attention\..*", or train them whole, '
-            'modules_to_save=["attention"]'
+            f"{_qualified_name(child)} would adapt {name} of an attention branch, which its targets match by name. "
+            r'Build the network anew and leave branches out, exclude_modules=r".*\.attention\..*", or '
+            'train them whole, modules_to_save=["attention"]'
         )
 
 
