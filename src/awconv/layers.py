@@ -76,7 +76,8 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             self.attention = AttentionBranch(
                 in_channels, self._attention_size(), reduction, activation, norm_layer, residual
             )
-        self.attention.to(self.weight.dtype)
+        if any(parameter.dtype != self.weight.dtype for parameter in self.attention.parameters()):
+            self.attention.to(self.weight.dtype)  # which FakeTensorMode refuses even where it changes nothing
 
     def _attention_size(self) -> list[int]:
         name, group_in_channels = type(self).__name__, self.in_channels // self.groups
