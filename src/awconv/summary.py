@@ -45,12 +45,6 @@ class LayerSummary:
     operations: int | None
     relative_to: float | None = None
 
-    @property
-    def remark(self) -> str:
-        """What is to say of the layer, if anything."""
-        return self.reason if self.relative_to is None else f"relative to {self.relative_to:g}"
-
-
 @dataclass(frozen=True)
 class Summary:
     """The convolutions of a network and the cost of attention on them; printed, a table.
@@ -94,7 +88,8 @@ class Summary:
         rows = []
         for layer in self.layers:
             added = (f"{layer.parameters:,}", _thousands(layer.operations)) if layer.converted else ("", "")
-            rows.append((layer.name, layer.layer, *added, layer.remark))
+            remark = layer.reason if layer.relative_to is None else f"relative to {layer.relative_to:g}"
+            rows.append((layer.name, layer.layer, *added, remark))
         added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
         share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
         if self.operations is not None and self.operations_added is not None:
