@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import awconv
 from awconv.branch import AttentionBranch
+from tests.networks import moved
 
 BRANCHES = r".*\.attention\..*"
 
@@ -101,13 +102,6 @@ def converted() -> nn.Module:
     """A network whose branches have learned."""
     model = awconv.convert(nn.Sequential(nn.Conv2d(3, 8, 3), Bottleneck(), Bottleneck()), init="identity")
     return moved(model)
-
-
-def moved(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, AttentionBranch):
-            nn.init.normal_(module.norm2.weight)
-    return model.eval()
 
 
 def trained(model: nn.Module) -> nn.Module:

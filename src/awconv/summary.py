@@ -45,6 +45,7 @@ class LayerSummary:
     operations: int | None
     relative_to: float | None = None
 
+
 @dataclass(frozen=True)
 class Summary:
     """The convolutions of a network and the cost of attention on them; printed, a table.
