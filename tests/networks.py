@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from awconv.branch import AttentionBranch
+
 
 def network() -> nn.Sequential:
     return nn.Sequential(
@@ -21,3 +23,12 @@ def kinds(model: nn.Module) -> dict[str, str]:
 
 def converted(model: nn.Module) -> set[str]:
     return {name for name, kind in kinds(model).items() if kind.startswith("AW")}
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """With branches as if they had been trained, in evaluation."""
+    for branch in model.modules():
+        if isinstance(branch, AttentionBranch):
+            for parameter in branch.norm2.parameters():
+                nn.init.normal_(parameter)
+    return model.eval()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import awconv
 from awconv import convert
 from awconv.layers import AW_LAYERS, AWConv2dSame
-from tests.networks import converted, network
+from tests.networks import converted, moved, network
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -111,14 +111,6 @@ def test_pretrained_weights_may_be_loaded_before_or_after_the_conversion() -> No
     torch.testing.assert_close(after(images), plain(images), rtol=1e-5, atol=1e-5)  # as above
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """With branches as if they had been trained."""
-    for name, parameter in model.named_parameters():
-        if "norm2" in name:
-            nn.init.normal_(parameter)
-    return model.eval()
-
-
 @pytest.mark.parametrize("init", ["fresh", "identity"])
 def test_a_state_dict_says_in_which_form_its_branches_were_trained(init: Any) -> None:
     trained, images = moved(convert(network(), init="identity")), torch.randn(2, 3, 12, 12)
@@ -147,6 +139,13 @@ def test_a_state_dict_of_another_activation_is_refused() -> None:
     state = convert(network(), init="identity", activation="relu").state_dict()
     with pytest.raises(RuntimeError, match=r"3.attention.relative_to is 1, and this branch.* starts at 0.5"):
         convert(network(), init="identity").load_state_dict(state)
+
+
+def test_a_mark_that_was_averaged_and_rounded_is_known() -> None:
+    state = convert(network(), init="identity").state_dict()
+    state["3.attention.relative_to"] = sum(10 * [torch.tensor(0.5) * 0.1], torch.zeros(()))
+    assert state["3.attention.relative_to"] != 0.5
+    convert(network()).load_state_dict(state)
 
 
 def test_equal_bit_for_bit_where_the_algorithm_adds_in_the_same_order() -> None:

@@ -92,6 +92,22 @@ def test_it_prints_a_table() -> None:
     assert " ".join(without.splitlines()[-1].split()) == "6 of 7 2,096 +2.78% of parameters"
 
 
+def test_it_says_to_which_attention_a_branch_is_relative() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    convert(model, "1")
+    convert(model, "2", init="identity")
+    convert(model, "3", init="identity", activation="relu")
+    found = summary(model)
+    assert [layer.relative_to for layer in found.layers] == [None, None, 0.5, 1.0]
+    lines = [line.rstrip() for line in str(found).splitlines()]
+    assert [line.endswith("relative to 0.5") for line in lines] == [False, False, False, True, False, False]
+    assert lines[4].endswith("relative to 1")
+    assert "relative" not in lines[1] + lines[2]
+    with torch.device("meta"):
+        on_meta = convert(nn.Sequential(nn.Conv2d(3, 8, 3)), "0", init="identity")
+    assert summary(on_meta).layers[0].relative_to == 0.5
+
+
 def test_other_inputs_than_one_tensor() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -190,13 +190,16 @@ class AttentionBranch(nn.Module):
         told = state_dict.get(name)
         if told is not None or any(key.startswith(prefix) for key in state_dict):
             self._set_relative(told is not None)
-        if type(told) is Tensor and not told.is_meta and told.item() != self.start.attention:
+        if type(told) is Tensor and not told.is_meta and not self._starts_at(told.item()):
             error_messages = arguments[-1]
             error_messages.append(
                 f"{name} is {told.item():g}, and this branch, of another activation or form, starts at "
                 f"{self.start.attention:g}: convert the network with the arguments that the saved one had"
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _starts_at(self, constant: float) -> bool:
+        return abs(constant - self.start.attention) < 0.01  # averages of several networks' are rounded
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -76,7 +76,8 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             self.attention = AttentionBranch(
                 in_channels, self._attention_size(), reduction, activation, norm_layer, residual
             )
-        self.attention.to(self.weight.dtype)
+        if any(parameter.dtype != self.weight.dtype for parameter in self.attention.parameters()):
+            self.attention.to(self.weight.dtype)  # which FakeTensorMode refuses even where it changes nothing
 
     def _attention_size(self) -> list[int]:
         name, group_in_channels = type(self).__name__, self.in_channels // self.groups
@@ -236,8 +237,11 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
       keep it, load them into the plain network and then call ``awconv.convert(network, init="identity")``.
     - Methods that fold layers into one plain convolution (``reparameterize`` and ``fuse`` of RepVGG, MobileOne and
       RepViT) would lose the attention. Fold first, then convert. A norm after the layer may be folded into it.
-    - LoRA must stay apart from the layer, ``layer(x) + delta(x)``. If it is merged into ``weight`` (peft's
-      ``merge_and_unload``), it is multiplied by 1 + a too, and the layer cannot notice.
+    - LoRA that is merged into ``weight`` would be multiplied by 1 + a, too. peft refuses the layer as a target, and
+      the convolutions of branches, whose names targets may match: a ValueError of ``get_peft_model`` says what to do.
+      Its adapters on other layers of a converted network work and merge (``exclude_modules=r".*\\.attention\\..*"``),
+      and ``modules_to_save=["attention"]`` trains the branches beside them. The layer cannot notice libraries that
+      replace its ``forward``, such as LyCORIS; do not merge their adapters into it.
 
     Args:
         in_channels: C1.
@@ -300,3 +304,34 @@ class AWConv3d(_AWConvNd, nn.Conv3d):
 
 
 AW_LAYERS = (AWConv1d, AWConv2d, AWConv3d)
+
+
+def _refuse_adapter(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Refuses what peft puts around a convolution, with the convolution as its ``base_layer``.
+
+    A layer is not told that it becomes a part of another module, so that this is called of every module that becomes
+    one.
+
+    Raises:
+        ValueError: the convolution is an AW layer, or belongs to a branch.
+    """
+    if name == "base_layer" and isinstance(child, AW_LAYERS):
+        raise ValueError(
+            f"{_qualified_name(module)} cannot adapt an {type(child).__name__}: merged into the weights, the adapter "
+            "would be multiplied by the attention. Build the network anew and target other layers (exclude_modules), "
+            "train the branches instead (awconv.train_only), or adapt the plain network, merge, and then convert it "
+            '(awconv.convert(network, init="identity"))'
+        )
+    if isinstance(module, AttentionBranch) and isinstance(getattr(child, "base_layer", None), nn.Module):
+        raise ValueError(
+            f"{_qualified_name(child)} would adapt {name} of an attention branch, which its targets match by name. "
+            r'Build the network anew and leave branches out, exclude_modules=r".*\.attention\..*", or '
+            'train them whole, modules_to_save=["attention"]'
+        )
+
+
+def _qualified_name(module: nn.Module | None) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+torch.nn.modules.module.register_module_module_registration_hook(_refuse_adapter)

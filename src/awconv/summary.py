@@ -33,6 +33,8 @@ class LayerSummary:
         reason: why not; empty for an AW-convolution.
         parameters: of its branch.
         operations: multiply-adds that the attention adds for the inputs; None without inputs.
+        relative_to: the constant attention that the branch started as by identity, to which its map is relative; None
+            for a branch of the paper's form, and for a convolution without one.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerSummary:
     reason: str
     parameters: int
     operations: int | None
+    relative_to: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class Summary:
         rows = []
         for layer in self.layers:
             added = (f"{layer.parameters:,}", _thousands(layer.operations)) if layer.converted else ("", "")
-            rows.append((layer.name, layer.layer, *added, layer.reason))
+            remark = layer.reason if layer.relative_to is None else f"relative to {layer.relative_to:g}"
+            rows.append((layer.name, layer.layer, *added, remark))
         added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
         share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
         if self.operations is not None and self.operations_added is not None:
@@ -142,6 +146,7 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
                     reason="",
                     parameters=sum(parameter.numel() for parameter in module.attention.parameters()),
                     operations=None if inputs is None else added.get(name, 0),
+                    relative_to=module.attention.start.attention if module.attention.relative else None,
                 )
             )
         elif name in reasons:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from awconv import layers
+from awconv import branch as attention_branch
 from awconv.branch import AttentionBranch
 from awconv.ops import branch, branch_launches
 from awconv.ops.branch import Branch, Train, infer
@@ -39,6 +39,7 @@ class Case(NamedTuple):
     hidden: int
     size: tuple[int, ...]  # of one sample's attention
     activation: type[nn.Module] = nn.Sigmoid
+    start: tuple[float, float] = (0.0, 1.0)  # the constant to which the attention is relative, and the gain there
 
     def modules(self, device: str, training: bool = True) -> nn.Sequential:
         conv, norm = KINDS[len(self.size) - 2]
@@ -63,9 +64,9 @@ class Case(NamedTuple):
 
 # Sizes on both sides of tiles: of 16 to 64 channels and columns, 32 or 64 rows.
 CASES = {
-    "a tile": Case(7, 16, 4, (16, 1, 3, 3)),
-    "partial tiles": Case(7, 20, 5, (24, 1, 3, 3), nn.Tanh),
-    "several parts": Case(40, 20, 5, (24, 1, 3, 3), nn.ReLU),
+    "a tile": Case(7, 16, 4, (16, 1, 3, 3), nn.Sigmoid, (0.5, 1.5)),
+    "partial tiles": Case(7, 20, 5, (24, 1, 3, 3), nn.Tanh, (0.5, 0.5)),
+    "several parts": Case(40, 20, 5, (24, 1, 3, 3), nn.ReLU, (1.0, 2.0)),
     "several tiles of columns": Case(7, 16, 16, (144, 1, 1, 3)),
     "several tiles of channels": Case(2, 130, 33, (8, 2, 3, 3), nn.Tanh),
     "shares of several tiles": Case(5, 16, 5, (530, 1, 1, 1)),
@@ -90,7 +91,7 @@ def buffers(modules: nn.Sequential) -> list[Tensor]:
 
 
 def train(case: Case, modules: nn.Sequential, pooled: Tensor) -> Tensor:
-    made = Branch.of(tuple(modules), case.size, pooled.dtype)
+    made = Branch.of(tuple(modules), case.size, pooled.dtype, *case.start)
     return Train.apply(pooled, *made.parameters(), made)
 
 
@@ -108,7 +109,8 @@ def gradients(
 
 
 def by_modules(case: Case, modules: nn.Sequential, pooled: Tensor) -> Tensor:
-    return modules(pooled).reshape(-1, *case.size)
+    constant, gain = case.start
+    return ((modules(pooled) - constant) / gain).reshape(-1, *case.size)
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -155,7 +157,10 @@ def test_wide_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_training(CASES[name], "cpu")
 
 
-@pytest.mark.parametrize("name", ["partial tiles", "several tiles of columns", "several tiles of channels", "one axis"])
+@pytest.mark.parametrize(
+    "name",
+    ["a tile", "partial tiles", "several parts", "several tiles of columns", "several tiles of channels", "one axis"],
+)
 def test_inference_equals_the_modules_in_double_precision(name: str, device: str) -> None:
     case = CASES[name]
     modules, pooled = case.modules(device, training=False), case.pooled(device)
@@ -163,7 +168,7 @@ def test_inference_equals_the_modules_in_double_precision(name: str, device: str
     before = [tensor.clone() for tensor in buffers(modules)]
     for layout in (pooled, pooled.contiguous()):
         with torch.no_grad():
-            found = infer(layout, Branch.of(tuple(modules), case.size, pooled.dtype))
+            found = infer(layout, Branch.of(tuple(modules), case.size, pooled.dtype, *case.start))
         assert_close([found], [expected], 1e-6)
     assert all(map(torch.equal, before, buffers(modules)))
 
@@ -200,7 +205,7 @@ def test_what_is_no_number_stays_one(device: str) -> None:
     modules, pooled = case.modules(device, training=False), case.pooled(device)
     pooled[3, 2] = float("nan")
     with torch.no_grad():
-        found = infer(pooled, Branch.of(tuple(modules), case.size, pooled.dtype))
+        found = infer(pooled, Branch.of(tuple(modules), case.size, pooled.dtype, *case.start))
     assert torch.isnan(found[3]).all()
     assert torch.isfinite(found[[0, 1, 2, 4, 5, 6]]).all()
     assert torch.isnan(train(case, modules.train(), pooled)).all()
@@ -224,8 +229,9 @@ def test_only_what_requires_a_gradient_gets_one(device: str) -> None:
     assert not train(case, modules.requires_grad_(False), pooled).requires_grad
 
 
-def test_second_derivatives(device: str) -> None:
-    case = CASES["partial tiles"]
+@pytest.mark.parametrize("name", ["a tile", "partial tiles", "several parts"])
+def test_second_derivatives(name: str, device: str) -> None:
+    case = CASES[name]
     modules, pooled = case.modules(device), case.pooled(device)
 
     def of(modules: nn.Sequential, pooled: Tensor, run: Callable[..., Tensor]) -> list[Tensor]:
@@ -316,16 +322,18 @@ def test_offsets_of_more_than_32_bits_are_refused() -> None:
 @pytest.fixture
 def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Switches the kernels off and on."""
-    kernels = layers.attend
+    kernels = attention_branch.attend
 
     def switch(plain: bool) -> None:
-        monkeypatch.setattr(layers, "attend", (lambda *arguments: None) if plain else kernels)
+        monkeypatch.setattr(attention_branch, "attend", (lambda *arguments: None) if plain else kernels)
 
     return switch
 
 
 def whole_branch(training: bool) -> tuple[AttentionBranch, Tensor]:
     made = AttentionBranch(64, (96, 1, 3, 3), 4, "sigmoid", nn.BatchNorm2d).cuda().train(training)
+    made.start_as_identity()
+    nn.init.normal_(made.norm2.weight)
     nn.init.uniform_(made.norm1.running_var, 0.5, 2)
     pooled = torch.randn(40, 64, 3, 3, device="cuda").contiguous(memory_format=torch.channels_last)
     return made, pooled
