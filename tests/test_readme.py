@@ -9,6 +9,7 @@ import lightning  # noqa: F401 - its import sets log levels, and the first comma
 import pytest
 import timm
 import torch
+import yaml
 
 from awconv.cli import main
 from awconv.compare.paired import summarise
@@ -34,12 +35,18 @@ def test_recipes_parse(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "network:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("variant", sorted((ROOT / "recipes" / "variants").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "variant",
+    sorted((ROOT / "recipes" / "variants").glob("**/*.yaml")),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_variants_are_laid_over_a_recipe(variant: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = ROOT / "recipes" / "retrofit_efficientnet_lite0.yaml"
     with pytest.raises(SystemExit, match="0"):
         main(["fit", f"--config={recipe}", f"--config={variant}", "--print_config"])
-    assert "init:" in capsys.readouterr().out
+    shown = yaml.safe_load(capsys.readouterr().out)["model"]
+    for name, value in yaml.safe_load(variant.read_text())["model"].items():
+        assert shown[name] == value
 
 
 def test_the_table_of_models_gives_their_parameters() -> None:
