@@ -44,8 +44,9 @@ VALUES += (
 )
 _OPTIONS = {
     "model": (
-        "lr branch_lr_factor momentum weight_decay branch_weight_decay warmup_epochs decay_epochs decay_rate "
-        "label_smoothing erasing ema_decay optimizer network channels_last convert mixup optimizer_args network_args"
+        "lr branch_lr_factor head_lr_factor momentum weight_decay branch_weight_decay warmup_epochs decay_epochs "
+        "decay_rate label_smoothing erasing ema_decay optimizer network channels_last convert mixup optimizer_args "
+        "network_args"
     ),
     "data": (
         "batch_size image_size crop_pct crop_padding horizontal_flip val_fraction split_seed in_memory num_workers "

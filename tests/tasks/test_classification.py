@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ def test_training_starts_from_the_weights(weights: Path, convert: str) -> None:
     given.load_state_dict(load_file(weights))
     images = torch.randn(2, 1, 8, 8)
     expected = features(given, images)
-    # Dividing by 1.5 and multiplying by 1.5 in single precision, over seven layers.
+    # Algorithms that add in another order in single precision, over seven layers.
     torch.testing.assert_close(features(network, images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert network.fc.weight.shape == (10, 64)  # a classifier of other classes
+    assert network.fc.weight.shape == (10, 64)  # a classifier of other classes, which starts at zeros
+    assert cli.trainer.callback_metrics["train/loss"].item() == pytest.approx(math.log(10), rel=1e-6)
 
 
 def test_a_checkpoint_needs_the_weights_no_more(weights: Path) -> None:
@@ -106,13 +108,14 @@ def test_weights_of_another_network_are_refused(kind: str, classes: int, tmp_pat
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])
 @pytest.mark.parametrize("network", [NETWORK, "aw_resnet8_cifar"])  # variants are compared with the same arguments
-def test_branches_have_a_rate_and_a_decay_of_their_own(network: str, factor: float, tmp_path: Path) -> None:
+def test_branches_and_classifier_have_rates_of_their_own(network: str, factor: float, tmp_path: Path) -> None:
     cli = TrainingCLI(
         [
             f"--model.network={network}",
             "--model.lr=0.5",
             "--model.weight_decay=0.01",
             f"--model.branch_lr_factor={factor}",
+            f"--model.head_lr_factor={10 * factor}",
             "--model.branch_weight_decay=0.002",
             "--trainer.max_steps=1",
             "--trainer.limit_val_batches=0",
@@ -128,7 +131,7 @@ def test_branches_have_a_rate_and_a_decay_of_their_own(network: str, factor: flo
         p: (group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
     }
     for name, parameter in cli.model.network.named_parameters():
-        rate = 0.5 * factor if ".attention." in name else 0.5
+        rate = 0.5 * factor if ".attention." in name else 5 * factor if name.startswith("fc.") else 0.5
         decay = 0.002 if ".attention." in name else 0.01
         assert found[parameter] == pytest.approx((rate, decay if parameter.dim() > 1 else 0.0)), name
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from awconv.parameter_groups import branch_parameters
 from awconv.tasks.checks import check_numbers
+from awconv.train_only import classifiers
 
 _MOST = 1e18  # products of two such numbers are finite in single precision
 
@@ -31,6 +32,7 @@ class Optimization:
     optimizer_args: dict[str, Any]
     lr: float
     branch_lr_factor: float
+    head_lr_factor: float
     momentum: float
     weight_decay: float
     branch_weight_decay: float | None
@@ -42,6 +44,7 @@ class Optimization:
         check_numbers(
             lr=(self.lr, 0, _MOST),
             branch_lr_factor=(self.branch_lr_factor, 0, _MOST),
+            head_lr_factor=(self.head_lr_factor, 0, _MOST),
             momentum=(self.momentum, 0, 1),
             weight_decay=(self.weight_decay, 0, _MOST),
             branch_weight_decay=(self.branch_weight_decay, 0, _MOST),
@@ -54,11 +57,13 @@ class Optimization:
         """An optimizer of a network's parameters.
 
         Raises:
-            ValueError: timm does not know the optimizer, or the optimizer an argument.
+            ValueError: timm does not know the optimizer, or the optimizer an argument; or the classifier has a rate of
+                its own, and the network no classifier.
         """
+        groups = self._parameter_groups(network)
         try:
             return create_optimizer_v2(
-                self._parameter_groups(network),
+                groups,
                 opt=self.optimizer,
                 lr=self.lr,
                 momentum=self.momentum,
@@ -71,19 +76,34 @@ class Optimization:
             ) from error
 
     def _parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        """timm's groups, with and without weight decay, each split into attention branches and the rest."""
+        """timm's groups, with and without weight decay, each split into attention branches, classifier and the rest."""
         groups: list[dict[str, Any]] = param_groups_weight_decay(
             network, self.weight_decay, no_weight_decay_list=getattr(network, "no_weight_decay", set)()
         )
-        branch = branch_parameters(network)
+        branch, head = branch_parameters(network), self._head(network)
         own_decay = self.branch_weight_decay
         split = []
         for group in groups:
             decay = group["weight_decay"] and (group["weight_decay"] if own_decay is None else own_decay)
-            inside, outside = dict(lr=self.lr * self.branch_lr_factor, weight_decay=decay), dict(lr=self.lr)
-            split.append(group | outside | dict(params=[p for p in group["params"] if p not in branch]))
-            split.append(group | inside | dict(params=[p for p in group["params"] if p in branch]))
+            rest = [p for p in group["params"] if p not in branch | head]
+            split.append(group | dict(lr=self.lr, params=rest))
+            of_branch = [p for p in group["params"] if p in branch]
+            split.append(group | dict(lr=self.lr * self.branch_lr_factor, weight_decay=decay, params=of_branch))
+            of_head = [p for p in group["params"] if p in head - branch]
+            split.append(group | dict(lr=self.lr * self.head_lr_factor, params=of_head))
         return [group for group in split if group["params"]]
+
+    def _head(self, network: nn.Module) -> set[nn.Parameter]:
+        """The classifier's parameters, where they have a rate of their own."""
+        if self.head_lr_factor == 1:
+            return set()
+        found = {parameter for module in classifiers(network) for parameter in module.parameters()}
+        if not found:
+            raise ValueError(
+                f"head_lr_factor is {self.head_lr_factor:g}, and {type(network).__name__} has no classifier under "
+                "get_classifier(), fc, classifier, head or heads; give 1"
+            )
+        return found
 
     def schedule(self, steps_per_epoch: float, steps: float) -> Callable[[int], float]:
         """A function from the optimizer's step to a factor of the learning rate.

@@ -37,6 +37,8 @@ class Task(pl.LightningModule):
         optimizer_args: further arguments of the optimizer, such as ``{"betas": [0.9, 0.99]}``.
         lr: the highest learning rate.
         branch_lr_factor: factor of the attention branches' learning rate.
+        head_lr_factor: factor of the classifier's learning rate. A new classifier on a pretrained network learns best
+            at about ten times the rate of the rest.
         momentum: the optimizer's momentum.
         weight_decay: the optimizer's weight decay.
         branch_weight_decay: weight decay of the attention branches. None takes ``weight_decay``.
@@ -76,6 +78,7 @@ class Task(pl.LightningModule):
         optimizer_args: dict[str, Any] | None = None,
         lr: float = 0.1,
         branch_lr_factor: float = 1.0,
+        head_lr_factor: float = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         branch_weight_decay: float | None = None,
@@ -98,6 +101,7 @@ class Task(pl.LightningModule):
             dict(optimizer_args or {}),
             lr,
             branch_lr_factor,
+            head_lr_factor,
             momentum,
             weight_decay,
             branch_weight_decay,
