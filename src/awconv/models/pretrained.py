@@ -69,7 +69,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())  # torch asks no float8
 
 
-def with_what_starts_as_identity(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def completed_by_identity(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Completes a plain network's weights by the attention of a new network that starts from them.
 
     Attention that starts as the identity changes nothing that the plain network computes: the relative branches of
@@ -100,7 +100,7 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     """A file of weights as ``timm.create_model`` takes it, in ``pretrained_cfg_overlay``.
 
     It has the weights' number of classes, so that timm drops a classifier of another number. timm loads whatever fits;
-    this function checks that nothing else is missing or left over, but for :func:`with_what_starts_as_identity`.
+    this function checks that nothing else is missing or left over, but for :func:`completed_by_identity`.
 
     Args:
         network: a name that timm knows.
@@ -115,7 +115,7 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     if not file.is_file():
         raise FileNotFoundError(f"weights must be a file (safetensors, or a state dict of torch), got {str(file)!r}")
     plain = timm.create_model(network, **(network_args or {}))
-    state = with_what_starts_as_identity(read_weights(file, plain.state_dict()), plain)
+    state = completed_by_identity(read_weights(file, plain.state_dict()), plain)
     classifier = f"{plain.pretrained_cfg['classifier']}."  # type: ignore[index]  # a dictionary of timm's
     found, expected = (
         {key for key in keys if not key.startswith(classifier) and not key.endswith("num_batches_tracked")}

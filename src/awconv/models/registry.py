@@ -24,7 +24,7 @@ from torch import nn
 from awconv.convert import convert
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.models.cifar_resnet import CifarResNet
-from awconv.models.pretrained import with_what_starts_as_identity
+from awconv.models.pretrained import completed_by_identity
 from awconv.models.published import published, verify
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
 from awconv.models.wide_resnet import WideResNet
@@ -234,7 +234,7 @@ def _register(name: str, build: Callable[..., nn.Module], cfg: dict[str, Any], *
             file = resolve_pretrained_cfg(name, **given).file
             if file:
                 verify(Path(file))
-        arguments = deepcopy(defaults) | dict(pretrained_filter_fn=with_what_starts_as_identity) | kwargs
+        arguments = deepcopy(defaults) | dict(pretrained_filter_fn=completed_by_identity) | kwargs
         model: nn.Module = build_model_with_cfg(build, name, pretrained, **arguments)
         return model
 
