@@ -289,6 +289,38 @@ def test_broken_and_foreign_files_are_refused(file: Path, tmp_path: Path) -> Non
     assert not changed(before, model)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    model = awconv.convert(timm.create_model("resnet8_cifar"), init="identity")
+    awconv.train_only(model, "branch", "head")
+    path = tmp_path_factory.mktemp("small") / "a.safetensors"
+    awconv.save_adapter(model, path)
+    return model, path
+
+
+@given(share=st.floats(0, 0.999), bit=st.integers(0, 7), cut=st.booleans())
+def test_no_flipped_bit_and_no_cut_goes_unnoticed(
+    small: tuple[nn.Module, Path], share: float, bit: int, cut: bool
+) -> None:
+    model, file = small
+    whole = file.read_bytes()
+    position, spoiled = int(share * len(whole)), bytearray(whole)
+    spoiled[position] ^= 1 << bit
+    copy_ = file.with_name("spoiled.safetensors")
+    copy_.write_bytes(spoiled[:position] if cut else spoiled)
+    with pytest.raises(ValueError, match=r"spoiled.safetensors (is|has) "):
+        awconv.load_adapter(model, copy_)
+
+
+def test_wrapped_networks_have_the_same_adapters(small: tuple[nn.Module, Path]) -> None:
+    model, file = small
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        assert awconv.adapter_state_dict(wrapped).keys() == awconv.adapter_state_dict(model).keys()
+        assert awconv.load_adapter(wrapped, file) is wrapped
+        assert awconv.train_only(wrapped, "layer3.*") == awconv.train_only(model, "layer3.*")
+        awconv.train_only(model, "branch", "head")
+
+
 def test_there_must_be_a_base_and_something_that_trains(tmp_path: Path) -> None:
     model = adapted()
     with pytest.raises(ValueError, match="all of the model trains, so there is no base to adapt; freeze the rest"):

@@ -7,11 +7,13 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,14 +116,29 @@ def test_norms_that_are_held_stay_in_evaluation_mode(again: str) -> None:
 
 
 def test_a_compiled_network_holds_its_norms() -> None:
-    model = adapted()
+    model = adapted("resnet8_cifar")
     awconv.train_only(model, "head")
-    before, images = state(model), torch.randn(2, 3, 32, 32)
+    before, images = state(model), torch.randn(2, 3, 16, 16)
     expected = model.train()(images)
     compiled = torch.compile(model, backend="eager").train()
     # The same operations, which the compiler may order anew.
     torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-4)
     assert not changed(before, model)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_processes_that_train_together_leave_what_is_frozen(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = adapted()
+        awconv.train_only(model, "branch", "head")
+        before = state(model)
+        trained(nn.parallel.DistributedDataParallel(model), steps=2, size=32)
+    finally:
+        dist.destroy_process_group()
+    moved = changed(before, model)
+    assert {"fc.weight", "layer4.1.conv2.attention.norm2.weight"} <= moved
+    assert all(".attention." in name or name.startswith("fc.") for name in moved)
 
 
 def test_calling_it_again_undoes_what_it_did_before() -> None:
@@ -184,8 +201,7 @@ def test_layer_norms_and_group_norms_are_norms_too() -> None:
 
 @given(parts=st.lists(st.sampled_from(["branch", "head", "norm", "layer1.*", "*conv1.weight", "bn1"]), min_size=1))
 def test_the_figures_are_those_of_the_network(parts: list[str]) -> None:
-    with torch.device("meta"):
-        model = adapted()
+    model = timm.create_model("aw_resnet8_cifar")
     told = awconv.train_only(model, *parts)
     assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert told.parameters == sum(p.numel() for p in model.parameters())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from awconv.convert import ATTENTION_ARGUMENTS
 from awconv.layers import AW_LAYERS
 from awconv.selection import parts_of_branches
-from awconv.train_only import classifiers, is_held, norms_with_statistics
+from awconv.train_only import classifiers, is_held, norms_with_statistics, unwrapped
 from awconv.version import __version__
 
 _KIND, _FORMAT = "awconv adapter", 1
@@ -50,6 +50,7 @@ def adapter_state_dict(model: nn.Module, *, values: nn.Module | None = None) -> 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapter: model must be an nn.Module, got {model!r}")
+    model = unwrapped(model)
     there = [parameter.requires_grad for parameter in model.parameters()]
     if not any(there):
         raise ValueError("adapter: nothing of the model trains; awconv.train_only says what does")
@@ -59,7 +60,7 @@ def adapter_state_dict(model: nn.Module, *, values: nn.Module | None = None) -> 
             "or save model.state_dict()"
         )
     names = _trained_names(model)
-    state = _tensors(model if values is None else values)
+    state = _tensors(model if values is None else unwrapped(values))
     return {name: state[name].detach().clone() for name in _tensors(model) if name in names}
 
 
@@ -96,7 +97,7 @@ def save_adapter(
         >>> awconv.save_adapter(model, file)  # after its training
         >>> model = awconv.load_adapter(model, file)
     """
-    tensors = adapter_state_dict(model, values=values)
+    tensors, model = adapter_state_dict(model, values=values), unwrapped(model)
     taken = sorted(set(metadata or {}) & set(_OURS))
     if taken:
         raise ValueError(f"save_adapter: metadata must leave {', '.join(taken)} to save_adapter")
@@ -173,17 +174,18 @@ def load_adapter(model: nn.Module, adapter: str | os.PathLike[str] | Mapping[str
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_adapter: model must be an nn.Module, got {model!r}")
+    network = unwrapped(model)
     tensors, metadata = (dict(adapter), None) if isinstance(adapter, Mapping) else read_adapter(adapter)
     if metadata is not None:
-        _check_branches(model, metadata)
-    _check_tensors(model, tensors)
-    if metadata is not None and metadata.get("base") != fingerprint(model, tensors):
+        _check_branches(network, metadata)
+    _check_tensors(network, tensors)
+    if metadata is not None and metadata.get("base") != fingerprint(network, tensors):
         raise ValueError(
             "load_adapter: the adapter was trained on another base: what the adapter leaves alone differs from the "
             "model in names, dtypes, shapes or values. Load the weights that its training started from; load them "
             "again if another adapter has changed more than this one does"
         )
-    model.load_state_dict(tensors, strict=False)
+    network.load_state_dict(tensors, strict=False)
     return model
 
 

@@ -100,12 +100,12 @@ class Failure:
 def predict(
     images: Sequence[Path],
     ckpt: Path,
-    pretrained: Path | None = None,
     format: Literal["table", "json"] = "table",
     batch_size: int = 64,
     threshold: float = 0.5,
     draw: Path | None = None,
     max_pixels: int = MAX_PIXELS,
+    pretrained: Path | None = None,
 ) -> int:
     """Prints each image's class, or the objects that a detector finds in it.
 
@@ -114,7 +114,6 @@ def predict(
     Args:
         images: image files, and folders to search for them. Each image is predicted once.
         ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or an adapter (.safetensors) of ``publish``.
-        pretrained: a file of the weights that the adapter was trained on; by default timm's for its network.
         format: a table, or JSON with ``predictions`` and ``failures``.
         batch_size: images that a classifier takes at once. A detector takes one at a time.
         threshold: the lowest score of an object that is reported.
@@ -122,6 +121,7 @@ def predict(
             other file is overwritten.
         max_pixels: the largest number of pixels of an image. A larger file is reported as broken, for it would take too
             much memory.
+        pretrained: a file of the weights that the adapter was trained on; by default timm's for its network.
 
     Returns:
         The exit status: 0, or 1 if an image was broken.

@@ -88,6 +88,7 @@ def train_only(model: nn.Module, *parts: str) -> TrainedParts:
         raise TypeError(f"train_only: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
     if not parts:
         raise ValueError('train_only: name what trains: "branch", "head", "norm", a name or a glob; "*" is all')
+    model = unwrapped(model)
     for part in parts:
         if not isinstance(part, str):
             raise TypeError(f'train_only: each part must be a string, as in train_only(model, "head"), got {part!r}')
@@ -157,6 +158,14 @@ def _nothing_of(model: nn.Module, part: str, there: bool) -> str:
     names = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     alike = ", ".join(map(repr, near(part, names)))
     return f'no module and no parameter is called {part!r}; near it: {alike}; or "branch", "head", "norm"'
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network in what ``torch.compile`` or processes that train together have wrapped around it."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    inner = model._modules.get("_orig_mod")  # of torch.compile
+    return model if inner is None else unwrapped(inner)
 
 
 def classifiers(model: Any) -> list[nn.Module]:

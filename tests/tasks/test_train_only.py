@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from awconv.cli import main
 from awconv.compare import compare
@@ -98,6 +98,16 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
     moved = {name for name in first if not torch.equal(first[name], resumed[name])}
     assert moved == {name for name in first if ".attention." in name or name.startswith("fc.")}
+
+
+def test_synchronised_norms_are_held_too() -> None:
+    arguments = dict(classes=["a", "b"], input_size=[1, 8, 8], mean=[0.5], std=[0.5], network=NETWORK)
+    task = nn.SyncBatchNorm.convert_sync_batchnorm(ClassificationTask(**arguments, train_only=["head", "layer3.*"]))
+    task.on_fit_start()  # as the trainer calls it after that
+    task.train()
+    norms = {name: module.training for name, module in task.network.named_modules() if "SyncBatch" in str(type(module))}
+    assert norms == {name: name.startswith("layer3") for name in norms}
+    assert set(norms.values()) == {True, False}
 
 
 def test_a_comparison_trains_parts_of_its_variants(tmp_path: Path) -> None:

@@ -134,6 +134,10 @@ class Task(pl.LightningModule):
         if self.parts is not None:
             self.trained = awconv.train_only(self.network, *self.parts)
 
+    def on_fit_start(self) -> None:
+        """Freezes again: the trainer's ``sync_batchnorm`` has put other norms in the places of those that are held."""
+        self.freeze_rest()
+
     @property
     def loads_pretrained(self) -> bool:
         """Whether pretrained weights are loaded now: at the start of a training without a checkpoint, and to evaluate
