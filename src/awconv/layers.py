@@ -233,8 +233,9 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
     Expand. ``weight`` and ``bias`` have the names of ``nn.Conv2d``, whose state dict loads with ``strict=False``, but
     the layer computes with ``weight * (1 + a)``. Therefore:
 
-    - Plain weights that are loaded into the layer keep their function only if 1 + a is 1; the layer logs a warning. To
-      keep it, load them into the plain network and then call ``awconv.convert(network, init="identity")``.
+    - Plain weights that are loaded into the layer keep their function only if 1 + a is 1; else the layer logs a
+      warning. In a network after ``awconv.convert(network, init="identity")`` it is, before a training: there a is
+      relative to what the branch starts as.
     - Methods that fold layers into one plain convolution (``reparameterize`` and ``fuse`` of RepVGG, MobileOne and
       RepViT) would lose the attention. Fold first, then convert. A norm after the layer may be folded into it.
     - LoRA that is merged into ``weight`` would be multiplied by 1 + a, too. peft refuses the layer as a target, and
