@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
+from awconv.models.squeeze_excite import IdentitySqueezeExcite
 from awconv.parameter_groups import branch_parameters
 from awconv.tasks.checks import check_numbers
 from awconv.train_only import classifiers
@@ -80,7 +81,7 @@ class Optimization:
         groups: list[dict[str, Any]] = param_groups_weight_decay(
             network, self.weight_decay, no_weight_decay_list=getattr(network, "no_weight_decay", set)()
         )
-        branch, head = branch_parameters(network), self._head(network)
+        branch, head = _of_attention(network), self._head(network)
         own_decay = self.branch_weight_decay
         split = []
         for group in groups:
@@ -128,3 +129,9 @@ class Optimization:
             return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, steps - warmup)))) / 2
 
         return share
+
+
+def _of_attention(network: nn.Module) -> set[nn.Parameter]:
+    """The parameters of what a pretrained network was given: attention branches, and their peer."""
+    peers = (module for module in network.modules() if isinstance(module, IdentitySqueezeExcite))
+    return branch_parameters(network) | {parameter for peer in peers for parameter in peer.parameters()}

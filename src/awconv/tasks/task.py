@@ -36,7 +36,8 @@ class Task(pl.LightningModule):
         optimizer: a name that ``timm.optim.create_optimizer_v2`` knows. Biases and norms have no weight decay.
         optimizer_args: further arguments of the optimizer, such as ``{"betas": [0.9, 0.99]}``.
         lr: the highest learning rate.
-        branch_lr_factor: factor of the attention branches' learning rate.
+        branch_lr_factor: factor of the attention branches' learning rate, and of squeeze-and-excitation that was given
+            to a pretrained network.
         head_lr_factor: factor of the classifier's learning rate. A new classifier on a pretrained network learns best
             at about ten times the rate of the rest.
         momentum: the optimizer's momentum.
