@@ -41,6 +41,16 @@ def test_optimisers_treat_the_groups_apart(optimizer: Callable[[Any], torch.opti
         torch.testing.assert_close(parameter, before[name] - rate * parameter.grad)
 
 
+def test_the_classifier_is_a_group_where_it_has_options() -> None:
+    model = convert(timm.create_model("resnet18"), init="identity")
+    groups = parameter_groups(model, head={"lr": 3e-3})
+    assert [group["name"] for group in groups] == ["branch", "weight", "head", "rest"]
+    assert groups[2] == {"name": "head", "params": [model.fc.weight, model.fc.bias], "lr": 3e-3}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    with pytest.raises(ValueError, match=r"Sequential has no classifier under get_classifier\(\), fc.*leave head out"):
+        parameter_groups(convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))), head={"lr": 1.0})
+
+
 def test_a_group_without_parameters_is_left_out() -> None:
     model = timm.create_model("resnet8_cifar").requires_grad_(False)
     convert(model)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from awconv.layers import AW_LAYERS
+from awconv.train_only import classifiers
 
 
 def parameter_groups(
@@ -15,24 +16,31 @@ def parameter_groups(
     *,
     branch: Mapping[str, Any] | None = None,
     weight: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | None = None,
     rest: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters of a model into groups with options of their own.
+
+    After ``awconv.convert(model, init="identity")`` the plain network's rate and decay suit the weights, and on held-out
+    images they suited the branches, too (docs/retrofit.md): give options for a reason. A new classifier wants about
+    ten times the rate of a pretrained network.
 
     Args:
         model: a network with AW-convolutions.
         branch: options for the attention branches, such as ``lr`` or ``weight_decay``. The optimiser's options hold
             for what is not given.
         weight: options for the weights that the attention multiplies.
+        head: options for the classifier, as :func:`awconv.train_only` finds it. None leaves it in the rest.
         rest: options for all other parameters (biases of AW-convolutions too).
 
     Returns:
-        Three groups as the optimisers of ``torch.optim`` and timm take them, called ``"branch"``, ``"weight"`` and
-        ``"rest"``. A parameter that does not require a gradient is in none, and an empty group is left out.
+        Groups as the optimisers of ``torch.optim`` and timm take them, called ``"branch"``, ``"weight"``, ``"head"``
+        and ``"rest"``. A parameter that does not require a gradient is in none, and an empty group is left out.
 
     Raises:
         TypeError: the model is no module.
-        ValueError: the model has no AW-convolution, or options are no mapping or hold ``params`` or ``name``.
+        ValueError: the model has no AW-convolution, or no classifier that options were given for, or options are no
+            mapping or hold ``params`` or ``name``.
 
     Examples:
         >>> import torch
@@ -45,7 +53,7 @@ def parameter_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups: model must be an nn.Module, got {model!r}")
-    options = {"branch": branch, "weight": weight, "rest": rest}
+    options = {"branch": branch, "weight": weight, "head": head, "rest": rest}
     for name, given in options.items():
         if given is not None and (not isinstance(given, Mapping) or {"params", "name"} & set(given)):
             raise ValueError(f"parameter_groups: {name} must hold options of an optimiser, such as lr, got {given}")
@@ -55,11 +63,17 @@ def parameter_groups(
             f"parameter_groups: {type(model).__name__} has no AW-convolution; convert it first (awconv.convert)"
         )
     weights = {module.weight for module in model.modules() if isinstance(module, AW_LAYERS)}
+    heads = {parameter for part in classifiers(model) for parameter in part.parameters()} if head is not None else set()
+    if head is not None and not heads:
+        raise ValueError(
+            f"parameter_groups: {type(model).__name__} has no classifier under get_classifier(), fc, classifier, head or "
+            "heads; leave head out"
+        )
     members: dict[str, list[nn.Parameter]] = {name: [] for name in options}
+    kinds = {"branch": branches, "weight": weights, "head": heads}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            kind = "branch" if parameter in branches else "weight" if parameter in weights else "rest"
-            members[kind].append(parameter)
+            members[next((kind for kind, group in kinds.items() if parameter in group), "rest")].append(parameter)
     return [{"name": name, "params": members[name], **(options[name] or {})} for name in options if members[name]]
 
 
