@@ -21,9 +21,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Splits the trainable parameters of a model into groups with options of their own.
 
-    After ``awconv.convert(model, init="identity")`` the plain network's rate and decay suit the weights, and on held-out
-    images they suited the branches, too (docs/retrofit.md): give options for a reason. A new classifier wants about
-    ten times the rate of a pretrained network.
+    After ``awconv.convert(model, init="identity")`` the plain network's rate and decay suit the weights, and on
+    held-out images they suited the branches, too (docs/retrofit.md): give options for a reason. A new classifier wants
+    about ten times the rate of a pretrained network.
 
     Args:
         model: a network with AW-convolutions.
@@ -62,15 +62,15 @@ def parameter_groups(
         raise ValueError(
             f"parameter_groups: {type(model).__name__} has no AW-convolution; convert it first (awconv.convert)"
         )
-    weights = {module.weight for module in model.modules() if isinstance(module, AW_LAYERS)}
+    weights: Any = {module.weight for module in model.modules() if isinstance(module, AW_LAYERS)}
     heads = {parameter for part in classifiers(model) for parameter in part.parameters()} if head is not None else set()
     if head is not None and not heads:
         raise ValueError(
-            f"parameter_groups: {type(model).__name__} has no classifier under get_classifier(), fc, classifier, head or "
-            "heads; leave head out"
+            f"parameter_groups: {type(model).__name__} has no classifier under get_classifier(), fc, classifier, head "
+            "or heads; leave head out"
         )
     members: dict[str, list[nn.Parameter]] = {name: [] for name in options}
-    kinds = {"branch": branches, "weight": weights, "head": heads}
+    kinds: dict[str, set[nn.Parameter]] = {"branch": branches, "weight": weights, "head": heads}
     for parameter in model.parameters():
         if parameter.requires_grad:
             members[next((kind for kind, group in kinds.items() if parameter in group), "rest")].append(parameter)
