@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from awconv import AWConv2d
 from awconv.cli import main
 from awconv.compare import compare
 from awconv.compare.record import Record
@@ -36,6 +37,19 @@ def test_a_checkpoint_is_evaluated_to_the_same_loss(name: str) -> None:
     cli = TrainingCLI(["test", f"--ckpt_path={HERE / name}.ckpt", *QUIET])
     assert cli.trainer.callback_metrics["test/loss"].item() == pytest.approx(TEST_LOSS[name], rel=1e-4)
     assert load_task(HERE / f"{name}.ckpt").hparams["network_args"]["width"] == 4
+
+
+def test_a_training_by_identity_goes_on_in_the_form_that_it_began_in(tmp_path: Path) -> None:
+    """Its weights were divided by 1 + a0, and so are the optimiser's momenta: the map must not become relative."""
+    arguments = ["--model.network_args={width: 4}", "--model.network=resnet8_cifar", "--data.batch_size=64"]
+    convert = "--model.convert={init: identity, reduction: 4}"
+    root = f"--trainer.default_root_dir={tmp_path}"
+    resumed = [f"--ckpt_path={HERE / 'identity.ckpt'}", "--trainer.max_epochs=2"]
+    cli = TrainingCLI(["fit", *arguments, convert, root, *QUIET, *resumed])
+    assert cli.trainer.global_step == 2 * read_checkpoint(HERE / "identity.ckpt")["global_step"]
+    layers = [module for module in cli.model.network.modules() if isinstance(module, AWConv2d)]
+    assert layers
+    assert all(layer.attention.relative_to is None for layer in layers)
 
 
 def test_a_training_goes_on_by_the_settings_that_were_written(tmp_path: Path) -> None:
