@@ -266,6 +266,14 @@ def test_a_mark_of_another_shape_is_refused(file: Path) -> None:
         awconv.load_adapter(model, tensors | {marks[0]: torch.full((2,), 0.5)})
 
 
+@pytest.mark.parametrize("branches", ["{", "[]", '{"layer1": 3}', "[" * 100_000])
+def test_metadata_of_others_are_checked(branches: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, metadata = read_adapter(file)
+    monkeypatch.setattr("awconv.adapter.read_adapter", lambda _: (tensors, metadata | {"branches": branches}))
+    with pytest.raises(ValueError, match="load_adapter: the adapter has metadata that cannot be read: "):
+        awconv.load_adapter(base(), file)
+
+
 def test_values_are_of_the_same_names() -> None:
     model = base()
     awconv.train_only(model, "branch", "head")

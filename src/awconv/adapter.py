@@ -269,7 +269,11 @@ def _arguments(layer: Any) -> dict[str, Any]:
 def _check_branches(model: nn.Module, metadata: Mapping[str, str]) -> None:
     """Raises a ValueError if AW-convolutions that an adapter's file tells of are not there, or have other arguments."""
     there = _layers(model)
-    for name, arguments in json.loads(metadata.get("branches", "{}")).items():
+    try:
+        told = {name: dict(arguments) for name, arguments in json.loads(metadata.get("branches", "{}")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"load_adapter: the adapter has metadata that cannot be read: {error}") from error
+    for name, arguments in told.items():
         if name not in there:
             _refuse_plain(name)
         differing = {key: value for key, value in arguments.items() if getattr(there[name], key, None) != value}
