@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import awconv
@@ -250,6 +251,36 @@ def test_a_dictionary_of_another_activation_or_network_is_refused(file: Path) ->
         awconv.load_adapter(base(activation="relu"), load_file(file))
     with pytest.raises(ValueError, match=r"the adapter has 1 tensors that the model has not, such as none.weight"):
         awconv.load_adapter(base(), {"none.weight": torch.zeros(1)})
+
+
+def test_only_attention_branches_are_taken_for_such() -> None:
+    model = nn.ModuleDict({"block": nn.ModuleDict({"attention": nn.Linear(2, 2)})})
+    with pytest.raises(ValueError, match=r"the adapter has 1 tensors that the model has not, such as other.attention"):
+        awconv.load_adapter(model, {"other.attention.weight": torch.zeros(2, 2)})
+
+
+def test_a_mark_of_another_shape_is_refused(file: Path) -> None:
+    model, tensors = base(), load_file(file)
+    marks = [name for name in tensors if name.endswith("relative_to")]
+    with pytest.raises(ValueError, match=r"relative_to is \[0.5, 0.5\] in the adapter"):
+        awconv.load_adapter(model, tensors | {marks[0]: torch.full((2,), 0.5)})
+
+
+@pytest.mark.parametrize("branches", ["{", "[]", '{"layer1": 3}', "[" * 100_000])
+def test_metadata_of_others_are_checked(branches: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, metadata = read_adapter(file)
+    monkeypatch.setattr("awconv.adapter.read_adapter", lambda _: (tensors, metadata | {"branches": branches}))
+    with pytest.raises(ValueError, match="load_adapter: the adapter has metadata that cannot be read: "):
+        awconv.load_adapter(base(), file)
+
+
+def test_values_are_of_the_same_names() -> None:
+    model = base()
+    awconv.train_only(model, "branch", "head")
+    with pytest.raises(ValueError, match=r"values must have the model's names, and \d+ differ.*give the network in it"):
+        awconv.adapter_state_dict(model, values=ModelEmaV3(model))
+    with pytest.raises(ValueError, match=r"values must have .* such as .*relative_to"):
+        awconv.adapter_state_dict(model, values=awconv.convert(pretrained()))
 
 
 def rewritten(file: Path, to: Path, tensors: Mapping[str, Tensor] | None = None, **metadata: str) -> Path:

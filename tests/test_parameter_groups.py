@@ -47,6 +47,7 @@ def test_the_classifier_is_a_group_where_it_has_options() -> None:
     assert [group["name"] for group in groups] == ["branch", "weight", "head", "rest"]
     assert groups[2] == {"name": "head", "params": [model.fc.weight, model.fc.bias], "lr": 3e-3}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert parameter_groups(nn.DataParallel(model), head={"lr": 3e-3}) == groups
     with pytest.raises(ValueError, match=r"Sequential has no classifier under get_classifier\(\), fc.*leave head out"):
         parameter_groups(convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))), head={"lr": 1.0})
 

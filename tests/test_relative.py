@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
+from torch.fx import symbolic_trace
 from torch.optim.swa_utils import AveragedModel
 
 from awconv import convert
@@ -150,3 +151,47 @@ def test_tensors_without_values(init: Init) -> None:
         model.load_state_dict(source.state_dict())
         assert model[1].attention.relative
         assert model(torch.randn(2, 3, 9, 9)).shape == (2, 4, 5, 5)
+
+
+def test_parameters_alone_leave_the_form_as_it_is() -> None:
+    source, taker, images = trained(), network(), torch.randn(IMAGES)
+    taker.load_state_dict({name: tensor for name, tensor in source.state_dict().items() if "running" in name}, False)
+    found = taker.load_state_dict(dict(source.named_parameters()), strict=False)
+    assert "layer1.0.conv1.attention.relative_to" in found.missing_keys
+    assert torch.equal(taker(images), source(images))
+
+
+def test_traced_networks_state_dicts_have_the_mark_too() -> None:
+    source, taker, images = trained(), network(), torch.randn(IMAGES)
+    traced = symbolic_trace(source)
+    taker.load_state_dict(traced.state_dict())
+    assert torch.equal(taker(images), source(images))
+    with pytest.raises(RuntimeError, match=r"Missing key.*relative_to"):
+        traced.load_state_dict(moved(network("fresh")).state_dict())
+
+
+@pytest.mark.parametrize("init", FORMS)
+def test_plain_weights_are_loaded_before_there_are_branches(init: Init) -> None:
+    plain = timm.create_model("resnet8_cifar")
+    with torch.device("meta"):
+        taker = network(init)
+    found = taker.load_state_dict(plain.state_dict(), strict=False, assign=True)
+    assert all(".attention." in name for name in found.missing_keys)
+    assert torch.equal(taker.layer1[0].conv1.weight, plain.layer1[0].conv1.weight)
+
+
+def test_a_mark_of_another_shape_is_refused() -> None:
+    state = network().state_dict() | {"layer1.0.conv1.attention.relative_to": torch.zeros(2)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for layer1\.0\.conv1\.attention\.relative_to"):
+        network().load_state_dict(state)
+
+
+@pytest.mark.parametrize("init", FORMS)
+def test_a_compiled_network_takes_the_other_form(init: Init, recwarn: pytest.WarningsRecorder) -> None:
+    taker, images = network(init), torch.randn(IMAGES)
+    compiled: Any = torch.compile(taker, backend="eager")
+    compiled(images)
+    source = moved(network("fresh" if init == "identity" else "identity"))
+    taker.load_state_dict(source.state_dict())
+    torch.testing.assert_close(compiled(images), source(images))
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]

@@ -38,7 +38,7 @@ def adapter_state_dict(model: nn.Module, *, values: nn.Module | None = None) -> 
 
     Raises:
         TypeError: the model is no module.
-        ValueError: nothing of the model trains, or nothing is frozen.
+        ValueError: nothing of the model trains, or nothing is frozen; or ``values`` has other names.
 
     Examples:
         >>> import timm
@@ -59,9 +59,15 @@ def adapter_state_dict(model: nn.Module, *, values: nn.Module | None = None) -> 
             "adapter: all of the model trains, so there is no base to adapt; freeze the rest with awconv.train_only, "
             "or save model.state_dict()"
         )
-    names = _trained_names(model)
-    state = _tensors(model if values is None else unwrapped(values))
-    return {name: state[name].detach().clone() for name in _tensors(model) if name in names}
+    names, own = _trained_names(model), _tensors(model)
+    state = own if values is None else _tensors(unwrapped(values))
+    differing = sorted(own.keys() ^ state.keys())
+    if differing:
+        raise ValueError(
+            f"adapter: values must have the model's names, and {len(differing)} differ, such as "
+            f"{', '.join(differing[:4])}; of a moving average, give the network in it (its module)"
+        )
+    return {name: state[name].detach().clone() for name in own if name in names}
 
 
 def save_adapter(
@@ -85,7 +91,8 @@ def save_adapter(
     Raises:
         OSError: the file cannot be written.
         TypeError: the model is no module.
-        ValueError: nothing of the model trains, or nothing is frozen; or an entry has a name that is taken.
+        ValueError: nothing of the model trains, or nothing is frozen; or ``values`` has other names, or an entry has a
+            name that is taken.
 
     Examples:
         >>> import tempfile
@@ -262,7 +269,11 @@ def _arguments(layer: Any) -> dict[str, Any]:
 def _check_branches(model: nn.Module, metadata: Mapping[str, str]) -> None:
     """Raises a ValueError if AW-convolutions that an adapter's file tells of are not there, or have other arguments."""
     there = _layers(model)
-    for name, arguments in json.loads(metadata.get("branches", "{}")).items():
+    try:
+        told = {name: dict(arguments) for name, arguments in json.loads(metadata.get("branches", "{}")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"load_adapter: the adapter has metadata that cannot be read: {error}") from error
+    for name, arguments in told.items():
         if name not in there:
             _refuse_plain(name)
         differing = {key: value for key, value in arguments.items() if getattr(there[name], key, None) != value}
@@ -294,9 +305,9 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"load_adapter: the adapter lacks {', '.join(missing[:4])} of the model's attention branches; convert "
                 "the base with the same arguments as then"
             )
-        if start in tensors and tensors[start].item() != layer.attention.start.attention:
+        if start in tensors and tensors[start].tolist() != layer.attention.start.attention:
             raise ValueError(
-                f"load_adapter: {start} is {tensors[start].item():g} in the adapter, and the model's branch, of "
+                f"load_adapter: {start} is {tensors[start].tolist()} in the adapter, and the model's branch, of "
                 f"another activation or form, starts at {layer.attention.start.attention:g}; convert the base with the "
                 "same arguments as then"
             )
@@ -310,7 +321,7 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _refuse_names(names: list[str], layers: Mapping[str, Any]) -> NoReturn:
     for name in names:
-        layer, inside, _ = f".{name}".rpartition(".attention.")
+        layer, inside, _ = f".{name}".rpartition(".attention.conv1.")
         if inside and layer.lstrip(".") not in layers:
             _refuse_plain(layer.lstrip("."))
     raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,17 +31,15 @@ class Start(NamedTuple):
     gain: float
 
 
-_SCORES = {"sigmoid": (0.0, 0.5), "tanh": (0.0, 0.0), "relu": (1.0, 1.0)}  # and what the activation makes of them
-
-
-@functools.cache
-def start_of(activation: str, residual: bool) -> Start:
-    """Where a branch starts by identity."""
-    score, attention = _SCORES[activation]
-    if not residual and attention == 0:  # there would be no weights left
-        score, attention = math.atanh(0.5), 0.5
-    return Start(score, attention, attention + residual)
-
+START = {
+    ("sigmoid", True): Start(0.0, 0.5, 1.5),
+    ("sigmoid", False): Start(0.0, 0.5, 0.5),
+    ("tanh", True): Start(0.0, 0.0, 1.0),
+    ("tanh", False): Start(math.atanh(0.5), 0.5, 0.5),  # there would be no weights left at 0
+    ("relu", True): Start(1.0, 1.0, 2.0),
+    ("relu", False): Start(1.0, 1.0, 1.0),
+}
+"""Where a branch starts by identity, by (activation, residual)."""
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -106,7 +103,7 @@ class AttentionBranch(nn.Module):
     @property
     def start(self) -> Start:
         """The constant that the branch starts as by identity."""
-        return start_of(self.activation, self.residual)
+        return START[self.activation, self.residual]
 
     @property
     def relative(self) -> bool:
@@ -135,7 +132,7 @@ class AttentionBranch(nn.Module):
         attention = self.act1(self.norm1(self.conv1(attention)))
         attention = self.act2(self.norm2(self.conv2(attention)))
         if (constant, gain) != (0, 1):
-            attention = (attention - constant) / gain
+            attention = (attention - self.relative_to) / gain  # the buffer: torch.fx keeps it in state dicts, then
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
 
     @torch.no_grad()
@@ -164,8 +161,9 @@ class AttentionBranch(nn.Module):
     def is_identity(self) -> bool:
         """Whether the map is 0 for every input, as at the start by identity: the layer computes with its weights."""
         scale, shift = self._last_scale(), self._last_shift()
-        constant = scale is not None and not scale.any()
-        return self.relative and constant and (shift is None or bool((shift == self.start.score).all()))
+        if not self.relative or scale is None or scale.is_meta or scale.any():
+            return False
+        return shift is None or bool((shift == self.start.score).all())
 
     def _last_scale(self) -> Tensor | None:
         """What makes the map a constant where it is zero."""
@@ -185,18 +183,23 @@ class AttentionBranch(nn.Module):
             self.relative_to = self.conv2.weight.new_tensor(self.start.attention) if relative else None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        """A state dict of a branch says which form it was trained in, and the branch takes that."""
+        """A state dict of a whole branch says which form it was trained in, and the branch takes that."""
         name = f"{prefix}relative_to"
         told = state_dict.get(name)
-        if told is not None or any(key.startswith(prefix) for key in state_dict):
+        if told is not None or self._is_whole(state_dict, prefix):
             self._set_relative(told is not None)
-        if type(told) is Tensor and not told.is_meta and not self._starts_at(told.item()):
+        if type(told) is Tensor and told.dim() == 0 and not told.is_meta and not self._starts_at(told.item()):
             error_messages = arguments[-1]
             error_messages.append(
                 f"{name} is {told.item():g}, and this branch, of another activation or form, starts at "
                 f"{self.start.attention:g}: convert the network with the arguments that the saved one had"
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _is_whole(self, state_dict: Any, prefix: str) -> bool:
+        """Whether a state dict has all of the branch but its form, and not only its parameters, say."""
+        left_out = ("relative_to", "num_batches_tracked")
+        return all(f"{prefix}{name}" in state_dict for name in self.state_dict() if not name.endswith(left_out))
 
     def _starts_at(self, constant: float) -> bool:
         return abs(constant - self.start.attention) < 0.01  # averages of several networks' are rounded

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from awconv.layers import AW_LAYERS
-from awconv.train_only import classifiers
+from awconv.train_only import classifiers, unwrapped
 
 
 def parameter_groups(
@@ -63,7 +63,9 @@ def parameter_groups(
             f"parameter_groups: {type(model).__name__} has no AW-convolution; convert it first (awconv.convert)"
         )
     weights: Any = {module.weight for module in model.modules() if isinstance(module, AW_LAYERS)}
-    heads = {parameter for part in classifiers(model) for parameter in part.parameters()} if head is not None else set()
+    heads = set()
+    if head is not None:
+        heads = {parameter for part in classifiers(unwrapped(model)) for parameter in part.parameters()}
     if head is not None and not heads:
         raise ValueError(
             f"parameter_groups: {type(model).__name__} has no classifier under get_classifier(), fc, classifier, head "

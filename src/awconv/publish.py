@@ -33,8 +33,9 @@ def publish(
     The folder has the layout of Hugging Face's hub. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
     it; once uploaded, ``hf-hub:NAME`` does too.
 
-    Of a run with ``train_only``, it writes what was trained, as ``adapter.safetensors``, which ``awconv predict`` and
-    :func:`awconv.load_adapter` put on the pretrained base. The network may then be converted or have arguments.
+    Of a run whose ``train_only`` froze parameters, it writes what was trained, as ``adapter.safetensors``, which
+    ``awconv predict`` and :func:`awconv.load_adapter` put on the pretrained base. The network may then be converted or
+    have arguments.
 
     Args:
         run: the record of a run of ``awconv compare``, with its checkpoints beside it.
@@ -58,11 +59,12 @@ def publish(
     name = f"{record.network}.{tag}"
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / (FILE if task.parts is None else ADAPTER)
-    if task.parts is None:
-        save_file(network.state_dict(), weights)
-    else:
+    adapts = _adapts(task)
+    weights = folder / (ADAPTER if adapts else FILE)
+    if adapts:
         _write_adapter(task, weights)
+    else:
+        save_file(network.state_dict(), weights)
     weights.chmod(0o644)  # for all who may use the package
     config = dict(
         architecture=record.network,
@@ -74,7 +76,7 @@ def publish(
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     packaged = out.resolve() == WEIGHTS.resolve()
     place = None if packaged else folder
-    how = _loading(record, name, recipe, place) if task.parts is None else _adapting(task, weights)
+    how = _adapting(task, weights) if adapts else _loading(record, name, recipe, place)
     (folder / CARD).write_text(_card(record, name, data, recipe, license, how))
     print(printable(f"{name}: {record.test_split} accuracy {100 * record.score:.2f} %, in {folder}"))
     return 0
@@ -115,12 +117,12 @@ def _finished(run: Path) -> tuple[Record, ClassificationTask]:
         raise ValueError(f"only classifiers are published, and {run} is of a detector")
     if record.network != task.network_name:
         raise ValueError(f"{run} says that its network is {record.network}, and {last} {task.network_name}")
-    if task.parts is not None and not task.pretrained:
+    if _adapts(task) and not task.pretrained:
         raise ValueError(
             "an adapter needs its base, and that of a run with train_only and without pretrained was random; train on "
             f"--model.pretrained, or keep the checkpoint, {last}"
         )
-    if task.parts is None and (task.network_args or task.conversion):
+    if not _adapts(task) and (task.network_args or task.conversion):
         raise ValueError(
             "a network with network_args or convert cannot be loaded by its name alone, so it is not published; keep "
             f"its checkpoint, {last}"
@@ -145,6 +147,11 @@ def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: s
         label_names=task.classes,
         license=license,
     )
+
+
+def _adapts(task: ClassificationTask) -> bool:
+    """Whether a part of the parameters was trained; with all of them, there is no base."""
+    return task.trained is not None and task.trained.trained < task.trained.parameters
 
 
 def _write_adapter(task: ClassificationTask, file: Path) -> None:

@@ -59,6 +59,10 @@ def test_a_training_goes_on_by_the_settings_that_were_written(tmp_path: Path) ->
     assert cli.trainer.global_step == 2 * read_checkpoint(HERE / "fit.ckpt")["global_step"]
     with pytest.raises(ValueError, match=r"other settings: model\.lr is 0\.1 there, 0\.2 now"):
         TrainingCLI(["fit", *arguments, "--trainer.max_epochs=2", "--model.lr=0.2"])
+    with pytest.raises(ValueError, match=r"other settings: model\.head_lr_factor is 1\.0 there, 2\.0 now"):
+        TrainingCLI(["fit", *arguments, "--trainer.max_epochs=2", "--model.head_lr_factor=2"])
+    with pytest.raises(ValueError, match=r"other settings: model\.train_only is not set there"):
+        TrainingCLI(["fit", *arguments, "--trainer.max_epochs=2", "--model.train_only=[head]"])
 
 
 def test_finished_runs_are_taken_and_an_interrupted_one_goes_on(
@@ -75,6 +79,7 @@ def test_finished_runs_are_taken_and_an_interrupted_one_goes_on(
     # Twenty steps of training amplify what another processor rounds.
     assert found.epochs[1].train_loss == pytest.approx(expected.epochs[1].train_loss, rel=0.02)
     settings = {name: value for name, value in expected.recipe.items() if name != "trainer"}
+    settings["model"] = settings["model"] | {"head_lr_factor": 1.0}  # which there was not
     assert {name: value for name, value in found.recipe.items() if name != "trainer"} == settings
     assert json.loads((tmp_path / "results.json").read_text())["summary"][1]["variant"] == "aw"
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import awconv
 from awconv.models.pretrained import weights_overlay
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
+from tests.networks import moved
 
 PLAIN = "tf_efficientnet_lite0"
 VARIANTS = [f"se_{PLAIN}", f"aw_{PLAIN}", f"aw_se_{PLAIN}"]
@@ -83,6 +84,18 @@ def test_a_file_that_lacks_some_of_the_attention_is_refused(name: str, tmp_path:
         weights_overlay(name, tmp_path / "some.safetensors")
     with pytest.raises(RuntimeError, match="Missing key"):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "some.safetensors")))
+
+
+@pytest.mark.parametrize(("of", "into"), [("fresh", "identity"), ("identity", "fresh")])
+def test_a_file_says_in_which_form_its_branches_were_trained(of: str, into: str, tmp_path: Path) -> None:
+    name, file = "aw_resnet8_cifar", tmp_path / "trained.safetensors"
+    trained = moved(timm.create_model(name, aw_args=dict(init=of))).eval()
+    save_file(trained.state_dict(), file)
+    arguments: dict[str, Any] = dict(aw_args=dict(init=into))
+    overlay = weights_overlay(name, file, arguments)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), trained(images))
 
 
 def test_branches_that_start_at_random_are_not_made_up(weights: Path) -> None:

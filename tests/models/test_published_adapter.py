@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import awconv
 from awconv.adapter import read_adapter
 from awconv.cli import main
-from awconv.models.published import ADAPTER, CARD, CONFIG, sha256
+from awconv.models.published import ADAPTER, CARD, CONFIG, FILE, sha256
 from awconv.predict import load_task
 from awconv.tasks.adapted import load_adapted
 from awconv.training.checkpoints import find_last
@@ -188,6 +188,19 @@ def test_what_cannot_be_published_is_refused(
         capsys.readouterr()
         assert main(["publish", str(out / "plain-seed0.json"), *command[2:]]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_run_that_froze_statistics_alone_is_published_whole(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {network: resnet8_cifar, train_only: ['*.weight', '*.bias']}\n"
+        "trainer: {max_epochs: 1, limit_train_batches: 1, accelerator: cpu}\n"
+    )
+    recipe, runs = tmp_path / "recipe.yaml", tmp_path / "runs"
+    assert main(["compare", str(recipe), "--variants=plain", "--seeds=1", f"--out={runs}"]) == 0
+    assert main(["publish", str(runs / "plain-seed0.json"), *WORDS, f"--out={tmp_path / 'weights'}"]) == 0
+    folder = tmp_path / "weights" / "resnet8_cifar.digits"
+    assert {path.name for path in folder.iterdir()} == {FILE, CONFIG, CARD}
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=1).fc.weight.any()
 
 
 def test_adapters_of_others_and_their_metadata_are_checked(

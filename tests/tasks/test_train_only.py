@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from awconv.predict import load_task
 from awconv.tasks import ClassificationTask, DetectionTask
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last
+from tests.networks import moved
 from tests.tasks.test_classification import fit, pretrained_network
 
 NETWORK = "resnet8_cifar"
@@ -124,6 +127,33 @@ def test_a_comparison_trains_parts_of_its_variants(tmp_path: Path) -> None:
 def test_a_classifier_of_zeros_that_stays_is_refused(weights: Path) -> None:
     with pytest.raises(ValueError, match=r"train_only must have 'head', got \['norm'\]: .* of 7 classes .* data of 10"):
         fit(weights.parent, f"--model.pretrained={weights}", "--model.train_only=[norm]")
+
+
+def test_the_norm_of_a_classifier_that_starts_at_zeros_stays(tmp_path: Path) -> None:
+    save_file(timm.create_model("repvit_m0_9", num_classes=5).state_dict(), tmp_path / "weights.safetensors")
+    task = task_of("repvit_m0_9", tmp_path / "weights.safetensors")
+    logits = task.network(torch.randn(4, 3, 32, 32))
+    assert not logits.any()
+    nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    for layer in (task.network.head.head.l, task.network.head.head_dist.l):
+        assert layer.weight.grad.any()
+
+
+def test_a_moving_average_takes_the_form_of_the_weights(tmp_path: Path) -> None:
+    trained = moved(timm.create_model("aw_resnet8_cifar", aw_args=dict(init="fresh"))).eval()
+    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    arguments = dict(network_args=dict(aw_args=dict(init="identity")), ema_decay=0.9)
+    task = task_of("aw_resnet8_cifar", tmp_path / "weights.safetensors", **arguments)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(task.evaluated(images), trained(images))
+
+
+def task_of(network: str, weights: Path, **arguments: Any) -> Any:
+    """A task of ten classes with the weights."""
+    data = dict(classes=list("abcdefghij"), input_size=[3, 32, 32], mean=[0.5] * 3, std=[0.5] * 3)
+    task = ClassificationTask(**data, network=network, pretrained=str(weights), **arguments)
+    task.load_pretrained(whole=False)
+    return task
 
 
 def test_a_list_of_parts_is_expected() -> None:

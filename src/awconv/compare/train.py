@@ -117,8 +117,9 @@ def _interrupted(comparison: Comparison, run: Run, recipe: Recipe) -> str | None
     last = find_last(folder)
     if last is None:
         return None
-    there = read_checkpoint(last)["callbacks"].get(SameSettings.__qualname__, {}).get("settings", {})
-    differing = recipe.settings.differences(there)
+    checkpoint = read_checkpoint(last)
+    there = checkpoint["callbacks"].get(SameSettings.__qualname__, {}).get("settings", {})
+    differing = recipe.settings.differences(recipe.settings.of_checkpoint(there, checkpoint["hyper_parameters"]))
     if differing:
         raise ValueError(
             f"{folder} holds checkpoints of other settings: {'; '.join(differing[:3])}. Name another folder with "

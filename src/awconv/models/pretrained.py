@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,21 @@ def completed_by_identity(state: Mapping[str, Tensor], network: nn.Module) -> di
     completed = dict(state)
     for kind in _STARTS_AS_IDENTITY:
         modules: dict[str, Any] = {name: module for name, module in network.named_modules() if isinstance(module, kind)}
-        names = [key for key in own if any(key.startswith(f"{name}.") for name in modules)]
+        names = _names_below(modules, own)
         if state.keys().isdisjoint(names) and all(module.is_identity() for module in modules.values()):
             completed |= {name: own[name] for name in names}
     return completed
 
 
 _STARTS_AS_IDENTITY = (AttentionBranch, IdentitySqueezeExcite)
+
+
+def _names_below(modules: Iterable[str], names: Iterable[str]) -> set[str]:
+    prefixes = tuple(f"{module}." for module in modules)
+    return {name for name in names if name.startswith(prefixes)}
+
+
+_NOT_COMPARED = ("num_batches_tracked", ".relative_to")  # branches take the form of the weights
 
 
 def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -118,13 +126,14 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     state = completed_by_identity(read_weights(file, plain.state_dict()), plain)
     classifier = f"{plain.pretrained_cfg['classifier']}."  # type: ignore[index]  # a dictionary of timm's
     found, expected = (
-        {key for key in keys if not key.startswith(classifier) and not key.endswith("num_batches_tracked")}
+        {key for key in keys if not key.startswith(classifier) and not key.endswith(_NOT_COMPARED)}
         for keys in (state, plain.state_dict())
     )
     if found != expected:
         differing = sorted(found ^ expected)
         hint = ""
-        if found < expected and all(".attention." in name for name in differing):
+        branches = [name for name, module in plain.named_modules() if isinstance(module, AttentionBranch)]
+        if found < expected and set(differing) == _names_below(branches, expected):
             hint = (
                 "; attention that starts as the identity needs none: the network_args "
                 "{'aw_args': {'init': 'identity'}} make it so"

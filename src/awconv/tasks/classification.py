@@ -187,11 +187,19 @@ class ClassificationTask(Task):
                     f"train_only must have 'head', got {self.parts}: the weights are of {known.get('num_classes')} "
                     f"classes and the data of {len(self.classes)}, so the classifier is a new one"
                 )
-            for parameter in _classifier_parameters(network):  # so that all logits are zero
-                nn.init.zeros_(parameter)
+            self._make_logits_zero(network)
         self.network.load_state_dict(network.state_dict())
         if self.ema is not None:
-            self.ema.set(self.network)
+            self.ema.module.load_state_dict(network.state_dict())  # its branches take the weights' form, too
+
+    def _make_logits_zero(self, network: nn.Module) -> None:
+        """Makes zeros of the layers that give logits; norms before them (RepViT's) stay, or nothing would learn."""
+        for part in classifiers(network):
+            for layer in part.modules():
+                weight = getattr(layer, "weight", None)
+                if isinstance(weight, nn.Parameter) and weight.dim() > 1 and len(weight) == len(self.classes):
+                    for parameter in layer.parameters(recurse=False):
+                        nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images, uint8 of shape (N, channels, H, W), to logits, shape (N, classes)."""

@@ -42,7 +42,7 @@ class Task(pl.LightningModule):
             network learns best at ten times the rate of the rest or more.
         momentum: the optimizer's momentum.
         weight_decay: the optimizer's weight decay.
-        branch_weight_decay: weight decay of the attention branches. None takes ``weight_decay``.
+        branch_weight_decay: weight decay of what ``branch_lr_factor`` is for. None takes ``weight_decay``.
         warmup_epochs: length of the linear warm-up, in epochs.
         decay_epochs: epochs after which the learning rate is multiplied by ``decay_rate``. If empty, the rate decays to
             0 as a cosine.

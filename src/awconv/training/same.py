@@ -97,7 +97,8 @@ class SameSettings(pl.Callback):
         there = checkpoint["callbacks"].get(self.state_key)
         if there is None:
             return
-        differing = self.settings.differences(there["settings"], Role.STEPS)
+        before = self.settings.of_checkpoint(there["settings"], checkpoint["hyper_parameters"])
+        differing = self.settings.differences(before, Role.STEPS)
         if differing:
             raise ValueError(
                 f"the checkpoint is of a training with other settings: {'; '.join(differing[:3])}. Give those that it "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -94,6 +94,16 @@ class Settings:
         names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
         return [f"{name} is {there.get(name, 'not set')} there, {now.get(name, 'not set')} now" for name in names]
 
+    def of_checkpoint(self, there: Mapping[str, str], arguments: Collection[str]) -> dict[str, str]:
+        """A checkpoint's settings, with today's defaults for arguments of the task that its version did not have.
+
+        Args:
+            there: its settings, by :meth:`deciding`.
+            arguments: the names of those that it had.
+        """
+        new = {name: value for name, value in _defaults_of(self.task).items() if name not in arguments}
+        return _flattened({"model": new}) | dict(there)
+
     def completed(self, there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str] | None:
         """The settings that decided a recorded run. Those that its version of awconv did not have are today's defaults.
 
@@ -150,11 +160,11 @@ def _lost(there: dict[str, Any], known: dict[str, Any]) -> bool:
     return any(value is not None and name not in known for name, value in there.items())
 
 
-def _defaults_of(data: type[DataModule]) -> dict[str, Any]:
-    """The defaults of a data class's arguments, as plain values."""
+def _defaults_of(kind: type[DataModule] | type[Task]) -> dict[str, Any]:
+    """The defaults of a class's arguments, as plain values."""
     found = {
         name: parameter.default
-        for name, parameter in parameters(data).items()
+        for name, parameter in parameters(kind).items()
         if parameter.default is not parameter.empty
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
