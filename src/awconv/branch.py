@@ -131,7 +131,7 @@ class AttentionBranch(nn.Module):
             return attended
         attention = self.act1(self.norm1(self.conv1(attention)))
         attention = self.act2(self.norm2(self.conv2(attention)))
-        if (constant, gain) != (0, 1):
+        if self.relative_to is not None and (constant, gain) != (0, 1):
             attention = (attention - self.relative_to) / gain  # the buffer: torch.fx keeps it in state dicts, then
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
 
