@@ -33,7 +33,7 @@ class Optimization:
     optimizer_args: dict[str, Any]
     lr: float
     branch_lr_factor: float
-    head_lr_factor: float | None
+    head_lr_factor: float
     momentum: float
     weight_decay: float
     branch_weight_decay: float | None
@@ -91,12 +91,12 @@ class Optimization:
             of_branch = [p for p in group["params"] if p in branch]
             split.append(group | dict(lr=self.lr * self.branch_lr_factor, weight_decay=decay, params=of_branch))
             of_head = [p for p in group["params"] if p in head - branch]
-            split.append(group | dict(lr=self.lr * (self.head_lr_factor or 0.0), params=of_head))
+            split.append(group | dict(lr=self.lr * self.head_lr_factor, params=of_head))
         return [group for group in split if group["params"]]
 
     def _head(self, network: nn.Module) -> set[nn.Parameter]:
         """The classifier's parameters, where they have a rate of their own."""
-        if self.head_lr_factor is None:
+        if self.head_lr_factor == 1:
             return set()
         found = {parameter for module in classifiers(network) for parameter in module.parameters()}
         if not found:

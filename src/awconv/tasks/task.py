@@ -38,7 +38,7 @@ class Task(pl.LightningModule):
         lr: the highest learning rate.
         branch_lr_factor: factor of the attention branches' learning rate, and of squeeze-and-excitation that was given
             to a pretrained network.
-        head_lr_factor: factor of the classifier's learning rate; none by default. A new classifier on a pretrained
+        head_lr_factor: factor of the classifier's learning rate. A new classifier on a pretrained
             network learns best at ten times the rate of the rest or more.
         momentum: the optimizer's momentum.
         weight_decay: the optimizer's weight decay.
@@ -79,7 +79,7 @@ class Task(pl.LightningModule):
         optimizer_args: dict[str, Any] | None = None,
         lr: float = 0.1,
         branch_lr_factor: float = 1.0,
-        head_lr_factor: float | None = None,
+        head_lr_factor: float = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         branch_weight_decay: float | None = None,
