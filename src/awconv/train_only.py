@@ -118,10 +118,6 @@ def _members(model: nn.Module, part: str) -> tuple[set[nn.Parameter], set[nn.Mod
     """The parameters of a part, and its norms with statistics."""
     modules: set[nn.Module]
     loose: set[nn.Parameter] = set()
-    if not isinstance(part, str):
-        raise TypeError(
-            f'train_only: each part must be a string, as in train_only(model, "head", "norm"), got {part!r}'
-        )
     if part == "branch":
         modules = parts_of_branches(model)
     elif part == "head":
