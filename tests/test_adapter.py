@@ -274,6 +274,12 @@ def test_metadata_of_others_are_checked(branches: str, file: Path, monkeypatch: 
         awconv.load_adapter(base(), file)
 
 
+def test_branches_with_other_groups_of_norms_are_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path, "groups", "branch", norm_layer=functools.partial(nn.GroupNorm, 1))[0]
+    with pytest.raises(ValueError, match=r"has norm_groups=1, and the model's norm_groups=2; .*norm_layer=\.\.\.\)"):
+        awconv.load_adapter(base(norm_layer=functools.partial(nn.GroupNorm, 2)), file)
+
+
 def test_values_are_of_the_same_names() -> None:
     model = base()
     awconv.train_only(model, "branch", "head")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +159,16 @@ def test_parameters_alone_leave_the_form_as_it_is() -> None:
     taker.load_state_dict({name: tensor for name, tensor in source.state_dict().items() if "running" in name}, False)
     found = taker.load_state_dict(dict(source.named_parameters()), strict=False)
     assert "layer1.0.conv1.attention.relative_to" in found.missing_keys
+    assert torch.equal(taker(images), source(images))
+
+
+@pytest.mark.parametrize("norm_layer", [None, partial(nn.GroupNorm, 1)])
+def test_parameters_alone_that_could_be_whole_branches_are_told(norm_layer: Any) -> None:
+    source, taker = trained(norm_layer=norm_layer), network(norm_layer=norm_layer)
+    with pytest.warns(UserWarning, match=r"taken as of the paper's form.* add the buffers"):
+        taker.load_state_dict(dict(source.named_parameters()), strict=False)
+    taker.load_state_dict(source.state_dict())
+    images = torch.randn(IMAGES)
     assert torch.equal(taker(images), source(images))
 
 

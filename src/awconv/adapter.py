@@ -263,7 +263,10 @@ def _below(layer: str, key: str) -> str:
 
 
 def _arguments(layer: Any) -> dict[str, Any]:
-    return {argument: getattr(layer, argument) for argument in ATTENTION_ARGUMENTS}
+    """What decides a branch's computation and not the names and shapes of its tensors."""
+    arguments = {argument: getattr(layer, argument) for argument in ATTENTION_ARGUMENTS}
+    norm = layer.attention.norm2
+    return arguments | {"norm_groups": norm.num_groups} if isinstance(norm, nn.GroupNorm) else arguments
 
 
 def _check_branches(model: nn.Module, metadata: Mapping[str, str]) -> None:
@@ -276,13 +279,15 @@ def _check_branches(model: nn.Module, metadata: Mapping[str, str]) -> None:
     for name, arguments in told.items():
         if name not in there:
             _refuse_plain(name)
-        differing = {key: value for key, value in arguments.items() if getattr(there[name], key, None) != value}
+        own = _arguments(there[name])
+        differing = {key: value for key, value in arguments.items() if own.get(key) != value}
         if differing:
-            now = ", ".join(f"{key}={getattr(there[name], key, None)!r}" for key in differing)
+            now = ", ".join(f"{key}={own.get(key)!r}" for key in differing)
             given = ", ".join(f"{key}={value!r}" for key, value in differing.items())
+            same = "norm_layer=..." if "norm_groups" in differing else given
             raise ValueError(
                 f"load_adapter: the adapter's layer {name!r} has {given}, and the model's {now}; convert the base with "
-                f'awconv.convert(model, init="identity", {given})'
+                f'awconv.convert(model, init="identity", {same})'
             )
 
 

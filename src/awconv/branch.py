@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -187,6 +188,8 @@ class AttentionBranch(nn.Module):
         name = f"{prefix}relative_to"
         told = state_dict.get(name)
         if told is not None or self._is_whole(state_dict, prefix):
+            if self.relative and told is None and not any(True for _ in self.norm2.buffers()):
+                warnings.warn(_FORM_UNTOLD, stacklevel=2)
             self._set_relative(told is not None)
         if type(told) is Tensor and told.dim() == 0 and not told.is_meta and not self._starts_at(told.item()):
             error_messages = arguments[-1]
@@ -210,6 +213,13 @@ class AttentionBranch(nn.Module):
 
     def extra_repr(self) -> str:
         return f"relative_to={self.start.attention:g}" if self.relative else ""
+
+
+_FORM_UNTOLD = (  # Norms with statistics tell parameters alone from a whole state dict.
+    "weights without relative_to were loaded into attention branches that were converted by identity: they are taken "
+    "as of the paper's form, K (1 + a). If they are parameters of a network that was converted by identity, add the "
+    "buffers of its state_dict()"
+)
 
 
 def _takes_batch_statistics(norm: nn.Module) -> bool:

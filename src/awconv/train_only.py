@@ -59,7 +59,8 @@ def train_only(model: nn.Module, *parts: str) -> TrainedParts:
     What is frozen requires no gradient, and its norms with statistics (BatchNorm) stay in evaluation mode whatever
     ``model.train()`` says, in copies and pickles too: a training changes no bit of them. Dropout follows
     ``model.train()`` as before. A further call replaces the former one, and ``train_only(model, "*")`` lets all train
-    again. Call it after :func:`awconv.convert` and before the network is wrapped for several processes.
+    again. Call it after :func:`awconv.convert` and ``nn.SyncBatchNorm.convert_sync_batchnorm``, which make other
+    layers, and before the network is wrapped for several processes.
 
     Args:
         model: a network.
@@ -117,10 +118,6 @@ def _members(model: nn.Module, part: str) -> tuple[set[nn.Parameter], set[nn.Mod
     """The parameters of a part, and its norms with statistics."""
     modules: set[nn.Module]
     loose: set[nn.Parameter] = set()
-    if not isinstance(part, str):
-        raise TypeError(
-            f'train_only: each part must be a string, as in train_only(model, "head", "norm"), got {part!r}'
-        )
     if part == "branch":
         modules = parts_of_branches(model)
     elif part == "head":
