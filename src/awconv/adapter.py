@@ -117,7 +117,9 @@ def save_adapter(
     }
     told = {**(metadata or {}), **ours}
     told["checksum"] = _digest(tensors, told)
-    Path(file).write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, told))
+    partial = Path(f"{os.fspath(file)}.partial")
+    partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, told))
+    os.replace(partial, file)  # so that a file that is there is whole
 
 
 def read_adapter(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

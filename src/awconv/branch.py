@@ -22,12 +22,12 @@ class Start(NamedTuple):
     """The constant map that a branch starts as by identity.
 
     Attributes:
-        score: what the activation gets. It has a slope there.
+        preactivation: what the activation gets. It has a slope there.
         attention: a0, which the activation makes of it.
         gain: of the weights, 1 + a0; a0 without the residual form. It is not zero.
     """
 
-    score: float
+    preactivation: float
     attention: float
     gain: float
 
@@ -140,11 +140,11 @@ class AttentionBranch(nn.Module):
     def start_as_identity(self) -> None:
         """Starts as a constant for every input, to which the map is relative, with a gradient that leads away from it.
 
-        The weight of the last norm becomes zero and its bias the start's score. Where the last norm has no weight to
+        The weight of the last norm becomes zero and its bias the preactivation. Where the last norm has no weight to
         learn (there is no norm, or it is frozen), the weights of the convolution before it become zero instead.
 
         Raises:
-            ValueError: the last norm has statistics but no weight, or the score is not zero and there is no bias.
+            ValueError: the last norm has statistics but no weight, or the preactivation is not zero and there is no bias.
         """
         scale, shift = self._last_scale(), self._last_shift()
         if scale is None:
@@ -152,11 +152,11 @@ class AttentionBranch(nn.Module):
                 'init="identity" needs a branch whose norm_layer has a weight (affine), is frozen, or is None; '
                 f"got {self.norm2}"
             )
-        if shift is None and self.start.score:
+        if shift is None and self.start.preactivation:
             raise ValueError(f'init="identity" with this activation needs a norm_layer with a bias, got {self.norm2}')
         scale.zero_()
         if shift is not None:
-            shift.fill_(self.start.score)
+            shift.fill_(self.start.preactivation)
         self._set_relative(True)
 
     def is_identity(self) -> bool:
@@ -164,7 +164,7 @@ class AttentionBranch(nn.Module):
         scale, shift = self._last_scale(), self._last_shift()
         if not self.relative or scale is None or scale.is_meta or scale.any():
             return False
-        return shift is None or bool((shift == self.start.score).all())
+        return shift is None or bool((shift == self.start.preactivation).all())
 
     def _last_scale(self) -> Tensor | None:
         """What makes the map a constant where it is zero."""
