@@ -144,7 +144,8 @@ class AttentionBranch(nn.Module):
         learn (there is no norm, or it is frozen), the weights of the convolution before it become zero instead.
 
         Raises:
-            ValueError: the last norm has statistics but no weight, or the preactivation is not zero and there is no bias.
+            ValueError: the last norm has statistics but no weight, or the preactivation is not zero and there is no
+                bias.
         """
         scale, shift = self._last_scale(), self._last_shift()
         if scale is None:
