@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from awconv.convert import ATTENTION_ARGUMENTS
 from awconv.layers import AW_LAYERS
 from awconv.selection import parts_of_branches
-from awconv.train_only import classifiers, is_held, norms_with_statistics, unwrapped
+from awconv.train_only import head_parameters, is_held, norms_with_statistics, unwrapped
 from awconv.version import __version__
 
 _KIND, _FORMAT = "awconv adapter", 1
@@ -338,11 +338,10 @@ def _refuse_names(names: list[str], layers: Mapping[str, Any]) -> NoReturn:
 
 
 def _refuse_shape(model: nn.Module, name: str, tensor: Tensor, there: Tensor) -> NoReturn:
-    heads = {parameter for module in classifiers(model) for parameter in module.parameters()}
     parameter = dict(model.named_parameters(remove_duplicate=False)).get(name)
     mend = (
         f"the adapter is of {len(tensor)} classes: model.reset_classifier({len(tensor)})"
-        if parameter in heads
+        if parameter in head_parameters(model)
         else "build and convert the network as it was trained"
     )
     raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from awconv.layers import AW_LAYERS
-from awconv.train_only import classifiers, unwrapped
+from awconv.train_only import head_parameters, unwrapped
 
 
 def parameter_groups(
@@ -65,7 +65,7 @@ def parameter_groups(
     weights: Any = {module.weight for module in model.modules() if isinstance(module, AW_LAYERS)}
     heads = set()
     if head is not None:
-        heads = {parameter for part in classifiers(unwrapped(model)) for parameter in part.parameters()}
+        heads = head_parameters(unwrapped(model))
     if head is not None and not heads:
         raise ValueError(
             f"parameter_groups: {type(model).__name__} has no classifier under get_classifier(), fc, classifier, head "

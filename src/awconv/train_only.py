@@ -174,6 +174,11 @@ def classifiers(model: Any) -> list[nn.Module]:
     return [one for one in there if isinstance(one, nn.Module)][:1]
 
 
+def head_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a network's classifier; none if it isn't known."""
+    return {parameter for module in classifiers(model) for parameter in module.parameters()}
+
+
 def norms_with_statistics(model: nn.Module) -> set[nn.Module]:
     """The norms of a model with statistics that follow the images in training, attention branches included."""
     return {

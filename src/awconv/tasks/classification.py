@@ -21,7 +21,7 @@ from awconv.models.pretrained import weights_overlay
 from awconv.roles import Role
 from awconv.tasks.checks import check_numbers
 from awconv.tasks.task import Task
-from awconv.train_only import classifiers
+from awconv.train_only import classifiers, head_parameters
 
 # The largest that some of timm.data.Mixup's arguments can be: a probability, or a parameter of a beta distribution.
 _OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e6}
@@ -182,7 +182,7 @@ class ClassificationTask(Task):
         except Exception as error:  # of timm, torch or safetensors
             self.refuse_weights(error)
         if of_others:
-            if self.parts is not None and not any(p.requires_grad for p in _classifier_parameters(self.network)):
+            if self.parts is not None and not any(p.requires_grad for p in head_parameters(self.network)):
                 raise ValueError(
                     f"train_only must have 'head', got {self.parts}: the weights are of {known.get('num_classes')} "
                     f"classes and the data of {len(self.classes)}, so the classifier is a new one"
@@ -257,7 +257,3 @@ class ClassificationTask(Task):
         self.accuracy[split](logits, targets)
         self.log(f"{split}/loss", self.loss[split], on_step=False, on_epoch=True)  # type: ignore[arg-type]
         self.log(f"{split}/accuracy", self.accuracy[split], on_step=False, on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
-
-
-def _classifier_parameters(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for part in classifiers(network) for parameter in part.parameters()]

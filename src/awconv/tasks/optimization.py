@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
 from awconv.parameter_groups import branch_parameters
 from awconv.tasks.checks import check_numbers
-from awconv.train_only import classifiers
+from awconv.train_only import head_parameters
 
 _MOST = 1e18  # products of two such numbers are finite in single precision
 
@@ -81,16 +81,17 @@ class Optimization:
         groups: list[dict[str, Any]] = param_groups_weight_decay(
             network, self.weight_decay, no_weight_decay_list=getattr(network, "no_weight_decay", set)()
         )
-        branch, head = _of_attention(network), self._head(network)
+        branch = _of_attention(network)
+        head = self._head(network) - branch
         own_decay = self.branch_weight_decay
         split = []
         for group in groups:
             decay = group["weight_decay"] and (group["weight_decay"] if own_decay is None else own_decay)
-            rest = [p for p in group["params"] if p not in branch | head]
+            rest = [p for p in group["params"] if p not in branch and p not in head]
             split.append(group | dict(lr=self.lr, params=rest))
             of_branch = [p for p in group["params"] if p in branch]
             split.append(group | dict(lr=self.lr * self.branch_lr_factor, weight_decay=decay, params=of_branch))
-            of_head = [p for p in group["params"] if p in head - branch]
+            of_head = [p for p in group["params"] if p in head]
             split.append(group | dict(lr=self.lr * self.head_lr_factor, params=of_head))
         return [group for group in split if group["params"]]
 
@@ -98,7 +99,7 @@ class Optimization:
         """The classifier's parameters, where they have a rate of their own."""
         if self.head_lr_factor == 1:
             return set()
-        found = {parameter for module in classifiers(network) for parameter in module.parameters()}
+        found = head_parameters(network)
         if not found:
             raise ValueError(
                 f"head_lr_factor is {self.head_lr_factor:g}, and {type(network).__name__} has no classifier under "

@@ -38,8 +38,8 @@ class Task(pl.LightningModule):
         lr: the highest learning rate.
         branch_lr_factor: factor of the attention branches' learning rate, and of squeeze-and-excitation that was given
             to a pretrained network.
-        head_lr_factor: factor of the classifier's learning rate. A new classifier on a pretrained
-            network learns best at ten times the rate of the rest or more.
+        head_lr_factor: factor of the classifier's learning rate. A new classifier on a pretrained network learns best
+            at ten times the rate of the rest or more.
         momentum: the optimizer's momentum.
         weight_decay: the optimizer's weight decay.
         branch_weight_decay: weight decay of what ``branch_lr_factor`` is for. None takes ``weight_decay``.
