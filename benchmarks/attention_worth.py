@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from awconv.data import to_uint8
 from awconv.layers import AW_LAYERS
-from awconv.predict import load_task
+from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 
 Change = Callable[[str, Tensor], Tensor]  # of a layer's map, given its name and the batch's maps

@@ -14,7 +14,8 @@ from PIL import Image
 
 from awconv.cli import main
 from awconv.data import Cifar10, Digits, ImageDataModule, ImageFolder, Parquet
-from awconv.predict import classify, load_task
+from awconv.predict import classify
+from awconv.sources import load_task
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last
 
@@ -86,8 +87,8 @@ def test_predictions_do_not_depend_on_the_batch(trained: Path, pictures: Path) -
     files = sorted(pictures.rglob("*.png"))
     together, alone = (list(classify(task, files, batch_size)) for batch_size in (64, 1))
     assert [p.image for p in together] == [p.image for p in alone] == [str(file) for file in files]
-    assert [p.label for p in together] == [p.label for p in alone]
-    probabilities = [[p.probability for p in results] for results in (together, alone)]
+    assert [p.top[0][0] for p in together] == [p.top[0][0] for p in alone]
+    probabilities = [[p.top[0][1] for p in results] for results in (together, alone)]
     assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
 
 
@@ -122,7 +123,10 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "--ckpt", "none.ckpt", "{here}/broken.ckpt"], "checkpoint none.ckpt is not a file"),
+        (
+            ["predict", "--ckpt", "none.ckpt", "{here}/broken.ckpt"],
+            "none.ckpt is not there: expected a checkpoint",
+        ),
         (
             ["predict", "--ckpt", "{here}/broken.ckpt", "{here}/none.png"],
             "none.png is neither an image file nor a folder",
@@ -132,7 +136,7 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
         (["compare", "{here}/none.yaml"], "none.yaml is not a file"),
         (
             ["fit", "--model.network=resnet8_cifer"],
-            "timm.create_model knows, got 'resnet8_cifer'; near it: aw_cbamresnet8_cifar, aw_resnet8_cifar, ",
+            "timm.create_model knows, got 'resnet8_cifer'; near it: resnet8_cifar, seresnet8_cifar, ",
         ),
         (
             ["fit", "--model.network=resnet8_cifar", "--data=ImageFolder", "--data.root={here}"],
@@ -144,7 +148,7 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
         ),
         (
             ["fit", "--model.network=resnet8_cifar", "--model.pretrained=none.pth", "--trainer.logger=false"],
-            "weights must be a file (safetensors, or a state dict of torch), got 'none.pth'",
+            "weights must be a file (safetensors, a state dict of torch, or a checkpoint), got 'none.pth'",
         ),
         (
             ["fit", "--model.network=resnet8_cifar", "--model.pretrained=true", "--trainer.logger=false"],

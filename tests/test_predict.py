@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import resource
@@ -28,7 +29,7 @@ def classifier(monkeypatch: pytest.MonkeyPatch) -> ClassificationTask:
     task = ClassificationTask(
         ["a\x1b[2J[red]:cat:", "b"], [3, 8, 8], mean=[0.5] * 3, std=[0.5] * 3, network="resnet8_cifar"
     ).eval()
-    monkeypatch.setattr("awconv.predict.load_task", lambda ckpt: task)
+    monkeypatch.setattr("awconv.predict.load_task", lambda ckpt, *_: task)
     return task
 
 
@@ -38,7 +39,7 @@ def detector(monkeypatch: pytest.MonkeyPatch) -> DetectionTask:
     task = DetectionTask(["\x1bcat"], [1], network="resnet8_cifar").eval()
     found = {"boxes": torch.tensor([[2.0, 2, 6, 6]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
     monkeypatch.setattr(task, "forward", lambda images: [found])
-    monkeypatch.setattr("awconv.predict.load_task", lambda ckpt: task)
+    monkeypatch.setattr("awconv.predict.load_task", lambda ckpt, *_: task)
     return task
 
 
@@ -92,10 +93,10 @@ class TestWhichImages:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setenv("HOME", str(folder.parent))
-        asked: list[Path] = []
-        monkeypatch.setattr("awconv.predict.load_task", lambda ckpt: (asked.append(ckpt), classifier)[1])
+        asked: list[str] = []
+        monkeypatch.setattr("awconv.predict.load_task", lambda ckpt, *_: (asked.append(ckpt), classifier)[1])
         assert predict([Path("~/photos")], Path("~/x.ckpt"), format="json") == 0
-        assert asked == [folder.parent / "x.ckpt"]
+        assert asked == [str(folder.parent / "x.ckpt")]
         assert str(folder / "a.png") in capsys.readouterr().out
 
     def test_nothing_to_predict_is_named(self, classifier: ClassificationTask, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ class TestWhichImages:
         upright.save(tmp_path / "upright.png")
         files = [tmp_path / "stored.png", tmp_path / "upright.png"]
         first, second = classify(classifier, files, 2)
-        assert first.probability == second.probability
+        assert first.top == second.top
 
 
 class TestWhatIsPrinted:
@@ -196,7 +197,7 @@ class TestBounds:
         self, detector: DetectionTask, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.undo()  # the real detector
-        monkeypatch.setattr("awconv.predict.load_task", lambda ckpt: detector)
+        monkeypatch.setattr("awconv.predict.load_task", lambda ckpt, *_: detector)
         Image.new("L", (1334, 1)).save(folder / "long.png")
         assert main(["predict", f"--ckpt={CKPT}", str(folder / "long.png")]) == 1
         assert "long.png: 1334x1 pixels shrink to less than one in width or height" in capsys.readouterr().err
@@ -220,24 +221,56 @@ class TestBounds:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+class TestForms:
+    def test_several_classes_in_every_form(
+        self, classifier: ClassificationTask, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def printed(format: Any, **arguments: Any) -> str:
+            assert predict([folder / "a.png"], CKPT, format=format, **arguments) == 0
+            return capsys.readouterr().out
+
+        one = json.loads(printed("json", top_k=2))["predictions"][0]
+        (other,) = one["others"]
+        assert one["probability"] >= other["probability"]
+        assert one["probability"] + other["probability"] == pytest.approx(1)
+        assert {one["label"], other["label"]} == set(classifier.classes)
+        head, row = csv.reader(printed("csv", top_k=9).splitlines())  # there are two classes
+        assert head == ["image", "class 1", "probability 1", "class 2", "probability 2"]
+        assert row[0] == str(folder / "a.png")
+        assert [float(row[2]), float(row[4])] == [one["probability"], other["probability"]]
+        assert "\x1b" not in row[1] + row[3]
+        assert printed("csv").startswith("image,class,probability\n")
+        assert "class 2" in printed("table", top_k=2)
+
+    def test_a_detectors_rows(self, detector: DetectionTask, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert predict([folder], CKPT, format="csv") == 0
+        head, *rows = csv.reader(capsys.readouterr().out.splitlines())
+        assert head == ["image", "class", "score", "x1", "y1", "x2", "y2"]
+        assert [row[0] for row in rows] == [str(folder / "a.png"), str(folder / "b [1].png")]
+        assert [float(cell) for cell in rows[0][2:]] == pytest.approx([0.9, 2, 2, 6, 6])
+        with pytest.raises(ValueError, match=r"top_k is a classifier's"):
+            predict([folder], CKPT, top_k=2)
+
+
 class TestCopies:
-    @pytest.mark.parametrize("place", ["photos", "photos/drawn", "drawn"])
+    @pytest.mark.parametrize("place", ["photos/drawn", "drawn"])
     def test_those_of_a_former_run_are_renewed_and_not_predicted(
         self, place: str, detector: DetectionTask, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         draw = folder.parent / place
         for _ in range(2):
             assert len(predicted(capsys, folder, draw=draw)) == 2
-        copies = {path.name for path in draw.iterdir() if path.is_file()} - {"a.png", "b [1].png"}
-        assert copies == {"a.png.png", "b [1].png.png"}
+        assert {path.name for path in draw.iterdir()} == {"a.png", "b [1].png"}
 
     def test_are_never_written_over_an_image(self, detector: DetectionTask, folder: Path) -> None:
-        digit(5, 16).save(folder / "a.png.png")
-        before = {path: path.read_bytes() for path in folder.iterdir()}
-        for images in ([folder], [folder / "a.png"]):  # as an input, and as a stranger
-            with pytest.raises(ValueError, match=r"a\.png\.png.*; give draw another folder"):
+        digit(5, 16).save(folder / "c.png")
+        (folder / "sub").mkdir()
+        digit(6, 16).save(folder / "sub" / "c.png")
+        before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+        for images in ([folder], [folder / "sub" / "c.png"]):  # as an input, and as a stranger
+            with pytest.raises(ValueError, match=r"\.png.*; give draw another folder"):
                 predict(images, CKPT, draw=folder)
-        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+        assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
 
     @pytest.mark.parametrize("broken", [True, False])
     def test_follow_no_link(self, broken: bool, detector: DetectionTask, folder: Path) -> None:
@@ -247,21 +280,31 @@ class TestCopies:
         before = None if broken else target.read_bytes()
         drawn = folder.parent / "drawn"
         drawn.mkdir()
-        (drawn / "a.png.png").symlink_to(target)
-        with pytest.raises(ValueError, match=r"a\.png would be written through the link .*drawn/a\.png\.png"):
+        (drawn / "a.png").symlink_to(target)
+        with pytest.raises(ValueError, match=r"a\.png would be written through the link .*drawn/a\.png"):
             predict([folder], CKPT, draw=drawn)
         assert (target.read_bytes() if target.exists() else None) == before
 
-    def test_follow_no_linked_folder(self, detector: DetectionTask, folder: Path) -> None:
-        (folder / "sub").mkdir()
-        digit(2, 16).save(folder / "sub" / "c.png")
+    def test_lie_side_by_side_under_names_that_differ(self, detector: DetectionTask, folder: Path) -> None:
         drawn, elsewhere = folder.parent / "drawn", folder.parent / "elsewhere"
-        drawn.mkdir()
-        elsewhere.mkdir()
-        (drawn / "sub").symlink_to(elsewhere)
-        with pytest.raises(ValueError, match=r"c\.png would be written through the link .*drawn/sub; give draw"):
-            predict([folder], CKPT, draw=drawn)
-        assert not list(elsewhere.iterdir())
+        for place in (folder / "may", folder / "june" / "may", elsewhere):
+            place.mkdir(parents=True)
+            digit(2, 16).convert("RGB").save(place / "c.jpg")
+        digit(2, 16).convert("RGB").save(folder / "d.bmp")
+        digit(2, 16).convert("RGB").save(folder / "e.webp")
+        for _ in range(2):  # the second one replaces the first
+            assert predict([folder, elsewhere], CKPT, draw=drawn) == 0
+        names = {"june_may_c.jpg": "JPEG", "photos_may_c.jpg": "JPEG", "elsewhere_c.jpg": "JPEG", "a.png": "PNG"}
+        names |= {"b [1].png": "PNG", "d.bmp.png": "PNG", "e.webp": "WEBP"}
+        assert {path.name: Image.open(path).format for path in drawn.iterdir()} == names
+
+    def test_say_where_nothing_was_found(self, detector: DetectionTask, tmp_path: Path) -> None:
+        Image.new("RGB", (200, 100), "white").save(tmp_path / "plain.png")
+        drawn = tmp_path / "drawn"
+        assert predict([tmp_path / "plain.png"], CKPT, draw=drawn, threshold=0.95) == 0
+        copy = np.asarray(Image.open(drawn / "plain.png").convert("RGB"))
+        assert (copy[:20, :150] != 255).any()  # the note, in the upper left corner
+        assert (copy[30:] == 255).all()
 
     def test_a_link_planted_meanwhile_is_replaced(
         self, detector: DetectionTask, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -270,21 +313,26 @@ class TestCopies:
         precious.write_text("mine")
 
         def plant(images: list[Tensor]) -> list[dict[str, Tensor]]:
-            (drawn / "a.png.png").symlink_to(precious)
+            (drawn / "a.png").symlink_to(precious)
             return [{"boxes": torch.empty(0, 4), "labels": torch.empty(0, dtype=torch.long), "scores": torch.empty(0)}]
 
         monkeypatch.setattr(detector, "forward", plant)
         assert predict([folder / "a.png"], CKPT, draw=drawn) == 0
         assert precious.read_text() == "mine"
-        assert np.array_equal(np.asarray(Image.open(drawn / "a.png.png").convert("L")), np.asarray(digit(0, 16)))
-        assert {path.name for path in drawn.iterdir()} == {"a.png.png"}
+        assert Image.open(drawn / "a.png").size == (16, 16)
+        assert {path.name for path in drawn.iterdir()} == {"a.png"}
 
     def test_what_a_killed_run_left_is_removed_after_an_hour(self, detector: DetectionTask, folder: Path) -> None:
         (folder / "sub").mkdir()
         digit(2, 16).save(folder / "sub" / "c.png")
         drawn, name = folder.parent / "drawn", ".0123456789abcdef.partial"
-        old = {drawn / name, drawn / "sub" / name}
-        others = {drawn / ".fedcba9876543210.partial", drawn / "x.partial", drawn / ".0123.partial"}
+        old = {drawn / name}
+        others = {
+            drawn / "sub" / name,
+            drawn / ".fedcba9876543210.partial",
+            drawn / "x.partial",
+            drawn / ".0123.partial",
+        }
         (drawn / "sub").mkdir(parents=True)
         for file in old | others:
             file.write_bytes(b"half")
@@ -319,11 +367,11 @@ class TestCopies:
     def test_one_that_fails_loses_no_prediction(
         self, detector: DetectionTask, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        long = "x" * 251 + ".png"  # with .png behind it, longer than names may be
+        long = "x" * 251 + ".bmp"  # with .png behind it, longer than names may be
         digit(2, 16).save(folder / long)
         assert len(predicted(capsys, folder, status=1, draw=folder.parent / "drawn")) == 3
         assert predict([folder], CKPT, draw=folder.parent / "drawn") == 1
         error = capsys.readouterr().err
         assert "cannot be written: File name too long" in error
         assert "broken image" not in error
-        assert {path.name for path in (folder.parent / "drawn").iterdir()} == {"a.png.png", "b [1].png.png"}
+        assert {path.name for path in (folder.parent / "drawn").iterdir()} == {"a.png", "b [1].png"}

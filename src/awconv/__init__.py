@@ -7,6 +7,7 @@ from awconv import models
 from awconv.adapter import adapter_state_dict, load_adapter, save_adapter
 from awconv.convert import convert
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.load import Loaded, load
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, use_algorithm
 from awconv.parameter_groups import parameter_groups
 from awconv.summary import Summary, summary
@@ -17,6 +18,7 @@ __all__ = [
     "AWConv1d",
     "AWConv2d",
     "AWConv3d",
+    "Loaded",
     "Summary",
     "__version__",
     "adapter_state_dict",
@@ -24,6 +26,7 @@ __all__ = [
     "aw_conv2d",
     "aw_conv3d",
     "convert",
+    "load",
     "load_adapter",
     "models",
     "parameter_groups",

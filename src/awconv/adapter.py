@@ -152,6 +152,15 @@ def read_adapter(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata
 
 
+def is_adapter(file: str | os.PathLike[str]) -> bool:
+    """Whether a file says that it is one of :func:`save_adapter`."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("kind") == _KIND
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def load_adapter(model: nn.Module, adapter: str | os.PathLike[str] | Mapping[str, Tensor]) -> nn.Module:
     """Loads what was trained of a network into another one with the same base.
 

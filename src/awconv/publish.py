@@ -17,7 +17,7 @@ require("lightning", extra="train")
 from awconv.compare.record import Record
 from awconv.compare.recorder import recorded
 from awconv.models.published import ADAPTER, CARD, CONFIG, FILE, WEIGHTS, sha256
-from awconv.predict import load_task
+from awconv.sources import load_task
 from awconv.tables import markdown_cell
 from awconv.tasks import ClassificationTask
 from awconv.tasks.adapted import described, load_adapted

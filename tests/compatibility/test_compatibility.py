@@ -22,7 +22,7 @@ from awconv import AWConv2d
 from awconv.cli import main
 from awconv.compare import compare
 from awconv.compare.record import Record
-from awconv.predict import load_task
+from awconv.sources import load_task
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import read_checkpoint
 

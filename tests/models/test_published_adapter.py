@@ -17,7 +17,7 @@ import awconv
 from awconv.adapter import read_adapter
 from awconv.cli import main
 from awconv.models.published import ADAPTER, CARD, CONFIG, FILE, sha256
-from awconv.predict import load_task
+from awconv.sources import load_task
 from awconv.tasks.adapted import load_adapted
 from awconv.training.checkpoints import find_last
 from tests.data.samples import digit
@@ -152,7 +152,7 @@ def test_timms_weights_are_the_base_where_they_were(
     expected = predictions(capsys, f"--ckpt={checkpoint}", *images)
     assert predictions(capsys, f"--ckpt={adapter}", *images) == expected
     assert main(["predict", f"--ckpt={checkpoint}", f"--pretrained={adapter}", *images]) == 1
-    assert "pretrained is the base of an adapter (.safetensors), and " in capsys.readouterr().err
+    assert "pretrained is the base of an adapter or the weights of a name, and " in capsys.readouterr().err
     (code,) = re.findall(r"```python\n(.*?)```", (adapter.parent / CARD).read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import awconv
 from awconv import AWConv2d
-from awconv.predict import load_task
+from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 from awconv.training import TrainingCLI
+from tests.networks import moved
 
 NETWORK = "resnet8_cifar"
 
@@ -91,19 +93,78 @@ def test_a_checkpoint_needs_the_weights_no_more(weights: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [7, 10])
-@pytest.mark.parametrize("kind", ["deeper", "prefixed", "plain for AW"])
+@pytest.mark.parametrize("kind", ["deeper", "of two networks", "plain for AW"])
 def test_weights_of_another_network_are_refused(kind: str, classes: int, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     name = "resnet20_cifar" if kind == "deeper" else NETWORK
     state = timm.create_model(name, in_chans=1, num_classes=classes).state_dict()
-    if kind == "prefixed":
-        state = {f"model.{key}": tensor for key, tensor in state.items()}
+    if kind == "of two networks":
+        state = {f"{one}.{key}": tensor.clone() for one in ("student", "teacher") for key, tensor in state.items()}
     save_file(state, path)
     network = ["--model.network=aw_resnet8_cifar"] if kind == "plain for AW" else []
     with pytest.raises(
         ValueError, match=r"no pretrained weights for \w+ .*weights\.safetensors\): .* \d+ names differ"
     ):
         trained(path, *network)
+
+
+def converted(seed: int = 0) -> nn.Module:
+    """A trained network after a conversion, of 7 classes."""
+    torch.manual_seed(seed)
+    return moved(awconv.convert(pretrained_network(), init="identity"))
+
+
+def saved_as(kind: str, network: nn.Module, path: Path) -> None:
+    """Writes a network's weights as trainings do, some with those of another network that must not be taken."""
+    state, others = network.state_dict(), converted(1).state_dict()
+
+    def prefixed(prefix: str, of: dict[str, Tensor] = state) -> dict[str, Tensor]:
+        return {f"{prefix}{name}": tensor for name, tensor in of.items()}
+
+    content: dict[str, Any] = {
+        "state dict": state,
+        "awconv fit": {"state_dict": prefixed("network.")},
+        "awconv fit, averaged": {"state_dict": prefixed("network.", others) | prefixed("ema.module.")},
+        "a Lightning module": {"state_dict": prefixed("backbone."), "pytorch-lightning_version": "2.5.5"},
+        "DataParallel": prefixed("module."),
+        "torch.compile": prefixed("_orig_mod."),
+        "compiled and parallel": {"model": prefixed("module._orig_mod.")},
+        "torch's AveragedModel": prefixed("module.") | {"n_averaged": torch.tensor(3)},
+        "timm": {"state_dict": others, "state_dict_ema": state},
+    }[kind]
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "state dict",
+        "awconv fit",
+        "awconv fit, averaged",
+        "a Lightning module",
+        "DataParallel",
+        "torch.compile",
+        "compiled and parallel",
+        "torch's AveragedModel",
+        "timm",
+    ],
+)
+def test_a_training_goes_on_from_the_weights_of_any_other(kind: str, tmp_path: Path) -> None:
+    network = converted()
+    saved_as(kind, network, tmp_path / "weights.pt")
+    task = ClassificationTask(
+        list("abc"), [1, 8, 8], [0.5], [0.5], network=NETWORK, convert={}, pretrained=str(tmp_path / "weights.pt")
+    )
+    task.load_pretrained(whole=False)
+    found = task.network.state_dict()
+    for name, tensor in network.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(found[name], tensor), name
+    assert not found["fc.weight"].any()
+    with pytest.raises(ValueError, match=r"names differ, such as .*; the file is of a converted network: give"):
+        ClassificationTask(
+            list("abc"), [1, 8, 8], [0.5], [0.5], network=NETWORK, pretrained=str(tmp_path / "weights.pt")
+        ).load_pretrained(whole=False)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.1])

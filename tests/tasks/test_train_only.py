@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from awconv.cli import main
 from awconv.compare import compare
-from awconv.predict import load_task
+from awconv.sources import load_task
 from awconv.tasks import ClassificationTask, DetectionTask
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last

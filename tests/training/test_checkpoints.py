@@ -19,7 +19,7 @@ from PIL import Image
 
 from awconv.cli import main
 from awconv.models.pretrained import not_finite, read_weights
-from awconv.predict import load_task
+from awconv.sources import load_task
 from awconv.tasks import DetectionTask
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import AtomicCheckpointIO, find_last, read_checkpoint

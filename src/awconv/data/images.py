@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from awconv.data.order import Draw, derive_seed, seed_all
@@ -95,16 +97,32 @@ def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixe
             pixels or bytes, or has values without a known white (integers of 32 bits, or floats).
     """
     with _opened(source, name, max_pixels) as image:
-        white = _white(image)
-        image.load()
-        turn = _turn(image) if upright else None
-        if white is not None:
-            inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
-            image = _scaled(image, white, inverted)
-        else:
-            mode = "L" if image.mode in _GREY else "RGB"
-            image = image if image.mode == mode else image.convert(mode)  # convert would copy it
-        return image if turn is None else image.transpose(turn)
+        return _decoded(image, turned=upright)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image as :func:`read_image` gives it: grey (mode L) or colour (RGB), turned by its EXIF orientation.
+
+    Raises:
+        BrokenImageError: nothing says which of its values is white.
+    """
+    try:
+        return _decoded(image, turned=True)
+    except ValueError as error:
+        raise BrokenImageError(f"image: {error}") from error
+
+
+def _decoded(image: Image.Image, turned: bool) -> Image.Image:
+    white = _white(image)
+    image.load()
+    turn = _turn(image) if turned else None
+    if white is not None:
+        inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+        image = _scaled(image, white, inverted)
+    else:
+        mode = "L" if image.mode in _GREY else "RGB"
+        image = image if image.mode == mode else image.convert(mode)  # convert would copy it
+    return image if turn is None else image.transpose(turn)
 
 
 def read_header(
@@ -229,7 +247,9 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0) -> Tensor:
+def to_uint8(
+    image: Image.Image, channels: int, size: int, crop_pct: float = 1.0, interpolation: str = "bilinear"
+) -> Tensor:
     """Resizes the shorter side and crops the centre, as torchvision's Resize and CenterCrop do.
 
     Computes only the centre of a large result, so that the longer side may have any length.
@@ -239,6 +259,7 @@ def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0
         channels: 1 for grey, 3 for colour.
         size: height and width of the result, in pixels.
         crop_pct: share of the shorter side to keep, such as 0.875 for 224 of 256 pixels.
+        interpolation: ``"bilinear"``, ``"bicubic"`` or another of torchvision's ``InterpolationMode``.
 
     Returns:
         uint8, shape (channels, size, size).
@@ -247,15 +268,16 @@ def to_uint8(image: Image.Image, channels: int, size: int, crop_pct: float = 1.0
     shorter, shortest = round(size / crop_pct), min(image.size)
     width, height = (shorter if side == shortest else int(shorter * side / shortest) for side in image.size)
     if (width, height) != image.size and width * height > _RESIZED_WHOLE:
-        image = _centre(image, width, height, size)
+        image = _centre(image, width, height, size, Image.Resampling[interpolation.upper()])
     else:
-        image = resize(image, [height, width], antialias=True) if (width, height) != image.size else image
+        if (width, height) != image.size:
+            image = resize(image, [height, width], InterpolationMode(interpolation), antialias=True)
         image = center_crop(image, [size, size]) if image.size != (size, size) else image
     tensor: Tensor = pil_to_tensor(image)
     return tensor
 
 
-def _centre(image: Image.Image, width: int, height: int, size: int) -> Image.Image:
+def _centre(image: Image.Image, width: int, height: int, size: int, filter: Image.Resampling) -> Image.Image:
     """The centre of an image resized to a width and a height, computed without the rest.
 
     Pillow's filter also reads pixels beyond the box. So the values are those of the whole resized image, up to the
@@ -264,7 +286,32 @@ def _centre(image: Image.Image, width: int, height: int, size: int) -> Image.Ima
     left, top = round((width - size) / 2), round((height - size) / 2)
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, min((left + size) * across, image.width), min((top + size) * down, image.height))
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return image.resize((size, size), filter, box=box)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A transform from a Pillow image of any mode to uint8, shape (3, H, W), turned upright."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        tensor: Tensor = pil_to_tensor(upright(image).convert("RGB"))
+        return tensor
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A transform from a Pillow image of any mode to uint8, shape (channels, size, size), turned upright.
+
+    Attributes: the arguments of :func:`to_uint8` with the same names.
+    """
+
+    channels: int
+    size: int
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return to_uint8(upright(image), self.channels, self.size, self.crop_pct, self.interpolation)
 
 
 class ArrayImages(Dataset[tuple[Image.Image, int]]):

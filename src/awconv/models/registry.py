@@ -21,7 +21,7 @@ from timm.layers import get_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from awconv.convert import convert
+from awconv.convert import convert as convert_layers
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.models.cifar_resnet import CifarResNet
 from awconv.models.pretrained import completed_by_identity
@@ -275,12 +275,24 @@ def _register_spec(spec: Spec, builds: Mapping[str, Callable[..., nn.Module]]) -
 
     def build_aw(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         plain = timm.create_model(spec.name, *args, **kwargs)
-        return convert(plain, **({"select": family.select} | family.aw_args | (aw_args or {})))
+        return convert_layers(plain, **({"select": family.select} | family.aw_args | (aw_args or {})))
 
     _register(aw, build_aw, family.cfg, paper="2108.08205", **family.features)
     return build
 
 
+CONVERTED = "awconv_converted"
+"""A network of timm after :func:`awconv.convert`, as ``awconv publish`` names it in a configuration."""
+
+
+def _converted(
+    *args: Any, network: str, network_args: dict[str, Any] | None = None, convert: dict[str, Any], **kwargs: Any
+) -> nn.Module:
+    plain = timm.create_model(network, *args, **(network_args or {}), **kwargs)
+    return convert_layers(plain, **convert)
+
+
+_register(CONVERTED, _converted, _IMAGENET, paper="2108.08205")
 _builds: dict[str, Callable[..., nn.Module]] = {}
 for _spec in SPECS:
     _builds[_spec.name] = _register_spec(_spec, _builds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import timm
@@ -32,6 +33,12 @@ def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
             raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {number}")
 
 
+def near_networks(name: str) -> list[str]:
+    """Names that timm knows and that are like another one."""
+    alike = get_close_matches(name, timm.list_models(), n=4)
+    return alike or timm.list_models(f"*{name.removeprefix('aw_').split('_')[0]}*")[:8]
+
+
 def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None:
     """Raises a ValueError if timm does not know the network or its weights, and names similar ones; also if an argument
     is not the network's own."""
@@ -44,7 +51,7 @@ def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None
             "--model.pretrained, the classes by the data"
         )
     if not isinstance(name, str) or not timm.is_model(name):
-        close = timm.list_models(f"*{str(name).removeprefix('aw_').split('_')[0]}*")[:8]
+        close = near_networks(str(name))
         raise ValueError(
             f"network must be a name that timm.create_model knows, got {name!r}"
             + (f"; near it: {', '.join(close)}" if close else "")

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import awconv
 from awconv.data import ImageDataModule
-from awconv.models.pretrained import weights_overlay
+from awconv.models.pretrained import load_weights
 from awconv.roles import Role
 from awconv.tasks.checks import check_numbers
 from awconv.tasks.task import Task
@@ -42,8 +42,10 @@ class ClassificationTask(Task):
         network: a name that ``timm.create_model`` knows.
         network_args: further arguments of the network, such as ``{"aw_args": {"reduction": 8}}``.
         pretrained: weights to start from: timm's for the network (true), or a file with the network's names
-            (safetensors, or a state dict of torch). A classifier for other classes starts at zeros, so that the first
-            gradients do not spoil the rest: the first loss is ln(classes). Checkpoints do not need the weights again.
+            (safetensors, a state dict of torch, or a checkpoint, such as one of ``awconv fit`` for other classes, whose
+            averaged weights are taken if there are some). A classifier for other classes starts at zeros, so that the
+            first gradients do not spoil the rest: the first loss is ln(classes). Checkpoints do not need the weights
+            again.
         convert: arguments of :func:`awconv.convert`, such as ``{"init": "identity"}``: the network is converted after
             its pretrained weights are loaded.
         label_smoothing: label smoothing of the cross-entropy in training, from 0 to 1.
@@ -66,6 +68,8 @@ class ClassificationTask(Task):
     }
     score, score_name = "accuracy", "accuracy"
 
+    interpolation = "bilinear"
+    """How images are resized: the data sets' way. timm's own weights have another."""
     mean: Tensor
     std: Tensor
 
@@ -171,26 +175,31 @@ class ClassificationTask(Task):
             ValueError: there are no such weights, they belong to another network, or a classifier of zeros would stay.
         """
         try:
-            overlay = None
-            if isinstance(self.pretrained, str):
-                overlay = weights_overlay(self.network_name, self.pretrained, self.network_args)
-            network = self._build(pretrained=True, pretrained_cfg_overlay=overlay)
-            known: Any = network.pretrained_cfg
-            of_others = known.get("num_classes") != len(self.classes)
+            network, classes = self._build_pretrained()
+            of_others = classes != len(self.classes)
             if whole and of_others:
-                raise ValueError(f"they are of {known.get('num_classes')} classes, the data of {len(self.classes)}")
+                raise ValueError(f"they are of {classes} classes, the data of {len(self.classes)}")
         except Exception as error:  # of timm, torch or safetensors
             self.refuse_weights(error)
         if of_others:
             if self.parts is not None and not any(p.requires_grad for p in head_parameters(self.network)):
                 raise ValueError(
-                    f"train_only must have 'head', got {self.parts}: the weights are of {known.get('num_classes')} "
+                    f"train_only must have 'head', got {self.parts}: the weights are of {classes} "
                     f"classes and the data of {len(self.classes)}, so the classifier is a new one"
                 )
             self._make_logits_zero(network)
         self.network.load_state_dict(network.state_dict())
         if self.ema is not None:
             self.ema.module.load_state_dict(network.state_dict())  # its branches take the weights' form, too
+
+    def _build_pretrained(self) -> tuple[nn.Module, int | None]:
+        """The network with its pretrained weights, and their number of classes."""
+        if isinstance(self.pretrained, str):
+            network = self._build()
+            return network, load_weights(network, self.network_name, self.pretrained, self.conversion is not None)
+        network = self._build(pretrained=True)
+        known: Any = network.pretrained_cfg
+        return network, known.get("num_classes")
 
     def _make_logits_zero(self, network: nn.Module) -> None:
         """Makes zeros of the layers that give logits; norms before them (RepViT's) stay, or nothing would learn."""
@@ -216,7 +225,7 @@ class ClassificationTask(Task):
 
     def example(self) -> Tensor:
         """An image of zeros, shape (1, channels, H, W)."""
-        return torch.zeros(1, *self.input_size)
+        return torch.zeros(1, *self.input_size, device=self.device)
 
     def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = (self.network if self.training else self.evaluated)(images)
