@@ -5,6 +5,7 @@ Importing it registers the AW models with timm.
 
 from awconv import models
 from awconv.adapter import adapter_state_dict, load_adapter, save_adapter
+from awconv.branch_spec import BranchSpec
 from awconv.convert import convert
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, use_algorithm
@@ -17,6 +18,7 @@ __all__ = [
     "AWConv1d",
     "AWConv2d",
     "AWConv3d",
+    "BranchSpec",
     "Summary",
     "__version__",
     "adapter_state_dict",

@@ -11,8 +11,8 @@ import timm
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from awconv.branch import AttentionBranch
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
+from awconv.relative import BaseBranch
 
 
 def read_weights(file: str | Path, expected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def completed_by_identity(state: Mapping[str, Tensor], network: nn.Module) -> di
     return completed
 
 
-_STARTS_AS_IDENTITY = (AttentionBranch, IdentitySqueezeExcite)
+_STARTS_AS_IDENTITY = (BaseBranch, IdentitySqueezeExcite)
 
 
 def _names_below(modules: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -132,7 +132,7 @@ def weights_overlay(network: str, file: str | Path, network_args: dict[str, Any]
     if found != expected:
         differing = sorted(found ^ expected)
         hint = ""
-        branches = [name for name, module in plain.named_modules() if isinstance(module, AttentionBranch)]
+        branches = [name for name, module in plain.named_modules() if isinstance(module, BaseBranch)]
         if found < expected and set(differing) == _names_below(branches, expected):
             hint = (
                 "; attention that starts as the identity needs none: the network_args "
