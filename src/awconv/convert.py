@@ -25,7 +25,7 @@ from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3
 from awconv.relative import BaseBranch
 from awconv.selection import Convolution, Selection, choose, convolutions, nothing_selected, parts_of_branches
 
-_COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
+COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv1d: AWConv1d,
     nn.Conv2d: AWConv2d,
     nn.Conv3d: AWConv3d,
@@ -224,6 +224,11 @@ def _is_called_without_arguments(module: nn.Module, method: str) -> bool:
     return True
 
 
+def raises_for_attention(value: object) -> bool:
+    """Whether an attribute of a module is the error that conversion made of a method that folds layers."""
+    return isinstance(value, functools.partial) and value.func is _lose_attention
+
+
 def _lose_attention(name: str, *arguments: Any, **options: Any) -> NoReturn:
     raise ValueError(
         f"{name}() would make a plain convolution of AW-convolutions, and lose their attention. Fold the plain network "
@@ -252,7 +257,7 @@ def obstacle(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str 
         return f"{type(module).__name__} is not initialised; call the model once"
     if is_parametrized(module):
         return "it is parametrised"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "it has hooks"
     if not isinstance(module.weight, nn.Parameter):
         return f"its weight is a {type(module.weight).__name__}, not a parameter"
@@ -268,12 +273,17 @@ def obstacle(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str 
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of a user's is called with a module, its backward or its state dict."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _plain_kind(module: Convolution) -> type[nn.Module] | None:
     """The class whose computation a convolution's is; None for a subclass with its own."""
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
         return None
     for plain in type(module).__mro__:
-        if plain in _COUNTERPARTS:
+        if plain in COUNTERPARTS:
             same = all(
                 getattr(type(module), method) is getattr(plain, method)
                 for method in ("forward", "_conv_forward", "__call__")
@@ -286,7 +296,7 @@ def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AW
     plain = _plain_kind(old)
     assert plain is not None  # which would be an obstacle
     try:
-        new = _COUNTERPARTS[plain](
+        new = COUNTERPARTS[plain](
             old.in_channels,
             old.out_channels,
             old.kernel_size,
