@@ -83,9 +83,8 @@ def _check(name: str, layer: AWConv1d | AWConv2d | AWConv3d) -> None:
 
 
 def _plain(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
-    new: Any
     with torch.device("meta"):  # for its own weights are not needed
-        new = _PLAIN[type(old)](
+        new: Any = _PLAIN[type(old)](
             old.in_channels,
             old.out_channels,
             old.kernel_size,
@@ -98,4 +97,5 @@ def _plain(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
     new.padding_mode = old.padding_mode
     new.weight, new.bias = old.weight, old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice
-    return new.train(old.training)
+    plain: nn.Module = new.train(old.training)
+    return plain

@@ -134,7 +134,7 @@ def nothing_selected(
     if select is None and there:
         return (
             f"convert: {name} is converted already: its {there} AW-convolutions are all that convert selects by "
-            f"default. select= converts others, too; there are {listed}. awconv.revert makes plain convolutions of them again"
+            f"default. select= converts others, too; there are {listed}. awconv.revert makes plain convolutions again"
         )
     default = ". By default only kernels larger than 1 are, without the first one; give select="
     already = f". {there} others are AW-convolutions already" if there else ""
