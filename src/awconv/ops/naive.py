@@ -44,7 +44,8 @@ def attention_map(
     A0 = pool(I, size[2:])
     A1 = torch.relu(norm1(torch.einsum("d c, n c ... -> n d ...", W1, A0)))
     A2 = f(norm2(torch.einsum("e d, n d ... -> n e ...", W2, A1)))
-    return A2.unflatten(1, tuple(size[:2]))
+    A: Tensor = A2.unflatten(1, tuple(size[:2]))
+    return A
 
 
 def pool(I: Tensor, size: Sequence[int]) -> Tensor:
