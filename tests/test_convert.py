@@ -85,7 +85,7 @@ def test_one_and_three_dimensional_convolutions_are_converted() -> None:
 
 def test_a_second_conversion_finds_nothing_left() -> None:
     model = convert(network())
-    with pytest.raises(ValueError, match="no convolution of Sequential was selected"):
+    with pytest.raises(ValueError, match="Sequential is converted already: its 2 AW-convolutions"):
         convert(model)
     convert(model, lambda name, module: module.kernel_size == (1, 1))  # the branches have such, too
     assert kinds(model)["2.0"] == "AWConv2d"
@@ -285,5 +285,12 @@ def test_a_model_without_convolutions_is_refused() -> None:
 
 
 def test_a_network_that_is_converted_already_says_so() -> None:
-    with pytest.raises(ValueError, match=r"it has 'conv1' .*\. 6 others are AW-convolutions already"):
-        convert(timm.create_model("aw_resnet8_cifar"))
+    model = timm.create_model("aw_resnet8_cifar")
+    with pytest.raises(
+        ValueError, match=r"CifarResNet is converted already: its 6 .*select=.*there are 'conv1' .*awconv\.revert"
+    ):
+        convert(model)
+    with pytest.raises(
+        ValueError, match=r"no convolution of .* it has 'conv1' .* 6 others are AW-convolutions already"
+    ):
+        convert(model, lambda name, layer: False)

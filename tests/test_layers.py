@@ -189,7 +189,7 @@ def test_an_empty_batch_passes_in_evaluation() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(activation="gelu"), r"AWConv2d: activation must be one of \['sigmoid', 'tanh', 'relu'\], got 'gelu'"),
+        (dict(activation="gelu"), r"AWConv2d: activation must be one of \['sigmoid', 'tanh', 'relu'\], .*; got 'gelu'"),
         (dict(reduction=0), r"AWConv2d: reduction must be a positive integer, got 0"),
         (dict(residual="false"), r"AWConv2d: residual must be True or False, got 'false'"),
         (dict(in_expansion=3), r"AWConv2d: in_expansion must divide in_channels / groups, 4, got 3"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +123,20 @@ def test_an_aw_layer_is_refused_as_a_target(library: Library) -> None:
 def test_a_branch_is_not_caught_by_its_names(library: Library) -> None:
     with pytest.raises(ValueError, match=r"would adapt conv1 of an attention branch, .*exclude_modules="):
         library.adapt(converted(), ["conv1", "conv3"])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_branch_of_ones_own_is_not_caught_either(library: Library, copied: bool) -> None:
+    def branch(spec: awconv.BranchSpec) -> nn.Module:
+        pool, unflatten = nn.AdaptiveAvgPool2d(spec.attention_size[2:]), nn.Unflatten(1, spec.attention_size[:2])
+        project = nn.Sequential(OrderedDict(project=nn.Conv2d(spec.in_channels, spec.attention_size[0], 1)))
+        return nn.Sequential(pool, project, unflatten)
+
+    model = awconv.convert(nn.Sequential(nn.Conv2d(3, 8, 3), Bottleneck()), branch=branch)
+    model = copy.deepcopy(model) if copied else model
+    with pytest.raises(ValueError, match=r"would adapt project of an attention branch, .*exclude_modules="):
+        library.adapt(model, ["project"])
 
 
 def check_adapters(library: Library, model: nn.Module, targets: Sequence[str], expected: int, images: Tensor) -> None:

@@ -5,11 +5,14 @@ Importing it registers the AW models with timm.
 
 from awconv import models
 from awconv.adapter import adapter_state_dict, load_adapter, save_adapter
+from awconv.branch_spec import BranchSpec
+from awconv.check_optimizer import check_optimizer
 from awconv.convert import convert
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.load import Loaded, load
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, use_algorithm
 from awconv.parameter_groups import parameter_groups
+from awconv.revert import revert
 from awconv.summary import Summary, summary
 from awconv.train_only import train_only
 from awconv.version import __version__
@@ -18,6 +21,7 @@ __all__ = [
     "AWConv1d",
     "AWConv2d",
     "AWConv3d",
+    "BranchSpec",
     "Loaded",
     "Summary",
     "__version__",
@@ -25,11 +29,13 @@ __all__ = [
     "aw_conv1d",
     "aw_conv2d",
     "aw_conv3d",
+    "check_optimizer",
     "convert",
     "load",
     "load_adapter",
     "models",
     "parameter_groups",
+    "revert",
     "save_adapter",
     "summary",
     "train_only",

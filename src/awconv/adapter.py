@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from awconv.branch import AttentionBranch
 from awconv.convert import ATTENTION_ARGUMENTS
 from awconv.layers import AW_LAYERS
 from awconv.selection import parts_of_branches
@@ -276,8 +277,18 @@ def _below(layer: str, key: str) -> str:
 def _arguments(layer: Any) -> dict[str, Any]:
     """What decides a branch's computation and not the names and shapes of its tensors."""
     arguments = {argument: getattr(layer, argument) for argument in ATTENTION_ARGUMENTS}
-    norm = layer.attention.norm2
+    branch = layer.attention
+    if not isinstance(branch, AttentionBranch):
+        return arguments | {"branch": type(branch.branch).__qualname__}
+    if branch.pool is not None:
+        pool: Any = branch.pool
+        arguments["pool"] = " ".join(repr(pool).split()) if isinstance(pool, nn.Module) else _name_of(pool)
+    norm = branch.norm2
     return arguments | {"norm_groups": norm.num_groups} if isinstance(norm, nn.GroupNorm) else arguments
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _check_branches(model: nn.Module, metadata: Mapping[str, str]) -> None:
@@ -291,7 +302,7 @@ def _check_branches(model: nn.Module, metadata: Mapping[str, str]) -> None:
         if name not in there:
             _refuse_plain(name)
         own = _arguments(there[name])
-        differing = {key: value for key, value in arguments.items() if own.get(key) != value}
+        differing = {key: arguments.get(key) for key in own | arguments if own.get(key) != arguments.get(key)}
         if differing:
             now = ", ".join(f"{key}={own.get(key)!r}" for key in differing)
             given = ", ".join(f"{key}={value!r}" for key, value in differing.items())
@@ -321,10 +332,11 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"load_adapter: the adapter lacks {', '.join(missing[:4])} of the model's attention branches; convert "
                 "the base with the same arguments as then"
             )
-        if start in tensors and tensors[start].tolist() != layer.attention.start.attention:
+        known = layer.attention.start
+        if start in tensors and known is not None and tensors[start].tolist() != known.attention:
             raise ValueError(
                 f"load_adapter: {start} is {tensors[start].tolist()} in the adapter, and the model's branch, of "
-                f"another activation or form, starts at {layer.attention.start.attention:g}; convert the base with the "
+                f"another activation or form, starts at {known.attention:g}; convert the base with the "
                 "same arguments as then"
             )
         lost = [name for name in lost if name != start]  # the branch takes the adapter's form

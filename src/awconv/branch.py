@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
+from awconv.activation import ACTIVATIONS, START, Activation, Start, find_start, make_activation, value_and_slope
+from awconv.branch_spec import BranchSpec, MakePool, NormLayer
 from awconv.ops.average_pool import average_pool
 from awconv.ops.branch import attend
 from awconv.ops.problem import product
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
-
-
-class Start(NamedTuple):
-    """The constant map that a branch starts as by identity.
-
-    Attributes:
-        preactivation: what the activation gets. It has a slope there.
-        attention: a0, which the activation makes of it.
-        gain: of the weights, 1 + a0; a0 without the residual form. It is not zero.
-    """
-
-    preactivation: float
-    attention: float
-    gain: float
-
-
-START = {
-    ("sigmoid", True): Start(0.0, 0.5, 1.5),
-    ("sigmoid", False): Start(0.0, 0.5, 0.5),
-    ("tanh", True): Start(0.0, 0.0, 1.0),
-    ("tanh", False): Start(math.atanh(0.5), 0.5, 0.5),  # there would be no weights left at 0
-    ("relu", True): Start(1.0, 1.0, 2.0),
-    ("relu", False): Start(1.0, 1.0, 1.0),
-}
-"""Where a branch starts by identity, by (activation, residual)."""
-
-NormLayer = Callable[[int], nn.Module]
+from awconv.relative import BaseBranch
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MIN_HIDDEN = 4
 
 
-class AttentionBranch(nn.Module):
+class AttentionBranch(BaseBranch):
     """F1: the attention map of every sample, in the shape of the weights before Expand.
 
     ::
@@ -71,25 +43,27 @@ class AttentionBranch(nn.Module):
         in_channels: C1.
         attention_size: the sizes (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw) of one sample's map.
         reduction: r, of the hidden channels.
-        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
+        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``; another module, which is copied; or what makes one. It
+            keeps the shape, and makes a constant of a constant.
         norm_layer: called with a number of channels. None leaves the norms out and gives the convolutions a bias.
         residual: the form of the layer's weights, on which a0 depends.
+        pool: makes A0 in another way: called with (h/r_hw, w/r_hw), it returns a module or a function that maps the
+            input to shape (N, C1, h/r_hw, w/r_hw), as ``nn.AdaptiveMaxPool2d`` does. None is average pooling.
     """
 
-    relative_to: Tensor | None
+    pool: Callable[[Tensor], Tensor] | None
 
     def __init__(
         self,
         in_channels: int,
         attention_size: Sequence[int],
         reduction: int,
-        activation: str,
+        activation: Activation,
         norm_layer: NormLayer | None,
         residual: bool = True,
+        pool: MakePool | None = None,
     ) -> None:
-        super().__init__()
-        self.activation, self.residual = activation, residual
-        self.attention_size = tuple(attention_size)
+        super().__init__(attention_size, residual)
         out_blocks, in_blocks, *kernel = attention_size
         conv = _CONV[len(kernel)]
         hidden = max(in_channels // reduction, _MIN_HIDDEN)
@@ -98,18 +72,34 @@ class AttentionBranch(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = conv(hidden, out_blocks * in_blocks, 1, bias=norm_layer is None)
         self.norm2 = norm_layer(out_blocks * in_blocks) if norm_layer is not None else nn.Identity()
-        self.act2 = ACTIVATIONS[activation]()
-        self.register_buffer("relative_to", None)
+        self.activation, self.act2 = make_activation(activation)
+        if isinstance(activation, nn.Module) and any(True for _ in self.act2.parameters()):
+            self.act2.to(self.conv2.weight.device)
+        if self.activation not in ACTIVATIONS:
+            self._start = find_start(self.act2, residual, self._preactivation_size())
+        self.pool = None if pool is None else _made_pool(pool, tuple(kernel))
+
+    @classmethod
+    def of(cls, spec: BranchSpec) -> AttentionBranch:
+        """The branch that a spec describes; ``functools.cache`` of this shares one among layers that are alike."""
+        return cls(
+            spec.in_channels,
+            spec.attention_size,
+            spec.reduction,
+            spec.activation,
+            spec.norm_layer,
+            spec.residual,
+            spec.pool,
+        )
 
     @property
-    def start(self) -> Start:
-        """The constant that the branch starts as by identity."""
-        return START[self.activation, self.residual]
+    def start(self) -> Start | None:
+        """The constant that the branch starts as by identity; None if its activation has none."""
+        return START[self.activation, self.residual] if self.activation in ACTIVATIONS else self._start
 
-    @property
-    def relative(self) -> bool:
-        """Whether the map is relative to the constant that the branch starts as."""
-        return self._buffers["relative_to"] is not None
+    def _preactivation_size(self) -> tuple[int, ...]:
+        out_blocks, in_blocks, *kernel = self.attention_size
+        return (out_blocks * in_blocks, *kernel)
 
     def forward(self, input: Tensor, pooled: Tensor | None = None) -> Tensor:
         """Maps an input of shape (N, C1, H, W) to a compact attention map, shape (N, \\*attention_size).
@@ -122,11 +112,11 @@ class AttentionBranch(nn.Module):
             ValueError: batch statistics would have to be taken over a single value.
         """
         out_blocks, in_blocks, *kernel = self.attention_size
-        attention: Tensor = average_pool(input, kernel) if pooled is None else pooled
+        attention: Tensor = self._pool(input, kernel) if pooled is None else pooled
         if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
             _check_statistics(attention)
         modules = (self.conv1, self.norm1, self.act1, self.conv2, self.norm2, self.act2)
-        constant, gain = self.start[1:] if self.relative else (0.0, 1.0)
+        constant, gain = self.start[1:] if self.relative and self.start is not None else (0.0, 1.0)
         attended = attend(modules, attention, self.attention_size, constant, gain)
         if attended is not None:
             return attended
@@ -136,6 +126,11 @@ class AttentionBranch(nn.Module):
             attention = (attention - self.relative_to) / gain  # the buffer: torch.fx keeps it in state dicts, then
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
 
+    def _pool(self, input: Tensor, kernel: Sequence[int]) -> Tensor:
+        if self.pool is None:
+            return average_pool(input, kernel)
+        return _checked_pool(self.pool(input), (self.conv1.in_channels, *kernel))
+
     @torch.no_grad()
     def start_as_identity(self) -> None:
         """Starts as a constant for every input, to which the map is relative, with a gradient that leads away from it.
@@ -144,9 +139,14 @@ class AttentionBranch(nn.Module):
         learn (there is no norm, or it is frozen), the weights of the convolution before it become zero instead.
 
         Raises:
-            ValueError: the last norm has statistics but no weight, or the preactivation is not zero and there is no
-                bias.
+            ValueError: the last norm has statistics but no weight, the preactivation is not zero and there is no bias,
+                or the activation has neither at 0 nor at 1 a slope and a gain.
         """
+        if self.start is None:
+            raise ValueError(
+                'init="identity" needs an activation with a slope at 0 or 1, and a value there that leaves weights '
+                f"({'1 + a0' if self.residual else 'a0, without the residual form,'} is not 0); got {self.activation}"
+            )
         scale, shift = self._last_scale(), self._last_shift()
         if scale is None:
             raise ValueError(
@@ -163,9 +163,15 @@ class AttentionBranch(nn.Module):
     def is_identity(self) -> bool:
         """Whether the map is 0 for every input, as at the start by identity: the layer computes with its weights."""
         scale, shift = self._last_scale(), self._last_shift()
-        if not self.relative or scale is None or scale.is_meta or scale.any():
+        if not self.relative or self.start is None or scale is None or scale.is_meta or scale.any():
             return False
-        return shift is None or bool((shift == self.start.preactivation).all())
+        unmoved = shift is None or bool((shift == self.start.preactivation).all())
+        return unmoved and (self.activation in ACTIVATIONS or self._activation_is_unmoved(self.start))
+
+    def _activation_is_unmoved(self, start: Start) -> bool:
+        """Whether an activation, which may have parameters, makes a0 of its preactivation as at the start."""
+        found = value_and_slope(self.act2, start.preactivation, self._preactivation_size())
+        return found is not None and self._starts_at(found[0])
 
     def _last_scale(self) -> Tensor | None:
         """What makes the map a constant where it is zero."""
@@ -180,47 +186,20 @@ class AttentionBranch(nn.Module):
         bias = self.norm2.bias if has_weight else self.conv2.bias
         return bias if isinstance(bias, Tensor) else None
 
-    def _set_relative(self, relative: bool) -> None:
-        if relative != self.relative:
-            self.relative_to = self.conv2.weight.new_tensor(self.start.attention) if relative else None
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        """A state dict of a whole branch says which form it was trained in, and the branch takes that."""
-        name = f"{prefix}relative_to"
-        told = state_dict.get(name)
-        if told is not None or self._is_whole(state_dict, prefix):
-            if self.relative and told is None and not any(True for _ in self.norm2.buffers()):
-                warnings.warn(_FORM_UNTOLD, stacklevel=2)
-            self._set_relative(told is not None)
-        if type(told) is Tensor and told.dim() == 0 and not told.is_meta and not self._starts_at(told.item()):
-            error_messages = arguments[-1]
-            error_messages.append(
-                f"{name} is {told.item():g}, and this branch, of another activation or form, starts at "
-                f"{self.start.attention:g}: convert the network with the arguments that the saved one had"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    def _is_whole(self, state_dict: Any, prefix: str) -> bool:
-        """Whether a state dict has all of the branch but its form, and not only its parameters, say."""
-        left_out = ("relative_to", "num_batches_tracked")
-        return all(f"{prefix}{name}" in state_dict for name in self.state_dict() if not name.endswith(left_out))
-
-    def _starts_at(self, constant: float) -> bool:
-        return abs(constant - self.start.attention) < 0.01  # averages of several networks' are rounded
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buffers.setdefault("relative_to", None)  # pickled before there was one
-
-    def extra_repr(self) -> str:
-        return f"relative_to={self.start.attention:g}" if self.relative else ""
+        if "pool" not in self._modules:
+            self.__dict__.setdefault("pool", None)  # pickled before there was one
 
 
-_FORM_UNTOLD = (  # Norms with statistics tell parameters alone from a whole state dict.
-    "weights without relative_to were loaded into attention branches that were converted by identity: they are taken "
-    "as of the paper's form, K (1 + a). If they are parameters of a network that was converted by identity, add the "
-    "buffers of its state_dict()"
-)
+def _made_pool(pool: MakePool, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    made = pool(size)
+    if not callable(made):
+        raise TypeError(
+            f"pool must return a module or a function when it is called with a size, {size}, as nn.AdaptiveMaxPool2d "
+            f"does; got {pool!r}, which returned {made!r}"
+        )
+    return made
 
 
 def _takes_batch_statistics(norm: nn.Module) -> bool:
@@ -239,6 +218,16 @@ def _check_statistics(pooled: Tensor) -> None:
         )
 
 
+def _checked_pool(pooled: Tensor, size: tuple[int, ...]) -> Tensor:
+    if not isinstance(pooled, Tensor) or tuple(pooled.shape[1:]) != size:
+        got = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise ValueError(
+            f"AW-convolution: pool of the attention branch must map the input to shape {('N', *size)}, got {got}; "
+            f"it is called with the last sizes, {size[1:]}, and makes what pools to them"
+        )
+    return pooled
+
+
 # torch.fx does not look into these: they depend on the shapes of their arguments.
-for _function in ("average_pool", "_check_statistics"):
+for _function in ("average_pool", "_check_statistics", "_checked_pool"):
     torch.fx.wrap(_function)

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -18,11 +19,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d
 
-from awconv.branch import NormLayer
+from awconv.branch_spec import BranchSpec, NormLayer, check_make_branch
+from awconv.custom_branch import BranchesOfNetwork
 from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
+from awconv.relative import BaseBranch
 from awconv.selection import Convolution, Selection, choose, convolutions, nothing_selected, parts_of_branches
 
-_COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
+COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv1d: AWConv1d,
     nn.Conv2d: AWConv2d,
     nn.Conv3d: AWConv3d,
@@ -78,8 +81,9 @@ def convert(
         norm_layer: the branch's norm: called with a number of channels, None for none, or ``"match"`` for the kind that
             the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm in one group (for LayerNorm
             and InstanceNorm too); BatchNorm where it has none.
-        **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation`` and
-            ``residual``, as for :class:`awconv.AWConv2d`.
+        **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation``,
+            ``residual``, ``pool`` and ``branch``, as for :class:`awconv.AWConv2d`. :class:`awconv.BranchSpec` says what
+            ``branch`` gets and returns; one module that it returns for several layers is shared by them.
 
     Returns:
         The model; a new layer if the model is itself a convolution.
@@ -108,10 +112,12 @@ def convert(
 
 
 # The layer's arguments that nothing but the attention has; a counterpart takes the others over from its convolution.
+# Text can say their values, but those of _MAKERS.
+_MAKERS = ("pool", "branch")
 ATTENTION_ARGUMENTS = tuple(
     name
     for name, parameter in inspect.signature(AWConv2d).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("norm_layer", "device", "dtype")
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("norm_layer", "device", "dtype", *_MAKERS)
 )
 
 
@@ -120,9 +126,9 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
-    unknown = [name for name in arguments if name not in ATTENTION_ARGUMENTS]
+    unknown = [name for name in arguments if name not in ATTENTION_ARGUMENTS + _MAKERS]
     if unknown:
-        known = ("select", "init", "norm_layer", *ATTENTION_ARGUMENTS)
+        known = ("select", "init", "norm_layer", *ATTENTION_ARGUMENTS, *_MAKERS)
         raise TypeError(f"convert: there is no argument {', '.join(unknown)}; there are {', '.join(known)}")
     if init not in ("fresh", "identity"):
         raise ValueError(f"convert: init must be 'fresh' or 'identity', got {init!r}")
@@ -131,6 +137,7 @@ def _check_arguments(
             "convert: norm_layer must be 'match', None or something called with a number of channels, such as "
             f"nn.BatchNorm2d, got {norm_layer!r}"
         )
+    check_make_branch("convert", arguments.get("branch"))
 
 
 def _counterparts(
@@ -147,19 +154,30 @@ def _counterparts(
     if all(obstacles.values()):
         raise ValueError(nothing_selected(model, candidates, obstacles, select))
     kind = _most_common_norm(model)
+    branch = arguments.pop("branch", None)
+    branches = None if branch is None else BranchesOfNetwork(branch)
     counterparts: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
     for name, old in chosen.items():
         if obstacles[name]:
             _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
         else:
             norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
-            counterparts[old] = _counterpart(name, old, norm_layer=norm, **arguments)
+            make = None if branches is None else functools.partial(_named_branch, branches, name)
+            counterparts[old] = _counterpart(name, old, norm_layer=norm, branch=make, **arguments)
     return counterparts
+
+
+def _named_branch(branches: BranchesOfNetwork, name: str, spec: BranchSpec) -> BaseBranch:
+    return branches(replace(spec, name=name))
 
 
 def _start_as_identity(model: nn.Module, counterparts: Mapping[nn.Module, AWConv1d | AWConv2d | AWConv3d]) -> None:
     names = {module: name for name, module in model.named_modules()}
+    started: set[BaseBranch] = set()  # layers may share one
     for old, layer in counterparts.items():
+        if layer.attention in started:
+            continue
+        started.add(layer.attention)
         try:
             layer.attention.start_as_identity()
         except ValueError as error:
@@ -206,6 +224,11 @@ def _is_called_without_arguments(module: nn.Module, method: str) -> bool:
     return True
 
 
+def raises_for_attention(value: object) -> bool:
+    """Whether an attribute of a module is the error that conversion made of a method that folds layers."""
+    return isinstance(value, functools.partial) and value.func is _lose_attention
+
+
 def _lose_attention(name: str, *arguments: Any, **options: Any) -> NoReturn:
     raise ValueError(
         f"{name}() would make a plain convolution of AW-convolutions, and lose their attention. Fold the plain network "
@@ -234,7 +257,7 @@ def obstacle(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str 
         return f"{type(module).__name__} is not initialised; call the model once"
     if is_parametrized(module):
         return "it is parametrised"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "it has hooks"
     if not isinstance(module.weight, nn.Parameter):
         return f"its weight is a {type(module.weight).__name__}, not a parameter"
@@ -250,12 +273,17 @@ def obstacle(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str 
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of a user's is called with a module, its backward or its state dict."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _plain_kind(module: Convolution) -> type[nn.Module] | None:
     """The class whose computation a convolution's is; None for a subclass with its own."""
     if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
         return None
     for plain in type(module).__mro__:
-        if plain in _COUNTERPARTS:
+        if plain in COUNTERPARTS:
             same = all(
                 getattr(type(module), method) is getattr(plain, method)
                 for method in ("forward", "_conv_forward", "__call__")
@@ -268,7 +296,7 @@ def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AW
     plain = _plain_kind(old)
     assert plain is not None  # which would be an obstacle
     try:
-        new = _COUNTERPARTS[plain](
+        new = COUNTERPARTS[plain](
             old.in_channels,
             old.out_channels,
             old.kernel_size,
@@ -308,12 +336,15 @@ def _most_common_norm(model: nn.Module) -> str:
     return kinds.most_common(1)[0][0] if kinds else "batch"
 
 
+# A branch has few channels, and a group of one loses what its channel says of the whole image.
+_ONE_GROUP = functools.partial(nn.GroupNorm, 1)
+
+
 def _norm(kind: str, dims: int) -> NormLayer:
     if kind == "sync":
         return nn.SyncBatchNorm
     if kind == "group":
-        # In one group: a branch has few channels, and a group of one loses what its channel says of the whole image.
-        return functools.partial(nn.GroupNorm, 1)
+        return _ONE_GROUP
     if kind == "frozen" and dims == 2:
         frozen: NormLayer = FrozenBatchNorm2d
         return frozen

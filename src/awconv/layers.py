@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor, nn
 
-from awconv.branch import ACTIVATIONS, AttentionBranch, NormLayer
+from awconv.activation import Activation
+from awconv.branch import AttentionBranch
+from awconv.branch_spec import BranchSpec, MakeBranch, MakePool, NormLayer, check_make_branch
+from awconv.custom_branch import is_part_of_custom_branch, make_custom_branch
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import pool_beside, pools_beside
 from awconv.ops.problem import SPATIAL_NAMES
+from awconv.relative import BaseBranch
 
 __all__ = ["AW_LAYERS", "AWConv1d", "AWConv2d", "AWConv2dSame", "AWConv3d", "AttentionBranch"]
 
@@ -43,9 +47,11 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         in_expansion: int | None = None,
         out_expansion: int = 1,
         kernel_expansion: int = 1,
-        activation: str = "sigmoid",
+        activation: Activation = "sigmoid",
         residual: bool = True,
         norm_layer: NormLayer | Literal["batch"] | None = "batch",
+        pool: MakePool | None = None,
+        branch: MakeBranch | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,17 +73,31 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         self.in_expansion = in_channels // groups if in_expansion is None else in_expansion
         self.out_expansion = out_expansion
         self.kernel_expansion = kernel_expansion
-        self.activation = activation
         self.residual = residual
         if norm_layer == "batch":
             norm_layer = BATCH_NORMS[len(self.kernel_size)]
-        _check(type(self).__name__, reduction, activation, residual, norm_layer)
+        spec = self._spec(reduction, activation, residual, norm_layer, pool)
+        check_make_branch(type(self).__name__, branch)
         with self.weight.device:  # whatever the default device is now
-            self.attention = AttentionBranch(
-                in_channels, self._attention_size(), reduction, activation, norm_layer, residual
-            )
+            self.attention = AttentionBranch.of(spec) if branch is None else make_custom_branch(branch, spec)
+        self.activation = _name(activation, self.attention)
         if any(parameter.dtype != self.weight.dtype for parameter in self.attention.parameters()):
             self.attention.to(self.weight.dtype)  # which FakeTensorMode refuses even where it changes nothing
+        if any(parameter.device != self.weight.device for parameter in self.attention.parameters()):
+            self.attention.to(self.weight.device)  # of a module that was there before
+
+    def _spec(self, *arguments: Any) -> BranchSpec:
+        return BranchSpec(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            tuple(self._attention_size()),
+            *arguments,
+        )
 
     def _attention_size(self) -> list[int]:
         name, group_in_channels = type(self).__name__, self.in_channels // self.groups
@@ -145,7 +165,8 @@ class _AWConvNd(nn.modules.conv._ConvNd):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.attention.activation, self.attention.residual = self.activation, self.residual  # lacking in old pickles
+        if isinstance(self.attention, AttentionBranch):
+            self.attention.activation, self.attention.residual = self.activation, self.residual  # old pickles lack them
 
     def extra_repr(self) -> str:
         attention = (
@@ -163,11 +184,12 @@ def _as_batch(input: Tensor, layer: str, in_channels: int, dims: int) -> Tensor:
     return batch
 
 
-def _pools_beside(branch: AttentionBranch, input: Any) -> bool:
+def _pools_beside(branch: BaseBranch, input: Any) -> bool:
     """Whether a branch may get what was pooled for it: nothing watches what comes in, and torch.fx does not trace."""
     return (
         isinstance(input, Tensor)
         and type(branch) is AttentionBranch
+        and branch.pool is None
         and "forward" not in branch.__dict__
         and not (branch._forward_hooks or branch._forward_pre_hooks)
         and not (branch._backward_hooks or branch._backward_pre_hooks)
@@ -189,18 +211,11 @@ for _function in ("pad_same", "_as_batch", "_convolve", "_without_batch_like"):
     torch.fx.wrap(_function)
 
 
-def _check(name: str, reduction: int, activation: str, residual: bool, norm_layer: NormLayer | str | None) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
-    if residual not in (True, False):
-        raise ValueError(f"{name}: residual must be True or False, got {residual!r}")
-    if not isinstance(reduction, int) or reduction < 1:
-        raise ValueError(f"{name}: reduction must be a positive integer, got {reduction!r}")
-    if isinstance(norm_layer, nn.Module) or not (norm_layer is None or callable(norm_layer)):
-        raise TypeError(
-            f"{name}: norm_layer must be 'batch', None or something called with a number of channels, such as "
-            f"nn.BatchNorm2d, got {norm_layer!r}"
-        )
+def _name(activation: Activation, branch: BaseBranch) -> str:
+    """What the layer says of its activation."""
+    if isinstance(branch, AttentionBranch):
+        return branch.activation
+    return activation if isinstance(activation, str) else getattr(activation, "__qualname__", type(activation).__name__)
 
 
 def _blocks(name: str, argument: str, expansion: int, axis: str, size: int) -> int:
@@ -253,13 +268,18 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
         in_expansion: r_C1, how many input channels share a value; None for all those of a group.
         out_expansion: r_C2, how many output channels share a value.
         kernel_expansion: r_hw, how many neighbouring taps share a value along each kernel axis.
-        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``, the end of the branch.
+        activation: the end of the branch: ``"sigmoid"``, ``"tanh"`` or ``"relu"``; a module, of which each branch gets
+            a copy; or what makes one when it is called without arguments, such as ``nn.Hardsigmoid``.
         residual: weights K + A * K if true, A * K otherwise.
         norm_layer: the branch's norms: ``"batch"``, something called with a number of channels, such as
             ``nn.BatchNorm2d``, or None for none.
+        pool: how the branch pools its input: called with the size (h/r_hw, w/r_hw), it returns a module or a function
+            from the input to shape (N, C1, h/r_hw, w/r_hw); ``nn.AdaptiveMaxPool2d`` is one. None is average pooling.
+        branch: makes another attention branch: a function of a :class:`BranchSpec` that returns a module from the input
+            to the map before Expand. None makes an :class:`AttentionBranch`.
 
     Raises:
-        TypeError: ``norm_layer`` is none of these.
+        TypeError: ``activation``, ``norm_layer``, ``pool`` or ``branch`` is none of these.
         ValueError: an argument has an unknown value, or a rate does not divide the size that it expands.
 
     Shape:
@@ -323,7 +343,8 @@ def _refuse_adapter(module: nn.Module, name: str, child: nn.Module | None) -> No
             "train the branches instead (awconv.train_only), or adapt the plain network, merge, and then convert it "
             '(awconv.convert(network, init="identity"))'
         )
-    if isinstance(module, AttentionBranch) and isinstance(getattr(child, "base_layer", None), nn.Module):
+    of_branch = isinstance(module, BaseBranch) or is_part_of_custom_branch(module)
+    if of_branch and isinstance(getattr(child, "base_layer", None), nn.Module):
         raise ValueError(
             f"{_qualified_name(child)} would adapt {name} of an attention branch, which its targets match by name. "
             r'Build the network anew and leave branches out, exclude_modules=r".*\.attention\..*", or '

@@ -119,15 +119,24 @@ def nothing_selected(
         select: as for :func:`awconv.convert`.
     """
     name = type(model).__name__
+    there = sum(isinstance(module, AW_LAYERS) for module in model.modules())
+    if not candidates and there:
+        return (
+            f"convert: {name} is converted already: it has AW-convolutions only ({there}). awconv.revert makes plain "
+            "convolutions of them again"
+        )
     if not candidates:
-        has = "none" if not any(isinstance(m, AW_LAYERS) for m in model.modules()) else "AW-convolutions only"
-        return f"convert: no convolution of {name} was selected for conversion; it has {has}"
+        return f"convert: no convolution of {name} was selected for conversion; it has none"
     if obstacles:
         listed = "; ".join(f"{name!r}: {obstacle}" for name, obstacle in list(obstacles.items())[:8])
         return f"convert: no convolution of {name} that was selected can be converted exactly: {listed}"
     listed = ", ".join(f"{name!r} ({module})" for name, module in list(candidates.items())[:8])
+    if select is None and there:
+        return (
+            f"convert: {name} is converted already: its {there} AW-convolutions are all that convert selects by "
+            f"default. select= converts others, too; there are {listed}. awconv.revert makes plain convolutions again"
+        )
     default = ". By default only kernels larger than 1 are, without the first one; give select="
-    there = sum(isinstance(module, AW_LAYERS) for module in model.modules())
     already = f". {there} others are AW-convolutions already" if there else ""
     return f"convert: no convolution of {name} was selected for conversion; it has {listed}{already}" + (
         "" if select is not None else default

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
+from awconv.branch import AttentionBranch
 from awconv.convert import obstacle, weight_owners
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 from awconv.ops.algorithm import CONV
+from awconv.relative import BaseBranch
 from awconv.selection import convolutions, is_spatial, stem
 from awconv.tables import Table
 
@@ -35,6 +37,7 @@ class LayerSummary:
         operations: multiply-adds that the attention adds for the inputs; None without inputs.
         relative_to: the constant attention that the branch started as by identity, to which its map is relative; None
             for a branch of the paper's form, and for a convolution without one.
+        shares: the first layer that has the same branch, which counts its parameters; None for a branch of its own.
     """
 
     name: str
@@ -44,6 +47,7 @@ class LayerSummary:
     parameters: int
     operations: int | None
     relative_to: float | None = None
+    shares: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,7 @@ class Summary:
         rows = []
         for layer in self.layers:
             added = (f"{layer.parameters:,}", _thousands(layer.operations)) if layer.converted else ("", "")
-            remark = layer.reason if layer.relative_to is None else f"relative to {layer.relative_to:g}"
-            rows.append((layer.name, layer.layer, *added, remark))
+            rows.append((layer.name, layer.layer, *added, _remark(layer)))
         added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
         share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
         if self.operations is not None and self.operations_added is not None:
@@ -105,12 +108,22 @@ class Summary:
         return Table(without[0], without[1:], alignment="llrl").plain()
 
 
+def _remark(layer: LayerSummary) -> str:
+    remarks = [layer.reason] if layer.reason else []
+    if layer.relative_to is not None:
+        remarks.append(f"relative to {layer.relative_to:g}")
+    if layer.shares is not None:
+        remarks.append(f"has the branch of {layer.shares}")
+    return ", ".join(remarks)
+
+
 def summary(model: nn.Module, inputs: Any = None) -> Summary:
     """Lists the convolutions of a network: those that are AW-convolutions, and why the others are not.
 
     Operations are multiply-adds of convolutions, linear layers and matrix products. Norms, activations and pooling are
-    not counted, as is usual. An AW-convolution adds the two convolutions of its branch and the multiplications by the
-    attention: of each sample's weights or of each tap's partial products, whichever are fewer.
+    not counted, as is usual. An AW-convolution adds those of its branch and the multiplications by the attention: of
+    each sample's weights or of each tap's partial products, whichever are fewer. A branch that several layers share
+    counts its parameters in the first of them, and its multiply-adds in each.
 
     Args:
         model: any network; it is not changed. On the device ``meta`` nothing is computed.
@@ -136,25 +149,36 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
     plain_operations, added = (None, {}) if inputs is None else _operations(model, inputs)
     reasons = _reasons(model)
     layers = []
+    counted: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, AW_LAYERS):
-            layers.append(
-                LayerSummary(
-                    name=name,
-                    layer=_described(module),
-                    converted=True,
-                    reason="",
-                    parameters=sum(parameter.numel() for parameter in module.attention.parameters()),
-                    operations=None if inputs is None else added.get(name, 0),
-                    relative_to=module.attention.start.attention if module.attention.relative else None,
-                )
-            )
+            operations = None if inputs is None else added.get(name, 0)
+            layers.append(_aw_layer(name, module, operations, counted))
         elif name in reasons:
             layers.append(LayerSummary(name, _described(module), False, reasons[name], 0, None))
     return Summary(
         layers=tuple(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
         operations=None if plain_operations is None else plain_operations + sum(added.values()),
+    )
+
+
+def _aw_layer(name: str, layer: _AWConv, operations: int | None, counted: dict[nn.Parameter, str]) -> LayerSummary:
+    """An AW-convolution; its branch's parameters are added to those that are counted, with the layer that does."""
+    parameters = set(layer.attention.parameters())
+    new = parameters - counted.keys()
+    shares = next((counted[parameter] for parameter in layer.attention.parameters()), None) if not new else None
+    counted.update(dict.fromkeys(new, name))
+    start = layer.attention.start
+    return LayerSummary(
+        name=name,
+        layer=_described(layer),
+        converted=True,
+        reason="",
+        parameters=sum(parameter.numel() for parameter in new),
+        operations=operations,
+        relative_to=start.attention if layer.attention.relative and start is not None else None,
+        shares=shares,
     )
 
 
@@ -182,27 +206,40 @@ def _operations(model: nn.Module, inputs: Any) -> tuple[int, dict[str, int]]:
     """Multiply-adds of the network without its attention, and those of each layer's attention."""
     plain = copy.deepcopy(model).eval()
     added: dict[str, int] = {}
+    in_branches: list[int] = []  # which the counter of the whole network counts, too
     for name, layer in plain.named_modules():
         if isinstance(layer, AW_LAYERS):
-            layer.forward = partial(_plain_forward, layer, name, added)  # type: ignore[method-assign]
+            layer.forward = partial(_plain_forward, layer, name, added, in_branches)  # type: ignore[method-assign]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         plain(*inputs if isinstance(inputs, tuple) else (inputs,))
-    return counter.get_total_flops() // 2, added
+    return counter.get_total_flops() // 2 - sum(in_branches), added
 
 
-def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], input: Tensor) -> Tensor:
+def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], in_branches: list[int], input: Tensor) -> Tensor:
     """The layer's plain convolution, which leaves a note of what the attention would have cost."""
     dims = len(layer.kernel_size)
     padded, padding = layer._pad(input)
     output: Tensor = CONV[dims](padded, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
-    batch = input.shape[0] if input.dim() == dims + 2 else 1
+    batch = input if input.dim() == dims + 2 else input[None]
+    branch = _of_branch(layer.attention, batch, in_branches)
     _, in_blocks, *taps = layer.attention.attention_size
-    branch = math.prod(taps) * (layer.attention.conv1.weight.numel() + layer.attention.conv2.weight.numel())
     positions = math.prod(output.shape[-dims:])
     scaling = min(layer.weight.numel(), layer.out_channels * in_blocks * math.prod(taps) * positions)
-    added[name] = added.get(name, 0) + batch * (branch + scaling)
+    added[name] = added.get(name, 0) + branch + batch.shape[0] * scaling
     return output
+
+
+def _of_branch(branch: BaseBranch, input: Tensor, in_branches: list[int]) -> int:
+    """Multiply-adds of a branch; what the counter of the whole network counts of them is added to the list."""
+    if type(branch) is AttentionBranch:  # not counted: where pooling is a product with a matrix, it would be, too
+        taps = math.prod(branch.attention_size[2:])
+        return input.shape[0] * taps * (branch.conv1.weight.numel() + branch.conv2.weight.numel())
+    counter = FlopCounterMode(display=False)
+    with counter:
+        branch(input)
+    in_branches.append(counter.get_total_flops() // 2)
+    return in_branches[-1]
 
 
 def _thousands(number: int | None) -> str:

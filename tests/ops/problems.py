@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+import awconv.ops
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
+from awconv.ops.algorithm import Algorithm
 from awconv.ops.choose import ALGORITHMS
-from awconv.ops.problem import describe
+from awconv.ops.problem import Problem, describe
 
 FUNCTIONS = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
 
@@ -53,10 +57,13 @@ class Case:
             **(self.tensors | tensors), **self.arguments, residual=self.residual, algorithm=algorithm
         )
 
+    def problem(self) -> Problem:
+        tensors = (self.tensors.get(name) for name in ("input", "weight", "attention", "bias"))
+        return describe(self.dims, *tensors, *self.arguments.values(), self.residual)
+
     def able(self) -> list[str]:
         """The algorithms that say that they can run it."""
-        tensors = (self.tensors.get(name) for name in ("input", "weight", "attention", "bias"))
-        problem = describe(self.dims, *tensors, *self.arguments.values(), self.residual)
+        problem = self.problem()
         return [name for name, algorithm in ALGORITHMS.items() if algorithm.obstacle(problem) is None]
 
     def per_axis(self, value: Any) -> tuple[int, ...]:
@@ -109,19 +116,32 @@ def cases(draw: st.DrawFn, dims: tuple[int, ...] = (1, 2, 3), least_batch: int =
     )
 
 
+class _OfAlgorithms(dict[str, Case]):
+    def __missing__(self, name: str) -> Case:
+        pytest.fail(_NO_PROBLEM.format(name=name), pytrace=False)
+
+
+_NO_PROBLEM = (
+    "the algorithm {name!r} of ALGORITHMS (src/awconv/ops/choose.py) has no entry in TYPICAL (tests/ops/problems.py): "
+    "add the attention_shape of a problem that it can run, for instance {name!r}: (4, 2, 3, 2)"
+)
+
 # One problem for each algorithm, with all that can go wrong: groups, stride, dilation, uneven sizes.
-TYPICAL = {
-    name: Case(
-        dims=2,
-        batch=3,
-        size=(7, 6),
-        weight_shape=(4, 2, 3, 2),
-        attention_shape=attention_shape,
-        groups=2,
-        stride=(2, 1),
-        padding=(1, 2),
-        dilation=(1, 2),
-        has_bias=True,
+TYPICAL = _OfAlgorithms(
+    (
+        name,
+        Case(
+            dims=2,
+            batch=3,
+            size=(7, 6),
+            weight_shape=(4, 2, 3, 2),
+            attention_shape=attention_shape,
+            groups=2,
+            stride=(2, 1),
+            padding=(1, 2),
+            dilation=(1, 2),
+            has_bias=True,
+        ),
     )
     for name, attention_shape in {
         "output_gain": (4, 1, 1, 1),
@@ -131,7 +151,32 @@ TYPICAL = {
         "per_sample": (4, 2, 3, 2),
         "naive": (4, 2, 3, 2),
     }.items()
-}
+)
+
+
+def forgotten_entries() -> list[str]:
+    """What adding an algorithm takes and is not there, in words."""
+    forgotten = [_NO_PROBLEM.format(name=name) for name in ALGORITHMS if name not in TYPICAL]
+    forgotten += [
+        f"TYPICAL (tests/ops/problems.py) has a problem for {name!r}, which ALGORITHMS (src/awconv/ops/choose.py) lacks"
+        for name in TYPICAL
+        if name not in ALGORITHMS
+    ]
+    for name in ALGORITHMS.keys() & TYPICAL.keys():
+        obstacle = ALGORITHMS[name].obstacle(TYPICAL[name].problem())
+        if obstacle is not None:
+            forgotten.append(
+                f"the problem of {name!r} in TYPICAL (tests/ops/problems.py) is one that it cannot run: {obstacle}; "
+                "give it another attention_shape"
+            )
+    for module in pkgutil.walk_packages(awconv.ops.__path__, "awconv.ops."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, Algorithm) and ALGORITHMS.get(value.name) is not value:
+                forgotten.append(
+                    f"the algorithm {value.name!r} of {module.name} is not in ALGORITHMS (src/awconv/ops/choose.py): "
+                    "import its module there and list it, from the most special to the most general"
+                )
+    return forgotten
 
 
 def skip_other_kernels(algorithm: str, device: str) -> None:

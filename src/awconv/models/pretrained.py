@@ -11,9 +11,8 @@ import timm
 from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
-from awconv.branch import AttentionBranch
-from awconv.layers import AW_LAYERS
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
+from awconv.relative import BaseBranch
 from awconv.train_only import head_parameters
 
 _OF_FIT = ("ema.module.", "network.")  # of a network's names in a checkpoint of awconv fit; averaged weights first
@@ -116,7 +115,7 @@ def completed_by_identity(state: Mapping[str, Tensor], network: nn.Module) -> di
     return completed
 
 
-_STARTS_AS_IDENTITY = (AttentionBranch, IdentitySqueezeExcite)
+_STARTS_AS_IDENTITY = (BaseBranch, IdentitySqueezeExcite)
 
 
 def _names_below(modules: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -235,7 +234,7 @@ def _hint(found: set[str], expected: set[str], branches: set[str]) -> str:
 
 
 def _branches(network: nn.Module) -> list[str]:
-    return [f"{name}.attention" for name, module in network.named_modules() if isinstance(module, AW_LAYERS)]
+    return [name for name, module in network.named_modules(remove_duplicate=False) if isinstance(module, BaseBranch)]
 
 
 def _classifier(network: nn.Module) -> set[str]:

@@ -1,0 +1,101 @@
+"""Undoes a conversion: AW-convolutions back to plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from awconv.convert import COUNTERPARTS, has_hooks, raises_for_attention
+from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
+
+_PLAIN = {counterpart: plain for plain, counterpart in COUNTERPARTS.items()}
+
+
+def revert(model: nn.Module, *, drop_attention: bool = False) -> nn.Module:
+    """Replaces the AW-convolutions of a model by plain convolutions with their weights, in place.
+
+    The new layers keep the old ones' parameters (the same tensors), their training mode and ``requires_grad``. It is
+    exact where every branch is still the identity, as after ``awconv.convert(model, init="identity")`` before a
+    training. Elsewhere the weights change with each image, which a plain convolution cannot do. Methods that fold
+    layers (``reparameterize``, ``fuse``, ...), which :func:`awconv.convert` makes errors of, work again.
+
+    Args:
+        model: a network with AW-convolutions.
+        drop_attention: whether a branch that is not the identity may be lost. The network then computes something else:
+            with K in the place of K (1 + A).
+
+    Returns:
+        The model; a new layer if the model is itself an AW-convolution.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: it has no AW-convolution, or a branch is not the identity and ``drop_attention`` is false, or a
+            layer has hooks, is parametrised or is of a class of its own. The model is left as it was.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
+        >>> model = awconv.convert(model, init="identity")
+        >>> [type(layer).__name__ for layer in awconv.revert(model)]
+        ['Conv2d', 'Conv2d']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model must be an nn.Module, got {model!r}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AW_LAYERS)}
+    if not layers:
+        raise ValueError(f"revert: {type(model).__name__} has no AW-convolution, so there is nothing to revert")
+    for name, layer in layers.items():
+        _check(name, layer)
+    learned = [name for name, layer in layers.items() if not layer.attention.is_identity()]
+    if learned and not drop_attention:
+        raise ValueError(
+            f"revert: the attention of {len(learned)} of {len(layers)} AW-convolutions is not the identity, such as of "
+            f"{', '.join(map(repr, learned[:4]))}, and would be lost: plain weights are the same for each image. "
+            "revert(model, drop_attention=True) loses it; to keep it, keep the network as it is (awconv.train_only and "
+            "export work with it)"
+        )
+    plain = {layer: _plain(layer) for layer in layers.values()}
+    if model in plain:
+        return plain[model]
+    for module in model.modules():
+        for method in [name for name, value in vars(module).items() if raises_for_attention(value)]:
+            delattr(module, method)
+        for name, child in module._modules.items():
+            if child in plain:
+                module._modules[name] = plain[child]
+    return model
+
+
+def _check(name: str, layer: AWConv1d | AWConv2d | AWConv3d) -> None:
+    obstacle = None
+    if type(layer) not in _PLAIN:
+        obstacle = f"is a {type(layer).__name__}, of a class of its own; replace it yourself"
+    elif is_parametrized(layer):
+        obstacle = "is parametrised; remove the parametrisation (torch.nn.utils.parametrize.remove_parametrizations)"
+    elif has_hooks(layer):
+        obstacle = "has hooks, which the plain convolution would lack; remove them"
+    if obstacle is not None:
+        raise ValueError(f"revert: the layer {name!r} {obstacle}")
+
+
+def _plain(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
+    with torch.device("meta"):  # for its own weights are not needed
+        new: Any = _PLAIN[type(old)](
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            old.dilation,
+            old.groups,
+            old.bias is not None,
+        )
+    new.padding_mode = old.padding_mode
+    new.weight, new.bias = old.weight, old.bias
+    new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice
+    plain: nn.Module = new.train(old.training)
+    return plain

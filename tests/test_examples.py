@@ -1,0 +1,42 @@
+"""The scripts of examples/ run from end to end and come to what they promise."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.documents import ROOT
+
+# Each script, and what its output has to have.
+SCRIPTS = {
+    "student.py": (
+        r"the layer's branch gives the same: True",
+        r"the layer gives the same: True",
+        r"AW, MaxBranch +9\d\.\d%",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs(script: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    for expected in SCRIPTS[script]:
+        assert re.search(expected, ran.stdout), ran.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_short(script: str) -> None:
+    assert len((ROOT / "examples" / script).read_text().splitlines()) <= 80
+
+
+def test_each_script_is_tested() -> None:
+    assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == sorted(SCRIPTS)
