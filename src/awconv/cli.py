@@ -162,9 +162,11 @@ def _train(command: str, arguments: Sequence[str]) -> int:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from awconv.training import TrainingCLI
+    from awconv.training.quiet import without_noise
 
     try:
-        TrainingCLI([command, *arguments], save_config=command == "fit")
+        with without_noise():
+            TrainingCLI([command, *arguments], save_config=command == "fit")
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except SIGTERMException:

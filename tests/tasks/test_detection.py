@@ -78,6 +78,7 @@ def figures(root: Path) -> dict[str, float]:
 def test_two_photographs_are_learned(trained: Path, photographs: Path, tmp_path: Path) -> None:
     found = tmp_path / "found" / "detections.json"
     arguments = [f"--ckpt_path={trained}", f"--detections.file={found}", f"--trainer.default_root_dir={tmp_path}"]
+    arguments.append("--trainer.logger=true")
     assert main(["test", *on(photographs), *TINY, "--model.network=aw_resnet8_cifar", *arguments]) == 0
     logged = figures(tmp_path)
     assert logged["test/AP50"] > 0.75  # of four boxes, one of which is 11 pixels high
