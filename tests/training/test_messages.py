@@ -106,17 +106,22 @@ def test_an_evaluation_logs_where_it_is_asked_to(
 
 def test_only_what_says_nothing_is_left_out_and_only_inside_commands() -> None:
     noise = "The 'val_dataloader' does not have many workers which may be a bottleneck"
-    logger = logging.getLogger("lightning.pytorch")
-    before = [list(handler.filters) for handler in logger.handlers]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with without_noise():
+    handler = logging.Handler()
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with without_noise():
+                warnings.warn(noise, stacklevel=1)
+                warnings.warn("the validation loss of epoch 0 is nan", stacklevel=1)
+                said = [
+                    text
+                    for text in ("GPU available: False, used: False", "GPU available: True (cuda), used: True")
+                    if handler.filter(logging.makeLogRecord({"msg": text}))
+                ]
             warnings.warn(noise, stacklevel=1)
-            warnings.warn("the validation loss of epoch 0 is nan", stacklevel=1)
-            record = logging.makeLogRecord({"msg": "GPU available: False, used: False"})
-            kept = logging.makeLogRecord({"msg": "GPU available: True (cuda), used: True"})
-            handler = logger.handlers[0]
-            assert (bool(handler.filter(record)), bool(handler.filter(kept))) == (False, True)
-        warnings.warn(noise, stacklevel=1)
+    finally:
+        logging.getLogger("lightning.pytorch").removeHandler(handler)
+    assert said == ["GPU available: True (cuda), used: True"]
     assert [str(one.message) for one in caught] == ["the validation loss of epoch 0 is nan", noise]
-    assert [list(handler.filters) for handler in logger.handlers] == before
+    assert handler.filters == []

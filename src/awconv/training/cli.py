@@ -30,6 +30,7 @@ from awconv.tasks import DetectionTask, Task
 from awconv.terminal import say
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
+from awconv.training.explain import explained
 from awconv.training.find_task import find_task
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
@@ -37,6 +38,7 @@ from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
+from awconv.usage import Strict, UsageError
 from awconv.yaml_files import bounded_yaml
 
 _LOGS = "lightning_logs"
@@ -50,6 +52,10 @@ _OF_THE_FIRST_STEP = (
     RuntimeError,
     TypeError,
 )
+
+
+class _Parser(Strict, LightningArgumentParser):
+    """Raises errors in place of printing the usage."""
 
 
 class TrainingCLI(LightningCLI):
@@ -91,7 +97,11 @@ class TrainingCLI(LightningCLI):
         with warnings.catch_warnings(), bounded_yaml():
             # Ours is a command among others, which hands its own arguments on.
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            super().parse_arguments(parser, args)
+            try:
+                super().parse_arguments(parser, args)
+            except UsageError as error:
+                given = list(args) if isinstance(args, list) else []
+                raise UsageError(explained(str(error), given, self._options(given))) from error
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config
         if config.trainer.default_root_dir:
@@ -101,6 +111,18 @@ class TrainingCLI(LightningCLI):
             check_steps(config.trainer)
         if command:
             self._find_checkpoint(config, command)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, and that of each subcommand."""
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a recipe: a YAML file of these arguments")
+        return parser
+
+    def _options(self, arguments: Sequence[str]) -> frozenset[str]:
+        """The names of the options of the subcommand, or of a run of a comparison."""
+        named = [argument for argument in arguments[:1] if argument in self.subcommands()]
+        parser = self._parser(named[0]) if named and hasattr(self, "_subcommand_parsers") else self.parser
+        return frozenset(name[2:] for name in parser._option_string_actions if name.startswith("--"))
 
     def _find_checkpoint(self, config: Any, command: str) -> None:
         root = Path(config.trainer.default_root_dir or ".")
@@ -127,7 +149,7 @@ class TrainingCLI(LightningCLI):
         if self.config.get("subcommand") != "fit":
             try:
                 super()._parse_ckpt_path()
-            except SystemExit as error:
+            except UsageError as error:
                 path = self.config[self.config["subcommand"]]["ckpt_path"]
                 raise ValueError(f"checkpoint {path} holds arguments that there are not") from error
 
