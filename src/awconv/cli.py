@@ -111,8 +111,14 @@ class Training(Command):
     """A command of Lightning's command line."""
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
-        """Hands the arguments on."""
-        return _train(name, arguments)
+        """Prints the short help, or hands the arguments on."""
+        if {"-h", "--help"}.intersection(arguments):
+            require("lightning", extra="train")
+            from awconv.training.help_page import help_page
+
+            print(help_page(name), end="")
+            return 0
+        return _train(name, ["--help" if argument == "--help-all" else argument for argument in arguments])
 
 
 def _imported(function: str) -> Callable[..., int]:

@@ -35,7 +35,7 @@ def near(given: str, known: Iterable[str]) -> list[str]:
     """The known names like the given one, the nearest first."""
     by_lower = {name.lower(): name for name in known}
     lower = given.lower()
-    close = get_close_matches(lower, by_lower, _NEAR, 0.7)
+    close = get_close_matches(lower, by_lower, _NEAR, 0.7) or get_close_matches(lower, by_lower, _NEAR, 0.6)
     inside = [name for name in by_lower if len(lower) > 2 and lower in name and name not in close]
     return [by_lower[name] for name in [*close, *inside][:_NEAR]]
 

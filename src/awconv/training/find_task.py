@@ -12,7 +12,7 @@ from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.yaml_files import parse_recipe, read_recipe
 
 _TASKS: tuple[type[Task], ...] = (ClassificationTask, DetectionTask)
-_RECIPE, _DATA = ("--config", "-c"), ("--data", "--data.class_path")
+_RECIPE, _DATA = ("--config", "-c"), ("--data", "--data.class_path", "--data.help")
 
 
 def find_task(arguments: Sequence[str]) -> type[Task]:
