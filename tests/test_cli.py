@@ -185,7 +185,7 @@ def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
     assert main(["--version"]) == 0
-    for command in ("demo", "compare", "models", "predict", "fit"):
+    for command in ("demo", "compare", "models", "predict"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
     assert "--ckpt" in capsys.readouterr().out

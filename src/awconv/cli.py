@@ -16,6 +16,7 @@ from typing import Any
 
 from awconv.extras import require
 from awconv.terminal import say
+from awconv.usage import Strict, UsageError, invalid, is_option, unknown
 from awconv.version import __version__
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -62,9 +63,8 @@ class Command:
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Parses and calls."""
-        jsonargparse = require("jsonargparse", extra="train")
         function = _imported(self.function)
-        parser = jsonargparse.ArgumentParser(prog=f"awconv {name}", description=_first_line(function))
+        parser = _parser(prog=f"awconv {name}", description=_first_line(function))
         parser.add_argument("--config", action="config", help="a YAML file of arguments")
         given: dict[str, Any] = {}
         skip = set()
@@ -77,7 +77,7 @@ class Command:
             arguments = arguments[:end]
             skip |= set(given)
         _add_arguments(parser, function, self.positional, skip)
-        parsed = _parse(parser, arguments)
+        parsed = _parse(parser, arguments, f"awconv {name} ... -- " if self.passes_on else "")
         parsed.pop("config")
         return function(**parsed, **given)
 
@@ -94,13 +94,12 @@ class Benchmark(Command):
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Parses and calls."""
-        jsonargparse = require("jsonargparse", extra="train")
-        parser = jsonargparse.ArgumentParser(prog=f"awconv {name}", description=self.summary)
+        parser = _parser(prog=f"awconv {name}", description=self.summary)
         subcommands = parser.add_subcommands(dest="subject")
         functions = {subject: _imported(f"{self.function}_{subject}") for subject, _ in self.subjects}
         for subject, positional in self.subjects:
             description = _first_line(functions[subject])
-            subparser = jsonargparse.ArgumentParser(description=description)
+            subparser = _parser(description=description)
             _add_arguments(subparser, functions[subject], positional)
             subcommands.add_subcommand(subject, subparser, help=description)
         parsed = _parse(parser, arguments)
@@ -112,8 +111,14 @@ class Training(Command):
     """A command of Lightning's command line."""
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
-        """Hands the arguments on."""
-        return _train(name, arguments)
+        """Prints the short help, or hands the arguments on."""
+        if {"-h", "--help"}.intersection(arguments):
+            require("lightning", extra="train")
+            from awconv.training.help_page import help_page
+
+            print(help_page(name), end="")
+            return 0
+        return _train(name, ["--help" if argument == "--help-all" else argument for argument in arguments])
 
 
 def _imported(function: str) -> Callable[..., int]:
@@ -137,12 +142,49 @@ def _add_arguments(
     parser.add_function_arguments(function, skip=skip)
 
 
-def _parse(parser: Any, arguments: Sequence[str]) -> dict[str, Any]:
+def _parser(**kwargs: Any) -> Any:
+    jsonargparse = require("jsonargparse", extra="train")
+
+    class Parser(Strict, jsonargparse.ArgumentParser):  # type: ignore[misc, name-defined]
+        pass
+
+    return Parser(**kwargs)
+
+
+def _parse(parser: Any, arguments: Sequence[str], passing_on: str = "") -> dict[str, Any]:
+    """Parses. ``passing_on`` is how arguments are passed on to ``awconv fit``, if they are."""
     from awconv.yaml_files import bounded_yaml
 
-    with bounded_yaml():
-        parsed: dict[str, Any] = parser.parse_args(list(arguments)).as_dict()
+    try:
+        with bounded_yaml():
+            parsed: dict[str, Any] = parser.parse_args(list(arguments)).as_dict()
+    except UsageError as error:
+        subject = f" {arguments[0]}" if arguments else ""
+        inner = next((one for one in _subparsers(parser) if subject and one.prog.endswith(subject)), parser)
+        raise UsageError(_explained(str(error), inner, arguments, passing_on)) from error
     return parsed
+
+
+def _subparsers(parser: Any) -> list[Any]:
+    return [one for action in parser._actions if isinstance(action.choices, dict) for one in action.choices.values()]
+
+
+def _explained(message: str, parser: Any, arguments: Sequence[str], passing_on: str) -> str:
+    """A line or two in the place of a message of jsonargparse."""
+    options = {name[2:] for name in parser._option_string_actions if name.startswith("--")}
+    for argument in arguments:
+        name = argument[2:].partition("=")[0]
+        if not argument.startswith("--") or is_option(name, options):
+            continue
+        if passing_on and name.partition(".")[0] in _SECTIONS:
+            return f"--{name} is an option of awconv fit; those follow --, as in: {passing_on}{argument}"
+        return unknown(name, options)
+    missing = re.match(r"the following arguments are required: ([\w, ]+)$", message)
+    if missing:
+        actions = [action for action in parser._actions if action.dest in missing[1].split(", ")]
+        named = [(action.option_strings or [action.dest])[-1] + f": {_plain(action.help)}" for action in actions]
+        return f"missing: {'; '.join(named)}" if named else message
+    return invalid(message)
 
 
 class _AnyPath:
@@ -162,9 +204,11 @@ def _train(command: str, arguments: Sequence[str]) -> int:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from awconv.training import TrainingCLI
+    from awconv.training.quiet import without_noise
 
     try:
-        TrainingCLI([command, *arguments], save_config=command == "fit")
+        with without_noise():
+            TrainingCLI([command, *arguments], save_config=command == "fit")
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except SIGTERMException:
@@ -179,6 +223,11 @@ def _train(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _plain(text: str) -> str:
+    return text.replace("``", "").rstrip(".")
+
+
+_SECTIONS = ("model", "data", "trainer", "seed_everything", "recent_checkpoint", "detections")  # of awconv fit
 _RECIPE = Positional("recipe", "a YAML file for awconv fit")
 COMMANDS: dict[str, Command] = {
     "demo": Command(
@@ -271,6 +320,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as when `head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at the end
         return 128 + signal.SIGPIPE
+    except UsageError as error:
+        say(*f"awconv {command}: {error}".splitlines())
+        return 2
     except (ModuleNotFoundError, OSError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         say(*f"awconv {command}: {_message(error, arguments)}".splitlines())
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -21,6 +22,7 @@ from awconv.compare.report import table, write_report
 from awconv.compare.variants import check_overrides, find_change, read_base
 from awconv.training.lock import locked
 from awconv.training.quiet import quiet_lightning
+from awconv.training.settings import data_of
 
 DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
 
@@ -64,7 +66,7 @@ def compare(
     """
     check_overrides(overrides)
     base = read_base(recipe, overrides).network
-    changes = [find_change(base, variant.strip()) for variant in variants.split(",")]
+    changes = [find_change(base, variant) for variant in _listed(variants)]
     names = [change.name for change in changes]
     if len(set(names)) < len(names):
         raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
@@ -75,7 +77,7 @@ def compare(
         split,
         jobs,
     )
-    return _run(comparison, f"{base}: {' against '.join(names)} ({recipe.stem})", command)
+    return _run(comparison, f"{base}: {' against '.join(names)} on {_data(comparison)} ({recipe.stem})", command)
 
 
 @quiet_lightning()
@@ -94,7 +96,7 @@ def ablate(
 
     Args:
         recipe: a YAML file for ``awconv fit``.
-        vary: changes, tried one at a time, with spaces between them: arguments of the layer such as ``reduction=4``,
+        vary: changes, tried one at a time, with commas between them: arguments of the layer such as ``reduction=4``,
             ``in_expansion=1``, ``activation=tanh``, ``residual=false``, ``norm_layer=none``; ``select=layer3.*`` for
             the layers with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for their optimisation. Join
             changes by ``+`` to try them at once: ``reduction=4+activation=tanh``. The default is some of each kind.
@@ -116,7 +118,7 @@ def ablate(
     base = read_base(recipe, overrides)
     network = base.network if base.network.startswith("aw_") else find_change(base.network, "aw").network
     assert network is not None
-    changes = arms(network, choices(network) if vary is None else vary.split(), base.network_args)
+    changes = arms(network, choices(network) if vary is None else _listed(vary), base.network_args)
     comparison = Comparison(
         tuple(change.apply(recipe, overrides) for change in changes),
         seeds,
@@ -124,7 +126,7 @@ def ablate(
         "val",
         jobs,
     )
-    return _run(comparison, f"{network}: choices for the branch ({recipe.stem})", command)
+    return _run(comparison, f"{network}: choices for the branch on {_data(comparison)} ({recipe.stem})", command)
 
 
 def demo(
@@ -142,6 +144,27 @@ def demo(
         The exit status, as of :func:`compare`.
     """
     return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
+
+
+def _listed(text: str) -> list[str]:
+    """What stands between commas, or between spaces where there are none. Those in brackets belong to a value."""
+    for separator in (",", r"\s"):
+        parts = [part.strip() for part in re.split(rf"{separator}(?![^\[({{]*[\])}}])", text) if part.strip()]
+        if len(parts) > 1:
+            break
+    return parts
+
+
+def _data(comparison: Comparison) -> str:
+    """The data that the variants are trained on: the class, and the last folder of its root or its files."""
+    found = []
+    for variant in comparison.variants:
+        data = data_of(variant.recipe.settings.content)
+        root, train = (data["init_args"].get(name) for name in ("root", "train"))
+        folder = Path(root) if root else Path(train).parent if isinstance(train, str) else None
+        kind = str(data["class_path"]).rpartition(".")[2]
+        found.append(kind if folder is None else f"{kind} {folder.absolute().name}")
+    return ", ".join(dict.fromkeys(found))
 
 
 def _run(comparison: Comparison, title: str, command: str) -> int:

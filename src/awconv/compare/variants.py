@@ -58,21 +58,18 @@ class Change:
             overrides: further arguments of all variants.
 
         Raises:
-            ValueError: the parser refused the settings and said why.
+            UsageError: the parser refused the settings.
         """
-        try:
-            parsed = Recipe.parse(
-                [
-                    f"--config={recipe}",
-                    *([] if self.overlay is None else [f"--config={self.overlay}"]),
-                    *overrides,
-                    *([] if self.network is None else [f"{_NETWORK}={self.network}"]),
-                    *self.arguments,
-                    *(f"{silenced}=false" for silenced in _SILENCED),
-                ]
-            )
-        except SystemExit as error:
-            raise ValueError(f"the settings of variant {self.name} are not those of a training") from error
+        parsed = Recipe.parse(
+            [
+                f"--config={recipe}",
+                *([] if self.overlay is None else [f"--config={self.overlay}"]),
+                *overrides,
+                *([] if self.network is None else [f"{_NETWORK}={self.network}"]),
+                *self.arguments,
+                *(f"{silenced}=false" for silenced in _SILENCED),
+            ]
+        )
         return Variant(self.name, parsed)
 
 
@@ -89,7 +86,7 @@ def read_base(recipe: Path, overrides: Sequence[str]) -> Recipe:
 
     Raises:
         FileNotFoundError: the recipe is missing.
-        SystemExit: the parser refused the settings and said why.
+        UsageError: the parser refused the settings.
         ValueError: the recipe names no network.
     """
     named = read_recipe(recipe).get("model", {}).get("network") is not None

@@ -6,9 +6,11 @@ import errno
 import inspect
 import os
 import pydoc
+import shlex
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,6 +30,7 @@ from awconv.tasks import DetectionTask, Task
 from awconv.terminal import say
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
 from awconv.training.detections import DetectionFile
+from awconv.training.explain import explained
 from awconv.training.find_task import find_task
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
@@ -35,9 +38,11 @@ from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import FiniteTraining, Pace
+from awconv.usage import Strict, UsageError
 from awconv.yaml_files import bounded_yaml
 
 _LOGS = "lightning_logs"
+_CONFIG = "awconv_fit.yaml"
 _OF_THE_FIRST_STEP = (
     ArithmeticError,
     AssertionError,
@@ -47,6 +52,10 @@ _OF_THE_FIRST_STEP = (
     RuntimeError,
     TypeError,
 )
+
+
+class _Parser(Strict, LightningArgumentParser):
+    """Raises errors in place of printing the usage."""
 
 
 class TrainingCLI(LightningCLI):
@@ -66,6 +75,8 @@ class TrainingCLI(LightningCLI):
         self, args: Sequence[str], run: bool = True, save_config: bool = True, task: type[Task] | None = None
     ) -> None:
         self._task = find_task(args) if task is None else task
+        self._claimed: Path | None = None  # the folder of the logs
+        self._kept: ModelCheckpoint | None = None
         super().__init__(
             self._task,
             self._task.data_module,
@@ -79,14 +90,18 @@ class TrainingCLI(LightningCLI):
             # The data divide themselves among processes: data/order.py.
             trainer_defaults={"max_epochs": 15, "use_distributed_sampler": False},
             save_config_callback=SaveConfigCallback if save_config else None,
-            save_config_kwargs={"overwrite": True, "config_filename": "awconv_fit.yaml"},
+            save_config_kwargs={"overwrite": True, "config_filename": _CONFIG},
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         with warnings.catch_warnings(), bounded_yaml():
             # Ours is a command among others, which hands its own arguments on.
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            super().parse_arguments(parser, args)
+            try:
+                super().parse_arguments(parser, args)
+            except UsageError as error:
+                given = list(args) if isinstance(args, list) else []
+                raise UsageError(explained(str(error), given, self._options(given))) from error
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config
         if config.trainer.default_root_dir:
@@ -96,6 +111,18 @@ class TrainingCLI(LightningCLI):
             check_steps(config.trainer)
         if command:
             self._find_checkpoint(config, command)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, and that of each subcommand."""
+        parser = _Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a recipe: a YAML file of these arguments")
+        return parser
+
+    def _options(self, arguments: Sequence[str]) -> frozenset[str]:
+        """The names of the options of the subcommand, or of a run of a comparison."""
+        named = [argument for argument in arguments[:1] if argument in self.subcommands()]
+        parser = self._parser(named[0]) if named and hasattr(self, "_subcommand_parsers") else self.parser
+        return frozenset(name[2:] for name in parser._option_string_actions if name.startswith("--"))
 
     def _find_checkpoint(self, config: Any, command: str) -> None:
         root = Path(config.trainer.default_root_dir or ".")
@@ -122,7 +149,7 @@ class TrainingCLI(LightningCLI):
         if self.config.get("subcommand") != "fit":
             try:
                 super()._parse_ckpt_path()
-            except SystemExit as error:
+            except UsageError as error:
                 path = self.config[self.config["subcommand"]]["ckpt_path"]
                 raise ValueError(f"checkpoint {path} holds arguments that there are not") from error
 
@@ -151,29 +178,33 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs for TensorBoard and as CSV, and checkpoints that survive interruptions."""
         config = self._get(self.config_init, "trainer")
-        ours = config.get("logger") in (None, True)
+        ours = self._logs_are_ours(config)
         if ours:
             kwargs["logger"] = _loggers(config["default_root_dir"] or ".")
+        elif config.get("logger") is None:
+            kwargs["logger"] = False  # an evaluation prints its figures
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
         self._same = SameSettings(settings_of(self._task, self._parser(self.subcommand), now))
         stop = StopOnSigterm()
-        callbacks = [*_as_list(config.get("callbacks")), self._same, SameThreads(), FiniteTraining(), Pace(), stop]
+        self._pace = Pace()
+        callbacks = [*_as_list(config.get("callbacks")), self._same, SameThreads(), FiniteTraining(), self._pace, stop]
+        if config.get("enable_model_summary") is None and not any(isinstance(one, ModelSummary) for one in callbacks):
+            kwargs["enable_model_summary"] = False  # which counts no operations; before_fit says what trains
         if config.get("enable_checkpointing") is not False:
             recent = self._get(self.config_init, "recent_checkpoint")
             recent.stop = stop
             callbacks.append(recent)
-            callbacks.append(  # of the last two epochs
-                ModelCheckpoint(
-                    dirpath=None if ours else Path(config["default_root_dir"] or ".") / "checkpoints",
-                    filename="{epoch}-{step}",
-                    monitor="step",
-                    mode="max",
-                    save_top_k=2,
-                    save_on_train_epoch_end=True,
-                    enable_version_counter=False,
-                )
+            self._kept = ModelCheckpoint(  # of the last two epochs
+                dirpath=None if ours else Path(config["default_root_dir"] or ".") / "checkpoints",
+                filename="{epoch}-{step}",
+                monitor="step",
+                mode="max",
+                save_top_k=2,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
             )
+            callbacks.append(self._kept)
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except Exception as error:  # Lightning's own, and what it does not expect
@@ -185,9 +216,20 @@ class TrainingCLI(LightningCLI):
             ]
             raise ValueError(f"there is no such trainer: {error} (given: {', '.join(given)})") from error
 
+    def _logs_are_ours(self, config: Any) -> bool:
+        """Whether there are our logs: without a logger of the user, and in an evaluation only where asked for."""
+        evaluates = self.subcommand not in (None, "fit")  # None is a run of a comparison
+        return config.get("logger") is True or (config.get("logger") is None and not evaluates)
+
     def _run_subcommand(self, subcommand: str) -> None:
-        with self.naming(self._get(self.config, "ckpt_path")):
-            super()._run_subcommand(subcommand)
+        try:
+            with self.naming(self._get(self.config, "ckpt_path")):
+                super()._run_subcommand(subcommand)
+        finally:
+            if self._claimed is not None and self._pace.batches == 0:
+                shutil.rmtree(self._claimed, ignore_errors=True)
+                with suppress(OSError):  # there are others
+                    self._claimed.parent.rmdir()
 
     @contextmanager
     def naming(self, ckpt_path: str | None) -> Iterator[None]:
@@ -223,14 +265,30 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Claims a folder for the logs, says what trains, and silences warnings that do not apply."""
-        config = self._get(self.config_init, "trainer")
-        if self.trainer.loggers and config.get("logger") in (None, True) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        config, first = self._get(self.config_init, "trainer"), rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if self.trainer.loggers and self._logs_are_ours(config) and first:
             self.trainer.loggers = _loggers(config["default_root_dir"] or ".", claim=True)
+            self._claimed = Path(str(self.trainer.log_dir))
+        if first and config.get("enable_model_summary") is None:
+            parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
+            say(f"awconv fit: {self.model.network_name}, {parameters:,} parameters")
         if self.model.trained is not None:
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            if first:
                 say(f"awconv fit: {self.model.trained}")
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # norms that are held
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+
+    def after_fit(self) -> None:
+        """Says where the checkpoint is, and what can be done with it."""
+        path = self._kept.best_model_path if self._kept and self._pace.batches else self._get(self.config, "ckpt_path")
+        if rank_zero_only.rank != 0 or not path:  # type: ignore[attr-defined]
+            return
+        done = "trained" if self._pace.batches else "there was nothing left to train"
+        checkpoint, config = shlex.quote(path), Path(path).parent.parent / _CONFIG
+        lines = [f"awconv fit: {done}; the checkpoint is {path}"]
+        if config.is_file():
+            lines.append(f"  awconv test --config={shlex.quote(str(config))} --ckpt_path={checkpoint}")
+        lines.append(f"  awconv predict --ckpt={checkpoint} IMAGES")
+        say(*lines)
 
     def before_validate(self) -> None:
         """Refuses to evaluate weights that were never trained."""

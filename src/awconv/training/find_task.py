@@ -1,4 +1,4 @@
-"""Finds the task of a command line: the one whose data it names last, in a recipe or in an argument."""
+"""Finds the data and the task of a command line: the data that it names last, in a recipe or in an argument."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.yaml_files import parse_recipe, read_recipe
 
 _TASKS: tuple[type[Task], ...] = (ClassificationTask, DetectionTask)
-_RECIPE, _DATA = ("--config", "-c"), ("--data", "--data.class_path")
+_RECIPE, _DATA = ("--config", "-c"), ("--data", "--data.class_path", "--data.help")
 
 
 def find_task(arguments: Sequence[str]) -> type[Task]:
@@ -24,13 +24,34 @@ def find_task(arguments: Sequence[str]) -> type[Task]:
         FileNotFoundError: a recipe is missing.
         ValueError: a recipe is not YAML, or not a mapping.
     """
+    name = find_data(arguments)
+    return next((task for task in _TASKS if name in _names(task.data_module)), ClassificationTask)
+
+
+def data_sets() -> dict[type[Task], dict[str, type[Any]]]:
+    """The classes of data by name, for each task."""
+    found = {task: _classes(task.data_module) for task in _TASKS}
+    return {task: {kind.__name__: kind for kind in kinds[1:]} for task, kinds in found.items()}
+
+
+def recipes(arguments: Sequence[str]) -> list[str]:
+    """The recipes that arguments name, in order."""
+    return [value for option, value in _options(arguments) if option in _RECIPE]
+
+
+def find_data(arguments: Sequence[str]) -> str | None:
+    """The name of the class of data that arguments name last, without its module.
+
+    Raises:
+        FileNotFoundError: a recipe is missing.
+        ValueError: a recipe is not YAML, or not a mapping.
+    """
     data = None
     for option, value in _options(arguments):
         data = _data_of(value) or data if option in _RECIPE else value
     if isinstance(data, str) and data.lstrip().startswith("{"):
         data = parse_recipe(data, "--data", Path()).get("class_path")
-    name = str(data).rpartition(".")[2]
-    return next((task for task in _TASKS if name in _names(task.data_module)), ClassificationTask)
+    return None if data is None else str(data).rpartition(".")[2]
 
 
 def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -53,7 +74,11 @@ def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _names(kind: type[Any]) -> set[str]:
-    return {kind.__name__}.union(*(_names(subclass) for subclass in kind.__subclasses__()))
+    return {one.__name__ for one in _classes(kind)}
+
+
+def _classes(kind: type[Any]) -> list[type[Any]]:
+    return [kind, *(one for subclass in kind.__subclasses__() for one in _classes(subclass))]
 
 
 def _data_of(config: str) -> Any:

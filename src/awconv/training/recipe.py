@@ -35,7 +35,7 @@ class Recipe:
 
         Raises:
             FileNotFoundError: a recipe is missing.
-            SystemExit: the parser refused an argument and said why.
+            UsageError: the parser refused an argument.
             ValueError: a recipe is not YAML, or a number is out of its range.
         """
         task = find_task(arguments)

@@ -99,26 +99,37 @@ def _path(callback: Any) -> Any:
 
 
 class Pace(pl.Callback):
-    """Logs training images per second, over all processes, and the time left."""
+    """Logs training images per second, over all processes, and shows the loss and the time left in the bar.
+
+    The loss is that of one step. A GPU is waited for every ``log_every_n_steps`` steps only.
+
+    Attributes:
+        batches: trained by this call of ``fit``.
+    """
 
     def __init__(self) -> None:
+        self.batches = 0
         self._start = 0.0
-        self._done = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start, self._done = time.perf_counter(), 0
+        self._start, self.batches = time.perf_counter(), 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._done += 1
-        if (batch_idx + 1) % _interval(trainer):
+        self.batches += 1
+        due, loss = (batch_idx + 1) % _interval(trainer) == 0, outputs["loss"].detach()
+        if trainer.progress_bar_callback is not None and (due or loss.device.type == "cpu"):
+            pl_module.log(
+                "loss", loss.cpu(), prog_bar=True, logger=False
+            )  # on the CPU, where the bar reads it each step
+        if not due:
             return
         seconds = time.perf_counter() - self._start  # with evaluation and checkpoints
-        images = self._done * len(batch[0]) * trainer.world_size
-        pl_module.log("images_per_second", images / seconds, prog_bar=True)
+        images = self.batches * len(batch[0]) * trainer.world_size
+        pl_module.log("images_per_second", torch.tensor(images / seconds), prog_bar=True)
         batches = trainer.num_training_batches * (trainer.max_epochs or 0)
         if trainer.max_steps > 0:
             batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
-        left = (batches - trainer.fit_loop.epoch_loop.total_batch_idx - 1) * seconds / self._done
-        pl_module.log("minutes_left", left / 60, prog_bar=True, logger=False)
+        left = (batches - trainer.fit_loop.epoch_loop.total_batch_idx - 1) * seconds / self.batches
+        pl_module.log("minutes_left", torch.tensor(left / 60), prog_bar=True, logger=False)
