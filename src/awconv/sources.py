@@ -127,7 +127,8 @@ def _named(name: str, pretrained: bool | str) -> ClassificationTask:
             f"network {name} has no weights; "
             + (f"there are {', '.join(tagged)}" if tagged else "give a file of them, --pretrained=FILE")
         )
-    return _classifier(name, pretrained, timm.get_pretrained_cfg(name).to_dict(), {}, None, named=name)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    return _classifier(name, pretrained, cfg.to_dict(), {}, None, named=name)
 
 
 def _classifier(
@@ -167,8 +168,7 @@ def _labels(cfg: Mapping[str, Any]) -> list[str]:
         return [str(name) for name in given]
     subset = infer_imagenet_subset(dict(cfg))
     if subset:
-        names: list[str] = ImageNetInfo(subset).label_descriptions()
-        return names
+        return list(ImageNetInfo(subset).label_descriptions())
     return [str(index) for index in range(cfg["num_classes"])]
 
 

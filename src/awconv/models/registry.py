@@ -288,8 +288,8 @@ CONVERTED = "awconv_converted"
 def _converted(
     *args: Any, network: str, network_args: dict[str, Any] | None = None, convert: dict[str, Any], **kwargs: Any
 ) -> nn.Module:
-    plain = timm.create_model(network, *args, **(network_args or {}), **kwargs)
-    return convert_layers(plain, **convert)
+    arguments: dict[str, Any] = {**(network_args or {}), **kwargs}
+    return convert_layers(timm.create_model(network, *args, **arguments), **convert)
 
 
 _register(CONVERTED, _converted, _IMAGENET, paper="2108.08205")
