@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from awconv.extras import require
+from awconv.own_code import import_own, taken_out
 from awconv.terminal import say
 from awconv.usage import Strict, UsageError, invalid, is_option, unknown
 from awconv.version import __version__
@@ -283,7 +284,8 @@ usage: awconv COMMAND [ARGUMENTS]
 
 {_LIST}
 
-awconv COMMAND --help lists a command's arguments.
+awconv COMMAND --help lists a command's arguments. --import=FILE.py, of every command, runs a file that registers
+networks of your own with timm.
 """
 
 
@@ -314,7 +316,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = [_expanded(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
-        status = COMMANDS[command].run(command, arguments)
+        status = COMMANDS[command].run(command, _with_imports(command, arguments))
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # as when `head` has read enough
@@ -342,6 +344,20 @@ def main(args: Sequence[str] | None = None) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _with_imports(command: str, arguments: list[str]) -> list[str]:
+    """Runs what ``--import`` names. Commands that train get the names, too, which belong to their settings."""
+    own, others = taken_out(arguments)
+    if not own:
+        return arguments
+    import_own(own)
+    named = f"--import={','.join(own)}"
+    if isinstance(COMMANDS[command], Training):
+        return [named, *others]
+    if COMMANDS[command].passes_on:
+        return [*others, *([] if "--" in others else ["--"]), named]
+    return others
 
 
 def _end(*_: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from awconv.compare.record import Record, TestSplit
 from awconv.compare.variants import Variant
+from awconv.terminal import say
 from awconv.training.recipe import Recipe
 
 
@@ -100,4 +101,7 @@ class Comparison:
                 f"{file} holds a run of other settings: {'; '.join(differing[:3])}. Name another folder with --out, or "
                 "remove the file to train anew"
             )
+        changed = [name for name, digest in recipe.own_code.items() if record.versions.get(name, digest) != digest]
+        if changed:
+            say(f"{file}: {', '.join(changed)} has changed since this run was trained; remove the file to train anew")
         return record

@@ -86,7 +86,7 @@ def train(
         score=metrics[f"{split}/{model.score}"],
         epochs=recorder.epochs,
         recipe=dict(recipe.settings.content),
-        versions=_versions(recorder.device),
+        versions=_versions(recorder.device) | recipe.own_code,
         jobs=comparison.jobs,
         metric=model.score_name,
         figures={name: metrics[f"{split}/{name}"] for name in model.further_figures},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import timm
 
-from awconv.models import variants
+from awconv.models import BASELINES, variants
 from awconv.training.recipe import Recipe
 from awconv.yaml_files import read_recipe
 
@@ -101,7 +101,8 @@ def find_change(base: str, given: str) -> Change:
     Args:
         base: the recipe's network.
         given: ``plain`` for the recipe as it is; ``aw``, ``se``, ``aw_se``, ... for the same network with that
-            attention; the name of another network of timm; or a YAML file laid over the recipe.
+            attention, ``aw`` of a network that has no AW version in timm by :func:`awconv.convert`; the name of another
+            network of timm; or a YAML file laid over the recipe.
 
     Raises:
         FileNotFoundError: the YAML file is missing.
@@ -113,9 +114,11 @@ def find_change(base: str, given: str) -> Change:
             raise FileNotFoundError(f"variant {given} is not a file; expected YAML with what differs from the recipe")
         return Change(path.stem, overlay=path)
     networks = {"plain": base} | variants(base)
+    if given == "aw" and given not in networks and base not in BASELINES:
+        return Change(given, network=base, arguments=("--model.convert={}",))
     if given in networks or timm.is_model(given):
         return Change(given, network=networks.get(given, given))
     raise ValueError(
-        f"there is no variant {given!r} of {base}; there are {', '.join(networks)}, any other network of timm by its "
+        f"there is no variant {given!r} of {base}; there are {', '.join(dict.fromkeys((*networks, 'aw')))}, any other network of timm by its "
         "name, or a YAML file that is laid over the recipe, such as 'model: {convert: {init: fresh}}' for AW"
     )

@@ -55,6 +55,7 @@ def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None
         raise ValueError(
             f"network must be a name that timm.create_model knows, got {name!r}"
             + (f"; near it: {', '.join(close)}" if close else "")
+            + "; --import=FILE.py registers networks of your own"
         )
     base, _, tag = name.partition(".")
     if tag and not timm.is_model_pretrained(name):

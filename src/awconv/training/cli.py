@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from awconv.data import DataModule, ImageDataModule
 from awconv.data.loading import Split
+from awconv.own_code import as_names, import_own
 from awconv.roles import Role
 from awconv.tasks import DetectionTask, Task
 from awconv.terminal import say
@@ -104,6 +105,7 @@ class TrainingCLI(LightningCLI):
                 raise UsageError(explained(str(error), given, self._options(given))) from error
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config
+        import_own(as_names(config.get("import")))
         if config.trainer.default_root_dir:
             config.trainer.default_root_dir = os.path.expanduser(config.trainer.default_root_dir)
         check_seed(config.get("seed_everything"))
@@ -116,6 +118,8 @@ class TrainingCLI(LightningCLI):
         """The parser, and that of each subcommand."""
         parser = _Parser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="a recipe: a YAML file of these arguments")
+        own = "files (.py) or modules that register networks of your own with timm; several with commas"
+        parser.add_argument("--import", type=str | list[str] | None, help=own)
         return parser
 
     def _options(self, arguments: Sequence[str]) -> frozenset[str]:
@@ -165,6 +169,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Builds what the configuration describes."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        import_own(as_names(config.get("import")))  # in another process than the one that has parsed them
         check_nulls("model", self._task, config.model.as_dict())
         check_nulls("data", pydoc.locate(config.data.class_path), config.data.get("init_args", Namespace()).as_dict())
         try:

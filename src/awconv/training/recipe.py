@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
+from awconv.own_code import as_names, import_own
 from awconv.roles import Role
 from awconv.tasks import Task
 from awconv.training.cli import TrainingCLI, plain, settings_of
@@ -52,6 +53,11 @@ class Recipe:
     def network_args(self) -> dict[str, Any]:
         """Further arguments of the network."""
         return dict(self._config.model.network_args or {})
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The SHA-256 of the files with networks of one's own, by their names."""
+        return import_own(as_names(self._config.get("import")))
 
     def for_run(self, seed: int, folder: Path) -> Recipe:
         """The recipe with a seed, and a folder for checkpoints."""
