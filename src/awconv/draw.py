@@ -96,11 +96,8 @@ def write(image: Image.Image, place: Path) -> None:
     notes, exif = PngInfo(), Image.Exif()
     notes.add_text("Software", _SOFTWARE)
     exif[ExifTags.Base.Software] = _SOFTWARE
-    options: dict[str, dict[str, Any]] = {
-        "PNG": {"pnginfo": notes},
-        "JPEG": {"exif": exif, "quality": 90},
-        "WEBP": {"exif": exif, "quality": 90},
-    }
+    encoded = {"exif": exif, "quality": 90}
+    options: dict[str, dict[str, Any]] = {"PNG": {"pnginfo": notes}, "JPEG": encoded, "WEBP": encoded}
     with replacing(place) as file:
         image.save(file, format, **options[format])
 

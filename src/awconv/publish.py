@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from awconv.adapter import save_adapter
 from awconv.extras import require
@@ -17,31 +21,64 @@ require("lightning", extra="train")
 from awconv.compare.record import Record
 from awconv.compare.recorder import recorded
 from awconv.models.published import ADAPTER, CARD, CONFIG, FILE, WEIGHTS, sha256
+from awconv.models.registry import CONVERTED
 from awconv.sources import load_task
 from awconv.tables import markdown_cell
 from awconv.tasks import ClassificationTask
 from awconv.tasks.adapted import described, load_adapted
+from awconv.tasks.task import FIGURES
 from awconv.terminal import printable
 from awconv.training.checkpoints import find_last, read_checkpoint
+from awconv.training.same import SameSettings
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A network to publish, and what its card says of the training.
+
+    Attributes:
+        task: with the weights.
+        name: of the network, without a tag.
+        seed: of the run.
+        epochs: that were trained.
+        versions: of awconv, torch, timm and Python, where they are known.
+        score: the accuracy, from 0 to 1, by the name of its split; empty if none was evaluated.
+        settings: of the training, dotted names and values as JSON; empty for a run with a recipe.
+    """
+
+    task: ClassificationTask
+    name: str
+    seed: int
+    epochs: int
+    versions: Mapping[str, str]
+    scores: Mapping[str, float]
+    settings: Mapping[str, str]
+
+    @property
+    def split(self) -> str:
+        """The split of the first score, on which the command of the card evaluates."""
+        return next(iter(self.scores), "test")
 
 
 def publish(
-    run: Path, tag: str, data: str, recipe: str, out: Path = Path("weights"), license: str = "apache-2.0"
+    run: Path, tag: str, data: str, recipe: str | None = None, out: Path = Path("weights"), license: str = "apache-2.0"
 ) -> int:
-    """Writes a finished run's weights, their configuration and a model card.
+    """Writes a trained network's weights, their configuration and a model card.
 
-    The folder has the layout of Hugging Face's hub. ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads
-    it; once uploaded, ``hf-hub:NAME`` does too.
+    The folder has the layout of Hugging Face's hub. :func:`awconv.load` and ``awconv predict --ckpt=FOLDER`` take it;
+    after ``import awconv``, ``timm.create_model("local-dir:FOLDER", pretrained=True)`` does too, and once uploaded
+    ``hf-hub:NAME``. A converted network is described by the network and the arguments of its conversion.
 
     Of a run whose ``train_only`` froze parameters, it writes what was trained, as ``adapter.safetensors``, which
-    ``awconv predict`` and :func:`awconv.load_adapter` put on the pretrained base. The network may then be converted or
-    have arguments.
+    ``awconv predict`` and :func:`awconv.load_adapter` put on the pretrained base.
 
     Args:
-        run: the record of a run of ``awconv compare``, with its checkpoints beside it.
+        run: the record of a run of ``awconv compare``, with its checkpoints beside it, or a checkpoint of ``awconv
+            fit``.
         tag: name of the weights after the network's name, such as ``cifar10``.
         data: the training data, in words.
-        recipe: the recipe's path, as the card's command names it.
+        recipe: the recipe's path, as the card's command names it. A run of ``compare`` needs it; for a checkpoint, the
+            data's settings are named without one.
         out: the folder in which the folder ``NETWORK.TAG`` is made.
         license: the weights' licence, an SPDX identifier.
 
@@ -50,13 +87,13 @@ def publish(
 
     Raises:
         FileNotFoundError: the record or its checkpoint is missing.
-        ValueError: the file is not a record, its network has arguments of its own, the base of an adapter is not to be
-            had, or a text does not fit into a card.
+        ValueError: the file is neither, the base of an adapter is not to be had, or a text does not fit into a card.
     """
-    _check_texts(tag, license, data=data, recipe=recipe)
-    record, task = _finished(run)
+    _check_texts(tag, license, data=data, **({} if recipe is None else {"recipe": recipe}))
+    trained = _of_checkpoint(run) if run.suffix == ".ckpt" else _of_run(run, recipe)
+    _check_base(trained.task, run)
+    task, name = trained.task, f"{trained.name}.{tag}"
     network: Any = task.evaluated.cpu()
-    name = f"{record.network}.{tag}"
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     adapts = _adapts(task)
@@ -64,10 +101,10 @@ def publish(
     if adapts:
         _write_adapter(task, weights)
     else:
-        save_file(network.state_dict(), weights)
+        save_file(_unshared(network.state_dict()), weights)
     weights.chmod(0o644)  # for all who may use the package
     config = dict(
-        architecture=record.network,
+        **_architecture(trained.name, task),
         num_classes=len(task.classes),
         num_features=getattr(network, "num_features", None),
         pretrained_cfg=_pretrained_cfg(network, task, tag, license),
@@ -76,10 +113,24 @@ def publish(
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     packaged = out.resolve() == WEIGHTS.resolve()
     place = None if packaged else folder
-    how = _adapting(task, weights) if adapts else _loading(record, name, recipe, place)
-    (folder / CARD).write_text(_card(record, name, data, recipe, license, how))
-    print(printable(f"{name}: {record.test_split} accuracy {100 * record.score:.2f} %, in {folder}"))
+    how = _adapting(task, weights) if adapts else _loading(trained, name, recipe, place)
+    (folder / CARD).write_text(_card(trained, name, data, recipe, license, how))
+    said = [f"{split} accuracy {100 * score:.2f} %, " for split, score in list(trained.scores.items())[:1]]
+    print(printable(f"{name}: {''.join(said)}in {folder}"))
     return 0
+
+
+def _architecture(name: str, task: ClassificationTask) -> dict[str, Any]:
+    """The network and its arguments, as timm's configurations have them."""
+    if task.conversion is not None:
+        arguments = dict(network=name, network_args=task.network_args, convert=task.conversion)
+        return dict(architecture=CONVERTED, model_args=arguments)
+    return dict(architecture=name) | (dict(model_args=task.network_args) if task.network_args else {})
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose tensors share no memory, as safetensors demands: a branch may belong to several layers."""
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def _check_texts(tag: str, license: str, **lines: str) -> None:
@@ -95,39 +146,80 @@ def _check_texts(tag: str, license: str, **lines: str) -> None:
             raise ValueError(f"{name} must be one line of text, got {text[:120]!r}")
 
 
-def _finished(run: Path) -> tuple[Record, ClassificationTask]:
-    """A run's record and the task of its last checkpoint.
+def _of_run(run: Path, recipe: str | None) -> _Trained:
+    """The network of a run's record, of its last checkpoint.
 
     Raises:
         FileNotFoundError: the record or its checkpoint is missing.
-        ValueError: they do not belong together, or the network's name alone does not describe the network.
+        ValueError: they do not belong together.
     """
     if not run.is_file():
-        raise FileNotFoundError(f"run {run} is not a file; expected one of awconv compare, such as aw-seed0.json")
+        raise FileNotFoundError(
+            f"run {run} is not a file; expected a record of awconv compare, such as aw-seed0.json, or a checkpoint"
+        )
     if run.suffix != ".json":
-        raise ValueError(f"run must be a record of awconv compare, such as runs/RECIPE/aw-seed0.json, got {run}")
+        raise ValueError(
+            "run must be a record of awconv compare, such as runs/RECIPE/aw-seed0.json, or a checkpoint (.ckpt), got "
+            f"{run}"
+        )
     record, last = Record.load(run), find_last(run.with_suffix(""))
     if last is None:
         raise FileNotFoundError(f"there is no checkpoint under {run.with_suffix('')}, where the run's should be")
     checkpoint = read_checkpoint(last)
     if checkpoint["epoch"] + 1 != len(record.epochs) or recorded(checkpoint) != record.epochs:
         raise ValueError(f"{last} is not the last checkpoint of the run {run}: train the run anew")
-    task = load_task(last)
-    if not isinstance(task, ClassificationTask):
-        raise ValueError(f"only classifiers are published, and {run} is of a detector")
+    task = _classifier(last)
     if record.network != task.network_name:
         raise ValueError(f"{run} says that its network is {record.network}, and {last} {task.network_name}")
+    if recipe is None:
+        raise ValueError(
+            "recipe must be given for a run of awconv compare: the path of the recipe that it was trained by"
+        )
+    validation = record.epochs[-1].val_score
+    held_out = {} if validation is None or record.test_split == "val" else {"val": validation}
+    scores = {record.test_split: record.score} | held_out
+    return _Trained(task, _untagged(record.network), record.seed, len(record.epochs), record.versions, scores, {})
+
+
+def _of_checkpoint(path: Path) -> _Trained:
+    """The network of a checkpoint of ``awconv fit``.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is something else.
+    """
+    checkpoint = read_checkpoint(path)
+    task = _classifier(path)
+    settings: dict[str, Any] = checkpoint["callbacks"].get(SameSettings.__qualname__, {}).get("settings", {})
+    score = checkpoint.get(FIGURES, {}).get(f"val/{task.score}")
+    return _Trained(
+        task,
+        _untagged(task.network_name),
+        int(settings.get("seed_everything", 0)),
+        int(checkpoint.get("epoch", 0)) + 1,
+        {},
+        {} if score is None else {"val": float(score)},
+        settings,
+    )
+
+
+def _classifier(checkpoint: Path) -> ClassificationTask:
+    task = load_task(checkpoint)
+    if not isinstance(task, ClassificationTask):
+        raise ValueError(f"only classifiers are published, and {checkpoint} is of a detector")
+    return task
+
+
+def _untagged(network: str) -> str:
+    return network.partition(".")[0]
+
+
+def _check_base(task: ClassificationTask, run: Path) -> None:
     if _adapts(task) and not task.pretrained:
         raise ValueError(
             "an adapter needs its base, and that of a run with train_only and without pretrained was random; train on "
-            f"--model.pretrained, or keep the checkpoint, {last}"
+            f"--model.pretrained, or keep the checkpoint, {run}"
         )
-    if not _adapts(task) and (task.network_args or task.conversion):
-        raise ValueError(
-            "a network with network_args or convert cannot be loaded by its name alone, so it is not published; keep "
-            f"its checkpoint, {last}"
-        )
-    return record, task
 
 
 def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: str) -> dict[str, Any]:
@@ -135,18 +227,23 @@ def _pretrained_cfg(network: Any, task: ClassificationTask, tag: str, license: s
     cfg = {
         key: value
         for key, value in getattr(network, "pretrained_cfg", {}).items()
-        if key not in ("url", "file", "hf_hub_id", "source", "architecture")
+        if not key.startswith(("test_", "label_", "hf_hub_")) and key not in _OF_OTHER_WEIGHTS
     }
     return cfg | dict(
         tag=tag,
         input_size=task.input_size,
         num_classes=len(task.classes),
         crop_pct=task.crop_pct,
+        crop_mode="center",
+        interpolation=task.interpolation,
         mean=task.channel_means,
         std=task.channel_deviations,
         label_names=task.classes,
         license=license,
     )
+
+
+_OF_OTHER_WEIGHTS = ("url", "file", "source", "architecture", "state_dict", "custom_load", "origin_url", "license")
 
 
 def _adapts(task: ClassificationTask) -> bool:
@@ -164,12 +261,22 @@ def _write_adapter(task: ClassificationTask, file: Path) -> None:
         raise
 
 
-def _card(record: Record, name: str, data: str, recipe: str, license: str, how: str) -> str:
+_SPLITS = {"test": "test", "val": "validation"}
+
+
+def _card(trained: _Trained, name: str, data: str, recipe: str | None, license: str, how: str) -> str:
     """The model card. ``how`` says what there is, how it is loaded, and where its figure comes from."""
-    epochs = len(record.epochs)
-    versions = markdown_cell(", ".join(f"{key} {value}" for key, value in record.versions.items()))
-    validation = record.epochs[-1].val_score
-    held_out = "" if validation is None else f" ({100 * validation:.2f} % on the images held out for validation)"
+    parameters = sum(parameter.numel() for parameter in trained.task.network.parameters() if parameter.requires_grad)
+    rows = [(f"{_SPLITS[split]} accuracy", f"{100 * score:.2f} %") for split, score in trained.scores.items()]
+    rows.append(("recipe", f"`{recipe}`, {trained.epochs} epochs, the network of the last one"))
+    if recipe is None:
+        rows[-1] = ("epochs", str(trained.epochs))
+    rows.append(("seed", str(trained.seed)))
+    if trained.versions:
+        rows.append(("made with", ", ".join(f"{key} {version}" for key, version in trained.versions.items())))
+    rows.append(("licence", license))
+    table = "\n".join(f"| {heading} | {markdown_cell(cell)} |" for heading, cell in rows)
+    converted = "" if trained.task.conversion is None else ", converted by awconv"
     return f"""---
 license: {license}
 library_name: timm
@@ -177,33 +284,32 @@ tags: [image-classification, timm, awconv]
 ---
 # {name}
 
-`{record.network}`, {record.parameters:,} parameters trained on {data} by awconv, a library for
+`{trained.name}`{converted}, {parameters:,} parameters trained on {data} by awconv, a library for
 [AW-convolution](https://arxiv.org/abs/2108.08205).
 
 | | |
 | --- | --- |
-| {record.test_split} accuracy | {100 * record.score:.2f} %{held_out} |
-| recipe | `{recipe}`, {epochs} epochs, the network of the last one |
-| seed | {record.seed} |
-| made with | {versions} |
-| licence | {license} |
+{table}
 
 {how}"""
 
 
-def _loading(record: Record, name: str, recipe: str, folder: Path | None) -> str:
+def _loading(trained: _Trained, name: str, recipe: str | None, folder: Path | None) -> str:
     """How whole weights are loaded and tested. ``folder`` is None for those that the package ships, loaded by name."""
+    source = name if folder is None else str(folder)
+    figure = "The first figure comes from" if trained.scores else "This evaluates it:"
     return f"""```python
 import awconv, timm
 
+loaded = awconv.load({source!r})  # loaded.network, loaded.classes, loaded.transform
 model = timm.create_model("{name if folder is None else f"local-dir:{folder}"}", pretrained=True)
 ```
 
-The figure comes from
+{figure}
 
-    {_command(record, name, recipe, folder)}
+    {_command(trained, name, recipe, folder)}
 
-{_SPREAD}{_SMALL if folder is None else ""}
+{_SPREAD if recipe is not None else _ALONE}{_SMALL if folder is None else ""}
 """
 
 
@@ -239,14 +345,32 @@ The classes are `label_names` in `{CONFIG}`. This predicts images:
 
 
 _SPREAD = "It is that of one run; the comparison that the run belongs to shows the spread over seeds."
+_ALONE = "One run shows no spread: `awconv compare` trains several."
 _SMALL = (  # of those that the package ships
     " A small network on small images: made\nfor tests and demonstrations, not for use on pictures of another kind."
 )
 
 
-def _command(record: Record, name: str, recipe: str, folder: Path | None) -> str:
-    weights = f"{name} --model.pretrained=true"
+def _command(trained: _Trained, name: str, recipe: str | None, folder: Path | None) -> str:
+    task, weights = trained.task, f"{name} --model.pretrained=true"
     if folder is not None:
-        weights = f"{record.network} --model.pretrained={folder / FILE}"
-    config = f"--config={recipe} " if recipe.endswith((".yaml", ".yml")) else ""  # the digits are the default
-    return f"awconv {record.test_split.replace('val', 'validate')} {config}--model.network={weights}"
+        weights = f"{trained.name} --model.pretrained={folder / FILE}"
+    for option, value in (("network_args", task.network_args), ("convert", task.conversion)):
+        if value or (option == "convert" and value is not None):
+            weights += f" {shlex.quote(f'--model.{option}={json.dumps(value)}')}"
+    config = f"--config={recipe} " if recipe and recipe.endswith((".yaml", ".yml")) else ""  # digits are the default
+    return f"awconv {trained.split.replace('val', 'validate')} {config}{_data(trained)}--model.network={weights}"
+
+
+def _data(trained: _Trained) -> str:
+    """The arguments that name the data of a checkpoint's training."""
+    given = {name.removeprefix("data."): value for name, value in trained.settings.items() if name.startswith("data.")}
+    kind = json.loads(given.pop("class_path", '""')).rpartition(".")[2]
+    if not kind:
+        return ""
+    chosen = {name.removeprefix("init_args."): json.loads(value) for name, value in given.items()}
+    named = [shlex.quote(f"--data.{name}={chosen[name]}") for name in _DATA if name in chosen]
+    return " ".join([f"--data={kind}", *named, ""])
+
+
+_DATA = ("root", "train", "val", "test", "image_size", "crop_pct", "val_fraction", "split_seed")

@@ -134,7 +134,7 @@ def test_tables_have_a_line_for_each_work(capsys: pytest.CaptureFixture[str]) ->
         (["op", "--device=tpu"], "device must be cpu or cuda"),
         (["detector", "aw_resnet18", "--size=800"], "size must be a height and a width such as 800x1333, got '800'"),
         (["detector", "resnet50"], "networks must be AW networks, got 'resnet50'"),
-        (["model", "resnet50"], "must be AW networks, got 'resnet50'"),
+        (["model", "resnet5O"], "network must be a name that timm.create_model knows, got 'resnet5O'"),
         (["model", "aw_resnet8_cifar", "--algorithm=fast"], "algorithm must be some of auto, .*, got 'fast'"),
         (["model", "aw_resnet8_cifar", "--work=fit"], "work must be some of forward, step, training, memory, branch"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -26,8 +26,11 @@ from awconv.bench.report import (
 from awconv.bench.rivals import with_condconv
 from awconv.bench.timing import Ratio, peak_memory, ratios
 from awconv.branch import AttentionBranch
+from awconv.convert import convert
+from awconv.layers import AW_LAYERS
 from awconv.models.registry import BASELINES, variants
 from awconv.ops.choose import ALGORITHMS, use_algorithm
+from awconv.tasks.checks import check_network
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 WORKS = ("forward", "step", "training", "memory", "branch")
@@ -53,7 +56,7 @@ def bench_model(
     """Measures the runtime of AW networks relative to the plain networks, interleaved.
 
     Args:
-        networks: their names, such as aw_resnet50.
+        networks: their names, such as aw_resnet50. A network without attention is measured beside its conversion.
         batch: images; several numbers, with commas, make rows for each.
         work: with commas: ``forward`` (evaluation), ``step`` (forward, backward, in training), ``training`` (a step
             with a cross-entropy, and the update by SGD with momentum), ``memory`` (bytes at the peak of a step),
@@ -74,14 +77,15 @@ def bench_model(
         The exit status, 0.
 
     Raises:
-        ValueError: an argument is out of range, or a network is no AW network.
+        ValueError: an argument is out of range, or timm does not know a network.
     """
     check_device(device)
     check_range(rounds=rounds, **({} if size is None else {"size": size}))
     works = names("work", work, WORKS)
     batches = numbers("batch", batch)
     names("algorithm", algorithm, ("auto", *ALGORITHMS))
-    check_aw_networks("networks", networks)
+    for name in networks:
+        check_network(name)
     mode = compile_mode if compile else None
     measurements: list[Measurement] = []
     for name in networks:
@@ -104,7 +108,8 @@ def _sides(
     compile_mode: CompileMode | None,
 ) -> dict[str, Side]:
     """The networks of :func:`competitors` with random images, of the size that the plain one is made for by default."""
-    channels, height, width = networks["plain"][0].pretrained_cfg["input_size"]  # type: ignore[misc,index]
+    cfg: Any = getattr(networks["plain"][0], "pretrained_cfg", {})  # which networks of one's own may lack
+    channels, height, width = cfg.get("input_size", (3, 224, 224))
     height, width = size or height, size or width
     check_memory(FIRST_MAPS * images * channels * height * width, device, batch=images, size=height)
     input = torch.randn(images, channels, height, width, device=device)
@@ -128,21 +133,26 @@ def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[s
     """The networks by their names in the table, with the algorithm that each uses.
 
     Args:
-        name: of an AW network. Its baseline comes first.
+        name: of an AW network, or of one to convert. The network without AW comes first.
         algorithm: that it uses.
         rivals: some of ``RIVALS``; SE is left out where there is no such network.
     """
-    plain, aw = timm.create_model(BASELINES[name]), timm.create_model(name)
+    plain, aw = timm.create_model(BASELINES.get(name, name)), _aw(name)
     result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, algorithm)}
-    squeezed = variants(BASELINES[name]).get("se")
+    squeezed = variants(BASELINES.get(name, name)).get("se")
     if "se" in rivals and squeezed is not None:
         result["se"] = timm.create_model(squeezed), None
     if "condconv" in rivals:
         places = [place.rpartition(".")[0] for place, part in aw.named_modules() if isinstance(part, AttentionBranch)]
         result["condconv"] = with_condconv(plain, places), None
     if "aw, per_sample" in rivals:
-        result["aw, per_sample"] = timm.create_model(name), "per_sample"
+        result["aw, per_sample"] = _aw(name), "per_sample"
     return result
+
+
+def _aw(name: str) -> nn.Module:
+    network: nn.Module = timm.create_model(name)
+    return network if any(isinstance(module, AW_LAYERS) for module in network.modules()) else convert(network)
 
 
 def measure(subject: str, sides: Mapping[str, Side], work: str, rounds: int, device: str) -> list[Measurement]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from awconv.compare.variants import Change
-from awconv.convert import ATTENTION_ARGUMENTS
+from awconv.convert import ATTENTION_ARGUMENTS, convert
 from awconv.layers import AW_LAYERS
 
 _CHOICES = (
@@ -25,19 +26,25 @@ _TRAINING = ("branch_lr_factor", "branch_weight_decay")
 
 
 def choices(network: str) -> list[str]:
-    """Some changes of each kind, and AW in the last stage alone."""
+    """Some changes of each kind, and AW in the last stage alone where timm knows the stages."""
     with torch.device("meta"):
-        info: Any = timm.create_model(network).feature_info
-    return [*_CHOICES.split(), f"select={info[-1]['module']}.*"]
+        info: Any = getattr(timm.create_model(network), "feature_info", None)
+    return [*_CHOICES.split(), *([f"select={info[-1]['module']}.*"] if info else [])]
 
 
-def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] | None = None) -> list[Change]:
+def arms(
+    network: str,
+    changes: Sequence[str],
+    network_args: Mapping[str, Any] | None = None,
+    conversion: Mapping[str, Any] | None = None,
+) -> list[Change]:
     """The network as it is, called ``default``, and one variant for each change.
 
     Args:
-        network: an AW network.
+        network: an AW network, or one that is converted.
         changes: such as ``"reduction=4"``, or ``"reduction=4+activation=tanh"`` for both at once.
-        network_args: the recipe's, to which a change is added.
+        network_args: the recipe's, to which a change of an AW network is added.
+        conversion: arguments of :func:`awconv.convert`, to which a change of a converted network is added.
 
     Raises:
         ValueError: a change is unknown, given twice, or selects no layer.
@@ -46,12 +53,51 @@ def arms(network: str, changes: Sequence[str], network_args: Mapping[str, Any] |
         raise ValueError("vary must name at least one change, such as reduction=4")
     if len(set(changes)) < len(changes):
         raise ValueError(f"changes must differ, got {' '.join(changes)}")
-    given = dict(network_args or {})
-    return [Change("default", network=network), *(_arm(network, change, given) for change in changes)]
+    branch = _Branch(network, dict(network_args or {}), None if conversion is None else dict(conversion))
+    return [
+        Change("default", network=network, arguments=branch.arguments({})),
+        *(_arm(branch, change) for change in changes),
+    ]
 
 
-def _arm(network: str, change: str, network_args: dict[str, Any]) -> Change:
-    aw_args: dict[str, Any] = {}
+@dataclass(frozen=True)
+class _Branch:
+    """Where a recipe has the arguments of the branch.
+
+    Attributes:
+        network: the network.
+        network_args: the recipe's.
+        conversion: arguments of :func:`awconv.convert`; None for a network that is an AW network by itself.
+    """
+
+    network: str
+    network_args: dict[str, Any]
+    conversion: dict[str, Any] | None
+
+    def arguments(self, changes: Mapping[str, Any]) -> tuple[str, ...]:
+        """The command line's arguments for changes of the branch."""
+        if self.conversion is not None:
+            return (f"--model.convert={json.dumps(self.conversion | dict(changes))}",)
+        if not changes:
+            return ()
+        aw_args = (self.network_args.get("aw_args") or {}) | dict(changes)
+        return (f"--model.network_args={json.dumps(self.network_args | {'aw_args': aw_args})}",)
+
+    def layers(self, pattern: str) -> list[str]:
+        """The network's AW-convolutions whose names match: a selection only leaves out."""
+        with torch.device("meta"):
+            network = timm.create_model(self.network)
+            if self.conversion is not None:
+                network = convert(network, **self.conversion)
+        names = [name for name, module in network.named_modules() if isinstance(module, AW_LAYERS)]
+        chosen = [name for name in names if fnmatchcase(name, pattern)]
+        if not chosen:
+            raise ValueError(f"no AW-convolution of {self.network} is called {pattern!r}; there are {', '.join(names)}")
+        return chosen
+
+
+def _arm(branch: _Branch, change: str) -> Change:
+    changes: dict[str, Any] = {}
     arguments = []
     for part in change.split("+"):
         name, equals, text = part.partition("=")
@@ -62,13 +108,11 @@ def _arm(network: str, change: str, network_args: dict[str, Any]) -> Change:
         if name in _TRAINING:
             arguments.append(f"--model.{name}={text}")
         elif name == "select":
-            aw_args[name] = _layers(network, text)
+            changes[name] = branch.layers(text)
         else:
-            aw_args[name] = None if text == "none" else _value(part, text)
-    if aw_args:
-        merged = network_args | {"aw_args": (network_args.get("aw_args") or {}) | aw_args}
-        arguments.append(f"--model.network_args={json.dumps(merged)}")
-    return Change(change.replace("*", "all").replace("/", "_"), network=network, arguments=tuple(arguments))
+            changes[name] = None if text == "none" else _value(part, text)
+    arguments += branch.arguments(changes)
+    return Change(change.replace("*", "all").replace("/", "_"), network=branch.network, arguments=tuple(arguments))
 
 
 def _value(change: str, text: str) -> Any:
@@ -76,14 +120,3 @@ def _value(change: str, text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"the value of the change {change!r} is not YAML: {error}") from error
-
-
-def _layers(network: str, pattern: str) -> list[str]:
-    """The network's AW-convolutions whose names match: a selection only leaves out."""
-    with torch.device("meta"):
-        modules = timm.create_model(network).named_modules()
-        names = [name for name, module in modules if isinstance(module, AW_LAYERS)]
-    chosen = [name for name in names if fnmatchcase(name, pattern)]
-    if not chosen:
-        raise ValueError(f"no AW-convolution of {network} is called {pattern!r}; there are {', '.join(names)}")
-    return chosen

@@ -20,6 +20,7 @@ from awconv.compare.processes import train_in_turn, train_side_by_side
 from awconv.compare.record import Record, TestSplit
 from awconv.compare.report import table, write_report
 from awconv.compare.variants import check_overrides, find_change, read_base
+from awconv.models import variants as variants_of
 from awconv.training.lock import locked
 from awconv.training.quiet import quiet_lightning
 from awconv.training.settings import data_of
@@ -111,14 +112,16 @@ def ablate(
 
     Raises:
         FileNotFoundError: the recipe is missing.
-        ValueError: the recipe's network has no AW version, a change is unknown, the data have no validation split, a
-            record has other settings, or the comparison itself sets an override.
+        ValueError: a change is unknown, the data have no validation split, a record has other settings, or the
+            comparison itself sets an override.
     """
     check_overrides(overrides)
     base = read_base(recipe, overrides)
-    network = base.network if base.network.startswith("aw_") else find_change(base.network, "aw").network
-    assert network is not None
-    changes = arms(network, choices(network) if vary is None else _listed(vary), base.network_args)
+    network, conversion = base.network, base.conversion
+    if conversion is None and not network.startswith("aw_"):
+        aw = variants_of(network).get("aw")
+        network, conversion = (network, {}) if aw is None else (aw, None)
+    changes = arms(network, choices(network) if vary is None else _listed(vary), base.network_args, conversion)
     comparison = Comparison(
         tuple(change.apply(recipe, overrides) for change in changes),
         seeds,

@@ -118,7 +118,8 @@ def find_change(base: str, given: str) -> Change:
         return Change(given, network=base, arguments=("--model.convert={}",))
     if given in networks or timm.is_model(given):
         return Change(given, network=networks.get(given, given))
+    known = ", ".join(dict.fromkeys((*networks, "aw")))
     raise ValueError(
-        f"there is no variant {given!r} of {base}; there are {', '.join(dict.fromkeys((*networks, 'aw')))}, any other network of timm by its "
+        f"there is no variant {given!r} of {base}; there are {known}, any other network of timm by its "
         "name, or a YAML file that is laid over the recipe, such as 'model: {convert: {init: fresh}}' for AW"
     )

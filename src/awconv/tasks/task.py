@@ -19,6 +19,8 @@ from awconv.tasks.checks import check_network
 from awconv.tasks.optimization import Optimization
 from awconv.train_only import TrainedParts
 
+FIGURES = "figures"  # in checkpoints
+
 
 class Task(pl.LightningModule):
     """Trains a network.
@@ -173,6 +175,11 @@ class Task(pl.LightningModule):
         """Takes the training's precision before weights are loaded; later, they would have been rounded."""
         if self.trainer.precision == "64-true":
             self.double()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the figures of the last evaluation, for a model card."""
+        figures = self.trainer.callback_metrics.items()
+        checkpoint[FIGURES] = {name: value.item() for name, value in figures if name.startswith("val/")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights that do not fit.

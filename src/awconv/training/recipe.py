@@ -55,6 +55,12 @@ class Recipe:
         return dict(self._config.model.network_args or {})
 
     @property
+    def conversion(self) -> dict[str, Any] | None:
+        """Arguments of :func:`awconv.convert`; None for a network that is not converted."""
+        given = self._config.model.convert
+        return None if given is None else dict(given)
+
+    @property
     def own_code(self) -> dict[str, str]:
         """The SHA-256 of the files with networks of one's own, by their names."""
         return import_own(as_names(self._config.get("import")))
