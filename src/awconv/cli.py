@@ -146,10 +146,10 @@ def _add_arguments(
 def _parser(**kwargs: Any) -> Any:
     jsonargparse = require("jsonargparse", extra="train")
 
-    class Parser(Strict, jsonargparse.ArgumentParser):  # type: ignore[misc, name-defined]
-        pass
+    class CommandParser(Strict, jsonargparse.ArgumentParser):  # type: ignore[misc, name-defined]
+        """Raises errors in place of printing the usage."""
 
-    return Parser(**kwargs)
+    return CommandParser(**kwargs)
 
 
 def _parse(parser: Any, arguments: Sequence[str], passing_on: str = "") -> dict[str, Any]:

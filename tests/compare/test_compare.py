@@ -252,7 +252,7 @@ def test_what_the_first_step_failed_by_is_named(tmp_path: Path, capsys: pytest.C
 def test_a_variant_that_is_no_recipe_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     overlay = tmp_path / "typo.yaml"
     overlay.write_text("model: {lrr: 0.5}")
-    with pytest.raises(ValueError, match="the settings of variant typo are not those of a training"):
+    with pytest.raises(ValueError, match=r"recipe .*typo\.yaml: there is no setting model\.lrr; near it: model\.lr"):
         compare(tiny(tmp_path), f"plain,{overlay}", seeds=1, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

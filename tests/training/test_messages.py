@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 
 from awconv.cli import main
 from awconv.training.quiet import without_noise
+from awconv.training.watch import Pace
 
 FIT = ("fit", "--model.network=aw_resnet8_cifar", "--trainer.limit_train_batches=2")
 CHECKPOINT = "lightning_logs/version_0/checkpoints/epoch=1-step=4.ckpt"
@@ -39,7 +43,7 @@ def test_a_training_says_what_it_trains_where_the_checkpoint_is_and_what_comes_n
 ) -> None:
     _, process = trained
     assert process.returncode == 0
-    assert process.stderr.replace("./", "").splitlines() == [
+    assert process.stderr.splitlines() == [
         "awconv fit: aw_resnet8_cifar, 83,178 parameters",
         f"awconv fit: trained; the checkpoint is {CHECKPOINT}",
         *NEXT,
@@ -74,6 +78,24 @@ def test_a_finished_training_says_so_and_leaves_no_second_folder(
     printed = capsys.readouterr().err.splitlines()
     assert printed[-3:] == [f"awconv fit: there was nothing left to train; the checkpoint is {CHECKPOINT}", *NEXT]
     assert folders(folder) == ["version_0"]
+
+
+def test_a_stopped_training_says_where_its_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Pace, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Pace, "on_train_epoch_start", stop, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "--trainer.max_epochs=3"]) == 128 + signal.SIGTERM
+    recent = "lightning_logs/version_0/checkpoints/recent.ckpt"
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"awconv fit: stopped; the checkpoint is {recent}",
+        *(line.replace(CHECKPOINT, recent) for line in NEXT),
+        "awconv fit: stopped by SIGTERM; the same command with --ckpt_path=last goes on",
+    ]
 
 
 def test_paths_with_spaces_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,8 @@ def compare(
     base = read_base(recipe, overrides).network
     changes = [find_change(base, variant) for variant in _listed(variants)]
     names = [change.name for change in changes]
+    if not names:
+        raise ValueError(f"variants must name at least one, such as plain,aw, got {variants!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
     comparison = Comparison(
@@ -151,11 +153,9 @@ def demo(
 
 def _listed(text: str) -> list[str]:
     """What stands between commas, or between spaces where there are none. Those in brackets belong to a value."""
-    for separator in (",", r"\s"):
-        parts = [part.strip() for part in re.split(rf"{separator}(?![^\[({{]*[\])}}])", text) if part.strip()]
-        if len(parts) > 1:
-            break
-    return parts
+    outside = r"(?![^\[({]*[\])}])"
+    parts = [part.strip() for part in re.split(f",{outside}", text)]
+    return parts if len(parts) > 1 else [part for part in re.split(rf"\s{outside}", text) if part]
 
 
 def _data(comparison: Comparison) -> str:

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from awconv.data import DataModule, ImageDataModule
 from awconv.data.loading import Split
@@ -38,7 +39,7 @@ from awconv.training.lock import clear
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
-from awconv.training.watch import FiniteTraining, Pace
+from awconv.training.watch import FiniteTraining, Pace, newest_checkpoint
 from awconv.usage import Strict, UsageError
 from awconv.yaml_files import bounded_yaml
 
@@ -55,7 +56,7 @@ _OF_THE_FIRST_STEP = (
 )
 
 
-class _Parser(Strict, LightningArgumentParser):
+class TrainingParser(Strict, LightningArgumentParser):
     """Raises errors in place of printing the usage."""
 
 
@@ -77,7 +78,6 @@ class TrainingCLI(LightningCLI):
     ) -> None:
         self._task = find_task(args) if task is None else task
         self._claimed: Path | None = None  # the folder of the logs
-        self._kept: ModelCheckpoint | None = None
         super().__init__(
             self._task,
             self._task.data_module,
@@ -116,7 +116,7 @@ class TrainingCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The parser, and that of each subcommand."""
-        parser = _Parser(**kwargs)
+        parser = TrainingParser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="a recipe: a YAML file of these arguments")
         own = "files (.py) or modules that register networks of your own with timm; several with commas"
         parser.add_argument("--import", type=str | list[str] | None, help=own)
@@ -200,16 +200,17 @@ class TrainingCLI(LightningCLI):
             recent = self._get(self.config_init, "recent_checkpoint")
             recent.stop = stop
             callbacks.append(recent)
-            self._kept = ModelCheckpoint(  # of the last two epochs
-                dirpath=None if ours else Path(config["default_root_dir"] or ".") / "checkpoints",
-                filename="{epoch}-{step}",
-                monitor="step",
-                mode="max",
-                save_top_k=2,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
+            callbacks.append(  # of the last two epochs
+                ModelCheckpoint(
+                    dirpath=None if ours else Path(config["default_root_dir"] or ".") / "checkpoints",
+                    filename="{epoch}-{step}",
+                    monitor="step",
+                    mode="max",
+                    save_top_k=2,
+                    save_on_train_epoch_end=True,
+                    enable_version_counter=False,
+                )
             )
-            callbacks.append(self._kept)
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except Exception as error:  # Lightning's own, and what it does not expect
@@ -230,6 +231,10 @@ class TrainingCLI(LightningCLI):
         try:
             with self.naming(self._get(self.config, "ckpt_path")):
                 super()._run_subcommand(subcommand)
+        except (SIGTERMException, SystemExit):  # which Lightning makes of Ctrl-C
+            if subcommand == "fit" and self._pace.batches:
+                self._say_what_is_next("stopped")
+            raise
         finally:
             if self._claimed is not None and self._pace.batches == 0:
                 shutil.rmtree(self._claimed, ignore_errors=True)
@@ -284,15 +289,17 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where the checkpoint is, and what can be done with it."""
-        path = self._kept.best_model_path if self._kept and self._pace.batches else self._get(self.config, "ckpt_path")
-        if rank_zero_only.rank != 0 or not path:  # type: ignore[attr-defined]
+        self._say_what_is_next("trained" if self._pace.batches else "there was nothing left to train")
+
+    def _say_what_is_next(self, done: str) -> None:
+        newest = newest_checkpoint(self.trainer) if self._pace.batches else self._get(self.config, "ckpt_path")
+        if newest is None or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return
-        done = "trained" if self._pace.batches else "there was nothing left to train"
-        checkpoint, config = shlex.quote(path), Path(path).parent.parent / _CONFIG
-        lines = [f"awconv fit: {done}; the checkpoint is {path}"]
+        path = Path(newest)
+        lines, config = [f"awconv fit: {done}; the checkpoint is {path}"], path.parent.parent / _CONFIG
         if config.is_file():
-            lines.append(f"  awconv test --config={shlex.quote(str(config))} --ckpt_path={checkpoint}")
-        lines.append(f"  awconv predict --ckpt={checkpoint} IMAGES")
+            lines.append(f"  awconv test --config={shlex.quote(str(config))} --ckpt_path={shlex.quote(str(path))}")
+        lines.append(f"  awconv predict --ckpt={shlex.quote(str(path))} IMAGES")
         say(*lines)
 
     def before_validate(self) -> None:

@@ -82,10 +82,15 @@ class FiniteTraining(pl.Callback):
 _MEND = "A lower model.lr, a longer model.warmup_epochs or trainer.gradient_clip_val=1 may help"
 
 
-def _last_good(trainer: pl.Trainer) -> str:
+def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """The newest checkpoint in the folders that a trainer writes to; None if there is none yet."""
     folders = {Path(path).parent for c in trainer.checkpoint_callbacks if (path := _path(c))}
     written = [path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt")]
-    last = max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return max(written, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _last_good(trainer: pl.Trainer) -> str:
+    last = newest_checkpoint(trainer)
     return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
