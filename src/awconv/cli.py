@@ -316,6 +316,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = [_expanded(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
+        arguments = [_renamed(command, argument) for argument in arguments]
         status = COMMANDS[command].run(command, _with_imports(command, arguments))
         sys.stdout.flush()
         return status
@@ -344,6 +345,14 @@ def main(args: Sequence[str] | None = None) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _renamed(command: str, argument: str) -> str:
+    """``--ckpt`` and ``--ckpt_path`` name a checkpoint in every command."""
+    name, equals, value = argument.partition("=")
+    if isinstance(COMMANDS[command], Training):
+        return f"--ckpt_path{equals}{value}" if name == "--ckpt" else argument
+    return f"--ckpt{equals}{value}" if name == "--ckpt_path" else argument
 
 
 def _with_imports(command: str, arguments: list[str]) -> list[str]:

@@ -253,16 +253,18 @@ class ClassificationTask(Task):
         if self.ema is not None:
             self.ema.update(self.network)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> dict[str, Tensor]:
+        """Logs the figures of a batch, and returns its true and predicted classes."""
         images, targets = batch
         logits = self(images)
         self.loss[split](F.cross_entropy(logits, targets, reduction="none"))
         self.accuracy[split](logits, targets)
         self.log(f"{split}/loss", self.loss[split], on_step=False, on_epoch=True)  # type: ignore[arg-type]
         self.log(f"{split}/accuracy", self.accuracy[split], on_step=False, on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
+        return {"targets": targets, "predicted": logits.argmax(1)}

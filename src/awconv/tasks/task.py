@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -196,7 +197,7 @@ class Task(pl.LightningModule):
             )
         trained = checkpoint["hyper_parameters"]
         for name in self.arguments_of(Role.DATA):
-            if name in trained and not _equal(trained[name], self.hparams[name]):
+            if name in trained and not self._fits(name, trained[name], self.hparams[name]):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {_shortened(trained[name])}, and the data have "
                     f"{_shortened(self.hparams[name])}; give the data and the arguments that it was trained with"
@@ -207,6 +208,15 @@ class Task(pl.LightningModule):
                     f"the checkpoint was trained with --model.{name}={trained.get(name)}, and this training has "
                     f"{self.hparams[name]}; give the arguments that it was trained with"
                 )
+
+    def _fits(self, name: str, trained: Any, now: Any) -> bool:
+        """Whether what the data decide suits a checkpoint. An evaluation may have another resolution."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            if name == "crop_pct":
+                return True
+            if name == "input_size":
+                return bool(trained[0] == now[0])
+        return _equal(trained, now)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.make_optimizer(self.network)

@@ -28,14 +28,16 @@ from awconv.data import DataModule, ImageDataModule
 from awconv.data.loading import Split
 from awconv.own_code import as_names, import_own
 from awconv.roles import Role
-from awconv.tasks import DetectionTask, Task
+from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.terminal import say
 from awconv.training.checkpoints import AtomicCheckpointIO, RecentCheckpoint, find_last, read_checkpoint
+from awconv.training.class_report import ClassReport
 from awconv.training.detections import DetectionFile
 from awconv.training.explain import explained
 from awconv.training.find_task import find_task
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
+from awconv.training.of_checkpoint import take_network, take_preprocessing
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
@@ -111,6 +113,8 @@ class TrainingCLI(LightningCLI):
         check_seed(config.get("seed_everything"))
         if command in (None, "fit"):  # None is a run of a comparison
             check_steps(config.trainer)
+            if self._task is ClassificationTask and (taken := take_network(config.model, config.data)):
+                say(f"awconv {command or 'compare'}: {taken}")
         if command:
             self._find_checkpoint(config, command)
 
@@ -147,6 +151,8 @@ class TrainingCLI(LightningCLI):
         elif config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
             read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
+        if config.ckpt_path and command != "fit":
+            take_preprocessing(config.data, read_checkpoint(Path(config.ckpt_path)))
 
     def _parse_ckpt_path(self) -> None:
         """In an evaluation, the checkpoint's settings win. A training must be given the same ones, and compares."""
@@ -160,6 +166,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         if self._task.data_module is ImageDataModule:
             parser.set_defaults({"data": {"class_path": "awconv.data.Digits"}})
+            parser.add_lightning_class_args(ClassReport, "report")
         else:
             parser.add_lightning_class_args(DetectionFile, "detections")
         for name in self._task.arguments_of(Role.DATA):
@@ -300,6 +307,8 @@ class TrainingCLI(LightningCLI):
         if config.is_file():
             lines.append(f"  awconv test --config={shlex.quote(str(config))} --ckpt_path={shlex.quote(str(path))}")
         lines.append(f"  awconv predict --ckpt={shlex.quote(str(path))} IMAGES")
+        if self._task is ClassificationTask:
+            lines.append(f"  awconv publish {shlex.quote(str(path))} --tag=NAME --data='the training images, in words'")
         say(*lines)
 
     def before_validate(self) -> None:

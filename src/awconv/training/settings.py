@@ -42,7 +42,7 @@ _TRAINER = {
     ),
 }
 # Sections and arguments of the command line without an influence on the result.
-_BESIDE = ("import", "recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config")
+_BESIDE = ("import", "report", "recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config")
 
 
 @dataclass(frozen=True)
