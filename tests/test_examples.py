@@ -14,6 +14,13 @@ from tests.documents import ROOT
 
 # Each script, and what its output has to have.
 SCRIPTS = {
+    "engineer.py": (
+        r"china +48 +\d",
+        r"aw_resnet8_cifar.photos: val accuracy \d+\.\d\d %, in weights/aw_resnet8_cifar.photos",
+        r"photos/test/china/56-60.jpg +china",
+        r"the first image is china",
+        r"model.onnx differs from PyTorch by at most \d.*e-0[5-9]",
+    ),
     "student.py": (
         r"the layer's branch gives the same: True",
         r"the layer gives the same: True",
@@ -35,7 +42,7 @@ def test_a_script_runs(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short(script: str) -> None:
-    assert len((ROOT / "examples" / script).read_text().splitlines()) <= 80
+    assert len((ROOT / "examples" / script).read_text().splitlines()) <= 90
 
 
 def test_each_script_is_tested() -> None:

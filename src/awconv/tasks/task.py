@@ -211,12 +211,11 @@ class Task(pl.LightningModule):
 
     def _fits(self, name: str, trained: Any, now: Any) -> bool:
         """Whether what the data decide suits a checkpoint. An evaluation may have another resolution."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            if name == "crop_pct":
-                return True
-            if name == "input_size":
-                return bool(trained[0] == now[0])
-        return _equal(trained, now)
+        if _equal(trained, now):
+            return True
+        if self.trainer.state.fn == TrainerFn.FITTING or name not in ("input_size", "crop_pct"):
+            return False
+        return name == "crop_pct" or bool(trained[0] == now[0])
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimization.make_optimizer(self.network)
