@@ -51,7 +51,7 @@ def test_a_row_has_mean_spread_and_the_difference_to_the_first_variant() -> None
     assert plain.difference is None
     assert aw.difference is not None
     assert (aw.difference.to, aw.difference.seeds, aw.difference.mean) == ("plain", 2, pytest.approx(0.5))
-    # Differences of 2 and -1 deviate by 2.1213; Student's t with one degree of freedom has the quantile 12.7062 (tables).
+    # Differences of 2 and -1 deviate by 2.1213. Student's t has the quantile 12.7062 (tables).
     margin = 12.7062 * 4.5**0.5 / 2**0.5
     assert (aw.difference.low, aw.difference.high) == pytest.approx((0.5 - margin, 0.5 + margin), rel=1e-5)
 
