@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from awconv.cli import main
-from awconv.compare.paired import summarise
 from awconv.compare.record import Record
+from awconv.compare.summaries import summarise
 from tests.documents import ROOT, commands
 
 README = ROOT / "README.md"

@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from awconv.compare.paired import summarise
 from awconv.compare.record import EpochRecord, Record
 from awconv.compare.report import table, with_tables, write_report
+from awconv.compare.summaries import summarise
 
 
 def record(variant: str, seed: int, accuracy: float, seconds: tuple[float, ...]) -> Record:
@@ -40,7 +40,7 @@ RECORDS = [
 ]
 
 
-def test_a_row_has_mean_spread_and_the_ratio_to_the_first_variant() -> None:
+def test_a_row_has_mean_spread_and_the_difference_to_the_first_variant() -> None:
     plain, aw = summarise(RECORDS)
     assert (plain.variant, plain.seeds, plain.parameters) == ("plain", 2, 1234567)
     assert plain.score == pytest.approx(92.0)
@@ -48,11 +48,10 @@ def test_a_row_has_mean_spread_and_the_ratio_to_the_first_variant() -> None:
     # The first epoch warms up; then medians over epochs, and over runs.
     assert plain.seconds_per_epoch == pytest.approx((1.5 + 2.5) / 2)
     assert aw.seconds_per_epoch == pytest.approx((3 + 5) / 2)
-    assert (plain.ratio, aw.ratio) == pytest.approx((1.0, 2.0))
     assert plain.difference is None
     assert aw.difference is not None
     assert (aw.difference.to, aw.difference.seeds, aw.difference.mean) == ("plain", 2, pytest.approx(0.5))
-    # Gains of 2 and -1 deviate by 2.1213, and Student's t with one degree of freedom margines 12.7062 (tables).
+    # Differences of 2 and -1 deviate by 2.1213. Student's t has the quantile 12.7062 (tables).
     margin = 12.7062 * 4.5**0.5 / 2**0.5
     assert (aw.difference.low, aw.difference.high) == pytest.approx((0.5 - margin, 0.5 + margin), rel=1e-5)
 
@@ -74,22 +73,86 @@ def test_differences_are_to_the_network_without_the_attention_over_common_seeds(
     assert differences["aw_se"].seeds == 1
     assert differences["aw_se"].low is None
     assert differences["plain"] is differences["aw"] is None
-    assert table(records).rows[2][-2] == "+3.00 to se"
+    assert table(records).rows[2][-2] == "+3.00 † to se"
 
 
 def test_one_seed_has_no_spread() -> None:
     (row,) = summarise(RECORDS[:1])
     assert row.spread is None
-    assert table(RECORDS[:1]).rows[0] == ("plain", "plain_net", "1,234,567", "", "90.00", "1", "", "1.00")
+    assert table(RECORDS[:1]).rows[0] == ("plain", "plain_net", "1,234,567", "", "90.00", "1 †", "", "1.00")
 
 
 def test_the_tables_show_every_cell() -> None:
     made = table(RECORDS, "title")
-    assert "| plain | plain_net | 1,234,567 |  | 92.00 ± 2.83 | 2 |  | 1.00 |" in made.markdown()
-    assert "| 92.50 ± 0.71 | 2 | +0.50 (-18.56 to +19.56) to plain | 2.00 |" in made.markdown()
+    assert "| plain | plain_net | 1,234,567 |  | 92.00 ± 2.83 | 2 † |  | 1.00 |" in made.markdown()
+    assert "| 92.50 ± 0.71 | 2 † | +0.50 (-18.56 to +19.56) † to plain | 2.00 |" in made.markdown()
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(made.rich())
     assert "92.00 ± 2.83" in console.export_text()
+
+
+def with_scores(plain: tuple[float, ...], aw: tuple[float, ...]) -> list[Record]:
+    return [
+        record(variant, seed, score, (1.0,))
+        for variant, scores in (("plain", plain), ("aw", aw))
+        for seed, score in enumerate(scores)
+    ]
+
+
+def test_fewer_than_three_seeds_are_marked_everywhere(tmp_path: Path) -> None:
+    two = with_scores((0.7, 0.8), (0.75, 0.81))
+    write_report(two, tmp_path, "t", "c")
+    for file in ("table.md", "index.html"):
+        text = (tmp_path / file).read_text()
+        assert "† to plain" in text, file
+        assert "† Fewer than three seeds: an interval from two is very wide" in text, file
+    (_, aw) = json.loads((tmp_path / "results.json").read_text())["summary"]
+    assert aw["difference"]["warning"] == "an interval from 2 pairs is very wide"
+    three = table(with_scores((0.7, 0.8, 0.7), (0.75, 0.81, 0.7)))
+    assert three.note == ""
+    assert "†" not in three.markdown()
+
+
+def test_an_interval_without_width_is_marked_everywhere(tmp_path: Path) -> None:
+    equal = with_scores((0.7, 0.8, 0.9), (0.71, 0.81, 0.91))  # 1.0 each, but for the rounding of binary fractions
+    write_report(equal, tmp_path, "t", "c")
+    for file in ("table.md", "index.html"):
+        text = (tmp_path / file).read_text()
+        assert "+1.00 (+1.00 to +1.00) ‡ to plain" in text, file
+        assert "‡ All differences are equal: the interval says nothing about the spread" in text, file
+    (_, aw) = json.loads((tmp_path / "results.json").read_text())["summary"]
+    assert aw["difference"]["warning"].startswith("all 3 differences are equal")
+    assert "‡" not in table(with_scores((0.7, 0.8, 0.9), (0.71, 0.81, 0.92))).markdown()
+
+
+def test_the_time_ratio_is_paired_by_seed_and_has_its_range() -> None:
+    # Median epochs: the second seed ran while the machine was twice as slow.
+    seconds = {("plain", 0): 1.0, ("plain", 1): 2.0, ("plain", 2): 1.0, ("aw", 2): 1.3, ("aw", 1): 2.2, ("aw", 0): 1.2}
+    records = [record(variant, seed, 0.1 * seed, (9.0, one, one)) for (variant, seed), one in seconds.items()]
+    plain, aw = summarise(records)
+    assert aw.ratio is not None
+    assert (aw.ratio.median, aw.ratio.low, aw.ratio.high) == pytest.approx((1.2, 1.1, 1.3))
+    assert (plain.ratio.median, plain.ratio.low, plain.ratio.high) == (1.0, 1.0, 1.0)
+    assert [row[-1] for row in table(records).rows] == ["1.00", "1.20 (1.10 to 1.30)"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"jobs": 2},
+        {"versions": {"torch": "3"}},
+        {"versions": {"torch": "2", "device": "H100"}},
+        {"versions": {"torch": "2", "threads": "1"}},
+        {"seed": 9},
+    ],
+    ids=str,
+)
+def test_there_is_no_time_ratio_where_runs_did_not_have_the_machine_alike(change: dict[str, object]) -> None:
+    plain, aw = record("plain", 0, 0.5, (1.0,)), record("aw", 0, 0.5, (1.0,))
+    assert [row[-1] for row in table([plain, aw]).rows] == ["1.00", "1.00"]
+    changed = table([plain, replace(aw, **change)])
+    assert [row[-1] for row in changed.rows] == ["1.00", ""]
+    assert "No time ratio where runs were trained side by side" in changed.note
 
 
 def test_further_figures_have_columns() -> None:
@@ -135,7 +198,7 @@ def test_tables_in_texts_are_made_from_the_runs(tmp_path: Path) -> None:
     text = "before\n<!-- runs: . aw,plain -->\nold\n<!-- end of runs -->\nafter\n"
     made = with_tables(text, tmp_path)
     assert made.startswith("before\n<!-- runs: . aw,plain -->\n\n| variant |")
-    assert made.endswith("|\n\n<!-- end of runs -->\nafter\n")
+    assert made.endswith("one has none.\n\n<!-- end of runs -->\nafter\n")
     assert made.index("| aw |") < made.index("| plain |")
     assert with_tables(made, tmp_path) == made
     with pytest.raises(ValueError, match="holds no run of se"):

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from awconv.compare.paired import VariantSummary, summarise
 from awconv.compare.record import Record
+from awconv.compare.summaries import Difference, TimeRatio, VariantSummary, summarise
 from awconv.tables import Table
 
 
@@ -29,13 +29,15 @@ def table(records: Sequence[Record], title: str = "") -> Table:
         "paired difference (95 % interval)",
         "time ratio",
     )
-    return Table(headings, [_cells(summary) for summary in summaries], title=title)
+    return Table(headings, [_cells(summary) for summary in summaries], title=title, note=_note(summaries))
+
+
+FEW_SEEDS = 3  # fewer are marked
+_FEW, _CONSTANT = "†", "‡"
 
 
 def _cells(summary: VariantSummary) -> tuple[str, ...]:
     spread = "" if summary.spread is None else f" ± {summary.spread:.2f}"
-    found = summary.difference
-    interval = "" if found is None or found.low is None else f" ({found.low:+.2f} to {found.high:+.2f})"
     return (
         summary.variant,
         summary.network,
@@ -43,10 +45,40 @@ def _cells(summary: VariantSummary) -> tuple[str, ...]:
         "" if summary.operations is None else f"{summary.operations / 1e6:,.2f}",
         f"{summary.score:.2f}{spread}",
         *("" if value is None else f"{value:.2f}" for value in summary.figures.values()),
-        str(summary.seeds),
-        "" if found is None else f"{found.mean:+.2f}{interval} to {found.to}",
-        f"{summary.ratio:.2f}",
+        f"{summary.seeds} {_FEW}" if summary.seeds < FEW_SEEDS else str(summary.seeds),
+        "" if summary.difference is None else _difference(summary.difference),
+        "" if summary.ratio is None else _ratio(summary.ratio),
     )
+
+
+def _difference(found: Difference) -> str:
+    interval = "" if found.low is None else f" ({found.low:+.2f} to {found.high:+.2f})"
+    marks = [mark for mark, holds in ((_FEW, found.seeds < FEW_SEEDS), (_CONSTANT, found.is_constant)) if holds]
+    return " ".join((f"{found.mean:+.2f}{interval}", *marks, f"to {found.to}"))
+
+
+def _ratio(ratio: TimeRatio) -> str:
+    spread = "" if ratio.low == ratio.high else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{ratio.median:.2f}{spread}"
+
+
+def _note(summaries: Sequence[VariantSummary]) -> str:
+    """What the marks mean that the rows have."""
+    differences = [summary.difference for summary in summaries if summary.difference is not None]
+    parts = []
+    if min(one.seeds for group in (summaries, differences) for one in group) < FEW_SEEDS:
+        parts.append(f"{_FEW} Fewer than three seeds: an interval from two is very wide, and one has none.")
+    if any(one.is_constant for one in differences):
+        parts.append(
+            f"{_CONSTANT} All differences are equal: the interval says nothing about the spread. Probably the scores "
+            "are rounded, or the test images are few."
+        )
+    if any(summary.ratio is None for summary in summaries):
+        parts.append(
+            "No time ratio where runs were trained side by side, with other versions, devices or threads, or without "
+            "common seeds."
+        )
+    return " ".join(parts)
 
 
 _GENERATED = re.compile(r"<!-- runs: (\S+) (\S+) -->\n.*?<!-- end of runs -->", re.DOTALL)
@@ -164,8 +196,6 @@ def _page(records: Sequence[Record], title: str, command: str) -> str:
         [(one.variant, str(one.seed), f"{100 * one.score:.2f}", f"{one.seconds_per_epoch:.2f}") for one in records],
     )
     tested_on = {"test": "the test split", "val": "the validation split"}[records[0].test_split]
-    jobs = max(record.jobs for record in records)
-    together = "trained in turn with the others" if jobs == 1 else f"where up to {jobs} runs shared the machine"
     versions = ", ".join(f"{name} {version}" for name, version in records[0].versions.items())
     return f"""<!doctype html>
 <html lang="en">
@@ -176,8 +206,8 @@ def _page(records: Sequence[Record], title: str, command: str) -> str:
 {table(records).html()}
 <p class="note">Score: {html.escape(records[0].metric)} of the network after the last epoch on {tested_on}; mean and
 standard deviation over the seeds. Difference: in percentage points, between runs of the same seed; the interval is
-Student's for the mean. Time: median epoch of training, without evaluation; the ratio is to the first variant,
-{together}.</p>
+Student's for the mean. Time: median epoch of training, without evaluation; the ratio is to the first variant's run of
+the same seed: the median over the seeds, and the least and the largest.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation figure by epoch, for each variant">
 <h2>Each run</h2>
 {each_run.html()}

@@ -1,34 +1,40 @@
-"""Statistics of a comparison: means over seeds, and differences between runs with the same seed."""
+"""Statistics of a comparison: means over seeds, and differences and time ratios between runs with the same seed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean, median, stdev
 
-from scipy.stats import t as student_t
-
+from awconv.compare.differences import PairedDifference, paired
 from awconv.compare.record import Record
 from awconv.models import BASELINES
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Paired difference between a variant and its baseline.
+class Difference(PairedDifference):
+    """Paired difference between a variant and its baseline, in percentage points.
 
     Attributes:
         to: the baseline: the variant with the same network without the attention, or the first variant.
-        seeds: number of pairs.
-        mean: mean difference, in percentage points.
-        low: lower end of the mean's 95 % confidence interval, by Student's t; None for one pair.
-        high: its upper end.
     """
 
     to: str
-    seeds: int
-    mean: float
-    low: float | None
-    high: float | None
+
+
+@dataclass(frozen=True)
+class TimeRatio:
+    """Time of training relative to the first variant, each run's median epoch, paired by seed.
+
+    Attributes:
+        median: median over the seeds.
+        low: the least of the ratios.
+        high: the largest.
+    """
+
+    median: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class VariantSummary:
         figures: means of other figures, such as ``AP50``, in percent; None if there is nothing to evaluate.
         difference: to the baseline; None for the baseline itself, and without common seeds.
         seconds_per_epoch: median over the runs.
-        ratio: ``seconds_per_epoch`` over that of the first variant.
+        ratio: of the runs' times to those of the first variant; None where they cannot be compared, since runs were
+            trained side by side or with other versions, devices or threads, and without common seeds.
     """
 
     variant: str
@@ -61,7 +68,7 @@ class VariantSummary:
     figures: dict[str, float | None]
     difference: Difference | None
     seconds_per_epoch: float
-    ratio: float
+    ratio: TimeRatio | None
 
 
 def summarise(records: Sequence[Record]) -> list[VariantSummary]:
@@ -69,10 +76,10 @@ def summarise(records: Sequence[Record]) -> list[VariantSummary]:
     by_variant: dict[str, list[Record]] = {}
     for record in records:
         by_variant.setdefault(record.variant, []).append(record)
-    summaries: list[VariantSummary] = []
+    first = next(iter(by_variant.values()), [])
+    summaries = []
     for variant, group in by_variant.items():
         scores = [100 * record.score for record in group]
-        seconds = median(record.seconds_per_epoch for record in group)
         baseline = _baseline(group[0], by_variant)
         summaries.append(
             VariantSummary(
@@ -86,8 +93,8 @@ def summarise(records: Sequence[Record]) -> list[VariantSummary]:
                 spread=stdev(scores) if len(scores) > 1 else None,
                 figures=_figures(group),
                 difference=None if baseline == variant else paired_difference(group, by_variant[baseline]),
-                seconds_per_epoch=seconds,
-                ratio=seconds / summaries[0].seconds_per_epoch if summaries else 1.0,
+                seconds_per_epoch=median(record.seconds_per_epoch for record in group),
+                ratio=_time_ratio(group, first),
             )
         )
     return summaries
@@ -108,13 +115,19 @@ def _baseline(record: Record, by_variant: Mapping[str, Sequence[Record]]) -> str
 
 def paired_difference(records: Sequence[Record], baseline: Sequence[Record]) -> Difference | None:
     """The difference between a variant's runs and its baseline's with the same seeds; None without such seeds."""
-    before = {record.seed: record.score for record in baseline}
-    differences = [100 * (record.score - before[record.seed]) for record in records if record.seed in before]
-    if not differences:
+    before, after = ({record.seed: 100 * record.score for record in runs} for runs in (baseline, records))
+    common = before.keys() & after.keys()
+    if not common:
         return None
-    centre, low, high = mean(differences), None, None
-    if len(differences) > 1:
-        quantile = float(student_t.ppf(0.975, len(differences) - 1))
-        margin = quantile * stdev(differences) / len(differences) ** 0.5
-        low, high = centre - margin, centre + margin
-    return Difference(baseline[0].variant, len(differences), centre, low, high)
+    found = paired({seed: before[seed] for seed in common}, {seed: after[seed] for seed in common})
+    return Difference(**asdict(found), to=baseline[0].variant)
+
+
+def _time_ratio(records: Sequence[Record], first: Sequence[Record]) -> TimeRatio | None:
+    before = {record.seed: record for record in first}
+    pairs = [(record, before[record.seed]) for record in records if record.seed in before]
+    compared = [record for pair in pairs for record in pair]
+    if not compared or any(one.jobs > 1 or one.versions != compared[0].versions for one in compared):
+        return None
+    ratios = [record.seconds_per_epoch / other.seconds_per_epoch for record, other in pairs]
+    return TimeRatio(median(ratios), min(ratios), max(ratios))
