@@ -17,7 +17,7 @@ from typing import Any
 from awconv.extras import require
 from awconv.own_code import import_own, taken_out
 from awconv.terminal import say
-from awconv.usage import Strict, UsageError, invalid, is_option, unknown
+from awconv.usage import Strict, UsageError, expanded, invalid, is_option, is_text, unknown
 from awconv.version import __version__
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -310,10 +310,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"awconv: unknown command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     for argument in arguments:
-        if not COMMANDS[command].takes_bytes and not _is_text(argument):
+        if not COMMANDS[command].takes_bytes and not is_text(argument):
             say(f"awconv {command}: an argument is not UTF-8, give another name: {argument}")
             return 2
-    arguments = [_expanded(argument) for argument in arguments]
+    arguments = [expanded(argument) for argument in arguments]
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
         arguments = [_renamed(command, argument) for argument in arguments]
@@ -390,17 +390,3 @@ def _message(error: Exception, arguments: Sequence[str]) -> str:
         return f"{error.filename}: {os.strerror(error.errno)}; give another place, or mend this one"
     text = str(error)
     return text.rstrip().rpartition(f"{type(error).__name__}: ")[2] if "DataLoader worker process" in text else text
-
-
-def _expanded(argument: str) -> str:
-    """Expands ``~`` in ``--name=~/path``; a shell expands it only at the start of a word."""
-    name, equals, value = argument.partition("=")
-    return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
-
-
-def _is_text(argument: str) -> bool:
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

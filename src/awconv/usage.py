@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
@@ -141,3 +142,18 @@ def _subclasses(text: str) -> list[str]:
 def _shortened(message: str) -> str:
     text = " ".join(message.split())
     return text if len(text) <= _LENGTH else f"{text[:_LENGTH]} ..."
+
+
+def expanded(argument: str) -> str:
+    """Expands ``~`` in ``--name=~/path``; a shell expands it only at the start of a word."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~/") else argument
+
+
+def is_text(argument: str) -> bool:
+    """Whether an argument of the process is UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
