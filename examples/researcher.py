@@ -1,6 +1,6 @@
 """A network and a training loop of one's own, plain and with AW, over three seeds: python examples/researcher.py
 
-docs/own_loop.md explains the steps. The test images of such a study would be used once, after all choices.
+docs/own_loop.md explains the steps, and what three seeds on 597 test images can say: one image is 0.17 points.
 """
 
 import torch
