@@ -80,6 +80,7 @@ def test_the_arguments_of_a_command_parse(command: str, monkeypatch: pytest.Monk
         raise Parsed
 
     monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr("awconv.cli.import_own", lambda names: None)  # files of a reader's own
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
         main(shlex.split(command)[1:])

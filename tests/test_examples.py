@@ -21,6 +21,11 @@ SCRIPTS = {
         r"the first image is china",
         r"model.onnx differs from PyTorch by at most \d.*e-0[5-9]",
     ),
+    "researcher.py": (
+        r"3\.conv1 +AWConv2d 16 to 16, 3x3",
+        r"seed 2: plain 9\d\.\d\d %, AW 9\d\.\d\d %",
+        r"mean difference [+-]\d\S* \(95 % interval [+-]\d\S* to [+-]\d\S*\), 3 pairs",
+    ),
     "student.py": (
         r"the layer's branch gives the same: True",
         r"the layer gives the same: True",

@@ -29,6 +29,12 @@ class Loaded:
             turns the image upright by its EXIF orientation. A classifier's resizes, crops and normalises as its
             evaluation did: float32, shape ``input_size``. A detector's only makes a tensor: uint8, shape (3, H, W).
         input_size: channels, height and width of a classifier's input; None for a detector, which takes any size.
+
+    Examples:
+        >>> import awconv
+        >>> loaded = awconv.load("aw_resnet8_cifar.digits")
+        >>> loaded.input_size, len(loaded.classes)
+        ((1, 8, 8), 10)
     """
 
     network: nn.Module

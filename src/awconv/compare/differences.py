@@ -61,7 +61,8 @@ def paired(scores_a: Scores, scores_b: Scores) -> PairedDifference:
     """The mean difference b - a between scores with the same seeds, and its 95 % interval.
 
     Pairing takes away what both runs of a seed have in common. The interval is Student's, for the mean of the
-    differences; it takes them for independent and normally distributed.
+    differences; it takes them for independent and normally distributed, and speaks of other seeds, not of other test
+    images.
 
     Args:
         scores_a: of the baseline, in one of three forms: a sequence, array or tensor of shape (seeds,); a mapping from
