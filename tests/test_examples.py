@@ -25,6 +25,8 @@ SCRIPTS = {
         r"3\.conv1 +AWConv2d 16 to 16, 3x3",
         r"seed 2: plain 9\d\.\d\d %, AW 9\d\.\d\d %",
         r"mean difference [+-]\d\S* \(95 % interval [+-]\d\S* to [+-]\d\S*\), 3 pairs",
+        r"block_net: plain against aw on Digits",
+        r"aw +block_net",
     ),
     "student.py": (
         r"the layer's branch gives the same: True",

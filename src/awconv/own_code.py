@@ -45,8 +45,9 @@ def _of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"import {path} is not a file; expected Python that registers networks with timm")
     there = sys.modules.get(path.stem)
-    if there is not None and Path(str(getattr(there, "__file__", ""))).resolve() == path.resolve():
-        return there
+    for module in (there, sys.modules.get("__main__")):  # a script may name itself
+        if module is not None and Path(str(getattr(module, "__file__", None))).resolve() == path.resolve():
+            return module
     name = path.stem if there is None else f"awconv_import_{len(_imported)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # of a name that ends with .py

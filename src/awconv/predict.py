@@ -130,8 +130,8 @@ def predict(
 
     Args:
         images: image files, and folders to search for them. Each image is predicted once.
-        ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or a training's folder; what ``publish`` wrote; or
-            a name with weights in timm, such as resnet50.
+        ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or a training's folder; what ``publish`` wrote;
+            or a name with weights in timm, such as resnet50.
         format: a table, CSV, or JSON with ``predictions`` and ``failures``. CSV has a row for each image, of a detector
             for each object: class, score, x1, y1, x2, y2.
         top_k: how many classes of an image are given, the most probable first.

@@ -17,6 +17,7 @@ from awconv.data import DataModule
 from awconv.summary import summary
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
+from awconv.training.class_report import ClassReport
 from awconv.training.recipe import Recipe
 from awconv.training.same import SameSettings
 from awconv.version import __version__
@@ -62,7 +63,8 @@ def train(
     built = recipe.build()
     model, trainer, data = built.model, built.trainer, opened.of(recipe, built, split)
     recorder = Recorder(on_progress)
-    trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]  # before checkpoints are written
+    callbacks = [one for one in trainer.callbacks if not isinstance(one, ClassReport)]  # type: ignore[attr-defined]
+    trainer.callbacks = [recorder, *callbacks]  # type: ignore[attr-defined]  # it is before checkpoints are written
     try:
         interrupted = _interrupted(comparison, run, recipe)
         with built.naming(interrupted):
