@@ -6,13 +6,18 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+import timm
+
 _imported: dict[str, str] = {}  # digests by name, of this process
+_TERMINATED = 128 + signal.SIGTERM  # how the program ends by that signal
 
 
 def import_own(names: Iterable[str]) -> dict[str, str]:
@@ -41,49 +46,85 @@ def import_own(names: Iterable[str]) -> dict[str, str]:
     return {name: _imported[name] for name in names}
 
 
+def imported_for(network: str) -> list[str]:
+    """What was imported in this process for a network; nothing for one of timm's or of this package."""
+    package = timm.models.model_entrypoint(network).__module__.partition(".")[0]
+    return [] if package in ("timm", "awconv") else list(_imported)
+
+
 def _of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"import {path} is not a file; expected Python that registers networks with timm")
-    there = sys.modules.get(path.stem)
-    for module in (there, sys.modules.get("__main__")):  # a script may name itself
-        if module is not None and Path(str(getattr(module, "__file__", None))).resolve() == path.resolve():
-            return module
-    name = path.stem if there is None else f"awconv_import_{len(_imported)}_{path.stem}"
+    path = path.resolve()
+    main = sys.modules.get("__main__")
+    if main is not None and Path(str(getattr(main, "__file__", None))).resolve() == path:
+        return main  # a script that names itself
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()
+    name = f"{path.stem}_{digest[:12]}" if _is_taken(path) else path.stem
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # of a name that ends with .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where timm looks for it
-    sys.path.insert(0, str(path.resolve().parent))  # for the modules beside it
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        _refuse(str(path), error)
-    finally:
-        sys.path.remove(str(path.resolve().parent))
+    with _searched(path.parent):  # for the modules beside it
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[name]
+            _refuse(str(path), error)
     return module
 
 
-def _of_name(name: str) -> ModuleType:
-    here = os.getcwd()
-    sys.path.insert(0, here)
+def _is_taken(path: Path) -> bool:
+    """Whether the name that a file has as a module belongs to another one, loaded or installed."""
+    if path.stem in sys.modules:
+        file = getattr(sys.modules[path.stem], "__file__", None)
+    elif not path.stem.isidentifier():
+        return False
+    else:
+        spec = importlib.util.find_spec(path.stem)
+        if spec is None:
+            return False
+        file = spec.origin
+    return file is None or Path(file).resolve() != path
+
+
+@contextmanager
+def _searched(folder: Path) -> Iterator[None]:
+    """Looks for modules in a folder first; later, when functions import theirs, after all others."""
+    sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            _refuse(name, error)
-        raise ValueError(
-            f"import {name}: there is no such module in {here} or installed; the name of a file ends with .py"
-        ) from error
-    except BaseException as error:
-        _refuse(name, error)
+        yield
     finally:
-        sys.path.remove(here)
+        with suppress(ValueError):  # the code may have changed the path
+            sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def _of_name(name: str) -> ModuleType:
+    here = Path.cwd()
+    with _searched(here):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                _refuse(name, error)
+            raise ValueError(
+                f"import {name}: there is no such module in {here} or installed; the name of a file ends with .py"
+            ) from error
+        except BaseException as error:
+            _refuse(name, error)
 
 
 def _refuse(name: str, error: BaseException) -> NoReturn:
-    """Raises a ValueError for an error in somebody's code, but lets the end of the program through."""
+    """Raises a ValueError for an error in somebody's code, but lets signals through."""
+    if isinstance(error, SystemExit) and error.code != _TERMINATED:
+        raise ValueError(
+            f"import {name} would end awconv by sys.exit; put what it runs as a program under if __name__ == '__main__'"
+        ) from error
     if not isinstance(error, Exception):
         raise error
     raise ValueError(f"import {name} failed: {type(error).__name__}: {error}") from error

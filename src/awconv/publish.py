@@ -22,6 +22,7 @@ from awconv.compare.record import Record
 from awconv.compare.recorder import recorded
 from awconv.models.published import ADAPTER, CARD, CONFIG, FILE, WEIGHTS, sha256
 from awconv.models.registry import CONVERTED
+from awconv.own_code import imported_for
 from awconv.sources import load_task
 from awconv.tables import markdown_cell
 from awconv.tasks import ClassificationTask
@@ -353,13 +354,16 @@ _SMALL = (  # of those that the package ships
 
 def _command(trained: _Trained, name: str, recipe: str | None, folder: Path | None) -> str:
     task, weights = trained.task, f"{name} --model.pretrained=true"
+    own = ",".join(imported_for(trained.name))
+    imported = f"{shlex.quote(f'--import={own}')} " if own else ""
     if folder is not None:
         weights = f"{trained.name} --model.pretrained={folder / FILE}"
     for option, value in (("network_args", task.network_args), ("convert", task.conversion)):
         if value or (option == "convert" and value is not None):
             weights += f" {shlex.quote(f'--model.{option}={json.dumps(value)}')}"
     config = f"--config={recipe} " if recipe and recipe.endswith((".yaml", ".yml")) else ""  # digits are the default
-    return f"awconv {trained.split.replace('val', 'validate')} {config}{_data(trained)}--model.network={weights}"
+    command = "validate" if trained.split == "val" else trained.split
+    return f"awconv {command} {imported}{config}{_data(trained)}--model.network={weights}"
 
 
 def _data(trained: _Trained) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from awconv.terminal import say
 from awconv.training.checkpoints import find_last, read_checkpoint
 
 _CONFIG_BYTES = 2**24
+_MODES = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")  # of resizing, torchvision's and Pillow's
 
 
 def load_task(
@@ -111,9 +113,11 @@ def _config(folder: Path) -> dict[str, Any]:
         if file.stat().st_size > _CONFIG_BYTES:
             raise ValueError(f"it has more than {_CONFIG_BYTES:,} bytes")
         config = json.loads(file.read_text())
-        if not isinstance(config["architecture"], str) or not isinstance(config["pretrained_cfg"], dict):
-            raise TypeError("its architecture or pretrained_cfg cannot be")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        kinds = dict(architecture=str, pretrained_cfg=dict, model_args=dict)
+        wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name) or kind(), kind)]
+        if wrong or not isinstance(config["architecture"], str) or not config["pretrained_cfg"]:
+            raise TypeError(f"its {' and '.join(wrong) or 'pretrained_cfg'} cannot be")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a configuration of awconv publish or timm: {error!r}") from error
     return dict(config)
 
@@ -140,6 +144,7 @@ def _classifier(
     named: str,
 ) -> ClassificationTask:
     """A classifier by timm's configuration of its weights, ``cfg``."""
+    _check_cfg(cfg, named)
     if cfg.get("crop_mode", "center") != "center":
         say(f"{named}: images are cropped at their centre, where timm's evaluation has {cfg['crop_mode']}")
     try:
@@ -159,6 +164,30 @@ def _classifier(
         raise ValueError(f"the network of {named} cannot be built: {error}") from error
     task.load_pretrained(whole=True)
     return task
+
+
+def _check_cfg(cfg: Mapping[str, Any], named: str) -> None:
+    """Raises a ValueError for what cannot be used of timm's configuration of weights."""
+    size, names, mode = cfg.get("input_size"), cfg.get("label_names"), cfg.get("interpolation", _MODES[0])
+    if not _are_numbers(size, 3) or min(size) < 1 or size[1] != size[2]:
+        raise ValueError(f"{named}: input_size must be channels and twice the side of a square, got {size!r}")
+    for name, least in (("mean", -math.inf), ("std", 1e-6)):
+        if not _are_numbers(cfg.get(name), size[0]) or min(cfg[name]) < least:
+            raise ValueError(f"{named}: {name} must be a number for each of {size[0]} channels, got {cfg.get(name)!r}")
+    if not isinstance(names, list | tuple | None):
+        raise ValueError(f"{named}: label_names must be a list of the classes' names, got {type(names).__name__}")
+    if not (names or cfg.get("num_classes")):
+        raise ValueError(f"{named} classifies nothing: its weights are of a network without classes")
+    if mode not in _MODES:
+        raise ValueError(f"{named}: interpolation must be one of {', '.join(_MODES)}, got {mode!r}")
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    )
 
 
 def _labels(cfg: Mapping[str, Any]) -> list[str]:

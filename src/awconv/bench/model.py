@@ -137,9 +137,10 @@ def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[s
         algorithm: that it uses.
         rivals: some of ``RIVALS``; SE is left out where there is no such network.
     """
-    plain, aw = timm.create_model(BASELINES.get(name, name)), _aw(name)
+    baseline = BASELINES[name] if name.startswith("aw_") and name in BASELINES else name
+    plain, aw = timm.create_model(baseline), _aw(name)
     result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, algorithm)}
-    squeezed = variants(BASELINES.get(name, name)).get("se")
+    squeezed = variants(baseline).get("se")
     if "se" in rivals and squeezed is not None:
         result["se"] = timm.create_model(squeezed), None
     if "condconv" in rivals:

@@ -50,12 +50,13 @@ def _without_prefix(state: Mapping[str, Any], expected: Collection[str]) -> dict
         if inner and not any(name in expected for name in state):
             return inner
     state = {name: value for name, value in state.items() if name != "n_averaged"}  # of torch's AveragedModel
-    first = {name.partition(".")[0] for name in state}
-    if len(first) == 1 and not any(name in expected for name in state):
-        inner = {name.partition(".")[2]: value for name, value in state.items()}  # such as a LightningModule's "model."
-        if any(name in expected for name in inner):
-            return inner
-    return state
+    inner = state
+    while inner and not any(name in expected for name in inner):  # such as "model._orig_mod." of a LightningModule
+        first = {name.partition(".")[0] for name in inner}
+        if len(first) > 1:
+            return state
+        inner = {name.partition(".")[2]: value for name, value in inner.items() if "." in name}
+    return inner or state
 
 
 def check_archive(path: Path) -> None:
