@@ -77,7 +77,7 @@ def load(
     require("lightning", extra="train")
     from torchvision.transforms import v2
 
-    from awconv.data.images import Decoded, Fitted
+    from awconv.data.transforms import Decoded, Fitted
     from awconv.sources import load_task
     from awconv.tasks import ClassificationTask
 

@@ -268,7 +268,7 @@ def test_a_long_side_costs_no_memory_and_leaves_the_centre(
     values = np.zeros(size[::-1], np.uint8)
     middle = slice(29_990, 30_010)
     values[(slice(None), middle) if size[0] > size[1] else middle] = 200
-    monkeypatch.setattr("awconv.data.images.resize", lambda *_, **__: pytest.fail("9 GB for all of it"))
+    monkeypatch.setattr("awconv.data.transforms.resize", lambda *_, **__: pytest.fail("9 GB for all of it"))
     tensor = to_uint8(Image.fromarray(values), 3, 224)
     assert torch.equal(tensor, torch.full((3, 224, 224), 200, dtype=torch.uint8))
 
@@ -282,7 +282,7 @@ def test_the_centre_alone_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) 
         whole = center_crop(resize(image, [round(size / crop_pct)], antialias=True), [size, size])
         assert torch.equal(to_uint8(image, 3, size, crop_pct), pil_to_tensor(whole))
         with monkeypatch.context() as patched:
-            patched.setattr("awconv.data.images._RESIZED_WHOLE", 0)
+            patched.setattr("awconv.data.transforms._RESIZED_WHOLE", 0)
             centre = to_uint8(image, 3, size, crop_pct)
         # Two roundings to uint8, of weights that differ by the rounding of the box to float32.
         assert (centre.int() - pil_to_tensor(whole).int()).abs().max() <= 2

@@ -10,9 +10,10 @@ from awconv.data.coco import Coco
 from awconv.data.detection import DetectionDataModule
 from awconv.data.digits import Digits
 from awconv.data.folder import ImageFolder
-from awconv.data.images import BrokenImageError, to_uint8
+from awconv.data.images import BrokenImageError
 from awconv.data.loading import DataModule
 from awconv.data.parquet import Parquet
+from awconv.data.transforms import to_uint8
 from awconv.data.voc import Voc
 from awconv.data.webdataset import WebDataset
 

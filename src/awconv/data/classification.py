@@ -21,11 +21,11 @@ from awconv.data.images import (
     InMemoryImages,
     LabelledImages,
     TransformedImages,
-    to_uint8,
 )
 from awconv.data.labels import checked_names
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import chunks_of
+from awconv.data.transforms import to_uint8
 
 IN_MEMORY_BYTES = 2**31
 BATCH_BYTES = 2**32

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -16,8 +15,6 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from awconv.data.order import Draw, derive_seed, seed_all
 from awconv.terminal import printable
@@ -36,11 +33,10 @@ FORMATS = {  # Pillow's names and the endings of files. Others are refused: some
 ENDINGS = frozenset(ending for endings in FORMATS.values() for ending in endings)
 MAX_PIXELS = 2**26  # 8192x8192
 _PIXEL_BYTES, _NOTES_BYTES = 8, 2**20  # of an encoded image: 4 channels of 16 bits a pixel, and metadata
-_RESIZED_WHOLE = 2**24  # pixels: up to this size, the whole image is resized before its centre is cropped
 
 Image.init()
 _READABLE = [name for name in FORMATS if name in Image.OPEN]  # some builds of Pillow lack formats
-_MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}  # Pillow's modes, by the number of channels
 _GREY = ("1", "L", "LA", "La")
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _TURNS = {
@@ -247,73 +243,6 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def to_uint8(
-    image: Image.Image, channels: int, size: int, crop_pct: float = 1.0, interpolation: str = "bilinear"
-) -> Tensor:
-    """Resizes the shorter side and crops the centre, as torchvision's Resize and CenterCrop do.
-
-    Computes only the centre of a large result, so that the longer side may have any length.
-
-    Args:
-        image: grey (mode L) or colour (RGB).
-        channels: 1 for grey, 3 for colour.
-        size: height and width of the result, in pixels.
-        crop_pct: share of the shorter side to keep, such as 0.875 for 224 of 256 pixels.
-        interpolation: ``"bilinear"``, ``"bicubic"`` or another of torchvision's ``InterpolationMode``.
-
-    Returns:
-        uint8, shape (channels, size, size).
-    """
-    image = image.convert(_MODES[channels])
-    shorter, shortest = round(size / crop_pct), min(image.size)
-    width, height = (shorter if side == shortest else int(shorter * side / shortest) for side in image.size)
-    if (width, height) != image.size and width * height > _RESIZED_WHOLE:
-        image = _centre(image, width, height, size, Image.Resampling[interpolation.upper()])
-    else:
-        if (width, height) != image.size:
-            image = resize(image, [height, width], InterpolationMode(interpolation), antialias=True)
-        image = center_crop(image, [size, size]) if image.size != (size, size) else image
-    tensor: Tensor = pil_to_tensor(image)
-    return tensor
-
-
-def _centre(image: Image.Image, width: int, height: int, size: int, filter: Image.Resampling) -> Image.Image:
-    """The centre of an image resized to a width and a height, computed without the rest.
-
-    Pillow's filter also reads pixels beyond the box. So the values are those of the whole resized image, up to the
-    rounding of the box, which Pillow keeps in float32.
-    """
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    across, down = image.width / width, image.height / height
-    box = (left * across, top * down, min((left + size) * across, image.width), min((top + size) * down, image.height))
-    return image.resize((size, size), filter, box=box)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A transform from a Pillow image of any mode to uint8, shape (3, H, W), turned upright."""
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        tensor: Tensor = pil_to_tensor(upright(image).convert("RGB"))
-        return tensor
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A transform from a Pillow image of any mode to uint8, shape (channels, size, size), turned upright.
-
-    Attributes: the arguments of :func:`to_uint8` with the same names.
-    """
-
-    channels: int
-    size: int
-    crop_pct: float = 1.0
-    interpolation: str = "bilinear"
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return to_uint8(upright(image), self.channels, self.size, self.crop_pct, self.interpolation)
-
-
 class ArrayImages(Dataset[tuple[Image.Image, int]]):
     """Decoded images.
 
@@ -422,7 +351,7 @@ class TransformedImages(Dataset[tuple[Tensor, int] | None]):
         image = _read(self.dataset, self.indices[index], self.skip_broken)
         if image is None:
             return None
-        return self.transform(image.convert(_MODES[self.channels])), self.dataset.targets[self.indices[index]]
+        return self.transform(image.convert(MODES[self.channels])), self.dataset.targets[self.indices[index]]
 
 
 def _read(dataset: LabelledImages, index: int, skip_broken: bool) -> Image.Image | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,6 +15,7 @@ from awconv.models.squeeze_excite import IdentitySqueezeExcite
 from awconv.parameter_groups import branch_parameters
 from awconv.tasks.checks import check_numbers
 from awconv.train_only import head_parameters
+from awconv.usage import near
 
 _MOST = 1e18  # products of two such numbers are finite in single precision
 
@@ -71,9 +72,11 @@ class Optimization:
                 **self.optimizer_args,
             )
         except Exception as error:  # of timm, or of any optimizer
+            close = near(self.optimizer, map(str, list_optimizers()))
+            hint = f"; near it: {', '.join(close)}" if self.optimizer not in close and close else ""
             raise ValueError(
                 f"optimizer must be a name of timm.optim.list_optimizers(), and optimizer_args its arguments, got "
-                f"{self.optimizer!r} and {self.optimizer_args}: {error}"
+                f"{self.optimizer!r} and {self.optimizer_args}: {error}{hint}"
             ) from error
 
     def _parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
