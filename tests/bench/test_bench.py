@@ -9,11 +9,14 @@ from typing import Any
 
 import lightning.pytorch  # noqa: F401  # the first import sets log levels, which no test may leave behind
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import awconv
 from awconv.bench.detector import matched_detectors
+from awconv.bench.model import competitors
 from awconv.bench.op import Layer
 from awconv.bench.rivals import RoutedCondConv2d, with_condconv
 from awconv.bench.roofline import work_of
@@ -66,6 +69,22 @@ def test_a_network_is_timed_beside_its_rivals(capsys: pytest.CaptureFixture[str]
     assert [(row["work"], row["way"]) for row in measured] == [*expected, ("branch", "aw")]
     assert measured[-1]["ratio"]["median"] > 0
     assert all(row["facts"]["bytes"] > 0 for row in measured if row["work"] == "memory")
+
+
+@pytest.mark.parametrize("name", ["resnet8_cifar", "seresnet20_cifar", "test_resnet"])
+def test_a_network_without_aw_is_measured_beside_its_conversion(name: str) -> None:
+    networks = competitors(name, "auto")
+    assert list(networks) == ["plain", "aw"]
+    plain, aw = networks["plain"][0], networks["aw"][0]
+    expected = timm.create_model(name)
+    assert plain.state_dict().keys() == expected.state_dict().keys()
+    assert aw.state_dict().keys() == awconv.convert(expected).state_dict().keys() > plain.state_dict().keys()
+
+
+def test_an_aw_network_is_measured_beside_its_baseline_and_rivals() -> None:
+    networks = competitors("aw_resnet20_cifar", "auto", ["se"])
+    assert networks["plain"][0].state_dict().keys() == timm.create_model("resnet20_cifar").state_dict().keys()
+    assert networks["se"][0].state_dict().keys() == timm.create_model("seresnet20_cifar").state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,27 @@ def test_an_override_of_what_each_run_has_is_refused(override: list[str], instea
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("base", ["vgg11", "test_resnet", "test_resnet.r160_in1k"])
+def test_aw_of_a_network_without_an_aw_version_is_its_conversion(base: str) -> None:
+    assert find_change(base, "aw") == Change("aw", network=base, arguments=("--model.convert={}",))
+
+
+def test_aw_of_an_aw_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no variant 'aw' of aw_resnet8_cifar"):
+        find_change("aw_resnet8_cifar", "aw")
+
+
+def test_the_branch_of_a_network_without_an_aw_version_is_varied_by_its_conversion(tmp_path: Path) -> None:
+    recipe, out = tiny(tmp_path, epochs=1), tmp_path / "out"
+    overrides = ["--model.network=test_resnet", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    assert ablate(recipe, "reduction=4,select=layer4.*", seeds=1, out=out, overrides=overrides) == 0
+    runs = {run.variant: run.recipe["model"] for path in out.glob("*-seed0.json") if (run := Record.load(path))}
+    assert {model["network"] for model in runs.values()} == {"test_resnet"}
+    assert runs["default"]["convert"] == {}
+    assert runs["reduction=4"]["convert"] == {"reduction": 4}
+    assert all(name.startswith("layer4.") for name in runs["select=layer4.all"]["convert"]["select"])
+
+
 def test_an_override_of_the_network_is_heeded(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {network: resnet8_cifar}")

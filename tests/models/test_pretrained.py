@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import awconv
-from awconv.models.pretrained import weights_overlay
+from awconv.models.pretrained import load_weights, weights_overlay
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
 from tests.networks import moved
 
@@ -130,3 +130,72 @@ def test_it_has_the_hidden_channels_of_efficientnets() -> None:
     assert len(found) == 16
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     assert awconv.summary(ours).converted == ()
+
+
+WRAPPED = {
+    "a Lightning module": lambda name: f"model.{name}",
+    "DataParallel": lambda name: f"module.{name}",
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "a compiled network in a Lightning module": lambda name: f"model._orig_mod.{name}",
+    "DataParallel in a Lightning module": lambda name: f"net.module.{name}",
+}
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_prefixes_of_wrappers_are_taken_off(wrapper: str, key: str | None, tmp_path: Path) -> None:
+    trained, model = (timm.create_model("resnet8_cifar", num_classes=3).eval() for _ in range(2))
+    state = {WRAPPED[wrapper](name): tensor for name, tensor in trained.state_dict().items()}
+    torch.save(state if key is None else {key: state, "epoch": 1}, tmp_path / "trained.pth")
+    assert load_weights(model, "resnet8_cifar", tmp_path / "trained.pth") == 3
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), trained(images))
+
+
+def test_averaged_weights_come_first(tmp_path: Path) -> None:
+    averaged, last, model = (timm.create_model("resnet8_cifar").eval() for _ in range(3))
+    both = {f"network.{name}": tensor for name, tensor in last.state_dict().items()}
+    both |= {f"ema.module.{name}": tensor for name, tensor in averaged.state_dict().items()}
+    files = {
+        "fit": {"state_dict": both},
+        "timm": {"state_dict": last.state_dict(), "state_dict_ema": averaged.state_dict()},
+        "torch": torch.optim.swa_utils.AveragedModel(averaged).state_dict(),
+    }
+    images = torch.randn(2, 3, 32, 32)
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        load_weights(model, "resnet8_cifar", tmp_path / name)
+        assert torch.equal(model(images), averaged(images)), name
+        model.load_state_dict(last.state_dict())
+
+
+def test_the_weights_of_another_network_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+    model = timm.create_model("resnet8_cifar")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = timm.create_model("resnet20_cifar").state_dict()
+    wider = {name: tensor for name, tensor in model.state_dict().items() if name != "conv1.weight"}
+    for state, message in (
+        (other, "names differ"),
+        ({f"a.b.{name}": tensor for name, tensor in other.items()}, "names differ"),
+        ({"a": torch.ones(1)}, "names differ"),
+        (wider | {"conv1.weight": torch.ones(9, 3, 3, 3)}, r"conv1.weight has shape \(9, 3, 3, 3\) there and \(16"),
+        (before | {"bn1.bias": torch.full((16,), torch.nan)}, "infinite or not a number, such as bn1.bias"),
+    ):
+        torch.save(state, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, "resnet8_cifar", tmp_path / "other.pth")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("classes", [10, 3])
+def test_a_network_whose_classifier_is_unknown_takes_all_or_nothing(classes: int, tmp_path: Path) -> None:
+    def make(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+    torch.save(make(10).state_dict(), tmp_path / "own.pth")
+    model = make(classes)
+    if classes == 10:
+        assert load_weights(model, "own", tmp_path / "own.pth") == 10
+    else:
+        with pytest.raises(ValueError, match=r"3.weight has shape \(10, 4\) there and \(3, 4\) in the network"):
+            load_weights(model, "own", tmp_path / "own.pth")

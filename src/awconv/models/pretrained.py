@@ -218,7 +218,8 @@ def _read_for(
             f"{file} does not hold the weights of {name}: {len(differing)} names differ, such as "
             f"{', '.join(differing[:4])}{_hint(found, expected, branches)}"
         )
-    logits = [len(state[key]) for key in own if key in heads and key in state and state[key].dim() > 1]
+    told = heads or set(own)  # where no classifier is known, all must fit, and the last matrix gives the logits
+    logits = [len(state[key]) for key in own if key in told and key in state and state[key].dim() > 1]
     return state, logits[-1] if logits else None
 
 
