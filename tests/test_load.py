@@ -259,6 +259,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a name too few": (lambda config: with_cfg(config, label_names=["a", "b"]), "they are of 10 classes"),
     "no classes": (lambda config: with_cfg(config, label_names=None, num_classes=0), "classifies nothing"),
     "no size": (lambda config: with_cfg(config, input_size=None), "input_size"),
+    "half a pixel": (lambda config: with_cfg(config, input_size=[1, 8.5, 8.5]), "input_size"),
     "a size of text": (lambda config: with_cfg(config, input_size=["1", "8", "8"]), "input_size"),
     "a size that is no square": (lambda config: with_cfg(config, input_size=[1, 8, 12]), "square"),
     "no size at all": (lambda config: with_cfg(config, input_size=[1, 0, 0]), "input_size"),

@@ -177,6 +177,7 @@ class TestBounds:
         [
             (dict(batch_size=0), "batch_size must be at least 1, got 0"),
             (dict(max_pixels=0), "max_pixels must be at least 1, got 0"),
+            (dict(top_k=0), "top_k must be at least 1, got 0"),
             (dict(threshold=float("nan")), "threshold must be from 0 to 1, got nan"),
         ],
     )

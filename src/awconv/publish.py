@@ -320,7 +320,7 @@ def _adapting(task: ClassificationTask, file: Path) -> str:
     given = "".join(f", {key}={value!r}" for key, value in arguments.items())
     base, imported, option = "timm's weights for it", "", ""
     if isinstance(task.pretrained, str):
-        base, option = f"the weights `{task.pretrained}`", f" --pretrained={task.pretrained}"
+        base, option = f"the weights `{task.pretrained}`", f" {shlex.quote(f'--pretrained={task.pretrained}')}"
         imported = "from awconv.models.pretrained import weights_overlay\n"
         given += f", pretrained_cfg_overlay=weights_overlay({task.network_name!r}, {task.pretrained!r})"
     lines = [f"model = timm.create_model({task.network_name!r}{given})"]
@@ -339,7 +339,7 @@ import awconv, timm
 
 The classes are `label_names` in `{CONFIG}`. This predicts images:
 
-    awconv predict --ckpt={file}{option} IMAGES
+    awconv predict {shlex.quote(f"--ckpt={file}")}{option} IMAGES
 
 {_SPREAD.replace("It", "The figure", 1)}
 """
@@ -357,11 +357,13 @@ def _command(trained: _Trained, name: str, recipe: str | None, folder: Path | No
     own = ",".join(imported_for(trained.name))
     imported = f"{shlex.quote(f'--import={own}')} " if own else ""
     if folder is not None:
-        weights = f"{trained.name} --model.pretrained={folder / FILE}"
+        weights = f"{trained.name} {shlex.quote(f'--model.pretrained={folder / FILE}')}"
     for option, value in (("network_args", task.network_args), ("convert", task.conversion)):
         if value or (option == "convert" and value is not None):
             weights += f" {shlex.quote(f'--model.{option}={json.dumps(value)}')}"
-    config = f"--config={recipe} " if recipe and recipe.endswith((".yaml", ".yml")) else ""  # digits are the default
+    config = (
+        f"{shlex.quote(f'--config={recipe}')} " if recipe and recipe.endswith((".yaml", ".yml")) else ""
+    )  # digits are the default
     command = "validate" if trained.split == "val" else trained.split
     return f"awconv {command} {imported}{config}{_data(trained)}--model.network={weights}"
 

@@ -168,13 +168,20 @@ def _classifier(
 
 def _check_cfg(cfg: Mapping[str, Any], named: str) -> None:
     """Raises a ValueError for what cannot be used of timm's configuration of weights."""
+<<<<<<< HEAD
     size: Any = cfg.get("input_size")
     names, mode = cfg.get("label_names"), cfg.get("interpolation", _MODES[0])
     if not _are_numbers(size, 3) or min(size) < 1 or size[1] != size[2]:
+=======
+    size: Any
+    size, names, mode = cfg.get("input_size", ()), cfg.get("label_names"), cfg.get("interpolation", _MODES[0])
+    if not _are(int, size, 3) or min(size) < 1 or size[1] != size[2]:
+>>>>>>> tst
         raise ValueError(f"{named}: input_size must be channels and twice the side of a square, got {size!r}")
     for name, least in (("mean", -math.inf), ("std", 1e-6)):
-        if not _are_numbers(cfg.get(name), size[0]) or min(cfg[name]) < least:
-            raise ValueError(f"{named}: {name} must be a number for each of {size[0]} channels, got {cfg.get(name)!r}")
+        values: Any = cfg.get(name)
+        if not _are(int | float, values, size[0]) or min(values) < least:
+            raise ValueError(f"{named}: {name} must be a number for each of {size[0]} channels, got {values!r}")
     if not isinstance(names, list | tuple | None):
         raise ValueError(f"{named}: label_names must be a list of the classes' names, got {type(names).__name__}")
     if not (names or cfg.get("num_classes")):
@@ -183,11 +190,11 @@ def _check_cfg(cfg: Mapping[str, Any], named: str) -> None:
         raise ValueError(f"{named}: interpolation must be one of {', '.join(_MODES)}, got {mode!r}")
 
 
-def _are_numbers(values: Any, count: int) -> bool:
+def _are(kind: Any, values: Any, count: int) -> bool:
     return (
         isinstance(values, list | tuple)
         and len(values) == count
-        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        and all(isinstance(value, kind) and math.isfinite(value) for value in values)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from awconv import AWConv2d
 from awconv.cli import main
 from awconv.compare import compare
 from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS
+from awconv.publish import publish
+from awconv.tasks import DetectionTask
 from awconv.training import TrainingCLI
 
 FOLDERS = sorted(WEIGHTS.iterdir())
@@ -213,3 +216,40 @@ def test_a_network_of_ones_own_is_published(tmp_path: Path, monkeypatch: pytest.
     assert "small network" not in (folder / CARD).read_text()
     checkpoint = next((out / "plain-seed0").rglob("*.ckpt"))
     assert main(["publish", str(checkpoint), *arguments]) == 0
+
+
+PUBLISHED = {
+    "averaged": ("--model.network=resnet8_cifar", "--model.ema_decay=0.5"),
+    "arguments": ("--model.network=aw_resnet8_cifar", "--model.network_args={aw_args: {reduction: 4}}"),
+    "identity": ("--model.network=resnet8_cifar", "--model.convert={init: identity}"),
+    "fresh": ("--model.network=resnet8_cifar", "--model.convert={init: fresh, activation: tanh}"),
+    "tagged": ("--model.network=aw_resnet8_cifar.digits", "--model.pretrained=true"),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_the_command_of_a_checkpoints_card_gives_its_figure(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--data.val_fraction=0.2")
+    assert main(["fit", *PUBLISHED[kind], *short, *QUIET]) == 0
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert main(["publish", str(checkpoint), "--tag=t", "--data=the digits", "--out=my weights"]) == 0
+    (folder,) = (tmp_path / "my weights").iterdir()
+    card = (folder / CARD).read_text()
+    found = re.search(r"\| validation accuracy \| ([\d.]+) %", card)
+    command = re.search(r"^    awconv (.*)$", card, re.MULTILINE)
+    assert found is not None
+    assert command is not None
+    cli = TrainingCLI([*shlex.split(command[1]), *QUIET], save_config=False)
+    assert f"{100 * cli.trainer.callback_metrics['val/accuracy'].item():.2f}" == found[1]
+
+
+def test_a_detectors_checkpoint_is_not_published(tmp_path: Path) -> None:
+    task = DetectionTask(["cat"], [1], network="resnet8_cifar")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("awconv.publish.read_checkpoint", lambda path: {"callbacks": {}})
+        patch.setattr("awconv.publish.load_task", lambda path: task)
+        with pytest.raises(ValueError, match=r"only classifiers are published, and .*x\.ckpt is of a detector"):
+            publish(tmp_path / "x.ckpt", "t", "cats", out=tmp_path)
