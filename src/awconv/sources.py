@@ -168,15 +168,9 @@ def _classifier(
 
 def _check_cfg(cfg: Mapping[str, Any], named: str) -> None:
     """Raises a ValueError for what cannot be used of timm's configuration of weights."""
-<<<<<<< HEAD
-    size: Any = cfg.get("input_size")
-    names, mode = cfg.get("label_names"), cfg.get("interpolation", _MODES[0])
-    if not _are_numbers(size, 3) or min(size) < 1 or size[1] != size[2]:
-=======
     size: Any
     size, names, mode = cfg.get("input_size", ()), cfg.get("label_names"), cfg.get("interpolation", _MODES[0])
     if not _are(int, size, 3) or min(size) < 1 or size[1] != size[2]:
->>>>>>> tst
         raise ValueError(f"{named}: input_size must be channels and twice the side of a square, got {size!r}")
     for name, least in (("mean", -math.inf), ("std", 1e-6)):
         values: Any = cfg.get(name)

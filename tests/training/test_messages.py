@@ -23,6 +23,7 @@ CHECKPOINT = "lightning_logs/version_0/checkpoints/epoch=1-step=4.ckpt"
 NEXT = [
     f"  awconv test --config=lightning_logs/version_0/awconv_fit.yaml --ckpt_path={CHECKPOINT}",
     f"  awconv predict --ckpt={CHECKPOINT} IMAGES",
+    f"  awconv publish {CHECKPOINT} --tag=NAME --data='the training images, in words'",
 ]
 
 
@@ -59,12 +60,14 @@ def test_the_commands_that_come_next_run_as_they_are_and_leave_no_logs(
 ) -> None:
     folder, process = trained
     monkeypatch.chdir(folder)
-    test, predict = (shlex.split(line)[1:] for line in process.stderr.splitlines() if line.startswith("  "))
+    test, predict, publish = (shlex.split(line)[1:] for line in process.stderr.splitlines() if line.startswith("  "))
     assert main(test) == 0
     assert "test/accuracy" in capsys.readouterr().out
     assert folders(folder) == ["version_0"]
     assert main([*predict[:-1], "none.png"]) == 1  # which takes the checkpoint
     assert "none.png is neither an image file nor a folder" in capsys.readouterr().err
+    assert main(publish) == 0
+    assert "in weights/aw_resnet8_cifar.NAME" in capsys.readouterr().out
 
 
 def test_a_finished_training_says_so_and_leaves_no_second_folder(
@@ -76,7 +79,7 @@ def test_a_finished_training_says_so_and_leaves_no_second_folder(
     monkeypatch.chdir(folder)
     assert main([*FIT, "--trainer.max_epochs=2", "--ckpt_path=last"]) == 0
     printed = capsys.readouterr().err.splitlines()
-    assert printed[-3:] == [f"awconv fit: there was nothing left to train; the checkpoint is {CHECKPOINT}", *NEXT]
+    assert printed[-4:] == [f"awconv fit: there was nothing left to train; the checkpoint is {CHECKPOINT}", *NEXT]
     assert folders(folder) == ["version_0"]
 
 
@@ -102,7 +105,7 @@ def test_paths_with_spaces_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixt
     root = tmp_path / "a b"
     assert main([*FIT, "--trainer.max_epochs=1", f"--trainer.default_root_dir={root}"]) == 0
     last = root / "lightning_logs" / "version_0" / "checkpoints" / "epoch=0-step=2.ckpt"
-    assert capsys.readouterr().err.splitlines()[-1] == f"  awconv predict --ckpt='{last}' IMAGES"
+    assert capsys.readouterr().err.splitlines()[-2] == f"  awconv predict --ckpt='{last}' IMAGES"
 
 
 def test_a_training_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:

@@ -292,7 +292,8 @@ class TrainingCLI(LightningCLI):
         if self.model.trained is not None:
             if first:
                 say(f"awconv fit: {self.model.trained}")
-            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # norms that are held
+        if self.model.trained is not None or getattr(self.model, "ema", None) is not None:  # which stay in evaluation
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def after_fit(self) -> None:
         """Says where the checkpoint is, and what can be done with it."""
@@ -306,9 +307,11 @@ class TrainingCLI(LightningCLI):
         lines, config = [f"awconv fit: {done}; the checkpoint is {path}"], path.parent.parent / _CONFIG
         if config.is_file():
             lines.append(f"  awconv test --config={shlex.quote(str(config))} --ckpt_path={shlex.quote(str(path))}")
-        lines.append(f"  awconv predict --ckpt={shlex.quote(str(path))} IMAGES")
+        named, own = shlex.quote(str(path)), ",".join(as_names(self._get(self.config, "import")))
+        imported = shlex.quote(f"--import={own}") + " " if own else ""
+        lines.append(f"  awconv predict {imported}--ckpt={named} IMAGES")
         if self._task is ClassificationTask:
-            lines.append(f"  awconv publish {shlex.quote(str(path))} --tag=NAME --data='the training images, in words'")
+            lines.append(f"  awconv publish {imported}{named} --tag=NAME --data='the training images, in words'")
         say(*lines)
 
     def before_validate(self) -> None:
