@@ -289,9 +289,8 @@ class TrainingCLI(LightningCLI):
         if first and config.get("enable_model_summary") is None:
             parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
             say(f"awconv fit: {self.model.network_name}, {parameters:,} parameters")
-        if self.model.trained is not None:
-            if first:
-                say(f"awconv fit: {self.model.trained}")
+        if self.model.trained is not None and first:
+            say(f"awconv fit: {self.model.trained}")
         if self.model.trained is not None or getattr(self.model, "ema", None) is not None:  # which stay in evaluation
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
