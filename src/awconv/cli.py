@@ -184,7 +184,7 @@ def _explained(message: str, parser: Any, arguments: Sequence[str], passing_on: 
     if missing:
         actions = [action for action in parser._actions if action.dest in missing[1].split(", ")]
         named = [(action.option_strings or [action.dest])[-1] + f": {_plain(action.help)}" for action in actions]
-        return f"missing: {'; '.join(named)}" if named else message
+        return f"missing: {' '.join('; '.join(named).split())}" if named else message
     return invalid(message)
 
 

@@ -333,7 +333,7 @@ def drawing(seed: int) -> Case:
     threshold = rng.choice(["--threshold=0", "--threshold=0.5", "--threshold=1"])
 
     def prepare(folder: Path) -> Sequence[str]:
-        for name in ("pictures/a.png", "pictures/b.png", "pictures/a.png.png", "more/a.png", "more/b.jpg"):
+        for name in ("pictures/a.png", "pictures/b.png", "more/a.png", "more/b.jpg"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(encoded(picture(rng), "JPEG" if name.endswith("jpg") else "PNG"))
         (folder / "file").write_text("somebody's")
@@ -343,11 +343,7 @@ def drawing(seed: int) -> Case:
         (folder / "loop").symlink_to("loop")
         drawn = folder / "drawn"
         drawn.mkdir()
-        inside = {
-            one: [drawn / one, drawn / "pictures" / one, drawn / "more" / one] for one in ("a.png.png", "b.png.png")
-        }
-        for path in (*inside["a.png.png"], *inside["b.png.png"]):
-            path.parent.mkdir(exist_ok=True)
+        for path in (drawn / name for name in ("a.png", "b.png", "pictures_a.png", "more_a.png")):
             if target == "drawn/taken":
                 path.write_bytes(encoded(picture(rng)))
             elif target == "drawn/linked":
@@ -359,7 +355,7 @@ def drawing(seed: int) -> Case:
         place = "drawn" if target.startswith("drawn/") else target
         return ["predict", f"--ckpt={detector()}", f"--draw={place}", threshold, *given]
 
-    harmless = target in ("\x1b[2Jd", "drawn", "", "pictures", "link to the pictures", "dangling")
+    harmless = target in ("\x1b[2Jd", "drawn", "", "dangling")
     names = {"\x1b[2Jd": r"\x1b[2Jd", "": "draw"}.get(
         target, target.partition("/")[0] if target[0:1] != "/" else target
     )

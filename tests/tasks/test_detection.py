@@ -110,8 +110,8 @@ def test_predict_finds_draws_and_writes(trained: Path, tmp_path: Path, capsys: p
     assert temple["box"] == pytest.approx(boxes("china")[0][1], abs=8)  # pixels, of 160
     assert all(one["score"] >= 0.5 for detections in found.values() for one in detections)
     drawn = {path.relative_to(tmp_path / "drawn"): path for path in (tmp_path / "drawn").rglob("*.png")}
-    assert set(map(str, drawn)) == {"black.png.png", "china/a.png.png", "flower/a.png.png"}
-    before, after = np.asarray(photograph("china")), np.asarray(Image.open(drawn[Path("china/a.png.png")]))
+    assert set(map(str, drawn)) == {"black.png", "china_a.png", "flower_a.png"}
+    before, after = np.asarray(photograph("china")), np.asarray(Image.open(drawn[Path("china_a.png")]))
     assert before.shape == after.shape
     changed = (before != after).any(2)
     left, top, right, bottom = map(round, temple["box"])
@@ -128,7 +128,7 @@ def test_predict_finds_draws_and_writes(trained: Path, tmp_path: Path, capsys: p
     ((turned,),) = [[one["detections"] for one in json.loads(capsys.readouterr().out)["predictions"]]]
     assert turned[0]["box"] == pytest.approx(found["china/a.png"][0]["box"], abs=0.01)
     assert min(one["score"] for one in turned) < 0.05
-    assert Image.open(tmp_path / "turned" / "sideways.png.png").size == photograph("china").size
+    assert Image.open(tmp_path / "turned" / "sideways.png").size == photograph("china").size
     assert main([*arguments, "--threshold", "0.99999"]) == 1
     assert "best score" in capsys.readouterr().out
     assert main([*arguments, "--threshold", "2"]) == 1
@@ -145,7 +145,7 @@ def test_labels_stay_on_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(task, "forward", lambda images: [corner])
     Image.new("RGB", (160, 106)).save(tmp_path / "black.png")
     assert len(list(detect(task, [tmp_path / "black.png"], threshold=0.5, draw=tmp_path / "drawn"))) == 1
-    coloured = np.asarray(Image.open(tmp_path / "drawn" / "black.png.png")).any(2)
+    coloured = np.asarray(Image.open(tmp_path / "drawn" / "black.png")).any(2)
     assert np.flatnonzero(coloured.any(0))[0] < 130  # the label is wider than its box, and begins left of it
     assert np.flatnonzero(coloured.any(1))[0] < 96
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_other_categories_says_so(
         ("--model.detector_args={num_classes: 3}", "detector_args must leave num_classes to the data"),
         ("--model.network=resnet8_cifer", "timm.create_model knows, got 'resnet8_cifer'"),
         ("--model.norm=frozen", "norm must be 'batch', 'sync' or 'group' without pretrained weights, got 'frozen'"),
-        ("--model.pretrained=none.pth", "weights must be a file (safetensors, or a state dict of torch)"),
+        ("--model.pretrained=none.pth", "weights must be a file (safetensors, a state dict of torch, or a checkpoint)"),
         ("--model.min_size=0", "min_size must be a number from 1 to 4096, got 0"),
         ("--model.min_size=[32,-1]", "min_size must be a number from 1 to 4096, got -1"),
         ("--model.min_size=[]", "min_size must be a size in pixels, or several, got none"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 
 from awconv.cli import main
 from awconv.training.quiet import without_noise
@@ -77,7 +78,9 @@ def test_a_finished_training_says_so_and_leaves_no_second_folder(
 ) -> None:
     folder, _ = trained
     monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
     assert main([*FIT, "--trainer.max_epochs=2", "--ckpt_path=last"]) == 0
+    torch.set_num_threads(threads)  # it has taken those of the checkpoint
     printed = capsys.readouterr().err.splitlines()
     assert printed[-4:] == [f"awconv fit: there was nothing left to train; the checkpoint is {CHECKPOINT}", *NEXT]
     assert folders(folder) == ["version_0"]

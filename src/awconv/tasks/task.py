@@ -179,8 +179,8 @@ class Task(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the figures of the last evaluation, for a model card."""
-        figures = self.trainer.callback_metrics.items()
-        checkpoint[FIGURES] = {name: value.item() for name, value in figures if name.startswith("val/")}
+        figures = {} if self._trainer is None else self._trainer.callback_metrics
+        checkpoint[FIGURES] = {name: value.item() for name, value in figures.items() if name.startswith("val/")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights that do not fit.

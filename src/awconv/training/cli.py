@@ -347,6 +347,7 @@ class TrainingCLI(LightningCLI):
 def settings_of(task: type[Task], parser: LightningArgumentParser, config: Namespace) -> Settings:
     """A parsed configuration as settings."""
     content = plain(parser, config)
+    content.pop("report", None)  # what an evaluation prints
     data: type[DataModule] = pydoc.locate(data_of(content)["class_path"])  # type: ignore[assignment]
     return Settings(task, data, content)
 
