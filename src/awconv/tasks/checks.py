@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import timm
 from timm.models import build_model_with_cfg
 
 import awconv  # noqa: F401  # registers its models with timm
+from awconv.usage import near
 
 # What timm takes beside a network's own arguments: where weights come from, and how a network is built. A checkpoint
 # of somebody else's must not decide it.
@@ -35,8 +35,7 @@ def check_numbers(**numbers: tuple[float | None, float, float]) -> None:
 
 def near_networks(name: str) -> list[str]:
     """Names that timm knows and that are like another one."""
-    alike = get_close_matches(name, timm.list_models(), n=4)
-    return alike or timm.list_models(f"*{name.removeprefix('aw_').split('_')[0]}*")[:8]
+    return near(name, timm.list_models()) or timm.list_models(f"*{name.removeprefix('aw_').split('_')[0]}*")[:8]
 
 
 def check_network(name: str, arguments: Mapping[str, Any] | None = None) -> None:

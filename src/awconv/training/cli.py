@@ -150,9 +150,10 @@ class TrainingCLI(LightningCLI):
                 say(f"awconv {command}: going on from {found}")
         elif config.ckpt_path:
             config.ckpt_path = os.path.expanduser(config.ckpt_path)
-            read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
-        if config.ckpt_path and command != "fit":
-            take_preprocessing(config.data, read_checkpoint(Path(config.ckpt_path)))
+        if config.ckpt_path:
+            checkpoint = read_checkpoint(Path(config.ckpt_path))  # an error now, and not after the data were read
+            if command != "fit":
+                take_preprocessing(config.data, checkpoint)
 
     def _parse_ckpt_path(self) -> None:
         """In an evaluation, the checkpoint's settings win. A training must be given the same ones, and compares."""
