@@ -292,20 +292,28 @@ def _plain_kind(module: Convolution) -> type[nn.Module] | None:
     return None
 
 
+def arguments_of(layer: Convolution) -> tuple[Any, ...]:
+    """The arguments by which a convolution, plain or AW, is made again, in the order that all kinds share."""
+    return (
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        layer.bias is not None,
+    )
+
+
 def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AWConv2d | AWConv3d:
     plain = _plain_kind(old)
     assert plain is not None  # which would be an obstacle
+    kind: Any = COUNTERPARTS[plain]
     try:
-        new = COUNTERPARTS[plain](
-            old.in_channels,
-            old.out_channels,
-            old.kernel_size,
-            old.stride,
-            old.padding,
-            old.dilation,
-            old.groups,
-            old.bias is not None,
-            old.padding_mode,
+        new = kind(
+            *arguments_of(old),
+            padding_mode=old.padding_mode,
             device=old.weight.device,
             dtype=old.weight.dtype,
             **arguments,
@@ -315,7 +323,8 @@ def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AW
     new.weight = old.weight
     new.bias = old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice  # made when the old layer was
-    return new.train(old.training)
+    counterpart: AWConv1d | AWConv2d | AWConv3d = new.train(old.training)
+    return counterpart
 
 
 def _most_common_norm(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from awconv.convert import COUNTERPARTS, has_hooks, raises_for_attention
+from awconv.convert import COUNTERPARTS, arguments_of, has_hooks, raises_for_attention
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 
 _PLAIN = {counterpart: plain for plain, counterpart in COUNTERPARTS.items()}
@@ -84,16 +84,7 @@ def _check(name: str, layer: AWConv1d | AWConv2d | AWConv3d) -> None:
 
 def _plain(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
     with torch.device("meta"):  # for its own weights are not needed
-        new: Any = _PLAIN[type(old)](
-            old.in_channels,
-            old.out_channels,
-            old.kernel_size,
-            old.stride,
-            old.padding,
-            old.dilation,
-            old.groups,
-            old.bias is not None,
-        )
+        new: Any = _PLAIN[type(old)](*arguments_of(old))
     new.padding_mode = old.padding_mode
     new.weight, new.bias = old.weight, old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice
