@@ -19,6 +19,7 @@ from awconv.custom_branch import is_part_of_custom_branch, make_custom_branch
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import pool_beside, pools_beside
 from awconv.ops.problem import SPATIAL_NAMES
+from awconv.ops.tracing import shape_of
 from awconv.relative import BaseBranch
 
 __all__ = ["AW_LAYERS", "AWConv1d", "AWConv2d", "AWConv2dSame", "AWConv3d", "AttentionBranch"]
@@ -178,7 +179,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
 
 def _as_batch(input: Tensor, layer: str, in_channels: int, dims: int) -> Tensor:
     batch = input[None] if input.dim() == dims + 1 else input
-    if batch.dim() != dims + 2 or batch.shape[1] != in_channels:
+    if batch.dim() != dims + 2 or shape_of(batch)[1] != in_channels:
         expected = f"(N, {in_channels}, {', '.join(SPATIAL_NAMES[dims])})"
         raise ValueError(f"{layer}: input must have shape {expected}, got {tuple(input.shape)}")
     return batch

@@ -149,6 +149,8 @@ TYPICAL = _OfAlgorithms(
         "fused": (4, 2, 3, 2),
         "per_tap": (4, 1, 3, 2),
         "per_sample": (4, 2, 3, 2),
+        "shifted": (4, 1, 3, 2),
+        "matmul": (4, 2, 3, 2),
         "naive": (4, 2, 3, 2),
     }.items()
 )

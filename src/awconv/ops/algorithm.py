@@ -37,16 +37,12 @@ class Algorithm(NamedTuple):
         run: ``run(problem, input, weight, attention)`` returns the output, without bias.
         obstacle: why it cannot run a problem, or None if it can.
         cost: ``cost(problem, machine)`` estimates its time for one sample, in multiply-adds of a plain convolution.
-        constant_weights: every convolution in it has weights that do not depend on the input, as exported graphs need.
-        portable: it is made of PyTorch's own operators, which other runtimes know.
     """
 
     name: str
     run: Callable[[Problem, Tensor, Tensor, Tensor], Tensor]
     obstacle: Callable[[Problem], str | None]
     cost: Callable[[Problem, Machine], float]
-    constant_weights: bool = False
-    portable: bool = True
 
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

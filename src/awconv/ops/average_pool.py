@@ -6,22 +6,25 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from awconv.ops.build import library
 from awconv.ops.gpu import Kernel, Launch, divider, empty_like_image, is_channels_last, power_of_two, triton_obstacle
 from awconv.ops.problem import product
-from awconv.ops.tracing import compiling, eager, exporting, in_forward_mode, jit_tracing, transforming
+from awconv.ops.tracing import compiling, eager, exporting, in_forward_mode, shape_of, transforming
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _AXES = 3
 _MAX_BINS = 64  # of the kernels, along an axis
+_MOST_SHARES = 2**18  # elements of a matrix that an exported graph holds
+_AVERAGE_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _SIZES = (ctypes.c_int64 * _AXES,) * 2
 # Elements of a tile of the kernels for GPUs: of pooling to bins of more positions than these, and of all else.
 _LARGE_TILE, _LARGE_BIN, _TILE = 8192, 64, 2048
@@ -50,7 +53,7 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
             return _KERNELS[input.device.type](input, list(output_size))
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
         return pooled
-    if input.device.type == "cpu" and not compiling() and not jit_tracing():
+    if input.device.type == "cpu" and not compiling() and not exporting():
         return _by_slices(input, output_size)
     return _by_matrices(input, output_size)
 
@@ -95,10 +98,10 @@ class _PoolBeside(torch.autograd.Function):
 
 
 def _has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
-    if max(output_size) > _MAX_BINS:
+    if max(output_size) > _MAX_BINS or exporting():
         return False
     if input.device.type == "cuda":
-        if exporting() or jit_tracing() or not _on_gpu(input, output_size):
+        if not _on_gpu(input, output_size):
             return False
     elif not _in_c(input):
         return False
@@ -257,13 +260,14 @@ def _by_slices(input: Tensor, output_size: Sequence[int]) -> Tensor:
     """Means along one axis after another; the backward writes the input once for each bin of an axis."""
     for axis, bins in enumerate(output_size, start=2):
         size = input.shape[axis]
-        edges = [(index * size // bins, -(-(index + 1) * size // bins)) for index in range(bins)]
-        means = [input.narrow(axis, start, stop - start).mean(axis, keepdim=True) for start, stop in edges]
+        means = [input.narrow(axis, start, stop - start).mean(axis, keepdim=True) for start, stop in _edges(size, bins)]
         input = torch.cat(means, axis)
     return input
 
 
 def _by_matrices(input: Tensor, output_size: Sequence[int]) -> Tensor:
+    if exporting() and _has_constants(shape_of(input)[2:], output_size):
+        return _by_constants(input, output_size)
     matrices = [_bins(size, bins, input) for size, bins in zip(input.shape[2:], output_size, strict=True)]
     last = matrices[-1]
     if len(matrices) > 1:  # torch.kron of the last two, which torch.export cannot trace with symbolic sizes
@@ -272,6 +276,32 @@ def _by_matrices(input: Tensor, output_size: Sequence[int]) -> Tensor:
     if len(matrices) > 2:  # the matrix for all three at once would be larger than many inputs
         pooled = matrices[0].T @ pooled
     return pooled.reshape(*input.shape[:2], *output_size)
+
+
+def _has_constants(size: Sequence[int], bins: Sequence[int]) -> bool:
+    return all(isinstance(length, int) for length in size) and product(size) * product(bins) <= _MOST_SHARES
+
+
+def _by_constants(input: Tensor, output_size: Sequence[int]) -> Tensor:
+    """The same in few nodes: a pooling where all bins are alike, or a product with one matrix that the graph holds."""
+    channels, *size = shape_of(input)[1:]
+    edges = [_edges(length, bins) for length, bins in zip(size, output_size, strict=True)]
+    windows = [{stop - start for start, stop in axis} for axis in edges]
+    strides = [{after - before for (before, _), (after, _) in itertools.pairwise(axis)} or {1} for axis in edges]
+    if all(len(different) == 1 for different in (*windows, *strides)):
+        pooled: Tensor = _AVERAGE_POOL[len(size)](input, *([min(one) for one in each] for each in (windows, strides)))
+        return pooled
+    shares = [
+        [[(start <= position < stop) / (stop - start) for start, stop in axis] for position in range(length)]
+        for length, axis in zip(size, edges, strict=True)
+    ]
+    rows = [[math.prod(share) for share in itertools.product(*row)] for row in itertools.product(*shares)]
+    matrix = torch.tensor(rows, dtype=input.dtype, device=input.device)
+    return (input.reshape(-1, len(rows)) @ matrix).reshape(-1, channels, *output_size)
+
+
+def _edges(size: int, bins: int) -> list[tuple[int, int]]:
+    return [(index * size // bins, -(-(index + 1) * size // bins)) for index in range(bins)]
 
 
 def _bins(size: int, bins: int, like: Tensor) -> Tensor:

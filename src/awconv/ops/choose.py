@@ -10,11 +10,11 @@ from contextvars import ContextVar
 
 import torch
 
-from awconv.ops import factored, fused, naive, per_sample, per_tap, tracing
+from awconv.ops import exports, factored, fused, matmul, naive, per_sample, per_tap, shifted, tracing
 from awconv.ops.algorithm import Algorithm, Machine
 from awconv.ops.problem import Problem
 
-# From the most special to the most general: the first of equal costs is taken, and the first that exports well.
+# From the most special to the most general: the first of equal costs is taken.
 ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
@@ -23,6 +23,8 @@ ALGORITHMS = {
         fused.ALGORITHM,
         per_tap.ALGORITHM,
         per_sample.ALGORITHM,
+        shifted.ALGORITHM,
+        matmul.ALGORITHM,
         naive.ALGORITHM,
     )
 }
@@ -115,7 +117,7 @@ def choose(problem: Problem, algorithm: str, caller: str) -> Algorithm:
     if algorithm != "auto":
         chosen, why = _named(problem, algorithm, caller), "asked for"
     elif tracing.exporting():
-        chosen, why = _most_portable(problem), "constant weights and PyTorch's own operators, for an exported graph"
+        chosen, why = _exported(problem), "PyTorch's own operators, for an exported graph"
     else:
         chosen, why = _cheapest(problem), "least cost"
     if tracing.compiling_bytecode():
@@ -141,11 +143,9 @@ def _able(problem: Problem) -> list[Algorithm]:
     return [candidate for candidate in ALGORITHMS.values() if candidate.obstacle(problem) is None]
 
 
-def _most_portable(problem: Problem) -> Algorithm:
-    """Runtimes want constant weights, and sizes may be symbolic: structure alone decides."""
-    portable = [candidate for candidate in _able(problem) if candidate.portable]
-    constant = [candidate for candidate in portable if candidate.constant_weights]
-    return (constant or portable)[0]
+def _exported(problem: Problem) -> Algorithm:
+    candidates = (ALGORITHMS[name] for name in exports.preferred(problem))
+    return next(candidate for candidate in candidates if candidate.obstacle(problem) is None)
 
 
 def _cheapest(problem: Problem) -> Algorithm:

@@ -48,5 +48,5 @@ def _cost(problem: Problem, machine: Machine) -> float:
     return 0.0  # always chosen: one plain convolution, and one pass over its output or input
 
 
-OUTPUT_GAIN = Algorithm("output_gain", _output_gain, _output_obstacle, _cost, constant_weights=True)
-INPUT_GAIN = Algorithm("input_gain", _input_gain, _input_obstacle, _cost, constant_weights=True)
+OUTPUT_GAIN = Algorithm("output_gain", _output_gain, _output_obstacle, _cost)
+INPUT_GAIN = Algorithm("input_gain", _input_gain, _input_obstacle, _cost)

@@ -48,7 +48,7 @@ def _aw_conv(
 
 def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
     """The checked problem and the algorithm chosen for it."""
-    if not tracing.compiling():
+    if not tracing.compiling() and not tracing.jit_tracing():
         try:
             return _remembered_plan(tracing.in_forward_mode(), algorithm, dims, *map(_facts, arguments))
         except TypeError:
@@ -57,7 +57,8 @@ def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorith
 
 
 def _new_plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
-    problem = describe(dims, *arguments)
+    with tracing.numbers():
+        problem = describe(dims, *arguments)
     return problem, choose(problem, algorithm, f"aw_conv{dims}d")
 
 

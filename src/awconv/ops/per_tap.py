@@ -49,13 +49,17 @@ def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
 def _by_convolutions(problem: Problem, input: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
     """The same for an exported graph, whose runtimes know pointwise convolutions of constant weights best."""
     padded = F.pad(input, problem.geometry.reversed_padding())
+    if problem.depthwise:
+        gain = weight.flatten(1, 2) * gain
     pointwise, scales = (
         tensor.reshape(*tensor.shape[:2], problem.taps, *(1,) * (problem.dims - 1)).split(1, dim=2)
         for tensor in (weight, gain)
     )
     output: Tensor | None = None
     for tap in range(problem.taps):
-        partial = CONV[problem.dims](_window(problem, padded, tap), pointwise[tap], groups=problem.geometry.groups)
+        partial = _window(problem, padded, tap)
+        if not problem.depthwise:
+            partial = CONV[problem.dims](partial, pointwise[tap], groups=problem.geometry.groups)
         scaled = partial.to(_sum_dtype(input)) * scales[tap]
         output = scaled if output is None else output + scaled
     assert output is not None
@@ -188,4 +192,4 @@ def _cost(problem: Problem, machine: Machine) -> float:
     return problem.multiply_adds + problem.taps * (machine.element * moved + machine.call) + machine.element * padding
 
 
-ALGORITHM = Algorithm("per_tap", _per_tap, _obstacle, _cost, constant_weights=True)
+ALGORITHM = Algorithm("per_tap", _per_tap, _obstacle, _cost)

@@ -85,6 +85,11 @@ class Problem:
         return self.in_channels // self.geometry.groups
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each output channel sees an input channel of its own."""
+        return self.out_channels == self.in_channels == self.geometry.groups
+
+    @property
     def taps(self) -> int:
         """Number of positions of the kernel: h * w in two dimensions."""
         return product(self.kernel)

@@ -3,7 +3,8 @@ of its own to ask each question."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,13 +22,35 @@ def compiling_bytecode() -> bool:
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` is tracing: other runtimes will run the graph."""
-    return torch.compiler.is_exporting()
+    """Whether ``torch.export`` or ``torch.jit.trace`` is at work: others will run the graph, and know PyTorch's own
+    operators."""
+    return torch.compiler.is_exporting() or jit_tracing()
 
 
 def jit_tracing() -> bool:
     """Whether ``torch.jit.trace`` is recording: sizes of the example become constants."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined,no-any-return]
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape in numbers or, in a compilation, in symbols. ``torch.jit.trace`` gives tensors, which it records."""
+    with numbers():
+        return tensor.shape
+
+
+def numbers() -> AbstractContextManager[None]:
+    """Inside, shapes are as :func:`shape_of` gives them, and ``torch.jit.trace`` records nothing."""
+    return nullcontext() if compiling() or not jit_tracing() else _jit_tracing_paused()
+
+
+@contextmanager
+def _jit_tracing_paused() -> Iterator[None]:
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def eager(*tensors: Tensor) -> bool:

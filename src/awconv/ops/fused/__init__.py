@@ -261,4 +261,4 @@ def _cost(problem: Problem, machine: Machine) -> float:
     return multiply_adds + _SCALED * weights + _GROUP * problem.geometry.groups + _PADDED * padding
 
 
-ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost, portable=False)
+ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost)
