@@ -1,0 +1,83 @@
+"""The module that is exported: a copy of the network, and what stands before it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from awconv.tasks import ClassificationTask
+
+Runtime = Literal["onnx", "openvino", "pt2"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the exported network takes.
+
+    Attributes:
+        size: channels, height and width.
+        batch: the number of images; None for any.
+        dynamic_size: any height and width.
+        uint8: bytes, which the graph normalises.
+    """
+
+    size: tuple[int, int, int]
+    batch: int | None
+    dynamic_size: bool
+    uint8: bool
+
+    def example(self) -> Tensor:
+        """Images of zeros, shape (N, channels, H, W). An example of one image would fix a batch of any size to 1."""
+        dtype = torch.uint8 if self.uint8 else torch.float32
+        return torch.zeros(self.batch or 2, *self.size, dtype=dtype)
+
+    def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
+        """For ``torch.export``."""
+        names = {0: "batch"} if self.batch is None else {}
+        if self.dynamic_size:
+            names |= {2: "height", 3: "width"}
+        return ({axis: torch.export.Dim(name) for axis, name in names.items()},) if names else None
+
+
+class Normalising(nn.Module):
+    """A network that takes bytes.
+
+    Args:
+        network: takes normalised images.
+        mean: of each channel, of values from 0 to 255, shape (channels, 1, 1).
+        std: standard deviation of each channel, likewise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images, uint8 of shape (N, channels, H, W), to logits, shape (N, classes)."""
+        logits: Tensor = self.network((images.float() - self.mean) / self.std)
+        return logits
+
+
+@contextmanager
+def prepared(network: nn.Module, runtime: Runtime) -> Iterator[nn.Module]:
+    """A copy of a network in evaluation mode, in the form that suits a runtime; it is exported inside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield copy.deepcopy(network).float().eval()
+
+
+@contextmanager
+def exportable(task: ClassificationTask, inputs: Inputs, runtime: Runtime) -> Iterator[nn.Module]:
+    """The module to export for a classifier; it is exported inside."""
+    with prepared(task.evaluated, runtime) as network:
+        yield Normalising(network, task.mean, task.std).eval() if inputs.uint8 else network
