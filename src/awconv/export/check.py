@@ -88,14 +88,15 @@ def compare(exported: ExportedClassifier, task: ClassificationTask, images: Imag
 
 def _reference(task: ClassificationTask, images: Tensor) -> Tensor:
     with torch.inference_mode():
-        return task(images).float()
+        logits: Tensor = task(images)
+    return logits.float()
 
 
 def described(agreement: Agreement, images: Images) -> str:
     """The figures, in a line."""
     text = (
-        f"on {agreement.images:,} images of {images.name}, logits differ from PyTorch's by {agreement.difference:.1e} of "
-        f"the largest at most, and {agreement.same:,} classes are the same"
+        f"on {agreement.images:,} images of {images.name}, logits differ from PyTorch's by {agreement.difference:.1e} "
+        f"of the largest at most, and {agreement.same:,} classes are the same"
     )
     if agreement.right is not None:
         before, after = (100 * count / agreement.images for count in agreement.right)

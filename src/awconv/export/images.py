@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +17,10 @@ from awconv.data.files import composed, is_leftover, walk
 from awconv.data.images import ENDINGS, BrokenImageError, read_image
 from awconv.data.parquet import ParquetImages
 from awconv.data.transforms import to_uint8
+from awconv.tasks import ClassificationTask
 from awconv.terminal import printable, say
 
 _DIGITS = 16
-
-
-class Preprocessing(Protocol):
-    """What decides how an image becomes a tensor: a task's, or that of a file's metadata."""
-
-    classes: Sequence[str]
-    crop_pct: float
-    interpolation: str
 
 
 class Images:
@@ -44,10 +37,10 @@ class Images:
 
     def chosen(self, most: int) -> list[int]:
         """The indices of at most so many images, evenly spread."""
-        return np.linspace(0, self.count - 1, min(most, self.count)).round().astype(int).tolist()
+        return [int(index) for index in np.linspace(0, self.count - 1, min(most, self.count)).round()]
 
     def batches(
-        self, indices: Sequence[int], batch: int, size: Sequence[int], task: Preprocessing
+        self, indices: Sequence[int], batch: int, size: Sequence[int], task: ClassificationTask
     ) -> Iterator[tuple[Tensor, list[int]]]:
         """Batches of images that can be decoded, with their indices.
 
@@ -79,7 +72,7 @@ class Images:
             raise ValueError(f"none of the {len(indices)} images of {self.name} can be decoded")
 
 
-def _fitted(picture: Image.Image, size: Sequence[int], task: Preprocessing) -> Tensor:
+def _fitted(picture: Image.Image, size: Sequence[int], task: ClassificationTask) -> Tensor:
     channels, height, width = size
     side = max(height, width)
     square = to_uint8(picture, channels, side, task.crop_pct, task.interpolation)

@@ -39,8 +39,8 @@ def translated(module: nn.Module, inputs: Inputs, outputs: Sequence[str], opset:
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
     if size > _LARGEST:
         raise ValueError(
-            f"a file of ONNX holds at most 2 GiB, and the network's weights have {size / 2**30:.1f} GiB; --format=pt2 has "
-            "no such limit"
+            f"a file of ONNX holds at most 2 GiB, and the network's weights have {size / 2**30:.1f} GiB; a .pt2 has no "
+            "such limit"
         )
     try:
         with _quiet():
