@@ -26,7 +26,6 @@ from awconv.version import __version__
 
 _ENDINGS: dict[Runtime, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 _CALIBRATING = 256  # images, at most
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _write(task: ClassificationTask, settings: _Settings, calibrating: Images | 
 
 def _calibration(task: ClassificationTask, metadata: Metadata, images: Images) -> Iterator[np.ndarray[Any, Any]]:
     """The network's inputs for images to calibrate on."""
-    batch = metadata.batch or _BATCH
+    batch = metadata.batch or 1  # ONNX Runtime holds what all operations give for a batch, at once
     for pixels, _ in images.batches(images.chosen(_CALIBRATING), batch, metadata.input_size, task):
         if metadata.batch is None or len(pixels) == batch:
             yield network_input(metadata, pixels)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,23 @@ class Inputs:
 
     def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
         """For ``torch.export``."""
-        names = {0: "batch"} if self.batch is None else {}
-        if self.dynamic_size:
-            names |= {2: "height", 3: "width"}
-        return ({axis: torch.export.Dim(name) for axis, name in names.items()},) if names else None
+        axes: dict[int, Any] = {} if self.batch is not None else {0: torch.export.Dim("batch")}
+        if self.dynamic_size:  # a network may want sizes that its strides divide, which names would forbid
+            axes |= dict.fromkeys((2, 3), torch.export.Dim.AUTO)
+        return (axes,) if axes else None
+
+    def is_dynamic(self, axis: int) -> bool:
+        """Whether an axis of the images, counted from the batch's, may have any size."""
+        return (axis == 0 and self.batch is None) or (axis >= 2 and self.dynamic_size)
+
+    def refuse_constant(self, axis: int, size: int) -> NoReturn:
+        """Reports that an axis that was to have any size has become a constant.
+
+        Raises:
+            ValueError: always.
+        """
+        what, mend = ("batch size", "--batch=1") if axis == 0 else ("size", "--size=fixed")
+        raise ValueError(f"the network takes images of one {what} only, {size}; {mend} exports it for one")
 
 
 class Normalising(nn.Module):

@@ -77,15 +77,10 @@ def _innermost(error: BaseException) -> str:
 
 
 def _check_dimensions(proto: Any, inputs: Inputs) -> None:
-    """Raises a ValueError if a dimension that was to be dynamic has become a constant."""
-    dimensions = proto.graph.input[0].type.tensor_type.shape.dim
-    for axis, dimension in enumerate(dimensions):
-        wanted = (axis == 0 and inputs.batch is None) or (axis >= 2 and inputs.dynamic_size)
-        if wanted and not dimension.dim_param:
-            raise ValueError(
-                f"the network takes images of one {'batch size' if axis == 0 else 'size'} only, "
-                f"{dimension.dim_value}{_mend(inputs)}"
-            )
+    """Raises a ValueError if a dimension that was to be dynamic has become a constant; names the others."""
+    for axis, dimension in enumerate(proto.graph.input[0].type.tensor_type.shape.dim):
+        if inputs.is_dynamic(axis) and not dimension.dim_param:
+            inputs.refuse_constant(axis, dimension.dim_value)
 
 
 def strip(proto: Any) -> dict[str, str]:

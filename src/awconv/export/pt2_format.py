@@ -43,11 +43,18 @@ def _program(module: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     for algorithm in ("fused", "auto"):
         try:
             with use_algorithm(algorithm):
-                return torch.export.export(module, (inputs.example(),), dynamic_shapes=inputs.dynamic_shapes())
+                program = torch.export.export(module, (inputs.example(),), dynamic_shapes=inputs.dynamic_shapes())
         except ValueError:  # of a layer that the kernels cannot run
             if algorithm == "auto":
                 raise
-    raise AssertionError
+        else:
+            break
+    name = next(iter(program.graph_signature.user_inputs))
+    (node,) = [node for node in program.graph.nodes if node.name == name]
+    for axis, size in enumerate(node.meta["val"].shape):
+        if inputs.is_dynamic(axis) and isinstance(size, int):
+            inputs.refuse_constant(axis, size)
+    return program
 
 
 class Pt2File:
