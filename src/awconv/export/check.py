@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from awconv.export.exported import ExportedClassifier
+from awconv.export.graph import Inputs
 from awconv.export.images import Images
 from awconv.tasks import ClassificationTask
 
@@ -39,12 +40,13 @@ class Agreement:
     right: tuple[int, int] | None
 
 
-def compare(exported: ExportedClassifier, task: ClassificationTask, images: Images) -> Agreement:
+def compare(exported: ExportedClassifier, task: ClassificationTask, inputs: Inputs, images: Images) -> Agreement:
     """Compares on batches of one image and of more and, where the file takes any size, on images of another size.
 
     Args:
         exported: the file.
         task: of the network that it came from, on the CPU.
+        inputs: what it was exported for.
         images: real images, of which 5,000 at most are compared.
 
     Raises:
@@ -52,10 +54,10 @@ def compare(exported: ExportedClassifier, task: ClassificationTask, images: Imag
         ValueError: no image can be decoded.
     """
     chosen = images.chosen(_MOST)
-    size = list(exported.metadata.input_size)
+    size = list(inputs.size)
     sizes = [(chosen[:1], size), (chosen[1:] or chosen, size)]
-    if exported.metadata.dynamic_size:
-        sizes.append((chosen[:3], [size[0], size[1] * 3 // 2, size[2] * 2]))
+    if inputs.dynamic_size:
+        sizes.append((chosen[:3], list(inputs.other_size)))
     total, largest, difference, same, seen = 0, 0.0, 0.0, 0, []
     right = [0, 0]
     for indices, its_size in sizes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from awconv.export import onnx_format, openvino_format, pt2_format
 from awconv.export.check import compare, described
@@ -19,6 +20,7 @@ from awconv.export.graph import Inputs, Runtime, exportable
 from awconv.export.images import Images, opened, shipped
 from awconv.export.metadata import Metadata
 from awconv.export.precision import halved, quantized
+from awconv.extras import require
 from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 from awconv.terminal import printable
@@ -96,6 +98,8 @@ def export(
     _check_place(out)
     kind = _format(out, format)
     _check_options(kind, precision, calibrate, opset)
+    for module, extra in _NEEDED[kind].items():
+        require(module, extra=extra)
     if batch != "dynamic" and not 1 <= batch <= 2**16:
         raise ValueError(f"batch must be dynamic or a number of at least 1, got {batch}")
     task = load_task(source, pretrained, image_size)
@@ -105,6 +109,8 @@ def export(
     if channels not in (1, 3):
         raise ValueError(f"a network for images of 1 or 3 channels is exported, got one for {channels}")
     inputs = Inputs((channels, height, width), None if batch == "dynamic" else batch, size == "dynamic", uint8)
+    if inputs.dynamic_size:
+        _check_other_size(task, inputs)
     settings = _Settings(kind, precision, inputs, opset)
     calibrating = None if calibrate is None else opened(calibrate, task.classes, "calibrate")
     images = opened(check, task.classes, "check") if check is not None else calibrating or shipped(channels)
@@ -112,12 +118,16 @@ def export(
         file = Path(folder) / out.name
         _write(task, settings, calibrating, file)
         exported = open_exported(file)
-        agreement = compare(exported, task, images)
+        agreement = compare(exported, task, inputs, images)
         written = _moved(file, out)
     counted = "" if exported.nodes is None else f", {exported.nodes:,} operations"
     print(printable(f"{out}: {written / 1e6:,.2f} MB{counted}, {time.monotonic() - started:.0f} s"))
     print(printable(described(agreement, images)))
     return 0
+
+
+_ONNX = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}  # what a format needs, and in which extra it is
+_NEEDED: dict[Runtime, dict[str, str]] = {"onnx": _ONNX, "openvino": _ONNX | {"openvino": "openvino"}, "pt2": {}}
 
 
 def _check_place(out: Path) -> None:
@@ -150,6 +160,17 @@ def _check_options(format: Runtime, precision: str, calibrate: Path | None, opse
         raise ValueError("opset is of ONNX; leave it out with --format=pt2")
     if opset is not None and not 18 <= opset <= 30:
         raise ValueError(f"opset must be from 18 to 30, got {opset}")
+
+
+def _check_other_size(task: ClassificationTask, inputs: Inputs) -> None:
+    """Raises a ValueError if the network takes images of one size only."""
+    try:
+        with torch.inference_mode():
+            task(torch.zeros(1, *inputs.other_size, dtype=torch.uint8))
+    except Exception as error:  # networks fail in ways of their own
+        raise ValueError(
+            f"{task.network_name} takes images of one size only, so --size must be fixed: {error}"
+        ) from error
 
 
 def _write(task: ClassificationTask, settings: _Settings, calibrating: Images | None, file: Path) -> None:

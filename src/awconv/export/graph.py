@@ -44,6 +44,12 @@ class Inputs:
             axes |= dict.fromkeys((2, 3), torch.export.Dim.AUTO)
         return (axes,) if axes else None
 
+    @property
+    def other_size(self) -> tuple[int, int, int]:
+        """Another size of images, to try a network for any size with."""
+        channels, height, width = self.size
+        return channels, height * 3 // 2, width * 2
+
     def is_dynamic(self, axis: int) -> bool:
         """Whether an axis of the images, counted from the batch's, may have any size."""
         return (axis == 0 and self.batch is None) or (axis >= 2 and self.dynamic_size)

@@ -31,11 +31,8 @@ def translated(module: nn.Module, inputs: Inputs, outputs: Sequence[str], opset:
         opset: the version of ONNX's operators; None takes PyTorch's default.
 
     Raises:
-        ModuleNotFoundError: the extra ``onnx`` is not installed.
         ValueError: PyTorch cannot export the network in this way, or a file of ONNX cannot hold it.
     """
-    for name in ("onnx", "onnxscript"):
-        require(name, extra="onnx")
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
     if size > _LARGEST:
         raise ValueError(
