@@ -22,7 +22,7 @@ from awconv.data.classification import check_batch
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.draw import drawn, is_copy, places, real, write
-from awconv.export.exported import ExportedClassifier, open_exported
+from awconv.export.exported import ExportedClassifier, ExportedDetector, open_exported
 from awconv.models.detection.transform import NarrowImageError
 from awconv.sources import load_task
 from awconv.tables import Table
@@ -170,7 +170,7 @@ def predict(
     task = _opened(source, model is not None, pretrained, image_size)
     columns: tuple[str, ...]
     results: list[Prediction | Detected | Failure]
-    if isinstance(task, DetectionTask):
+    if isinstance(task, DetectionTask | ExportedDetector):
         columns = ("image", "class", "score", "x1", "y1", "x2", "y2")
         if format == "table":
             columns = ("image", "objects", "best score")
@@ -203,16 +203,18 @@ def _source(ckpt: str | None, model: Path | None) -> str:
 
 def _opened(
     source: str, exported: bool, pretrained: Path | None, image_size: int | None
-) -> ClassificationTask | DetectionTask | ExportedClassifier:
+) -> ClassificationTask | DetectionTask | ExportedClassifier | ExportedDetector:
     if not exported:
         task: Any = load_task(source, pretrained, image_size).ready()
         return task  # type: ignore[no-any-return]
     if pretrained is not None:
         raise ValueError(f"pretrained is the base of an adapter or the weights of a name, and {source} has its own")
-    classifier = open_exported(Path(source))
-    if image_size is not None:
-        classifier.resize(image_size)
-    return classifier
+    opened = open_exported(Path(source))
+    if isinstance(opened, ExportedDetector) and image_size is not None:
+        raise ValueError("image_size is a classifier's; a detector resizes images by its own sizes")
+    if isinstance(opened, ExportedClassifier) and image_size is not None:
+        opened.resize(image_size)
+    return opened
 
 
 def _print(
@@ -279,7 +281,7 @@ def classify(
 
 
 def detect(
-    task: DetectionTask,
+    task: DetectionTask | ExportedDetector,
     files: Sequence[Path],
     threshold: float,
     draw: Path | None = None,
@@ -288,7 +290,7 @@ def detect(
     """One result for each file.
 
     Args:
-        task: in evaluation mode.
+        task: in evaluation mode, or an exported file.
         files: image files.
         threshold: the least score of an object.
         draw: a folder for copies with boxes; None draws nothing.
@@ -299,8 +301,7 @@ def detect(
     """
     copies = {} if draw is None else places(files, draw)
     clear_old([] if draw is None else [draw])
-    limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
-    limited.score_thresh = min(limited.score_thresh, threshold)
+    _admit(task, threshold)
     for file in files:
         try:
             image = _read_colours(file, max_pixels)
@@ -328,6 +329,19 @@ def detect(
                 write(drawn(image, detections, threshold), copies[file])
             except OSError as error:
                 yield Failure(str(file), f"{file}: its copy {copies[file]} cannot be written: {error.strerror}")
+
+
+def _admit(task: DetectionTask | ExportedDetector, threshold: float) -> None:
+    """Lets a detector give objects of a score, which one in a file cannot learn any more."""
+    if isinstance(task, ExportedDetector):
+        least = task.metadata.score_threshold
+        if threshold < least:
+            raise ValueError(
+                f"threshold must be at least {least:g}, below which the file gives nothing, got {threshold}"
+            )
+        return
+    limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
+    limited.score_thresh = min(limited.score_thresh, threshold)
 
 
 def _read_colours(file: Path, max_pixels: int) -> Tensor:

@@ -81,7 +81,7 @@ def test_labels_give_the_accuracy_before_and_after(
     assert "; accuracy 99.17 % in PyTorch, 99.17 % in the file" in figures  # the figure of its model card
     write_parquet(tmp_path / "others.parquet", range(20))  # whose classes are digit0 and so on
     assert main(["export", NAME, f"--out={tmp_path / 'b.onnx'}", f"--check={tmp_path / 'others.parquet'}"]) == 0
-    assert "accuracy" not in capsys.readouterr().out
+    assert "; accuracy" not in capsys.readouterr().out
 
 
 def test_a_file_that_computes_something_else_is_not_written(

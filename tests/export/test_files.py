@@ -106,6 +106,9 @@ class TestOnnx:
             "crop_pct": task.crop_pct,
             "interpolation": task.interpolation,
             "score_threshold": 0.0,
+            "min_size": 0,
+            "max_size": 0,
+            "stretched": False,
         }
         content = file.read_bytes()
         assert str(Path(awconv.__file__).parent).encode() not in content  # PyTorch notes the code of each node

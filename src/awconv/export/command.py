@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from awconv.export import onnx_format, openvino_format, pt2_format
 from awconv.export.check import compare, described
-from awconv.export.exported import network_input, open_exported
+from awconv.export.check_detector import compare_objects
+from awconv.export.description import inputs_of, metadata_of
+from awconv.export.exported import ExportedClassifier, ExportedDetector, network_input, open_exported
 from awconv.export.graph import Inputs, Runtime, exportable
 from awconv.export.images import Images, opened, shipped
 from awconv.export.metadata import Metadata
 from awconv.export.precision import halved, quantized
 from awconv.extras import require
 from awconv.sources import load_task
-from awconv.tasks import ClassificationTask
+from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.terminal import printable
-from awconv.version import __version__
 
 _ENDINGS: dict[Runtime, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 _CALIBRATING = 256  # images, at most
@@ -100,29 +100,23 @@ def export(
     _check_options(kind, precision, calibrate, opset)
     for module, extra in _NEEDED[kind].items():
         require(module, extra=extra)
-    if batch != "dynamic" and not 1 <= batch <= 2**16:
-        raise ValueError(f"batch must be dynamic or a number of at least 1, got {batch}")
-    task = load_task(source, pretrained, image_size)
-    if not isinstance(task, ClassificationTask):
-        raise ValueError(f"only classifiers are exported, and {source} is a detector")
-    channels, height, width = task.input_size
-    if channels not in (1, 3):
-        raise ValueError(f"a network for images of 1 or 3 channels is exported, got one for {channels}")
-    inputs = Inputs((channels, height, width), None if batch == "dynamic" else batch, size == "dynamic", uint8)
-    if inputs.dynamic_size:
-        _check_other_size(task, inputs)
+    task: Any = load_task(source, pretrained, image_size)
+    inputs = inputs_of(task, batch, size == "dynamic", uint8)
     settings = _Settings(kind, precision, inputs, opset)
-    calibrating = None if calibrate is None else opened(calibrate, task.classes, "calibrate")
-    images = opened(check, task.classes, "check") if check is not None else calibrating or shipped(channels)
+    if inputs.detector:
+        _check_detectors_options(settings)
+    classes: list[str] = task.classes
+    calibrating = None if calibrate is None else opened(calibrate, classes, "calibrate")
+    images = opened(check, classes, "check") if check is not None else calibrating or shipped(inputs.size[0])
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         file = Path(folder) / out.name
         _write(task, settings, calibrating, file)
         exported = open_exported(file)
-        agreement = compare(exported, task, inputs, images)
+        figures = _compared(exported, task, inputs, images)
         written = _moved(file, out)
     counted = "" if exported.nodes is None else f", {exported.nodes:,} operations"
     print(printable(f"{out}: {written / 1e6:,.2f} MB{counted}, {time.monotonic() - started:.0f} s"))
-    print(printable(described(agreement, images)))
+    print(printable(figures))
     return 0
 
 
@@ -162,27 +156,38 @@ def _check_options(format: Runtime, precision: str, calibrate: Path | None, opse
         raise ValueError(f"opset must be from 18 to 30, got {opset}")
 
 
-def _check_other_size(task: ClassificationTask, inputs: Inputs) -> None:
-    """Raises a ValueError if the network takes images of one size only."""
-    try:
-        with torch.inference_mode():
-            task(torch.zeros(1, *inputs.other_size, dtype=torch.uint8))
-    except Exception as error:  # networks fail in ways of their own
+def _check_detectors_options(settings: _Settings) -> None:
+    """Raises a ValueError for options that a detector does not have."""
+    if settings.format == "pt2":
+        raise ValueError("format must be onnx or openvino for a detector, got pt2")
+    if settings.precision == "int8" or (settings.precision == "fp16" and settings.format == "onnx"):
         raise ValueError(
-            f"{task.network_name} takes images of one size only, so --size must be fixed: {error}"
-        ) from error
+            f"precision must be fp32 for a detector, or fp16 with --format=openvino, got {settings.precision}: its "
+            "boxes need single precision"
+        )
 
 
-def _write(task: ClassificationTask, settings: _Settings, calibrating: Images | None, file: Path) -> None:
-    metadata = _metadata(task, settings)
+def _compared(exported: ExportedClassifier | ExportedDetector, task: Task, inputs: Inputs, images: Images) -> str:
+    """The figures of the check, in words."""
+    if isinstance(task, ClassificationTask):
+        assert isinstance(exported, ExportedClassifier)
+        return described(compare(exported, task, inputs, images), images)
+    assert isinstance(exported, ExportedDetector)
+    assert isinstance(task, DetectionTask)
+    return compare_objects(exported, task, images).described(images)
+
+
+def _write(task: Task, settings: _Settings, calibrating: Images | None, file: Path) -> None:
+    metadata = metadata_of(task, settings.inputs, settings.precision)
     with exportable(task, settings.inputs, settings.format) as module:
         if settings.format == "pt2":
             pt2_format.write(module, settings.inputs, metadata, file)
             return
-        proto = onnx_format.translated(module, settings.inputs, ["logits"], settings.opset)
+        proto = onnx_format.translated(module, settings.inputs, settings.opset)
         scopes = onnx_format.strip(proto)
         if settings.precision == "int8":
             assert calibrating is not None
+            assert isinstance(task, ClassificationTask)
             batches = _calibration(task, metadata, calibrating)
             proto = quantized(proto, scopes, module, batches, file.parent)
     if settings.precision == "fp16" and settings.format == "onnx":
@@ -196,24 +201,6 @@ def _calibration(task: ClassificationTask, metadata: Metadata, images: Images) -
     for pixels, _ in images.batches(images.chosen(_CALIBRATING), batch, metadata.input_size, task):
         if metadata.batch is None or len(pixels) == batch:
             yield network_input(metadata, pixels)
-
-
-def _metadata(task: ClassificationTask, settings: _Settings) -> Metadata:
-    return Metadata(
-        awconv=__version__,
-        kind="classifier",
-        network=task.network_name,
-        classes=tuple(task.classes),
-        input_size=settings.inputs.size,
-        dynamic_size=settings.inputs.dynamic_size,
-        batch=settings.inputs.batch,
-        uint8=settings.inputs.uint8,
-        precision=settings.precision,
-        mean=tuple(map(float, task.channel_means)),
-        std=tuple(map(float, task.channel_deviations)),
-        crop_pct=float(task.crop_pct),
-        interpolation=task.interpolation,
-    )
 
 
 def _moved(file: Path, out: Path) -> int:

@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from awconv.tasks import ClassificationTask
+from awconv.export.detector import DetectorGraph, exportable_operations
+from awconv.tasks import ClassificationTask, Task
 
 Runtime = Literal["onnx", "openvino", "pt2"]
 
@@ -25,24 +26,32 @@ class Inputs:
         batch: the number of images; None for any.
         dynamic_size: any height and width.
         uint8: bytes, which the graph normalises.
+        detector: whether it is a detector's, which also takes the image's size without its padding.
     """
 
     size: tuple[int, int, int]
     batch: int | None
     dynamic_size: bool
     uint8: bool
+    detector: bool = False
 
-    def example(self) -> Tensor:
-        """Images of zeros, shape (N, channels, H, W). An example of one image would fix a batch of any size to 1."""
-        dtype = torch.uint8 if self.uint8 else torch.float32
-        return torch.zeros(self.batch or 2, *self.size, dtype=dtype)
+    @property
+    def names(self) -> list[str]:
+        """Of the graph's inputs."""
+        return ["images", "size"] if self.detector else ["images"]
 
-    def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
+    def examples(self) -> tuple[Tensor, ...]:
+        """Images of zeros, shape (N, channels, H, W), and for a detector their height and width. An example of one
+        image would fix a batch of any size to 1."""
+        images = torch.zeros(self.batch or 2, *self.size, dtype=torch.uint8 if self.uint8 else torch.float32)
+        return (images, torch.tensor(self.size[1:], dtype=torch.float32)) if self.detector else (images,)
+
+    def dynamic_shapes(self) -> tuple[dict[int, Any], ...] | None:
         """For ``torch.export``."""
         axes: dict[int, Any] = {} if self.batch is not None else {0: torch.export.Dim("batch")}
         if self.dynamic_size:  # a network may want sizes that its strides divide, which names would forbid
             axes |= dict.fromkeys((2, 3), torch.export.Dim.AUTO)
-        return (axes,) if axes else None
+        return (axes, {})[: len(self.names)] if axes else None
 
     @property
     def other_size(self) -> tuple[int, int, int]:
@@ -96,7 +105,11 @@ def prepared(network: nn.Module, runtime: Runtime) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def exportable(task: ClassificationTask, inputs: Inputs, runtime: Runtime) -> Iterator[nn.Module]:
-    """The module to export for a classifier; it is exported inside."""
+def exportable(task: Task, inputs: Inputs, runtime: Runtime) -> Iterator[nn.Module]:
+    """The module to export for a classifier or a detector; it is exported inside."""
     with prepared(task.evaluated, runtime) as network:
-        yield Normalising(network, task.mean, task.std).eval() if inputs.uint8 else network
+        if isinstance(task, ClassificationTask):
+            yield Normalising(network, task.mean, task.std).eval() if inputs.uint8 else network
+        else:
+            with exportable_operations():
+                yield DetectorGraph(network).eval()

@@ -39,6 +39,14 @@ class Images:
         """The indices of at most so many images, evenly spread."""
         return [int(index) for index in np.linspace(0, self.count - 1, min(most, self.count)).round()]
 
+    def pictures(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        """The images of these indices that can be decoded, grey or in colour."""
+        for index in indices:
+            try:
+                yield self._pictures(index)
+            except BrokenImageError as error:
+                say(f"broken image, left out: {error}")
+
     def batches(
         self, indices: Sequence[int], batch: int, size: Sequence[int], task: ClassificationTask
     ) -> Iterator[tuple[Tensor, list[int]]]:

@@ -34,6 +34,9 @@ class Metadata:
         crop_pct: share of an image's shorter side that is seen.
         interpolation: how images are resized.
         score_threshold: the lowest score of an object that a detector gives; 0 for a classifier.
+        min_size: length of the shorter side to which a detector for any size takes images, in pixels; 0 for others.
+        max_size: the largest length of the longer side, likewise.
+        stretched: whether images are resized to a detector's input whatever their aspect, as SSD300's are.
     """
 
     awconv: str
@@ -50,6 +53,9 @@ class Metadata:
     crop_pct: float
     interpolation: str
     score_threshold: float = 0.0
+    min_size: int = 0
+    max_size: int = 0
+    stretched: bool = False
 
     def text(self) -> str:
         """As JSON."""
@@ -105,6 +111,9 @@ def _check(content: Mapping[str, Any]) -> None:
         "std": _are(float, content["std"]) and len(content["std"]) == size[0] and min(content["std"]) >= 1e-6,
         "crop_pct": _are(float, [content["crop_pct"]]) and 0.01 <= content["crop_pct"] <= 1,
         "interpolation": content["interpolation"] in _MODES,
+        "min_size": _are(int, [content["min_size"]]) and 0 <= content["min_size"] <= _LARGEST,
+        "max_size": _are(int, [content["max_size"]]) and 0 <= content["max_size"] <= _LARGEST,
+        "stretched": isinstance(content["stretched"], bool),
         "score_threshold": _are(float, [content["score_threshold"]]) and 0 <= content["score_threshold"] <= 1,
     }
     wrong = [name for name, right in wanted.items() if not right]

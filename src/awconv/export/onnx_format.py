@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ _LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, and room for the metadat
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where a node's module is named
 
 
-def translated(module: nn.Module, inputs: Inputs, outputs: Sequence[str], opset: int | None) -> Any:
+def translated(module: nn.Module, inputs: Inputs, opset: int | None) -> Any:
     """A module as an ONNX model, a ``ModelProto``.
 
     Args:
         module: in evaluation mode.
         inputs: what it takes.
-        outputs: the names of what it gives.
         opset: the version of ONNX's operators; None takes PyTorch's default.
 
     Raises:
@@ -43,11 +42,11 @@ def translated(module: nn.Module, inputs: Inputs, outputs: Sequence[str], opset:
         with _quiet():
             program: Any = torch.onnx.export(
                 module,
-                (inputs.example(),),
+                inputs.examples(),
                 None,
                 dynamo=True,
-                input_names=["images"],
-                output_names=list(outputs),
+                input_names=inputs.names,
+                output_names=["boxes", "scores", "labels"] if inputs.detector else ["logits"],
                 dynamic_shapes=inputs.dynamic_shapes(),
                 opset_version=opset,
                 verbose=False,
@@ -155,9 +154,11 @@ class OnnxFile:
         except Exception as error:  # of ONNX Runtime
             raise ValueError(f"ONNX Runtime cannot run {file}: {_innermost(error)}") from error
 
-    def __call__(self, images: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """What the network gives for its input."""
-        outputs: list[np.ndarray[Any, Any]] = self._session.run(None, {self._session.get_inputs()[0].name: images})
+    def __call__(self, *inputs: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """What the network gives for its inputs."""
+        outputs: list[np.ndarray[Any, Any]] = self._session.run(
+            None, {one.name: value for one, value in zip(self._session.get_inputs(), inputs, strict=True)}
+        )
         return outputs
 
 

@@ -69,6 +69,6 @@ class OpenVinoFile:
         except Exception as error:  # of OpenVINO
             raise ValueError(f"OpenVINO cannot run {file}: {error}") from error
 
-    def __call__(self, images: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """What the network gives for its input."""
-        return [np.asarray(output) for output in self._compiled(images).values()]
+    def __call__(self, *inputs: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """What the network gives for its inputs."""
+        return [np.asarray(output) for output in self._compiled(inputs).values()]

@@ -43,7 +43,7 @@ def _program(module: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     for algorithm in ("fused", "auto"):
         try:
             with use_algorithm(algorithm):
-                program = torch.export.export(module, (inputs.example(),), dynamic_shapes=inputs.dynamic_shapes())
+                program = torch.export.export(module, inputs.examples(), dynamic_shapes=inputs.dynamic_shapes())
         except ValueError:  # of a layer that the kernels cannot run
             if algorithm == "auto":
                 raise
@@ -80,9 +80,9 @@ class Pt2File:
         except Exception as error:  # of PyTorch
             raise ValueError(f"PyTorch cannot load {file}: {error}") from error
 
-    def __call__(self, images: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """What the network gives for its input."""
-        outputs: Any = self._package(torch.from_numpy(images))
+    def __call__(self, *inputs: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """What the network gives for its inputs."""
+        outputs: Any = self._package(*map(torch.from_numpy, inputs))
         return [output.numpy() for output in (outputs if isinstance(outputs, tuple | list) else (outputs,))]
 
 
