@@ -24,16 +24,19 @@ def write(module: nn.Module, inputs: Inputs, metadata: Metadata, file: Path) -> 
     Raises:
         ValueError: PyTorch cannot export or compile the network, as without a C++ compiler.
     """
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError("--format=pt2 needs a C++ compiler: install g++, or name one in the variable CXX") from error
     try:
         with torch.no_grad():
             program = _program(module, inputs)
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(file), inductor_configs={"aot_inductor.metadata": {KEY: metadata.text()}}
             )
-    except InvalidCxxCompiler as error:
-        raise ValueError("--format=pt2 needs a C++ compiler: install g++, or name one in the variable CXX") from error
     except Exception as error:  # networks fail in ways of their own
         raise ValueError(f"PyTorch cannot compile the network: {str(error).strip().splitlines()[0]}") from error
 
