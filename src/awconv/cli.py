@@ -256,6 +256,11 @@ COMMANDS: dict[str, Command] = {
         "awconv.publish:publish",
         Positional("run", "the record of a run of awconv compare, such as aw-seed0.json"),
     ),
+    "export": Command(
+        "write a trained network for ONNX Runtime, OpenVINO or AOTInductor, and check it",
+        "awconv.export:export",
+        Positional("source", "a checkpoint, a folder, an adapter or a name with weights in timm", type=str),
+    ),
     "predict": Command(
         "classify image files with a checkpoint or an adapter, or find the objects in them",
         "awconv.predict:predict",

@@ -1,4 +1,4 @@
-"""Classifies image files, or finds the objects in them, with a checkpoint or an adapter."""
+"""Classifies image files, or finds the objects in them, with a trained network or an exported file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from awconv.data.classification import check_batch
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.draw import drawn, is_copy, places, real, write
+from awconv.export.exported import ExportedClassifier, ExportedDetector, open_exported
 from awconv.models.detection.transform import NarrowImageError
 from awconv.sources import load_task
 from awconv.tables import Table
 from awconv.tasks import ClassificationTask, DetectionTask
 from awconv.training.partial import clear_old
+from awconv.usage import UsageError
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Failure:
 
 def predict(
     images: Sequence[Path],
-    ckpt: str,
+    ckpt: str | None = None,
     format: Literal["table", "json", "csv"] = "table",
     top_k: int = 1,
     image_size: int | None = None,
@@ -123,6 +125,7 @@ def predict(
     draw: Path | None = None,
     max_pixels: int = MAX_PIXELS,
     pretrained: Path | None = None,
+    model: Path | None = None,
 ) -> int:
     """Prints each image's class, or the objects that a detector finds in it.
 
@@ -143,43 +146,75 @@ def predict(
         max_pixels: the largest number of pixels of an image. A larger file is reported as broken, for it would take too
             much memory.
         pretrained: a file of weights: those that the adapter was trained on, or a name's, in the place of timm's.
+        model: a file of ``awconv export``, in the place of ckpt. A .pt2 is machine code, which runs.
 
     Returns:
         The exit status: 0, or 1 if an image was broken.
 
     Raises:
         FileNotFoundError: the checkpoint, the base or an image is missing, or a folder holds no image.
-        ValueError: ``ckpt`` is none of these, its base is another one, a number is out of its range, an option is of
-            the other kind of network, a copy would overwrite another file, or the network's outputs are not finite.
+        ModuleNotFoundError: the runtime of ``model`` is not installed.
+        UsageError: neither ``ckpt`` nor ``model`` is given, or both.
+        ValueError: ``ckpt`` or ``model`` is none of these, its base is another one, a number is out of its range, an
+            option is of the other kind of network, a copy would overwrite another file, or the network's outputs are
+            not finite.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
     for argument, value in (("batch_size", batch_size), ("max_pixels", max_pixels), ("top_k", top_k)):
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
-    ckpt = os.path.expanduser(ckpt)
     draw = None if draw is None else Path(os.path.expanduser(draw))
+    source = _source(ckpt, model)
     files = _files(images, draw)
-    task = load_task(ckpt, pretrained, image_size).ready()
+    task = _opened(source, model is not None, pretrained, image_size)
     columns: tuple[str, ...]
     results: list[Prediction | Detected | Failure]
-    if isinstance(task, DetectionTask):
+    if isinstance(task, DetectionTask | ExportedDetector):
         columns = ("image", "class", "score", "x1", "y1", "x2", "y2")
         if format == "table":
             columns = ("image", "objects", "best score")
         if top_k > 1:
-            raise ValueError(f"top_k is a classifier's, and {ckpt} is a detector")
+            raise ValueError(f"top_k is a classifier's, and {source} is a detector")
         results = list(detect(task, files, threshold, draw, max_pixels))
-    elif isinstance(task, ClassificationTask):
+    else:
         top_k = min(top_k, len(task.classes))
         numbers = [""] if top_k == 1 else [f" {number + 1}" for number in range(top_k)]
         columns = ("image", *(f"{name}{number}" for number in numbers for name in ("class", "probability")))
         if draw is not None:
-            raise ValueError(f"draw draws the boxes of a detector, and {ckpt} is a classifier")
+            raise ValueError(f"draw draws the boxes of a detector, and {source} is a classifier")
         results = list(classify(task, files, batch_size, max_pixels, top_k))
     failures = [result for result in results if isinstance(result, Failure)]
     _print(columns, [result for result in results if not isinstance(result, Failure)], failures, format)
     return 1 if failures else 0
+
+
+def _source(ckpt: str | None, model: Path | None) -> str:
+    """The one of both that is given."""
+    if (ckpt is None) == (model is None):
+        raise UsageError(
+            "missing: --ckpt: a checkpoint of awconv fit, compare or demo, or a training's folder; what publish wrote; "
+            "or a name with weights in timm, such as resnet50; or --model: a file of awconv export"
+            if ckpt is None
+            else "either --ckpt or --model names the network, got both"
+        )
+    return os.path.expanduser(str(model) if ckpt is None else ckpt)
+
+
+def _opened(
+    source: str, exported: bool, pretrained: Path | None, image_size: int | None
+) -> ClassificationTask | DetectionTask | ExportedClassifier | ExportedDetector:
+    if not exported:
+        task: Any = load_task(source, pretrained, image_size).ready()
+        return task  # type: ignore[no-any-return]
+    if pretrained is not None:
+        raise ValueError(f"pretrained is the base of an adapter or the weights of a name, and {source} has its own")
+    opened = open_exported(Path(source))
+    if isinstance(opened, ExportedDetector) and image_size is not None:
+        raise ValueError("image_size is a classifier's; a detector resizes images by its own sizes")
+    if isinstance(opened, ExportedClassifier) and image_size is not None:
+        opened.resize(image_size)
+    return opened
 
 
 def _print(
@@ -205,12 +240,16 @@ def _cell(value: Any) -> Any:
 
 
 def classify(
-    task: ClassificationTask, files: Sequence[Path], batch_size: int, max_pixels: int = MAX_PIXELS, top_k: int = 1
+    task: ClassificationTask | ExportedClassifier,
+    files: Sequence[Path],
+    batch_size: int,
+    max_pixels: int = MAX_PIXELS,
+    top_k: int = 1,
 ) -> Iterator[Prediction | Failure]:
     """One result for each file, in their order within a batch; broken ones come first.
 
     Args:
-        task: in evaluation mode.
+        task: in evaluation mode, or an exported file.
         files: image files.
         batch_size: images that go through the network at once.
         max_pixels: the most that an image may have.
@@ -242,7 +281,7 @@ def classify(
 
 
 def detect(
-    task: DetectionTask,
+    task: DetectionTask | ExportedDetector,
     files: Sequence[Path],
     threshold: float,
     draw: Path | None = None,
@@ -251,7 +290,7 @@ def detect(
     """One result for each file.
 
     Args:
-        task: in evaluation mode.
+        task: in evaluation mode, or an exported file.
         files: image files.
         threshold: the least score of an object.
         draw: a folder for copies with boxes; None draws nothing.
@@ -262,8 +301,7 @@ def detect(
     """
     copies = {} if draw is None else places(files, draw)
     clear_old([] if draw is None else [draw])
-    limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
-    limited.score_thresh = min(limited.score_thresh, threshold)
+    _admit(task, threshold)
     for file in files:
         try:
             image = _read_colours(file, max_pixels)
@@ -291,6 +329,19 @@ def detect(
                 write(drawn(image, detections, threshold), copies[file])
             except OSError as error:
                 yield Failure(str(file), f"{file}: its copy {copies[file]} cannot be written: {error.strerror}")
+
+
+def _admit(task: DetectionTask | ExportedDetector, threshold: float) -> None:
+    """Lets a detector give objects of a score, which one in a file cannot learn any more."""
+    if isinstance(task, ExportedDetector):
+        least = task.metadata.score_threshold
+        if threshold < least:
+            raise ValueError(
+                f"threshold must be at least {least:g}, below which the file gives nothing, got {threshold}"
+            )
+        return
+    limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
+    limited.score_thresh = min(limited.score_thresh, threshold)
 
 
 def _read_colours(file: Path, max_pixels: int) -> Tensor:

@@ -1,0 +1,9 @@
+"""Trained networks as files of other runtimes: ONNX, OpenVINO and AOTInductor (extra ``train``)."""
+
+from awconv.extras import require
+
+require("lightning", extra="train")
+
+from awconv.export.command import export
+
+__all__ = ["export"]
