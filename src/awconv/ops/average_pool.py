@@ -21,11 +21,11 @@ from awconv.ops.problem import product
 from awconv.ops.tracing import compiling, eager, exporting, in_forward_mode, shape_of, transforming
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_AXES = 3
-_MAX_BINS = 64  # of the kernels, along an axis
+AXES = 3
+MAX_BINS = 64  # of the kernels, along an axis
 _MOST_SHARES = 2**18  # elements of a matrix that an exported graph holds
 _AVERAGE_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_SIZES = (ctypes.c_int64 * _AXES,) * 2
+_SIZES = (ctypes.c_int64 * AXES,) * 2
 # Elements of a tile of the kernels for GPUs: of pooling to bins of more positions than these, and of all else.
 _LARGE_TILE, _LARGE_BIN, _TILE = 8192, 64, 2048
 
@@ -98,7 +98,7 @@ class _PoolBeside(torch.autograd.Function):
 
 
 def _has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
-    if max(output_size) > _MAX_BINS or exporting():
+    if max(output_size) > MAX_BINS or exporting():
         return False
     if input.device.type == "cuda":
         if not _on_gpu(input, output_size):
@@ -245,15 +245,15 @@ def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: 
     if run.argtypes is None:
         workspace_elements.argtypes, workspace_elements.restype = [*_SIZES, ctypes.c_int64], ctypes.c_int64
         run.argtypes, run.restype = [ctypes.c_int64, *_SIZES, ctypes.c_int64, *[ctypes.c_void_p] * 3], None
-    sizes, threads = (_axes(size), _axes(bins)), torch.get_num_threads()
+    sizes, threads = (axes(size), axes(bins)), torch.get_num_threads()
     workspace = source.new_empty(workspace_elements(*sizes, threads))
     run(product(source.shape[:2]), *sizes, threads, *(tensor.data_ptr() for tensor in (source, result, workspace)))
     return result
 
 
-def _axes(sizes: Sequence[int]) -> Any:
+def axes(sizes: Sequence[int]) -> Any:
     """One and two axes as the last ones of three."""
-    return (ctypes.c_int64 * _AXES)(*[1] * (_AXES - len(sizes)), *sizes)
+    return (ctypes.c_int64 * AXES)(*[1] * (AXES - len(sizes)), *sizes)
 
 
 def _by_slices(input: Tensor, output_size: Sequence[int]) -> Tensor:

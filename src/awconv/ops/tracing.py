@@ -46,11 +46,11 @@ def numbers() -> AbstractContextManager[None]:
 @contextmanager
 def _jit_tracing_paused() -> Iterator[None]:
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def eager(*tensors: Tensor) -> bool:
