@@ -156,7 +156,8 @@ def fold(model: nn.Module, data: Iterable[Any], max_drop: float = 0.1) -> FoldRe
     parameters = _count(model)
     plain: dict[nn.Module, nn.Module] = {}
     try:
-        with _evaluating(model) as modes, torch.no_grad():
+        # Compiled, it would be compiled anew for each choice of layers.
+        with _evaluating(model) as modes, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             with gathered(layers) as gains:
                 before = evaluate(model, data)
             for name, layer in layers.items():
