@@ -64,16 +64,24 @@ def evaluate(model: nn.Module, data: Iterable[Any]) -> Score:
 
 def _images_and_labels(batch: Any, number: int) -> tuple[Tensor, Tensor]:
     expected = (
-        "fold: data must be batches (images, labels), tensors of shapes (N, ...) and (N,), with whole numbers as labels"
+        "fold: data must be batches (images, labels), tensors of shapes (N, ...) and (N,), with whole numbers as "
+        f"labels; got for batch {number}"
     )
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"{expected}; batch {number} is a {_described(batch)}")
+        raise ValueError(f"{expected}: {_described(batch)}")
     images, labels = batch
-    if not isinstance(images, Tensor) or not isinstance(labels, Tensor) or images.dim() < 2 or labels.dim() != 1:
-        raise ValueError(f"{expected}; batch {number} has a {_described(images)} and a {_described(labels)}")
-    if len(images) != len(labels) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{expected}; batch {number} has a {_described(images)} and a {_described(labels)}")
+    if (
+        not isinstance(images, Tensor)
+        or not isinstance(labels, Tensor)
+        or images.dim() < 2
+        or labels.shape != images.shape[:1]
+        or labels.dtype not in _WHOLE
+    ):
+        raise ValueError(f"{expected}: {_described(images)} and {_described(labels)}")
     return images, labels
+
+
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _described(value: Any) -> str:
@@ -86,7 +94,7 @@ def _check_logits(logits: Any, images: Tensor, labels: Tensor, number: int) -> N
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
         raise ValueError(
             f"fold: the model must be a classifier, whose outputs are logits of shape ({len(images)}, classes) for "
-            f"batch {number}; got a {_described(logits)}"
+            f"batch {number}; got {_described(logits)}"
         )
     if not logits.isfinite().all():
         raise ValueError(
