@@ -174,7 +174,8 @@ def explained(message: str, parser: Any, arguments: Sequence[str], passing_on: s
         named = [(action.option_strings or [action.dest])[-1] + f": {_plain(action.help)}" for action in actions]
         return f"missing: {' '.join('; '.join(named).split())}" if named else message
     if "data.help" in options:  # a data set's, whose options depend on it
-        return str(import_module("awconv.training.explain").explained(message, arguments, frozenset(options)))
+        option = import_module("awconv.training.data_option")
+        return str(option.explained_option(message, arguments, frozenset(options)))
     return invalid(message)
 
 

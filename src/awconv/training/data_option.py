@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pydoc import locate
 from typing import Any
 
 from awconv.data import ImageDataModule
 from awconv.tasks import ClassificationTask
+from awconv.training.explain import explained
+from awconv.training.find_task import data_sets
 from awconv.training.of_checkpoint import take_preprocessing
 from awconv.training.settings import check_nulls
 
@@ -15,6 +18,11 @@ def add_data(parser: Any) -> None:
     """Adds the option to a parser of jsonargparse. Parsed, it is a class and its arguments, for :func:`open_data`."""
     named = "the data set, such as Digits; --data.help=NAME lists its options"
     parser.add_subclass_arguments(ImageDataModule, "data", required=True, help=named)
+
+
+def explained_option(message: str, arguments: Sequence[str], options: frozenset[str]) -> str:
+    """A line or two in the place of a message of jsonargparse, by :func:`awconv.training.explain.explained`."""
+    return explained(message, arguments, options, data_sets()[ClassificationTask])
 
 
 def open_data(data: dict[str, Any], task: ClassificationTask) -> ImageDataModule:
