@@ -8,6 +8,7 @@ from awconv.adapter import adapter_state_dict, load_adapter, save_adapter
 from awconv.branch_spec import BranchSpec
 from awconv.check_optimizer import check_optimizer
 from awconv.convert import convert
+from awconv.fold import fold
 from awconv.fuse import fuse
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.load import Loaded, load
@@ -32,6 +33,7 @@ __all__ = [
     "aw_conv3d",
     "check_optimizer",
     "convert",
+    "fold",
     "fuse",
     "load",
     "load_adapter",

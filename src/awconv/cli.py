@@ -17,7 +17,7 @@ from typing import Any
 from awconv.extras import require
 from awconv.own_code import import_own, taken_out
 from awconv.terminal import say
-from awconv.usage import Strict, UsageError, expanded, invalid, is_option, is_text, unknown
+from awconv.usage import Strict, UsageError, expanded, explained, is_text, subparsers
 from awconv.version import __version__
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -54,6 +54,7 @@ class Command:
         positional: its positional argument.
         passes_on: pass the arguments after ``--`` as ``overrides``, and the whole command line as ``command``.
         takes_bytes: arguments may be file names that are not UTF-8.
+        takes_data: takes ``data``, the class and the arguments of a data set, given as for ``awconv fit``.
     """
 
     summary: str
@@ -61,6 +62,7 @@ class Command:
     positional: Positional | None = None
     passes_on: bool = False
     takes_bytes: bool = False
+    takes_data: bool = False
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Parses and calls."""
@@ -77,6 +79,9 @@ class Command:
             given = {"command": shlex.join(["awconv", name, *arguments]), "overrides": list(arguments[end + 1 :])}
             arguments = arguments[:end]
             skip |= set(given)
+        if self.takes_data:
+            import_module("awconv.training.data_option").add_data(parser)
+            skip |= {"data"}
         _add_arguments(parser, function, self.positional, skip)
         parsed = _parse(parser, arguments, f"awconv {name} ... -- " if self.passes_on else "")
         parsed.pop("config")
@@ -161,31 +166,9 @@ def _parse(parser: Any, arguments: Sequence[str], passing_on: str = "") -> dict[
             parsed: dict[str, Any] = parser.parse_args(list(arguments)).as_dict()
     except UsageError as error:
         subject = f" {arguments[0]}" if arguments else ""
-        inner = next((one for one in _subparsers(parser) if subject and one.prog.endswith(subject)), parser)
-        raise UsageError(_explained(str(error), inner, arguments, passing_on)) from error
+        inner = next((one for one in subparsers(parser) if subject and one.prog.endswith(subject)), parser)
+        raise UsageError(explained(str(error), inner, arguments, passing_on)) from error
     return parsed
-
-
-def _subparsers(parser: Any) -> list[Any]:
-    return [one for action in parser._actions if isinstance(action.choices, dict) for one in action.choices.values()]
-
-
-def _explained(message: str, parser: Any, arguments: Sequence[str], passing_on: str) -> str:
-    """A line or two in the place of a message of jsonargparse."""
-    options = {name[2:] for name in parser._option_string_actions if name.startswith("--")}
-    for argument in arguments:
-        name = argument[2:].partition("=")[0]
-        if not argument.startswith("--") or is_option(name, options):
-            continue
-        if passing_on and name.partition(".")[0] in _SECTIONS:
-            return f"--{name} is an option of awconv fit; those follow --, as in: {passing_on}{argument}"
-        return unknown(name, options)
-    missing = re.match(r"the following arguments are required: ([\w, ]+)$", message)
-    if missing:
-        actions = [action for action in parser._actions if action.dest in missing[1].split(", ")]
-        named = [(action.option_strings or [action.dest])[-1] + f": {_plain(action.help)}" for action in actions]
-        return f"missing: {' '.join('; '.join(named).split())}" if named else message
-    return invalid(message)
 
 
 class _AnyPath:
@@ -224,11 +207,6 @@ def _train(command: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _plain(text: str) -> str:
-    return text.replace("``", "").rstrip(".")
-
-
-_SECTIONS = ("model", "data", "trainer", "seed_everything", "recent_checkpoint", "detections")  # of awconv fit
 _RECIPE = Positional("recipe", "a YAML file for awconv fit")
 COMMANDS: dict[str, Command] = {
     "demo": Command(
@@ -260,6 +238,12 @@ COMMANDS: dict[str, Command] = {
         "write a trained network for ONNX Runtime, OpenVINO or AOTInductor, and check it",
         "awconv.export:export",
         Positional("source", "a checkpoint, a folder, an adapter or a name with weights in timm", type=str),
+    ),
+    "fold": Command(
+        "make plain convolutions of the layers whose attention matters least, on held-out images",
+        "awconv.fold_command:fold",
+        Positional("ckpt", "a checkpoint, a training's folder, what publish wrote, or a name in timm", type=str),
+        takes_data=True,
     ),
     "predict": Command(
         "classify image files with a checkpoint or an adapter, or find the objects in them",

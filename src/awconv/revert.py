@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,13 +44,7 @@ def revert(model: nn.Module, *, drop_attention: bool = False) -> nn.Module:
         >>> [type(layer).__name__ for layer in awconv.revert(model)]
         ['Conv2d', 'Conv2d']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"revert: model must be an nn.Module, got {model!r}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AW_LAYERS)}
-    if not layers:
-        raise ValueError(f"revert: {type(model).__name__} has no AW-convolution, so there is nothing to revert")
-    for name, layer in layers.items():
-        _check(name, layer)
+    layers = replaceable_layers(model, "revert")
     learned = [name for name, layer in layers.items() if not layer.attention.is_identity()]
     if learned and not drop_attention:
         raise ValueError(
@@ -58,31 +53,49 @@ def revert(model: nn.Module, *, drop_attention: bool = False) -> nn.Module:
             "revert(model, drop_attention=True) loses it; to keep it, keep the network as it is (awconv.train_only and "
             "export work with it)"
         )
-    plain = {layer: _plain(layer) for layer in layers.values()}
+    plain: dict[nn.Module, nn.Module] = {layer: plain_layer(layer) for layer in layers.values()}
     if model in plain:
         return plain[model]
-    for module in model.modules():
-        for method in [name for name, value in vars(module).items() if raises_for_attention(value)]:
-            delattr(module, method)
-        for name, child in module._modules.items():
-            if child in plain:
-                module._modules[name] = plain[child]
+    replace_layers(model, plain)
+    restore_folding(model)
     return model
 
 
-def _check(name: str, layer: AWConv1d | AWConv2d | AWConv3d) -> None:
-    obstacle = None
+def replaceable_layers(model: nn.Module, function: str) -> dict[str, AWConv1d | AWConv2d | AWConv3d]:
+    """The AW-convolutions of a model, by name, each of which a plain convolution can replace.
+
+    Args:
+        model: a network.
+        function: the name of the public function, for messages.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: it has no AW-convolution, or a layer has hooks, is parametrised or is of a class of its own.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {model!r}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AW_LAYERS)}
+    if not layers:
+        raise ValueError(f"{function}: {type(model).__name__} has no AW-convolution, so there is nothing to {function}")
+    for name, layer in layers.items():
+        obstacle = _obstacle(layer)
+        if obstacle is not None:
+            raise ValueError(f"{function}: the layer {name!r} {obstacle}")
+    return layers
+
+
+def _obstacle(layer: AWConv1d | AWConv2d | AWConv3d) -> str | None:
     if type(layer) not in _PLAIN:
-        obstacle = f"is a {type(layer).__name__}, of a class of its own; replace it yourself"
-    elif is_parametrized(layer):
-        obstacle = "is parametrised; remove the parametrisation (torch.nn.utils.parametrize.remove_parametrizations)"
-    elif has_hooks(layer):
-        obstacle = "has hooks, which the plain convolution would lack; remove them"
-    if obstacle is not None:
-        raise ValueError(f"revert: the layer {name!r} {obstacle}")
+        return f"is a {type(layer).__name__}, of a class of its own; replace it yourself"
+    if is_parametrized(layer):
+        return "is parametrised; remove the parametrisation (torch.nn.utils.parametrize.remove_parametrizations)"
+    if has_hooks(layer):
+        return "has hooks, which the plain convolution would lack; remove them"
+    return None
 
 
-def _plain(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
+def plain_layer(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
+    """The plain convolution with an AW-convolution's weight and bias (the same tensors) and its training mode."""
     with torch.device("meta"):  # for its own weights are not needed
         new: Any = _PLAIN[type(old)](*arguments_of(old))
     new.padding_mode = old.padding_mode
@@ -90,3 +103,21 @@ def _plain(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice
     plain: nn.Module = new.train(old.training)
     return plain
+
+
+def replace_layers(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts layers in the places of others below a model, and nothing else: the other way round undoes it."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+
+
+def restore_folding(model: nn.Module) -> None:
+    """Lets methods that fold layers work again, which :func:`awconv.convert` made errors of, in modules that have no
+    AW-convolution below them any more."""
+    for module in model.modules():
+        refused = [name for name, value in vars(module).items() if raises_for_attention(value)]
+        if refused and not any(isinstance(part, AW_LAYERS) for part in module.modules()):
+            for name in refused:
+                delattr(module, name)

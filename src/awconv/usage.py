@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pydoc import locate
 from typing import Any, NoReturn
 
 _NEAR = 3  # names that are offered
 _LENGTH = 300  # of a message of the parser's that is passed on
+_SECTIONS = ("model", "data", "trainer", "seed_everything", "recent_checkpoint", "detections")  # of awconv fit
 
 
 class UsageError(ValueError):
@@ -142,6 +144,43 @@ def _subclasses(text: str) -> list[str]:
 def _shortened(message: str) -> str:
     text = " ".join(message.split())
     return text if len(text) <= _LENGTH else f"{text[:_LENGTH]} ..."
+
+
+def subparsers(parser: Any) -> list[Any]:
+    """The parsers of a parser's subcommands."""
+    return [one for action in parser._actions if isinstance(action.choices, dict) for one in action.choices.values()]
+
+
+def explained(message: str, parser: Any, arguments: Sequence[str], passing_on: str) -> str:
+    """A line or two in the place of a message of jsonargparse about a command's arguments.
+
+    Args:
+        message: the message.
+        parser: of the command, or of its subcommand.
+        arguments: those that were refused.
+        passing_on: how arguments are passed on to ``awconv fit``, if they are.
+    """
+    options = {name[2:] for name in parser._option_string_actions if name.startswith("--")}
+    for argument in arguments:
+        name = argument[2:].partition("=")[0]
+        if not argument.startswith("--") or is_option(name, options):
+            continue
+        if passing_on and name.partition(".")[0] in _SECTIONS:
+            return f"--{name} is an option of awconv fit; those follow --, as in: {passing_on}{argument}"
+        return unknown(name, options)
+    missing = re.match(r"the following arguments are required: ([\w, ]+)$", message)
+    if missing:
+        actions = [action for action in parser._actions if action.dest in missing[1].split(", ")]
+        named = [(action.option_strings or [action.dest])[-1] + f": {_plain(action.help)}" for action in actions]
+        return f"missing: {' '.join('; '.join(named).split())}" if named else message
+    if "data.help" in options:  # a data set's, whose options depend on it
+        option = import_module("awconv.training.data_option")
+        return str(option.explained_option(message, arguments, frozenset(options)))
+    return invalid(message)
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "").rstrip(".")
 
 
 def expanded(argument: str) -> str:

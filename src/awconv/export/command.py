@@ -17,7 +17,7 @@ from awconv.export.check import compare, described
 from awconv.export.check_detector import compare_objects
 from awconv.export.description import inputs_of, metadata_of
 from awconv.export.exported import ExportedClassifier, ExportedDetector, network_input, open_exported
-from awconv.export.graph import Inputs, Runtime, exportable
+from awconv.export.graph import Format, Inputs, exportable
 from awconv.export.images import Images, opened, shipped
 from awconv.export.metadata import Metadata
 from awconv.export.precision import halved, quantized
@@ -26,7 +26,7 @@ from awconv.sources import load_task
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.terminal import printable
 
-_ENDINGS: dict[Runtime, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+_ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 _CALIBRATING = 256  # images, at most
 
 
@@ -41,7 +41,7 @@ class _Settings:
         opset: the version of ONNX's operators; None takes PyTorch's default.
     """
 
-    format: Runtime
+    format: Format
     precision: Literal["fp32", "fp16", "int8"]
     inputs: Inputs
     opset: int | None
@@ -121,7 +121,7 @@ def export(
 
 
 _ONNX = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}  # what a format needs, and in which extra it is
-_NEEDED: dict[Runtime, dict[str, str]] = {"onnx": _ONNX, "openvino": _ONNX | {"openvino": "openvino"}, "pt2": {}}
+_NEEDED: dict[Format, dict[str, str]] = {"onnx": _ONNX, "openvino": _ONNX | {"openvino": "openvino"}, "pt2": {}}
 
 
 def _check_place(out: Path) -> None:
@@ -131,7 +131,7 @@ def _check_place(out: Path) -> None:
         raise FileNotFoundError(f"out: {out.parent} is not a folder; make it first")
 
 
-def _format(out: Path, format: Runtime | None) -> Runtime:
+def _format(out: Path, format: Format | None) -> Format:
     found = next((name for name, ending in _ENDINGS.items() if out.suffix == ending), None)
     wanted = ", ".join(f"{ending} ({name})" for name, ending in _ENDINGS.items())
     if found is None:
@@ -142,7 +142,7 @@ def _format(out: Path, format: Runtime | None) -> Runtime:
     return found
 
 
-def _check_options(format: Runtime, precision: str, calibrate: Path | None, opset: int | None) -> None:
+def _check_options(format: Format, precision: str, calibrate: Path | None, opset: int | None) -> None:
     """Raises a ValueError for options that do not go together."""
     if precision == "int8" and calibrate is None:
         raise ValueError("--precision=int8 needs --calibrate=FOLDER: images like those to come, a hundred or more")
@@ -179,7 +179,7 @@ def _compared(exported: ExportedClassifier | ExportedDetector, task: Task, input
 
 def _write(task: Task, settings: _Settings, calibrating: Images | None, file: Path) -> None:
     metadata = metadata_of(task, settings.inputs, settings.precision)
-    with exportable(task, settings.inputs, settings.format) as module:
+    with exportable(task, settings.inputs, settings.format, settings.precision == "int8") as module:
         if settings.format == "pt2":
             pt2_format.write(module, settings.inputs, metadata, file)
             return

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from awconv.export.detector import DetectorGraph, exportable_operations
+from awconv.fuse import fuse
+from awconv.ops import exports
 from awconv.tasks import ClassificationTask, Task
 
-Runtime = Literal["onnx", "openvino", "pt2"]
+Format = Literal["onnx", "openvino", "pt2"]
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,23 @@ class Normalising(nn.Module):
         return logits
 
 
-@contextmanager
-def prepared(network: nn.Module, runtime: Runtime) -> Iterator[nn.Module]:
-    """A copy of a network in evaluation mode, in the form that suits a runtime; it is exported inside."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield copy.deepcopy(network).float().eval()
+_RUNTIMES: dict[Format, exports.Runtime | None] = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": None}
 
 
 @contextmanager
-def exportable(task: Task, inputs: Inputs, runtime: Runtime) -> Iterator[nn.Module]:
+def prepared(network: nn.Module, form: exports.Runtime | None, batch: int | None) -> Iterator[nn.Module]:
+    """A copy of a network, fused for inference; it is exported inside, in the form that suits a runtime."""
+    with torch.inference_mode(False), torch.no_grad(), exports.exporting_for(form, batch):
+        yield fuse(copy.deepcopy(network).float())
+
+
+@contextmanager
+def exportable(task: Task, inputs: Inputs, format: Format, eight_bits: bool = False) -> Iterator[nn.Module]:
     """The module to export for a classifier or a detector; it is exported inside."""
-    with prepared(task.evaluated, runtime) as network:
+    form, batch = _RUNTIMES[format], inputs.batch
+    if eight_bits:  # which constant weights can have, and those that are computed cannot
+        form, batch = "openvino", None
+    with prepared(task.evaluated, form, batch) as network:
         if isinstance(task, ClassificationTask):
             yield Normalising(network, task.mean, task.std).eval() if inputs.uint8 else network
         else:

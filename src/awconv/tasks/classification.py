@@ -212,9 +212,9 @@ class ClassificationTask(Task):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images, uint8 of shape (N, channels, H, W), to logits, shape (N, classes)."""
-        return self._logits(self._normalised(images))
+        return self._logits(self.normalised(images))
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
         return ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
 
     @property
@@ -232,7 +232,7 @@ class ClassificationTask(Task):
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = self._normalised(batch[0]), batch[1]
+        images, targets = self.normalised(batch[0]), batch[1]
         if self.erasing:
             images = RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)
         smoothing = self.label_smoothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from awconv.yaml_files import parse_recipe, read_recipe
 _DEFAULT = "Digits"
 
 
-def explained(message: str, arguments: Sequence[str], options: frozenset[str]) -> str:
+def explained(
+    message: str, arguments: Sequence[str], options: frozenset[str], kinds: Mapping[str, type[Any]] | None = None
+) -> str:
     """A line or two in the place of a message of jsonargparse.
 
     Args:
         message: the message.
         arguments: those that were refused.
         options: the names of the parser's options, without those of the class of data.
+        kinds: the classes of data that there are, by name; by default those of all tasks.
     """
-    known = {name: kind for kinds in data_sets().values() for name, kind in kinds.items()}
+    known = kinds or {name: kind for kinds in data_sets().values() for name, kind in kinds.items()}
     kind = known.get(find_data(arguments) or _DEFAULT)
     if kind is not None:
         of_data = (
