@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,3 +107,19 @@ def test_weights_made_for_each_sample_are_noticed() -> None:
     layer = AWConv2d(4, 4, 3, in_expansion=1).eval()  # a value for each input channel, which only per_sample can use
     graph = export(layer, torch.randn(2, 4, 5, 5), dynamic=False).graph
     assert len(computed_weights(graph)) == 1
+
+
+def test_the_exporter_that_traces_writes_what_onnx_runtime_knows(tmp_path: Path) -> None:
+    model = calibrated(timm.create_model("aw_resnet8_cifar"))
+    file, images = tmp_path / "traced.onnx", torch.randn(2, 3, SIZE, SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of the exporter's age
+        torch.onnx.export(
+            model, (images,), file, dynamo=False, input_names=["images"], dynamic_axes={"images": {0: "batch"}}
+        )
+    session = onnxruntime.InferenceSession(str(file))
+    images = torch.randn(5, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = model(images)
+    (output,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))

@@ -256,12 +256,13 @@ COMMANDS: dict[str, Command] = {
         "awconv.model_costs:models",
     ),
     "bench": Benchmark(
-        "measure runtime relative to plain layers, networks or detectors (op, model, detector)",
+        "measure runtime relative to plain layers, networks or detectors (op, model, detector, export)",
         "awconv.bench:bench",
         subjects=(
             ("op", None),
             ("model", Positional("networks", "such as aw_resnet50", several=True, type=str)),
             ("detector", Positional("networks", "such as aw_resnet50", several=True, type=str)),
+            ("export", Positional("networks", "such as aw_resnet50", several=True, type=str)),
         ),
     ),
 }

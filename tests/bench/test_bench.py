@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -258,3 +259,20 @@ def test_condconv_takes_the_same_places() -> None:
         for sample, route in zip(input, routes, strict=True)
     ]
     torch.testing.assert_close(network(input), torch.cat(each).relu())
+
+
+def test_exported_networks_are_measured_in_their_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript")
+    runtimes = "onnxruntime,pytorch" if importlib.util.find_spec("openvino") is None else "onnxruntime,openvino,pytorch"
+    arguments = ["aw_resnet8_cifar", "--batch=1,2", "--rounds=1", f"--runtimes={runtimes}", "--format=json"]
+    assert main(["bench", "export", *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["way"] for row in rows} == {"plain", "aw", "se"}
+    assert {row["work"] for row in rows} == {f"{name}, batch {n}" for name in runtimes.split(",") for n in (1, 2)}
+    for row in rows:
+        assert row["ratio"]["seconds"] > 0
+        assert ("nodes" in row["facts"]) == ("pytorch" not in row["work"])
+    nodes = {row["way"]: row["facts"]["nodes"] for row in rows if row["work"] == "onnxruntime, batch 1"}
+    assert nodes["plain"] < nodes["aw"]
+    assert main(["bench", "export", "aw_resnet8_cifar", "--runtimes=tensorrt"]) == 1
+    assert "runtimes must be some of onnxruntime, openvino, pytorch" in capsys.readouterr().err
