@@ -55,7 +55,8 @@ def that_depend(drawn: Drawn, index: int, place: tuple[int, ...], padded: bool) 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS, indirect=True)
 def test_what_is_not_finite_spoils_what_depends_on_it_and_nothing_else(instructions: None) -> None:
-    checked = dict.fromkeys(ALGORITHMS, 0)
+    algorithms = {name: algorithm for name, algorithm in ALGORITHMS.items() if name != "shifted"}  # as its file says
+    checked = dict.fromkeys(algorithms, 0)
     for seed in range(120):
         drawn, random = draw(seed), np.random.default_rng(seed)
         output = expected_output(drawn, *(tensor.double() for tensor in drawn.tensors))
@@ -65,7 +66,7 @@ def test_what_is_not_finite_spoils_what_depends_on_it_and_nothing_else(instructi
         must, may = (that_depend(drawn, index, place, padded) for padded in (False, True))
         tensors[index] = tensors[index].clone()
         tensors[index][place] = float(random.choice([np.inf, -np.inf, np.nan]))
-        for name, algorithm in ALGORITHMS.items():
+        for name, algorithm in algorithms.items():
             if algorithm.obstacle(drawn.problem) is not None:
                 continue
 

@@ -2,7 +2,8 @@
 convolution, scaled, and one product with a constant matrix that shifts each tap and adds up.
 
 The matrix takes as many multiplications for each output channel as there are positions times taps times pixels: few,
-beside the convolution, where an image has fewer pixels than channels.
+beside the convolution, where an image has fewer pixels than channels. A number that is not finite spoils all positions
+of its output channels, since zero times infinity is not a number.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _shifted(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
         ones = (1,) * problem.dims
         by_tap = weight.flatten(2).transpose(1, 2).reshape(-1, problem.group_in_channels, *ones)
         products = CONV[problem.dims](input, by_tap, groups=problem.geometry.groups)
-        scaled = products * gain.reshape(gain.shape[0], -1, *ones)
+        scaled = products * gain.reshape(-1, by_tap.shape[0], *ones)
     matrix = _matrix(problem, scaled)
     output = scaled.reshape(-1, problem.out_channels, matrix.shape[0]) @ matrix
     return output.reshape(-1, problem.out_channels, *problem.out_size).to(dtype)
