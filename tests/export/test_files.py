@@ -71,7 +71,8 @@ class TestOnnx:
         assert np.abs(got - exact).max() > 1e-4 * np.abs(exact).max()  # it is quantized
 
         def bytes_of_weights(model: Path) -> int:
-            return sum(len(tensor.raw_data) for tensor in onnx.load(model).graph.initializer)
+            """Without the matrices that pool."""
+            return sum(len(tensor.raw_data) for tensor in onnx.load(model).graph.initializer if len(tensor.dims) > 2)
 
         assert bytes_of_weights(file) < 0.5 * bytes_of_weights(whole)
 

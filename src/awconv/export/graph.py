@@ -113,8 +113,8 @@ def prepared(network: nn.Module, form: exports.Runtime | None, batch: int | None
 def exportable(task: Task, inputs: Inputs, format: Format, eight_bits: bool = False) -> Iterator[nn.Module]:
     """The module to export for a classifier or a detector; it is exported inside."""
     form, batch = _RUNTIMES[format], inputs.batch
-    if eight_bits:  # which constant weights can have, and those that are computed cannot
-        form, batch = "openvino", None
+    if eight_bits:
+        form = "quantized"
     with prepared(task.evaluated, form, batch) as network:
         if isinstance(task, ClassificationTask):
             yield Normalising(network, task.mean, task.std).eval() if inputs.uint8 else network

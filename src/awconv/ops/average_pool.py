@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from awconv.ops.build import library
 from awconv.ops.gpu import Kernel, Launch, divider, empty_like_image, is_channels_last, power_of_two, triton_obstacle
 from awconv.ops.problem import product
-from awconv.ops.tracing import compiling, eager, exporting, in_forward_mode, shape_of, transforming
+from awconv.ops.tracing import compiling, eager, exporting, has_numbers, in_forward_mode, shape_of, transforming
 
 _SOURCE = Path(__file__).with_suffix(".c")
 AXES = 3
@@ -279,7 +279,7 @@ def _by_matrices(input: Tensor, output_size: Sequence[int]) -> Tensor:
 
 
 def _has_constants(size: Sequence[int], bins: Sequence[int]) -> bool:
-    return all(isinstance(length, int) for length in size) and product(size) * product(bins) <= _MOST_SHARES
+    return has_numbers(size) and product(size) * product(bins) <= _MOST_SHARES
 
 
 def _by_constants(input: Tensor, output_size: Sequence[int]) -> Tensor:

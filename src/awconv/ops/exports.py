@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
+from awconv.ops import tracing
 from awconv.ops.problem import Problem, product
 
-Runtime = Literal["onnxruntime", "openvino"]
+Runtime = Literal["onnxruntime", "openvino", "quantized"]
 
 _SMALL = 8  # times as many input channels of a group as pixels, or the height of a map of channels by themselves
 _MOST_COLUMNS = 2**24  # elements of what the taps of a sample see: 64 MiB in single precision
@@ -39,7 +40,8 @@ def exporting_for(runtime: Runtime | None, batch: int | None = None) -> Iterator
     """Exports and traces inside choose each layer's form for a runtime.
 
     Args:
-        runtime: ``"onnxruntime"``, ``"openvino"`` or None for any.
+        runtime: ``"onnxruntime"``, ``"openvino"``, ``"quantized"`` for weights that shall all be constants of their own
+            convolutions, or None for any.
         batch: the batch size, if the graph takes no other.
     """
     token = _target.set(Target(runtime, batch))
@@ -53,9 +55,9 @@ def preferred(problem: Problem) -> list[str]:
     """Names of algorithms in the order in which an exported graph should have them."""
     runtime, batch = _target.get() or (None, None)
     names = ["output_gain", "input_gain"]
-    if runtime is not None and batch == 1:
+    if runtime in ("onnxruntime", "openvino") and batch == 1:
         names.append("per_sample")
-    if all(isinstance(size, int) for size in problem.size):
+    if runtime != "quantized" and tracing.has_numbers(problem.size):
         pixels = product(problem.size)
         if pixels <= (_SMALL**2 if problem.depthwise else problem.group_in_channels // _SMALL):
             names.append("shifted")

@@ -53,7 +53,7 @@ def _shifted(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
 
 def _matrix(problem: Problem, like: Tensor) -> Tensor:
     """Where each pixel's product of each tap is added: (taps * pixels, positions), of zeros and ones."""
-    positions = torch.arange(product(problem.out_size), device=like.device)
+    positions = torch.tensor(list(range(product(problem.out_size))), device=like.device)  # constants of a graph
     return (torch.tensor(_seen_from(problem), device=like.device)[:, None] == positions).to(like.dtype)
 
 

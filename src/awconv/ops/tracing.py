@@ -3,8 +3,9 @@ of its own to ask each question."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,11 @@ def _jit_tracing_paused() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def has_numbers(sizes: Sequence[Any]) -> bool:
+    """Whether sizes are numbers, and no symbols. Dynamo does not tell."""
+    return not compiling_bytecode() and all(isinstance(size, int) for size in sizes)
 
 
 def eager(*tensors: Tensor) -> bool:
