@@ -297,7 +297,7 @@ def _by_constants(input: Tensor, output_size: Sequence[int]) -> Tensor:
     ]
     rows = [[math.prod(share) for share in itertools.product(*row)] for row in itertools.product(*shares)]
     matrix = torch.tensor(rows, dtype=input.dtype, device=input.device)
-    return (input.reshape(-1, len(rows)) @ matrix).reshape(-1, channels, *output_size)
+    return (input.reshape(-1, len(rows)) @ matrix).reshape(input.shape[0], channels, *output_size)
 
 
 def _edges(size: int, bins: int) -> list[tuple[int, int]]:

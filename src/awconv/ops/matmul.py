@@ -30,14 +30,14 @@ def _matmul(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) 
     weights = _weights(problem, weight, attention)
     columns = _columns(problem, input)
     if problem.depthwise:
-        output = (columns * weights.squeeze(3).transpose(1, 2).unsqueeze(1)).sum(2).transpose(1, 2)
-        return output.reshape(-1, problem.out_channels, *problem.out_size)
+        output = (columns * weights.squeeze(3).transpose(1, 2).unsqueeze(1)).sum(2).transpose(1, 2).contiguous()
+        return output.reshape(input.shape[0], problem.out_channels, *problem.out_size)
     weights = weights.reshape(-1, problem.out_channels // groups, rows)
     if groups > 1:
         columns = columns.unflatten(3, (groups, -1)).permute(0, 3, 1, 2, 4)
     columns = columns.reshape(-1, product(problem.out_size), rows)
     output = torch.bmm(weights, columns.transpose(1, 2))
-    return output.reshape(-1, problem.out_channels, *problem.out_size)
+    return output.reshape(input.shape[0], problem.out_channels, *problem.out_size)
 
 
 def _weights(problem: Problem, weight: Tensor, attention: Tensor) -> Tensor:

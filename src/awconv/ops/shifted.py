@@ -48,7 +48,7 @@ def _shifted(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
         scaled = products * gain.reshape(-1, by_tap.shape[0], *ones)
     matrix = _matrix(problem, scaled)
     output = scaled.reshape(-1, problem.out_channels, matrix.shape[0]) @ matrix
-    return output.reshape(-1, problem.out_channels, *problem.out_size).to(dtype)
+    return output.reshape(input.shape[0], problem.out_channels, *problem.out_size).to(dtype)
 
 
 def _matrix(problem: Problem, like: Tensor) -> Tensor:
