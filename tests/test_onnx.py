@@ -103,7 +103,7 @@ def test_the_batch_is_dynamic_the_weights_are_constant_and_onnx_runtime_agrees(n
 
 def test_weights_made_for_each_sample_are_noticed() -> None:
     layer = AWConv2d(4, 4, 3).eval()
-    with exporting_for("onnxruntime", batch=1):
+    with exporting_for("openvino", batch=1):
         graph = export(layer, torch.randn(1, 4, 5, 5), dynamic=False).graph
     assert len(computed_weights(graph)) == 1
 

@@ -161,8 +161,10 @@ def _fuse_branches(model: nn.Module) -> None:
     fused: dict[nn.Module, FusedBranch] = {}  # layers may share one
     for layer in model.modules():
         branch = layer.attention if isinstance(layer, AW_LAYERS) else None
-        if isinstance(branch, AttentionBranch) and isinstance(layer, AW_LAYERS) and _is_fusible(branch):
-            layer.attention = fused.setdefault(branch, FusedBranch(branch))
+        if isinstance(branch, AttentionBranch) and _is_fusible(branch):
+            if branch not in fused:
+                fused[branch] = FusedBranch(branch)
+            layer.attention = fused[branch]
 
 
 def _is_fusible(branch: AttentionBranch) -> bool:

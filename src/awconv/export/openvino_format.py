@@ -10,7 +10,7 @@ import numpy as np
 from awconv.export.metadata import KEY, Metadata, parsed
 from awconv.extras import require
 
-_PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}  # otherwise some CPUs compute in bfloat16
+PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}  # otherwise some CPUs compute in bfloat16
 
 
 def write(proto: Any, metadata: Metadata, file: Path) -> None:
@@ -65,7 +65,7 @@ class OpenVinoFile:
         self.metadata = parsed(str(model.get_rt_info([KEY]).value) if model.has_rt_info([KEY]) else None, file)
         self.nodes = len(model.get_ops())
         try:
-            self._compiled = core.compile_model(model, "CPU", _PRECISE)
+            self._compiled = core.compile_model(model, "CPU", PRECISE)
         except Exception as error:  # of OpenVINO
             raise ValueError(f"OpenVINO cannot run {file}: {error}") from error
 

@@ -55,7 +55,7 @@ def preferred(problem: Problem) -> list[str]:
     """Names of algorithms in the order in which an exported graph should have them."""
     runtime, batch = _target.get() or (None, None)
     names = ["output_gain", "input_gain"]
-    if runtime in ("onnxruntime", "openvino") and batch == 1:
+    if batch == 1 and (runtime == "openvino" or (runtime == "onnxruntime" and problem.depthwise)):
         names.append("per_sample")
     if runtime != "quantized" and tracing.has_numbers(problem.size):
         pixels = product(problem.size)

@@ -42,11 +42,7 @@ def _matmul(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) 
 
 def _weights(problem: Problem, weight: Tensor, attention: Tensor) -> Tensor:
     """The weights of each sample, with the channels last: (N, C2, taps, C1/groups)."""
-    gain = problem.gain(attention)
-    for axis, rate in enumerate((problem.rates[0], *problem.rates[2:])):
-        if rate > 1:
-            gain = gain.repeat_interleave(rate, dim=axis + 1 + (axis > 0))
-    gain = gain.flatten(3).transpose(2, 3)  # N, C2, taps, blocks
+    gain = problem.gain_of_taps(attention).flatten(3).transpose(2, 3)  # N, C2, taps, blocks
     if problem.rates[1] == problem.group_in_channels:
         return weight.flatten(2).transpose(1, 2).contiguous() * gain  # a sample's gain beside contiguous channels
     blocked: Tensor = weight.flatten(2).transpose(1, 2).unflatten(2, (-1, problem.rates[1]))

@@ -34,10 +34,7 @@ def _obstacle(problem: Problem) -> str | None:
 def _per_tap(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     if problem.dtype == torch.float16:  # a tap's product alone may overflow where the sum over the taps does not
         return _per_tap(replace(problem, dtype=torch.float32), input.float(), weight.float(), attention.float()).half()
-    gain = problem.gain(attention).squeeze(2)
-    for axis, rate in enumerate((problem.rates[0], *problem.rates[2:]), start=1):
-        if rate > 1:
-            gain = gain.repeat_interleave(rate, dim=axis)
+    gain = problem.gain_of_taps(attention).squeeze(2)
     if tracing.exporting():
         return _by_convolutions(problem, input, weight, gain)
     gain = gain.flatten(2).permute(2, 1, 0).unsqueeze(3)  # taps, C2, N, 1

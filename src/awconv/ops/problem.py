@@ -138,6 +138,14 @@ class Problem:
         """What the weights are multiplied with: 1 + A, since K + A * K = (1 + A) * K, or A without the residual."""
         return 1 + attention if self.residual else attention
 
+    def gain_of_taps(self, attention: Tensor) -> Tensor:
+        """The gain of each output channel, block of input channels and tap: (N, C2, blocks, \\*kernel)."""
+        gain = self.gain(attention)
+        for axis, rate in enumerate(self.rates, start=1):
+            if rate > 1 and axis != 2:
+                gain = gain.repeat_interleave(rate, dim=axis)
+        return gain
+
     def with_unseeing(self, output: Tensor) -> Tensor:
         """The whole output, from that of the positions that see some of the input."""
         if all(pair == (0, 0) for pair in self.unseeing):

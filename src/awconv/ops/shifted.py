@@ -34,11 +34,7 @@ def _shifted(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor)
     dtype = problem.dtype
     if dtype == torch.float16:  # a tap's product alone may overflow where the sum over the taps does not
         input, weight, attention = input.float(), weight.float(), attention.float()
-    gain = problem.gain(attention).squeeze(2)
-    for axis, rate in enumerate((problem.rates[0], *problem.rates[2:]), start=1):
-        if rate > 1:
-            gain = gain.repeat_interleave(rate, dim=axis)
-    gain = gain.flatten(2)  # N, C2, taps
+    gain = problem.gain_of_taps(attention).squeeze(2).flatten(2)  # N, C2, taps
     if problem.depthwise:
         scaled = (weight.flatten(1) * gain).unsqueeze(3) * input.flatten(2).unsqueeze(2)
     else:

@@ -37,11 +37,7 @@ def _obstacle(problem: Problem) -> str | None:
 
 
 def _fused(problem: Problem, input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
-    gain = problem.gain(attention)
-    for axis, rate in enumerate(problem.rates, start=1):
-        if rate > 1 and axis != 2:
-            gain = gain.repeat_interleave(rate, dim=axis)
-    gain = gain.flatten(3)
+    gain = problem.gain_of_taps(attention).flatten(3)
     output: Tensor
     if problem.device in _KERNELS and tracing.eager(input, weight, gain):
         output = _Eager.apply(input, weight, gain, problem.geometry)
