@@ -14,6 +14,7 @@ from PIL import Image
 
 from awconv.data import Digits
 from awconv.export import onnx_format
+from awconv.ops import exports
 from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 
@@ -47,13 +48,13 @@ def batch() -> torch.Tensor:
 
 @pytest.fixture(scope="session", autouse=True)
 def _translated_once() -> Iterator[None]:
-    """Translation takes most of an export's time, and is the same for all files of the same input."""
+    """Translation takes most of an export's time, and is the same for all files of the same input and form."""
     known: dict[Any, Any] = {}
     translated = onnx_format.translated
 
     def remembered(module: torch.nn.Module, inputs: Any, opset: int | None) -> Any:
-        digest = sum(float(p.double().sum()) for p in module.parameters())
-        key = (type(module), digest, inputs, opset)
+        digest = sum(float(tensor.double().sum()) for tensor in module.state_dict().values())
+        key = (type(module), digest, inputs, opset, exports._target.get())
         if key not in known:
             known[key] = translated(module, inputs, opset)
         return copy.deepcopy(known[key])
