@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import awconv
+from awconv.export.openvino_format import core
 from awconv.tasks import ClassificationTask
 from tests.export.conftest import NAME, logits, normalised
 
@@ -121,13 +122,29 @@ class TestOpenVino:
     def test_computes_the_same(
         self, precision: str, tolerance: float, exported: Exported, task: ClassificationTask, batch: torch.Tensor
     ) -> None:
-        openvino = pytest.importorskip("openvino")
-        model = openvino.Core().read_model(exported(".xml", precision=precision))
+        pytest.importorskip("openvino")
+        model = core().read_model(exported(".xml", precision=precision))
         assert json.loads(model.get_rt_info(["awconv"]).value)["precision"] == precision
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         for count in (1, 50):
             got = compiled(normalised(task, batch[:count]))["logits"]
             assert_near(got, logits(task, batch[:count]), tolerance)
+
+    def test_signals_are_handled_when_files_are_gone(self, exported: Exported) -> None:
+        """Files with a Core each, dropped in the order in which they came, left signal handlers a freed stack."""
+        pytest.importorskip("openvino")
+        code = (
+            "import os, signal, sys\n"
+            "from pathlib import Path\n"
+            "from awconv.export.openvino_format import OpenVinoFile\n"
+            "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+            "files = [OpenVinoFile(Path(sys.argv[1])) for _ in range(3)]\n"
+            "while files:\n"
+            "    del files[0]\n"
+            "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, exported(".xml")], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "handled\n")
 
     def test_halves_take_less_room(self, exported: Exported) -> None:
         pytest.importorskip("openvino")

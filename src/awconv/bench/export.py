@@ -16,7 +16,7 @@ from awconv.bench.report import Format, Measurement, check_memory, check_range, 
 from awconv.bench.timing import ratios
 from awconv.export.graph import Inputs, prepared
 from awconv.export.onnx_format import translated
-from awconv.export.openvino_format import PRECISE
+from awconv.export.openvino_format import PRECISE, core
 from awconv.extras import require
 from awconv.fuse import fuse
 from awconv.ops.exports import Runtime
@@ -130,9 +130,7 @@ def _ready(
     facts = {"nodes": len(proto.graph.node), "export_seconds": time.perf_counter() - start}
     content = proto.SerializeToString()
     if runtime == "openvino":
-        openvino = require("openvino", extra="openvino")
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(content), "CPU", PRECISE)
+        compiled = core().compile_model(core().read_model(content), "CPU", PRECISE)
         return compiled.create_infer_request().infer, facts
     onnxruntime = require("onnxruntime", extra="onnx")
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

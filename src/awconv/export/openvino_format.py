@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,19 @@ from awconv.export.metadata import KEY, Metadata, parsed
 from awconv.extras import require
 
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}  # otherwise some CPUs compute in bfloat16
+
+
+@functools.cache
+def core() -> Any:
+    """OpenVINO's ``Core``, one for the whole process.
+
+    On Linux, the first network that a Core compiles gives signal handlers a stack of its own. Where several Cores go in
+    the order in which they came, the last one restores a stack that is freed, and the next signal ends the process.
+
+    Raises:
+        ModuleNotFoundError: the extra ``openvino`` is not installed.
+    """
+    return require("openvino", extra="openvino").Core()
 
 
 def write(proto: Any, metadata: Metadata, file: Path) -> None:
@@ -54,18 +68,17 @@ class OpenVinoFile:
     """
 
     def __init__(self, file: Path) -> None:
-        openvino = require("openvino", extra="openvino")
+        runtime = core()
         if not file.with_suffix(".bin").is_file():
             raise ValueError(f"{file} has no {file.with_suffix('.bin').name} beside it, which holds its weights")
-        core = openvino.Core()
         try:
-            model = core.read_model(file)
+            model = runtime.read_model(file)
         except Exception as error:  # of OpenVINO
             raise ValueError(f"{file} is broken, or no file of OpenVINO: {error}") from error
         self.metadata = parsed(str(model.get_rt_info([KEY]).value) if model.has_rt_info([KEY]) else None, file)
         self.nodes = len(model.get_ops())
         try:
-            self._compiled = core.compile_model(model, "CPU", PRECISE)
+            self._compiled = runtime.compile_model(model, "CPU", PRECISE)
         except Exception as error:  # of OpenVINO
             raise ValueError(f"OpenVINO cannot run {file}: {error}") from error
 
