@@ -51,11 +51,11 @@ def _translated_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
     translated = onnx_format.translated
 
-    def remembered(module: torch.nn.Module, inputs: Any, opset: int | None) -> Any:
+    def remembered(module: torch.nn.Module, inputs: Any, opset: int | None, operator: bool = False) -> Any:
         digest = sum(float(p.double().sum()) for p in module.parameters())
-        key = (type(module), digest, inputs, opset)
+        key = (type(module), digest, inputs, opset, operator)
         if key not in known:
-            known[key] = translated(module, inputs, opset)
+            known[key] = translated(module, inputs, opset, operator)
         return copy.deepcopy(known[key])
 
     patch = pytest.MonkeyPatch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,22 @@ from torch import nn
 
 from awconv.export.graph import Inputs
 from awconv.export.metadata import KEY, Metadata, parsed
+from awconv.export.ort import merge, ort_library, translations
 from awconv.extras import require
+from awconv.ops.exports import exporting_for
 
 _LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, and room for the metadata
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where a node's module is named
 
 
-def translated(module: nn.Module, inputs: Inputs, opset: int | None) -> Any:
+def translated(module: nn.Module, inputs: Inputs, opset: int | None, operator: bool = False) -> Any:
     """A module as an ONNX model, a ``ModelProto``.
 
     Args:
         module: in evaluation mode.
         inputs: what it takes.
         opset: the version of ONNX's operators; None takes PyTorch's default.
+        operator: whether AW-convolutions are awconv's operator, where its C code can run them.
 
     Raises:
         ValueError: PyTorch cannot export the network in this way, or a file of ONNX cannot hold it.
@@ -39,7 +42,7 @@ def translated(module: nn.Module, inputs: Inputs, opset: int | None) -> Any:
             "such limit"
         )
     try:
-        with _quiet():
+        with _quiet(), exporting_for("onnxruntime_operator", inputs.batch) if operator else nullcontext():
             program: Any = torch.onnx.export(
                 module,
                 inputs.examples(),
@@ -49,12 +52,15 @@ def translated(module: nn.Module, inputs: Inputs, opset: int | None) -> Any:
                 output_names=["boxes", "scores", "labels"] if inputs.detector else ["logits"],
                 dynamic_shapes=inputs.dynamic_shapes(),
                 opset_version=opset,
+                custom_translation_table=translations() if operator else None,
                 verbose=False,
             )
     except Exception as error:  # networks fail in ways of their own
         raise ValueError(f"PyTorch cannot export the network{_mend(inputs)}: {_innermost(error)}") from error
     proto = program.model_proto
     _check_dimensions(proto, inputs)
+    if operator:
+        merge(proto)
     return proto
 
 
@@ -147,6 +153,8 @@ class OnnxFile:
         self.nodes = len(proto.graph.node)
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors
+        if self.metadata.operator:
+            _register(options, file)
         try:
             self._session = runtime.InferenceSession(
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -160,6 +168,17 @@ class OnnxFile:
             None, {one.name: value for one, value in zip(self._session.get_inputs(), inputs, strict=True)}
         )
         return outputs
+
+
+def _register(options: Any, file: Path) -> None:
+    """Gives a session the operator that a file needs."""
+    try:
+        options.register_custom_ops_library(str(ort_library()))
+    except Exception as error:  # of ONNX Runtime, too
+        raise ValueError(
+            f"{file} was exported with --operator, for sessions with awconv's own operator: {_innermost(error)}. "
+            "Exported without --operator, it runs everywhere"
+        ) from error
 
 
 def _tensors(proto: Any) -> Iterator[Any]:

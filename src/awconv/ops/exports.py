@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from awconv.ops.problem import Problem, product
 
-Runtime = Literal["onnxruntime", "openvino"]
+Runtime = Literal["onnxruntime", "onnxruntime_operator", "openvino"]
 
 _SMALL = 8  # times as many input channels of a group as pixels, or the height of a map of channels by themselves
 _MOST_COLUMNS = 2**24  # elements of what the taps of a sample see: 64 MiB in single precision
@@ -39,7 +39,8 @@ def exporting_for(runtime: Runtime | None, batch: int | None = None) -> Iterator
     """Exports and traces inside choose each layer's form for a runtime.
 
     Args:
-        runtime: ``"onnxruntime"``, ``"openvino"`` or None for any.
+        runtime: ``"onnxruntime"``, the same with awconv's operator as ``"onnxruntime_operator"``, ``"openvino"``, or
+            None for any.
         batch: the batch size, if the graph takes no other.
     """
     token = _target.set(Target(runtime, batch))
@@ -53,6 +54,8 @@ def preferred(problem: Problem) -> list[str]:
     """Names of algorithms in the order in which an exported graph should have them."""
     runtime, batch = _target.get() or (None, None)
     names = ["output_gain", "input_gain"]
+    if runtime == "onnxruntime_operator":
+        names.append("fused")
     if runtime is not None and batch == 1:
         names.append("per_sample")
     if all(isinstance(size, int) for size in problem.size):
