@@ -123,7 +123,7 @@ static void lines_task(call_t *call, int64_t task, real *scratch) {
     problem_t part = call->problem;
     const int64_t n = task / call->segments, first = task % call->segments * call->together;
     const int64_t taps = product(part.kernel), plane = product(part.out_size), index = n * part.groups + first;
-    part.batch = 1, part.groups = least(call->together, part.groups - first);
+    part.batch = part.threads = 1, part.groups = least(call->together, part.groups - first);
     real *result = call->output + index * part.group_out * plane;
     correlate_lines(&part, 0, call->input + index * part.group_in * product(part.size),
                     call->weight + first * part.group_out * part.group_in * taps,
@@ -169,7 +169,7 @@ static status_t *run_panels(call_t *call, context_t *context) {
 }
 
 static status_t *run(call_t *call, context_t *context) {
-    problem_t *problem = &call->problem, small = *problem;
+    const problem_t *problem = &call->problem;
     const kernel_t *kernel = call->kernel;
     const int lines = in_lines(problem->group_out);
     call->layout = layout_of(problem, 0);
@@ -177,9 +177,7 @@ static status_t *run(call_t *call, context_t *context) {
     const int64_t weights = lines || kernel->packed ? 0 : problem->groups * packed_group(problem);
     if (lines) {
         call->together = 4 * groups_at_once(&call->layout), call->segments = ceil_div(problem->groups, call->together);
-        small.batch = 1, small.threads = problem->threads, problem->threads = 1;
         call->scratch = line_scratch(problem, 0);
-        problem->threads = small.threads;
     } else
         call->scratch = scratch_elements(problem, 0);
     call->scratch = ceil_div(call->scratch, PANEL) * PANEL;
