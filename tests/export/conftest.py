@@ -17,6 +17,7 @@ from awconv.export import onnx_format
 from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 
+Exported = Callable[..., Path]
 NAME = "aw_resnet8_cifar.digits"
 
 

@@ -174,7 +174,7 @@ def _check_operator(operator: bool, format: Runtime, precision: str) -> None:
     try:
         ort_library()
     except RuntimeError as error:
-        raise ValueError(f"the file could not be checked: {error}") from error
+        raise ValueError(f"a file with --operator cannot be checked here: {error}") from error
 
 
 def _check_detectors_options(settings: _Settings) -> None:
