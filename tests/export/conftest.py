@@ -18,6 +18,7 @@ from awconv.ops import exports
 from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 
+Exported = Callable[..., Path]
 NAME = "aw_resnet8_cifar.digits"
 
 
@@ -54,7 +55,7 @@ def _translated_once() -> Iterator[None]:
 
     def remembered(module: torch.nn.Module, inputs: Any, opset: int | None) -> Any:
         digest = sum(float(tensor.double().sum()) for tensor in module.state_dict().values())
-        key = (type(module), digest, inputs, opset, exports._target.get())
+        key = (type(module), digest, inputs, opset, exports.target())
         if key not in known:
             known[key] = translated(module, inputs, opset)
         return copy.deepcopy(known[key])

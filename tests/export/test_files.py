@@ -111,6 +111,7 @@ class TestOnnx:
             "min_size": 0,
             "max_size": 0,
             "stretched": False,
+            "operator": False,
         }
         content = file.read_bytes()
         assert str(Path(awconv.__file__).parent).encode() not in content  # PyTorch notes the code of each node

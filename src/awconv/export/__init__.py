@@ -5,5 +5,6 @@ from awconv.extras import require
 require("lightning", extra="train")
 
 from awconv.export.command import export
+from awconv.export.ort import ort_library
 
-__all__ = ["export"]
+__all__ = ["export", "ort_library"]

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +20,16 @@ from awconv.export.exported import ExportedClassifier, ExportedDetector, network
 from awconv.export.graph import Format, Inputs, exportable
 from awconv.export.images import Images, opened, shipped
 from awconv.export.metadata import Metadata
+from awconv.export.ort import ort_library
 from awconv.export.precision import halved, quantized
 from awconv.extras import require
+from awconv.ops.exports import Runtime
 from awconv.sources import load_task
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.terminal import printable
 
 _ENDINGS: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+_RUNTIMES: dict[Format, Runtime | None] = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": None}
 _CALIBRATING = 256  # images, at most
 
 
@@ -39,12 +42,21 @@ class _Settings:
         precision: of its numbers.
         inputs: what its network takes.
         opset: the version of ONNX's operators; None takes PyTorch's default.
+        operator: whether AW-convolutions are awconv's operator for ONNX Runtime.
     """
 
     format: Format
     precision: Literal["fp32", "fp16", "int8"]
     inputs: Inputs
     opset: int | None
+    operator: bool
+
+    @property
+    def form(self) -> Runtime | None:
+        """For which runtime each layer chooses its form."""
+        if self.precision == "int8":
+            return "quantized"
+        return "onnxruntime_operator" if self.operator else _RUNTIMES[self.format]
 
 
 def export(
@@ -59,6 +71,7 @@ def export(
     image_size: int | None = None,
     uint8: bool = False,
     opset: int | None = None,
+    operator: bool = False,
     pretrained: Path | None = None,
 ) -> int:
     """Writes a trained network as a file for ONNX Runtime, OpenVINO or AOTInductor, and checks it against PyTorch.
@@ -82,6 +95,8 @@ def export(
         image_size: height and width of the images, if not those that it was trained on.
         uint8: take bytes, images that are resized and cropped but not normalised, and normalise them in the network.
         opset: the version of ONNX's operators, if not PyTorch's default.
+        operator: for ONNX Runtime, make each AW-convolution one operator of awconv's own. It is faster, and a session
+            needs the library that awconv.export.ort_library builds on its machine.
         pretrained: a file of weights: those that an adapter was trained on, or a name's, in the place of timm's.
 
     Returns:
@@ -98,11 +113,12 @@ def export(
     _check_place(out)
     kind = _format(out, format)
     _check_options(kind, precision, calibrate, opset)
+    _check_operator(operator, kind, precision)
     for module, extra in _NEEDED[kind].items():
         require(module, extra=extra)
     task: Any = load_task(source, pretrained, image_size)
     inputs = inputs_of(task, batch, size == "dynamic", uint8)
-    settings = _Settings(kind, precision, inputs, opset)
+    settings = _Settings(kind, precision, inputs, opset, operator)
     if inputs.detector:
         _check_detectors_options(settings)
     classes: list[str] = task.classes
@@ -156,6 +172,20 @@ def _check_options(format: Format, precision: str, calibrate: Path | None, opset
         raise ValueError(f"opset must be from 18 to 30, got {opset}")
 
 
+def _check_operator(operator: bool, format: Format, precision: str) -> None:
+    """Raises an error where the operator cannot be used."""
+    if not operator:
+        return
+    if format != "onnx":
+        raise ValueError(f"operator is for ONNX Runtime: --format must be onnx, got {format}, which cannot load it")
+    if precision != "fp32":
+        raise ValueError(f"precision must be fp32 with --operator, which computes in single precision, got {precision}")
+    try:
+        ort_library()
+    except RuntimeError as error:
+        raise ValueError(f"a file with --operator cannot be checked here: {error}") from error
+
+
 def _check_detectors_options(settings: _Settings) -> None:
     """Raises a ValueError for options that a detector does not have."""
     if settings.format == "pt2":
@@ -178,8 +208,8 @@ def _compared(exported: ExportedClassifier | ExportedDetector, task: Task, input
 
 
 def _write(task: Task, settings: _Settings, calibrating: Images | None, file: Path) -> None:
-    metadata = metadata_of(task, settings.inputs, settings.precision)
-    with exportable(task, settings.inputs, settings.format, settings.precision == "int8") as module:
+    metadata = replace(metadata_of(task, settings.inputs, settings.precision), operator=settings.operator)
+    with exportable(task, settings.inputs, settings.form) as module:
         if settings.format == "pt2":
             pt2_format.write(module, settings.inputs, metadata, file)
             return

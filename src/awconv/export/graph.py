@@ -99,9 +99,6 @@ class Normalising(nn.Module):
         return logits
 
 
-_RUNTIMES: dict[Format, exports.Runtime | None] = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": None}
-
-
 @contextmanager
 def prepared(network: nn.Module, form: exports.Runtime | None, batch: int | None) -> Iterator[nn.Module]:
     """A copy of a network, fused for inference; it is exported inside, in the form that suits a runtime."""
@@ -110,12 +107,9 @@ def prepared(network: nn.Module, form: exports.Runtime | None, batch: int | None
 
 
 @contextmanager
-def exportable(task: Task, inputs: Inputs, format: Format, eight_bits: bool = False) -> Iterator[nn.Module]:
-    """The module to export for a classifier or a detector; it is exported inside."""
-    form, batch = _RUNTIMES[format], inputs.batch
-    if eight_bits:
-        form = "quantized"
-    with prepared(task.evaluated, form, batch) as network:
+def exportable(task: Task, inputs: Inputs, form: exports.Runtime | None) -> Iterator[nn.Module]:
+    """The module to export for a classifier or a detector; it is exported inside, in the form for a runtime."""
+    with prepared(task.evaluated, form, inputs.batch) as network:
         if isinstance(task, ClassificationTask):
             yield Normalising(network, task.mean, task.std).eval() if inputs.uint8 else network
         else:

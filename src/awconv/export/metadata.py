@@ -37,6 +37,7 @@ class Metadata:
         min_size: length of the shorter side to which a detector for any size takes images, in pixels; 0 for others.
         max_size: the largest length of the longer side, likewise.
         stretched: whether images are resized to a detector's input whatever their aspect, as SSD300's are.
+        operator: whether its sessions need awconv's operator for ONNX Runtime.
     """
 
     awconv: str
@@ -56,6 +57,7 @@ class Metadata:
     min_size: int = 0
     max_size: int = 0
     stretched: bool = False
+    operator: bool = False
 
     def text(self) -> str:
         """As JSON."""
@@ -114,6 +116,7 @@ def _check(content: Mapping[str, Any]) -> None:
         "min_size": _are(int, [content["min_size"]]) and 0 <= content["min_size"] <= _LARGEST,
         "max_size": _are(int, [content["max_size"]]) and 0 <= content["max_size"] <= _LARGEST,
         "stretched": isinstance(content["stretched"], bool),
+        "operator": isinstance(content["operator"], bool),
         "score_threshold": _are(float, [content["score_threshold"]]) and 0 <= content["score_threshold"] <= 1,
     }
     wrong = [name for name, right in wanted.items() if not right]

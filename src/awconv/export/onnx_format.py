@@ -15,14 +15,16 @@ from torch import nn
 
 from awconv.export.graph import Inputs
 from awconv.export.metadata import KEY, Metadata, parsed
+from awconv.export.ort import merge, ort_library, translations
 from awconv.extras import require
+from awconv.ops.exports import target
 
 _LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, and room for the metadata
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where a node's module is named
 
 
 def translated(module: nn.Module, inputs: Inputs, opset: int | None) -> Any:
-    """A module as an ONNX model, a ``ModelProto``.
+    """A module as an ONNX model, a ``ModelProto``, in the form of :func:`~awconv.ops.exports.exporting_for`.
 
     Args:
         module: in evaluation mode.
@@ -38,6 +40,7 @@ def translated(module: nn.Module, inputs: Inputs, opset: int | None) -> Any:
             f"a file of ONNX holds at most 2 GiB, and the network's weights have {size / 2**30:.1f} GiB; a .pt2 has no "
             "such limit"
         )
+    operator = target().runtime == "onnxruntime_operator"
     try:
         with _quiet():
             program: Any = torch.onnx.export(
@@ -49,12 +52,15 @@ def translated(module: nn.Module, inputs: Inputs, opset: int | None) -> Any:
                 output_names=["boxes", "scores", "labels"] if inputs.detector else ["logits"],
                 dynamic_shapes=inputs.dynamic_shapes(),
                 opset_version=opset,
+                custom_translation_table=translations() if operator else None,
                 verbose=False,
             )
     except Exception as error:  # networks fail in ways of their own
         raise ValueError(f"PyTorch cannot export the network{_mend(inputs)}: {_innermost(error)}") from error
     proto = program.model_proto
     _check_dimensions(proto, inputs)
+    if operator:
+        merge(proto)
     return proto
 
 
@@ -147,6 +153,8 @@ class OnnxFile:
         self.nodes = len(proto.graph.node)
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors
+        if self.metadata.operator:
+            _register(options, file)
         try:
             self._session = runtime.InferenceSession(
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -160,6 +168,17 @@ class OnnxFile:
             None, {one.name: value for one, value in zip(self._session.get_inputs(), inputs, strict=True)}
         )
         return outputs
+
+
+def _register(options: Any, file: Path) -> None:
+    """Gives a session the operator that a file needs."""
+    try:
+        options.register_custom_ops_library(str(ort_library()))
+    except Exception as error:  # of ONNX Runtime, too
+        raise ValueError(
+            f"{file} was exported with --operator, for sessions with awconv's own operator: {_innermost(error)}. "
+            "Exported without --operator, it runs everywhere"
+        ) from error
 
 
 def _tensors(proto: Any) -> Iterator[Any]:

@@ -79,6 +79,20 @@ def library(source: Path, dtype: torch.dtype) -> ctypes.CDLL | str:
         return f"its C code could not be built or loaded: {error}"
 
 
+def kept_file(library: ctypes.CDLL) -> Path | None:
+    """Where the cache keeps a library, for those who load it by its path; None if it is not kept."""
+    name = Path(library._name).name
+    with _cache() as cache:
+        if cache is None:
+            return None
+        try:
+            if _checksum(_own_content(cache, name)) != name.rpartition("_")[2].removesuffix(".so"):
+                return None
+        except OSError:
+            return None
+        return _folder_path() / name
+
+
 @contextmanager
 def _cache() -> Iterator[int | None]:
     """The open folder of kept libraries, locked, so that of many processes that start at once one builds; None where
@@ -104,8 +118,7 @@ def _cache() -> Iterator[int | None]:
 def _open_folder() -> int:
     if os.name != "posix":
         raise OSError("who may write a folder is only known on POSIX systems")
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    path = (chosen if chosen.is_absolute() else Path.home() / ".cache") / "awconv"
+    path = _folder_path()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.lstat().st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to another user; name a folder of your own in XDG_CACHE_HOME")
@@ -117,6 +130,11 @@ def _open_folder() -> int:
             "own in XDG_CACHE_HOME"
         )
     return folder
+
+
+def _folder_path() -> Path:
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (chosen if chosen.is_absolute() else Path.home() / ".cache") / "awconv"
 
 
 def _is_own(status: os.stat_result) -> bool:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from awconv.ops import tracing
 from awconv.ops.problem import Problem, product
 
-Runtime = Literal["onnxruntime", "openvino", "quantized"]
+Runtime = Literal["onnxruntime", "onnxruntime_operator", "openvino", "quantized"]
 
 _SMALL = 8  # times as many input channels of a group as pixels, or the height of a map of channels by themselves
 _MOST_COLUMNS = 2**24  # elements of what the taps of a sample see: 64 MiB in single precision
@@ -32,7 +32,7 @@ class Target(NamedTuple):
     batch: int | None = None
 
 
-_target: ContextVar[Target | None] = ContextVar("awconv.exporting_for", default=None)
+_target: ContextVar[Target] = ContextVar("awconv.exporting_for", default=Target())  # noqa: B039 - a tuple
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def exporting_for(runtime: Runtime | None, batch: int | None = None) -> Iterator
     """Exports and traces inside choose each layer's form for a runtime.
 
     Args:
-        runtime: ``"onnxruntime"``, ``"openvino"``, ``"quantized"`` for weights that shall all be constants of their own
-            convolutions, or None for any.
+        runtime: ``"onnxruntime"``, the same with awconv's operator as ``"onnxruntime_operator"``, ``"openvino"``,
+            ``"quantized"`` for weights that shall all be constants of their own convolutions, or None for any.
         batch: the batch size, if the graph takes no other.
     """
     token = _target.set(Target(runtime, batch))
@@ -51,10 +51,17 @@ def exporting_for(runtime: Runtime | None, batch: int | None = None) -> Iterator
         _target.reset(token)
 
 
+def target() -> Target:
+    """What the export that runs is for."""
+    return _target.get()
+
+
 def preferred(problem: Problem) -> list[str]:
     """Names of algorithms in the order in which an exported graph should have them."""
-    runtime, batch = _target.get() or (None, None)
+    runtime, batch = target()
     names = ["output_gain", "input_gain"]
+    if runtime == "onnxruntime_operator":
+        names.append("fused")
     if batch == 1 and (runtime == "openvino" or (runtime == "onnxruntime" and problem.depthwise)):
         names.append("per_sample")
     if runtime != "quantized" and tracing.has_numbers(problem.size):
