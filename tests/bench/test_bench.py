@@ -263,7 +263,8 @@ def test_condconv_takes_the_same_places() -> None:
 
 def test_exported_networks_are_measured_in_their_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
-    runtimes = "onnxruntime,pytorch" if importlib.util.find_spec("openvino") is None else "onnxruntime,openvino,pytorch"
+    runtimes = "onnxruntime,onnxruntime_operator,pytorch"
+    runtimes += "" if importlib.util.find_spec("openvino") is None else ",openvino"
     arguments = ["aw_resnet8_cifar", "--batch=1,2", "--rounds=1", f"--runtimes={runtimes}", "--format=json"]
     assert main(["bench", "export", *arguments]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -275,4 +276,4 @@ def test_exported_networks_are_measured_in_their_runtimes(capsys: pytest.Capture
     nodes = {row["way"]: row["facts"]["nodes"] for row in rows if row["work"] == "onnxruntime, batch 1"}
     assert nodes["plain"] < nodes["aw"]
     assert main(["bench", "export", "aw_resnet8_cifar", "--runtimes=tensorrt"]) == 1
-    assert "runtimes must be some of onnxruntime, openvino, pytorch" in capsys.readouterr().err
+    assert "runtimes must be some of onnxruntime, onnxruntime_operator, openvino, pytorch" in capsys.readouterr().err

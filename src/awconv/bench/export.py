@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from awconv.bench.timing import ratios
 from awconv.export.graph import Inputs, prepared
 from awconv.export.onnx_format import translated
 from awconv.export.openvino_format import PRECISE, core
+from awconv.export.ort import ort_library
 from awconv.extras import require
 from awconv.fuse import fuse
 from awconv.ops.exports import Runtime
 from awconv.tasks.checks import check_network
 
-RUNTIMES = ("onnxruntime", "openvino", "pytorch")
+RUNTIMES = ("onnxruntime", "onnxruntime_operator", "openvino", "pytorch")
 Call = Callable[[], None]
 
 
@@ -42,8 +43,8 @@ def bench_export(
     Args:
         networks: their names, such as aw_resnet50. A network without attention is measured beside its conversion.
         batch: images; several numbers, with commas, make rows for each.
-        runtimes: some of ``onnxruntime``, ``openvino`` (both in float32) and ``pytorch`` (eager; after
-            ``awconv.fuse``), with commas.
+        runtimes: some of ``onnxruntime``, ``onnxruntime_operator`` (with awconv's own operator), ``openvino`` (all in
+            float32) and ``pytorch`` (eager; after ``awconv.fuse``), with commas.
         size: height and width of the images; the network's own by default.
         fixed: export for each number of images by itself. False exports once, for any.
         rounds: how often each is timed.
@@ -54,6 +55,7 @@ def bench_export(
 
     Raises:
         ModuleNotFoundError: an extra is not installed.
+        OSError: awconv's operator cannot be built here.
         ValueError: an argument is out of range, or timm does not know a network.
     """
     check_range(rounds=rounds, **({} if size is None else {"size": size}))
@@ -65,6 +67,8 @@ def bench_export(
     if wanted != ["pytorch"]:
         require("onnxscript", extra="onnx")
         require("onnxruntime", extra="onnx")
+    if "onnxruntime_operator" in wanted:
+        ort_library()
     measurements: list[Measurement] = []
     for name in networks:
         sides = {way: network.eval() for way, (network, _) in competitors(name, "auto", ["se"]).items()}
@@ -123,9 +127,8 @@ def _ready(
                 fused(torch.from_numpy(input))
 
         return run_fused, {}
-    form: Runtime = "onnxruntime" if runtime == "onnxruntime" else "openvino"
     start = time.perf_counter()
-    with prepared(network, form, batch) as module:
+    with prepared(network, cast("Runtime", runtime), batch) as module:
         proto = translated(module, Inputs(shape, batch, dynamic_size=False, uint8=False), None)
     facts = {"nodes": len(proto.graph.node), "export_seconds": time.perf_counter() - start}
     content = proto.SerializeToString()
@@ -133,6 +136,9 @@ def _ready(
         compiled = core().compile_model(core().read_model(content), "CPU", PRECISE)
         return compiled.create_infer_request().infer, facts
     onnxruntime = require("onnxruntime", extra="onnx")
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if runtime == "onnxruntime_operator":
+        options.register_custom_ops_library(str(ort_library()))
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     entry = session.get_inputs()[0].name
     return lambda input: session.run(None, {entry: input}), facts

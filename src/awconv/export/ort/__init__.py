@@ -31,14 +31,14 @@ def ort_library() -> Path:
         Its path, in the cache of the package. It is for processors like this machine's: build it where it runs.
 
     Raises:
-        RuntimeError: there is no C compiler, it fails, or the library cannot be kept.
+        OSError: there is no C compiler, it fails, or the library cannot be kept.
     """
     built = library(_SOURCE, torch.float32)
     if isinstance(built, str):
-        raise RuntimeError(f"awconv's operator for ONNX Runtime cannot be had here: {built}")
+        raise OSError(f"awconv's operator for ONNX Runtime cannot be had here: {built}")
     file = kept_file(built)
     if file is None:
-        raise RuntimeError(
+        raise OSError(
             "awconv's operator for ONNX Runtime cannot be had here: there is no cache to keep its library in; name a "
             "folder of your own in XDG_CACHE_HOME"
         )
