@@ -128,6 +128,7 @@ CASES = {
     "depthwise": Case((21, 21), (9, 16), (3, 3), groups=21, batch=3, bias=True),
     "depthwise, more than a task has": Case((130, 130), (4, 5), (3, 3), groups=130),
     "depthwise with strides": Case((9, 9), (10, 33), (5, 5), groups=9, stride=2, pads=(2, 2), batch=1),
+    "depthwise, rows shorter than a vector": Case((34, 34), (7, 6), (3, 3), groups=34, bias=True),
     "one axis": Case((3, 17), (23,), (3,), stride=2),
     "three axes": Case((2, 5), (3, 4, 5), (2, 3, 3)),
     "an even kernel without padding": Case((3, 40), (6, 5), (2, 4), pads=(0, 0)),

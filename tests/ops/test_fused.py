@@ -31,6 +31,15 @@ CASES = {
     "every input channel": Case(2, 2, (8, 8), (20, 18, 3, 3), (20, 18, 3, 3), padding=1),
     "groups": Case(2, 3, (7, 7), (72, 12, 3, 3), (72, 1, 3, 3), padding=1, groups=3),
     "depthwise": Case(2, 2, (20, 19), (24, 1, 3, 3), (24, 1, 3, 3), padding=1, groups=24),
+    "depthwise, rows shorter than a vector": Case(2, 2, (7, 5), (37, 1, 3, 3), (37, 1, 3, 3), padding=1, groups=37),
+    "depthwise, many rows in a vector": Case(2, 1, (9, 1), (16, 1, 3, 1), (16, 1, 3, 1), padding=(1, 0), groups=16),
+    "depthwise, strides that leave rows": Case(
+        2, 3, (12, 38), (33, 1, 3, 2), (33, 1, 3, 2), stride=(2, 3), padding=(1, 0), groups=33
+    ),
+    "depthwise, dilation and much padding": Case(
+        2, 2, (6, 21), (19, 1, 3, 3), (19, 1, 3, 3), dilation=(3, 2), padding=(5, 4), groups=19
+    ),
+    "depthwise, one axis": Case(1, 2, (45,), (18, 1, 5), (18, 1, 5), padding=2, groups=18),
     "depthwise, two outputs a channel": Case(
         2, 2, (9, 8), (20, 1, 3, 3), (20, 1, 3, 3), padding=1, groups=10, stride=2
     ),

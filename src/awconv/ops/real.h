@@ -13,4 +13,9 @@
 #ifndef REAL
 #define REAL float
 #endif
+#define BYTES_float 4
+#define BYTES_double 8
+#define BYTES_OF(type) BYTES_##type
+#define BYTES_OF_MACRO(type) BYTES_OF(type)
+#define REAL_BYTES BYTES_OF_MACRO(REAL) /* for the preprocessor, which does not know sizeof */
 typedef REAL real;

@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 #include "../../ops/fused/cpu_correlate.h"
-#include "../../ops/fused/cpu_lines.h"
+#include "../../ops/fused/cpu_lanes.h"
 #include "runtime.h"
 
 #define EXPORTED __attribute__((visibility("default")))
@@ -48,7 +48,8 @@ typedef struct {
     const real *input, *weight, *gain, *bias, *packed;
     real *output, *rows, *scratches, *all_packed;
     int64_t start, samples; /* the samples that are in the rows */
-    int64_t segments, slices, together, scratch;
+    lanes_t lanes;
+    int64_t segments, slices, together, skipped, scratch;
     int64_t tasks, next; /* the next one is taken by the thread that is free first */
 } call_t;
 
@@ -118,10 +119,20 @@ static void correlate_task(call_t *call, int64_t task, real *scratch) {
                group * problem->group_out + p);
 }
 
+/* Some rows of the output of a sample, for a vector of channels that are convolved by themselves. */
+static void lane_task(call_t *call, int64_t task, real *scratch) {
+    const share_t share = share_of_lanes(&call->lanes, task);
+    const int64_t width = call->problem.out_size[2], count = (share.stop - share.begin) * width;
+    real *result = call->output + (share.sample * call->problem.groups + share.channel) * call->lanes.shape.plane;
+    lanes_task(&call->lanes, task, scratch);
+    for (int64_t lane = 0; lane < LANES; lane++)
+        finish(call, result + lane * call->lanes.shape.plane + share.begin * width, count, share.channel + lane);
+}
+
 /* Some groups of few channels of a sample, as a problem of their own. */
 static void lines_task(call_t *call, int64_t task, real *scratch) {
     problem_t part = call->problem;
-    const int64_t n = task / call->segments, first = task % call->segments * call->together;
+    const int64_t n = task / call->segments, first = call->skipped + task % call->segments * call->together;
     const int64_t taps = product(part.kernel), plane = product(part.out_size), index = n * part.groups + first;
     part.batch = part.threads = 1, part.groups = least(call->together, part.groups - first);
     real *result = call->output + index * part.group_out * plane;
@@ -142,6 +153,7 @@ static void lines_task(call_t *call, int64_t task, real *scratch) {
 WORKER(pack_task)
 WORKER(copy_task)
 WORKER(correlate_task)
+WORKER(lane_task)
 WORKER(lines_task)
 
 static status_t *run_tasks(call_t *call, context_t *context, void (*run)(void *, size_t), int64_t tasks) {
@@ -149,7 +161,16 @@ static status_t *run_tasks(call_t *call, context_t *context, void (*run)(void *,
     return call->kernel->runtime->in_parallel(context, run, least(call->problem.threads, tasks), 0, call);
 }
 
+static status_t *run_lanes(call_t *call, context_t *context) {
+    lanes_t *plan = &call->lanes;
+    plan->source = call->input, plan->weight = call->weight, plan->gain = call->gain, plan->result = call->output;
+    plan->end = call->input + call->problem.batch * call->problem.groups * product(call->problem.size);
+    return run_tasks(call, context, lane_tasks, call->problem.batch * plan->chunks * plan->bands);
+}
+
+/* The groups that are left. */
 static status_t *run_lines(call_t *call, context_t *context) {
+    call->segments = ceil_div(call->problem.groups - call->skipped, call->together);
     return run_tasks(call, context, lines_tasks, call->problem.batch * call->segments);
 }
 
@@ -171,13 +192,17 @@ static status_t *run_panels(call_t *call, context_t *context) {
 static status_t *run(call_t *call, context_t *context) {
     const problem_t *problem = &call->problem;
     const kernel_t *kernel = call->kernel;
-    const int lines = in_lines(problem->group_out);
+    const int lanes = in_lanes(problem, 0), lines = lanes || in_lines(problem->group_out);
     call->layout = layout_of(problem, 0);
     const int64_t copies = lines ? 0 : rows_at_once(problem, &call->layout) * problem->groups * call->layout.group;
     const int64_t weights = lines || kernel->packed ? 0 : problem->groups * packed_group(problem);
     if (lines) {
-        call->together = 4 * groups_at_once(&call->layout), call->segments = ceil_div(problem->groups, call->together);
+        call->together = 4 * groups_at_once(&call->layout);
         call->scratch = line_scratch(problem, 0);
+        if (lanes) {
+            call->lanes = lanes_of(problem, 0), call->skipped = call->lanes.chunks * LANES;
+            call->scratch = most(call->scratch, lane_scratch(&call->lanes));
+        }
     } else
         call->scratch = scratch_elements(problem, 0);
     call->scratch = ceil_div(call->scratch, PANEL) * PANEL;
@@ -189,7 +214,9 @@ static status_t *run(call_t *call, context_t *context) {
     call->rows = workspace, call->all_packed = workspace + copies + LANES;
     call->scratches = call->all_packed + weights;
     call->packed = kernel->packed ? kernel->packed : call->all_packed;
-    status_t *status = lines ? run_lines(call, context) : run_panels(call, context);
+    status_t *status = lanes ? run_lanes(call, context) : NULL;
+    if (!status && !lines) status = run_panels(call, context);
+    if (!status && lines) status = run_lines(call, context);
     allocator->release(allocator, workspace);
     return status;
 }

@@ -13,31 +13,42 @@
  * tile of LANES x positions stays in registers over all taps and channels. The scaled weights of a panel fit in
  * the second-level cache and exist for one sample at a time. u is never stored: a tile of it is used for both gradients
  * as soon as it is summed. Where a group has few channels, as in depthwise convolutions, positions take the lanes instead
- * (lines). No sum is split between threads, so that results do not depend on their number.
+ * (lines); LANES depthwise convolutions and more take them again, transposed (lanes). No sum is split between threads, so that results do not depend on their number.
  */
 #include "cpu_correlate.h"
-#include "cpu_lines.h"
+#include "cpu_lanes.h"
 #include "cpu_sums.h"
+
+typedef void correlate_function(const problem_t *, int, const real *, const real *, const real *, real *, real *);
+
+static correlate_function *correlation(const problem_t *problem, int transposed) {
+    if (in_lanes(problem, transposed)) return correlate_lanes;
+    return in_lines(transposed ? problem->group_in : problem->group_out) ? correlate_lines : correlate;
+}
+
+static int64_t any_workspace(const problem_t *problem, int transposed) {
+    correlate_function *chosen = correlation(problem, transposed);
+    return chosen == correlate_lanes   ? lanes_workspace(problem, transposed)
+           : chosen == correlate_lines ? problem->threads * line_scratch(problem, transposed)
+                                       : correlate_workspace(problem, transposed);
+}
 
 int64_t workspace_elements(const problem_t *problem, int backward) {
     const int64_t threads = problem->threads;
-    if (!backward)
-        return in_lines(problem->group_out) ? threads * line_scratch(problem, 0) : correlate_workspace(problem, 0);
-    return most(in_lines(problem->group_in) ? threads * line_scratch(problem, 1) : correlate_workspace(problem, 1),
+    if (!backward) return any_workspace(problem, 0);
+    return most(any_workspace(problem, 1),
                 in_lines(problem->group_out) ? threads * sum_line_scratch(problem) : sum_workspace(problem));
 }
 
 void forward(const problem_t *problem, const real *input, const real *weight, const real *gain, real *output,
              real *workspace) {
-    (in_lines(problem->group_out) ? correlate_lines : correlate)(problem, 0, input, weight, gain, output, workspace);
+    correlation(problem, 0)(problem, 0, input, weight, gain, output, workspace);
 }
 
 /* Gradients that are not wanted are null; those of weight and gain come together. */
 void backward(const problem_t *problem, const real *grad_output, const real *input, const real *weight, const real *gain,
               real *grad_input, real *grad_weight, real *grad_gain, real *workspace) {
-    if (grad_input)
-        (in_lines(problem->group_in) ? correlate_lines : correlate)(problem, 1, grad_output, weight, gain, grad_input,
-                                                                    workspace);
+    if (grad_input) correlation(problem, 1)(problem, 1, grad_output, weight, gain, grad_input, workspace);
     if (grad_weight)
         (in_lines(problem->group_out) ? sum_lines : sum)(problem, grad_output, input, weight, gain, grad_weight, grad_gain,
                                                          workspace);

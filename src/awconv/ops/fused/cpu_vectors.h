@@ -38,34 +38,50 @@ static int64_t product(const int64_t *sizes) { return sizes[0] * sizes[1] * size
 static int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
 static int64_t floor_div(int64_t a, int64_t b) { return -ceil_div(-a, b); }
 
-/* The transpose of a square of LANES vectors, in registers: in each round, halves (quarters, ...) change places. */
-INLINE void transpose_square(vec *rows) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        mask low, high;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < LANES; lane++) {
-            low[lane] = lane & half ? LANES + lane - half : lane;
-            high[lane] = lane & half ? LANES + lane : lane + half;
-        }
-#pragma GCC unroll 16
-        for (int row = 0; row < LANES; row++)
-            if (!(row & half)) {
-                vec first = rows[row], second = rows[row + half];
-                rows[row] = __builtin_shuffle(first, second, low);
-                rows[row + half] = __builtin_shuffle(first, second, high);
-            }
-    }
+/* Halves (quarters, ...) of two vectors change places. The lanes are literals: from those of a loop, GCC makes no constants,
+ * and a transposition takes three times as long. */
+#if REAL_BYTES == 4
+typedef int32_t indices __attribute__((vector_size(VECTOR_BYTES)));
 #else
-    for (int row = 0; row < LANES; row++)
-        for (int lane = 0; lane < row; lane++) {
-            real kept = rows[row][lane];
-            rows[row][lane] = rows[lane][row];
-            rows[lane][row] = kept;
-        }
+typedef int64_t indices __attribute__((vector_size(VECTOR_BYTES)));
 #endif
-}
+#define LOW(half, lane) (lane & half ? LANES + lane - half : lane)
+#define HIGH(half, lane) (lane & half ? LANES + lane : lane + half)
+#define OF_2(function, half) function(half, 0), function(half, 1)
+#define OF_4(function, half) OF_2(function, half), function(half, 2), function(half, 3)
+#define OF_8(function, half) \
+    OF_4(function, half), function(half, 4), function(half, 5), function(half, 6), function(half, 7)
+#define OF_16(function, half)                                                                                        \
+    OF_8(function, half), function(half, 8), function(half, 9), function(half, 10), function(half, 11),              \
+        function(half, 12), function(half, 13), function(half, 14), function(half, 15)
+#if VECTOR_BYTES == 16 * REAL_BYTES
+#define OF_ALL OF_16
+#define HALVES(round) round(8) round(4) round(2) round(1)
+#elif VECTOR_BYTES == 8 * REAL_BYTES
+#define OF_ALL OF_8
+#define HALVES(round) round(4) round(2) round(1)
+#elif VECTOR_BYTES == 4 * REAL_BYTES
+#define OF_ALL OF_4
+#define HALVES(round) round(2) round(1)
+#else
+#define OF_ALL OF_2
+#define HALVES(round) round(1)
+#endif
+#ifdef __clang__
+#define SHUFFLE(first, second, lanes, half) __builtin_shufflevector(first, second, OF_ALL(lanes, half))
+#else
+#define SHUFFLE(first, second, lanes, half) __builtin_shuffle(first, second, (indices){OF_ALL(lanes, half)})
+#endif
+#define EXCHANGE(half)                                                  \
+    _Pragma("GCC unroll 16") for (int row = 0; row < LANES; row++)      \
+        if (!(row & half)) {                                            \
+            const vec first = rows[row], second = rows[row + half];     \
+            rows[row] = SHUFFLE(first, second, LOW, half);              \
+            rows[row + half] = SHUFFLE(first, second, HIGH, half);      \
+        }
+
+/* The transpose of a square of LANES vectors, in registers. */
+INLINE void transpose_square(vec *rows) { HALVES(EXCHANGE) }
 
 /* to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns. Vectors are read beyond the last column,
  * but not beyond the end of what may be read. */
