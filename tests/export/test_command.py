@@ -173,11 +173,11 @@ def test_a_runtime_that_is_not_installed_is_named(
     assert f"needs {module!r}, which is not installed: pip install 'awconv[{extra}]'" in capsys.readouterr().err
 
 
-def test_a_package_needs_a_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    assert main(["export", NAME, f"--out={tmp_path / 'a.pt2'}"]) == 1
+def test_a_package_needs_a_compiler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch._inductor.config
+
+    with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):  # monkeypatch would remove it afterwards
+        assert main(["export", NAME, f"--out={tmp_path / 'a.pt2'}"]) == 1
     needs = "awconv export: --format=pt2 needs a C++ compiler: install g++, or name one in the variable CXX\n"
     assert capsys.readouterr().err == needs
     assert not list(tmp_path.iterdir())
