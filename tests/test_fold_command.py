@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -265,3 +266,13 @@ def test_networks_that_convert_themselves_are_refused(
     assert main(["fold", NAME, "--data=Digits", "--max_drop=100", f"--out={out}"]) == 1
     assert "makes AW-convolutions by code of its own" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_data_of_another_kind_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, index in itertools.product(("train", "val"), range(10)):
+        folder = tmp_path / part / str(index)
+        folder.mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8), (index, number, 0)).save(folder / f"{number}.png")
+    assert main(["fold", NAME, "--data=ImageFolder", f"--data.root={tmp_path}", f"--out={tmp_path / 'o.ckpt'}"]) == 1
+    assert "the network has channels [1], and the data have [3]; give data as it was" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.ops.misc import ConvNormActivation
 
 import awconv
 from awconv import AWConv1d, AWConv2d, AWConv3d
@@ -92,12 +93,52 @@ def test_a_plain_network_is_fused_too() -> None:
         awconv.fuse(model.state_dict())  # type: ignore[arg-type]
 
 
+class Steps(nn.Module):
+    """Takes a Sequential in steps, and keeps what is between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.sum() > 1e9:
+            return input
+        kept = []
+        for step in self.steps:
+            input = step(input)
+            kept += [input.mean()]
+        return torch.stack(kept)
+
+
+class Paths(nn.Module):
+    """Has one path for what it was not given, one for tensors, and one that reads weights; counts its calls."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.path, self.calls, self.last = path, 0, [torch.zeros(())]
+
+    def forward(self, input: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.calls += 1
+        output = self.conv(input)
+        if (self.path == "default" and mask is None) or (self.path == "tensor" and isinstance(input, torch.Tensor)):
+            return output
+        if self.path == "kept":
+            self.last = [output]
+        scale = torch.ones(())
+        if self.path == "weight":
+            scale = self.conv.weight.abs().sum()
+        if self.path == "statistics":
+            scale = self.norm.running_var.sum()
+        return self.norm(output) * scale + self.last[0].mean()
+
+
 class Untraceable(nn.Module):
     """Asks for a value, which torch.fx has not; its block can be traced."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.block = ConvNormActivation(3, 8, 3, norm_layer=nn.BatchNorm2d)
         self.norm = nn.BatchNorm2d(8)  # outside of what can be traced
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -121,7 +162,16 @@ class Shared(nn.Module):
         return self.free(self.norm2(self.second(self.norm1(self.first(output)))))
 
 
-@pytest.mark.parametrize(("model", "channels", "left"), [(Untraceable(), 3, 1), (Shared(), 4, 4)])
+@pytest.mark.parametrize(
+    ("model", "channels", "left"),
+    [
+        (Untraceable(), 3, 1),
+        (Shared(), 4, 4),
+        (Steps(), 3, 2),
+        *((Paths(path), 3, 1) for path in ("default", "tensor", "kept", "weight", "statistics")),
+        (Paths("none"), 3, 0),
+    ],
+)
 def test_what_cannot_be_folded_is_left(model: nn.Module, channels: int, left: int) -> None:
     images = torch.randn(4, channels, 12, 12)
     calibrated(model, images)
@@ -129,6 +179,90 @@ def test_what_cannot_be_folded_is_left(model: nn.Module, channels: int, left: in
         expected = model(images)
         torch.testing.assert_close(awconv.fuse(model)(images), expected, rtol=1e-4, atol=1e-4)
     assert norms(model) == left
+
+
+def test_what_was_traced_did_not_run() -> None:
+    model = awconv.fuse(Paths("kept"))
+    assert model.calls == 0
+    assert type(model.last[0]) is torch.Tensor
+
+
+def double(module: nn.Module) -> None:
+    """Gives a module a forward of its own."""
+    forward = module.forward
+    module.forward = lambda input: 2 * forward(input)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("place", ["0", "1", "0.attention", "0.attention.conv1"])
+def test_a_forward_of_an_instance_is_kept(place: str) -> None:
+    images = torch.randn(4, 3, 9, 9)
+    model = calibrated(nn.Sequential(AWConv2d(3, 8, 3), nn.BatchNorm2d(8)), images)
+    double(model.get_submodule(place))
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(awconv.fuse(model)(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_activation_of_a_branch_is_kept() -> None:
+    images = torch.randn(4, 3, 9, 9)
+    model = calibrated(nn.Sequential(AWConv2d(3, 8, 3)), images)
+    model[0].attention.act1 = nn.Identity()
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(awconv.fuse(model)(images), expected)
+    assert not isinstance(model[0].attention, FusedBranch)
+
+
+def test_norms_with_parts_of_their_own_are_kept() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    model = calibrated(timm.layers.convert_splitbn_model(timm.create_model("aw_resnet8_cifar")), images)
+    left = norms(model) - 2 * len(converted(model))  # those of the branches are plain
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(awconv.fuse(model)(images), expected, rtol=1e-4, atol=1e-4)
+    assert norms(model) >= left
+
+
+@pytest.mark.parametrize("hooked", ["container", "everything"])
+def test_what_hooks_see_is_kept(hooked: str) -> None:
+    images = torch.randn(4, 3, 9, 9)
+    model = calibrated(nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8)), images)
+
+    def changed(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        assert type(output) is torch.Tensor  # and not what torch.fx traces with
+        return 2 * output if isinstance(module, nn.Conv2d | nn.Sequential) and module is not model else None
+
+    hook = (
+        nn.modules.module.register_module_forward_hook(changed)
+        if hooked == "everything"
+        else model[0].register_forward_hook(changed)
+    )
+    try:
+        with torch.no_grad():
+            expected = model(images)
+            torch.testing.assert_close(awconv.fuse(model)(images), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        hook.remove()
+
+
+def test_other_functions_say_that_a_network_was_fused() -> None:
+    model = awconv.fuse(nn.Sequential(AWConv2d(3, 8, 3)))
+    functions: dict[str, Any] = dict(
+        train_only=lambda: awconv.train_only(model, "branch"),
+        parameter_groups=lambda: awconv.parameter_groups(model),
+        convert=lambda: awconv.convert(model),
+        revert=lambda: awconv.revert(model),
+    )
+    for name, function in functions.items():
+        with pytest.raises(ValueError, match=f"^{name}: Sequential was fused for inference"):
+            function()
+
+
+def test_a_fused_branch_checks_its_input() -> None:
+    layer = awconv.fuse(AWConv2d(16, 8, 3))
+    for shape in ((1, 17, 5, 5), (1, 3, 5, 5), (16, 5, 5)):
+        with pytest.raises(RuntimeError, match="to have 16 channels"), torch.no_grad():
+            layer.attention(torch.randn(shape))
 
 
 def test_a_layer_with_hooks_keeps_its_norm_and_its_branch() -> None:

@@ -22,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from awconv.branch_spec import BranchSpec, NormLayer, check_make_branch
 from awconv.custom_branch import BranchesOfNetwork
 from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
-from awconv.relative import BaseBranch
+from awconv.relative import BaseBranch, refuse_fused
 from awconv.selection import Convolution, Selection, choose, convolutions, nothing_selected, parts_of_branches
 
 COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
@@ -126,6 +126,7 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {model!r}; timm.create_model makes one of a name")
+    refuse_fused(model, "convert")
     unknown = [name for name in arguments if name not in ATTENTION_ARGUMENTS + _MAKERS]
     if unknown:
         known = ("select", "init", "norm_layer", *ATTENTION_ARGUMENTS, *_MAKERS)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import types
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 import torch.fx
-from timm.layers import Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -21,10 +18,14 @@ from awconv.branch import AttentionBranch
 from awconv.convert import has_hooks, weight_owners
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
 from awconv.ops.folded_branch import folded_branch
+from awconv.pairs import pairs
 from awconv.relative import BaseBranch
 
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(BatchNormAct2d, SyncBatchNormAct, FrozenBatchNorm2d, FrozenBatchNormAct2d),
+)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d)
-_log = logging.getLogger(__name__)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -33,7 +34,8 @@ def fuse(model: nn.Module) -> nn.Module:
     Norms with running statistics become part of the convolutions that they follow, AW-convolutions and attention
     branches included. On a CPU a branch then runs in one call of C code, up to its activation; on a GPU, where a branch
     runs in one kernel already, it stays as it is. What follows what is found by torch.fx, in the parts of a model that
-    it can trace; norms elsewhere stay.
+    it can trace; norms elsewhere stay, and those between which something watches or computes by itself: hooks, a
+    ``forward`` of an instance, weights that are read.
 
     Args:
         model: any module. Put it on its device before.
@@ -60,7 +62,7 @@ def fuse(model: nn.Module) -> nn.Module:
     model.eval().requires_grad_(False)
     owners = weight_owners(model)
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    for parent, conv_name, norm_name in list(_pairs(model)):
+    for parent, conv_name, norm_name in list(pairs(model, (*_CONVOLUTIONS, *_NORMS))):
         conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
         if places[conv] == places[norm] == 1 and _is_foldable(conv, owners) and _has_statistics(norm):
             _fold(conv, norm)
@@ -89,37 +91,10 @@ def _refuse_training(name: str) -> NoReturn:
     )
 
 
-class _Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (*_CONVOLUTIONS, _BatchNorm, FrozenBatchNorm2d)) or super().is_leaf_module(
-            module, qualified_name
-        )
-
-
-def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Convolutions whose output goes to a norm and nowhere else: (module, name below it, name of the norm)."""
-    try:
-        graph = _Tracer().trace(module)
-    except Exception:  # a forward can do anything, such as depend on values
-        _log.debug("fuse: torch.fx cannot trace %s; its parts are traced by themselves", type(module).__name__)
-        for child in module.children():
-            yield from _pairs(child)
-        return
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    for node in graph.nodes:
-        before = node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(before, torch.fx.Node) or before.op != "call_module" or len(before.users) != 1:
-            continue
-        names = (str(before.target), str(node.target))
-        if all(calls[name] == 1 for name in names) and isinstance(module.get_submodule(names[0]), _CONVOLUTIONS):
-            yield module, *names
-
-
 def _is_foldable(conv: nn.Module, owners: dict[nn.Parameter, list[str]]) -> bool:
     return (
         type(conv) in _CONVOLUTIONS
-        and not is_parametrized(conv)
-        and not has_hooks(conv)
+        and _is_untouched(conv)
         and isinstance(conv.weight, nn.Parameter)
         and all(len(owners[each]) == 1 for each in (conv.weight, conv.bias) if isinstance(each, nn.Parameter))
     )
@@ -127,10 +102,12 @@ def _is_foldable(conv: nn.Module, owners: dict[nn.Parameter, list[str]]) -> bool
 
 def _has_statistics(norm: nn.Module) -> bool:
     """Whether a norm is a factor and a shift for each channel in evaluation, and what else it does is known."""
-    if isinstance(norm, _BatchNorm):
-        plain = type(norm).__module__.startswith(("torch.nn", "timm.layers"))
-        return plain and norm.running_mean is not None and not is_parametrized(norm) and not has_hooks(norm)
-    return type(norm).__name__ == "FrozenBatchNorm2d" and not has_hooks(norm)
+    return type(norm) in _NORMS and norm.running_mean is not None and _is_untouched(norm)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module computes what its class says, and nothing watches it."""
+    return "forward" not in vars(module) and not is_parametrized(module) and not has_hooks(module)
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
@@ -174,7 +151,10 @@ def _is_fusible(branch: AttentionBranch) -> bool:
         and branch.pool is None
         and branch.conv1.weight.device.type == "cpu"
         and branch.conv1.weight.is_floating_point()
-        and not any(has_hooks(module) or is_parametrized(module) for module in branch.modules())
+        and type(branch.conv1) in _CONVOLUTIONS
+        and type(branch.conv2) in _CONVOLUTIONS
+        and type(branch.act1) is nn.ReLU
+        and all(_is_untouched(module) for module in branch.modules())
         and all(isinstance(norm, nn.Identity) or _has_statistics(norm) for norm in norms)
         and not any(True for norm in norms for _ in norm.children())
     )
@@ -187,8 +167,11 @@ class FusedBranch(BaseBranch):
         branch: in evaluation mode, with average pooling.
     """
 
+    fused = True
+
     def __init__(self, branch: AttentionBranch) -> None:
         super().__init__(branch.attention_size, branch.residual)
+        self.fused = True
         weight1, bias1 = _folded(branch.conv1, branch.norm1)
         weight2, bias2 = _folded(branch.conv2, branch.norm2)
         self.register_buffer("weight1", weight1)

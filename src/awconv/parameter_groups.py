@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from awconv.layers import AW_LAYERS
+from awconv.relative import refuse_fused
 from awconv.train_only import head_parameters, unwrapped
 
 
@@ -53,6 +54,7 @@ def parameter_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups: model must be an nn.Module, got {model!r}")
+    refuse_fused(model, "parameter_groups")
     options = {"branch": branch, "weight": weight, "head": head, "rest": rest}
     for name, given in options.items():
         if given is not None and (not isinstance(given, Mapping) or {"params", "name"} & set(given)):

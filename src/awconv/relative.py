@@ -25,6 +25,7 @@ class BaseBranch(nn.Module):
     """
 
     relative_to: Tensor | None
+    fused = False  # whether it is a branch of awconv.fuse's
 
     def __init__(self, attention_size: Sequence[int], residual: bool) -> None:
         super().__init__()
@@ -102,3 +103,17 @@ _FORM_UNTOLD = (  # Norms with statistics tell parameters alone from a whole sta
     "as of the paper's form, K (1 + a). If they are parameters of a network that was converted by identity, add the "
     "buffers of its state_dict()"
 )
+
+
+def refuse_fused(model: nn.Module, function: str) -> None:
+    """Raises a ValueError if a model was fused, which nothing can undo.
+
+    Args:
+        model: any module.
+        function: the name of the public function, for the message.
+    """
+    if any(isinstance(module, BaseBranch) and module.fused for module in model.modules()):
+        raise ValueError(
+            f"{function}: {type(model).__name__} was fused for inference (awconv.fuse), which cannot be undone. Take "
+            "the network from before it; awconv.fuse(copy.deepcopy(network)) keeps that"
+        )

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from awconv.convert import COUNTERPARTS, arguments_of, has_hooks, raises_for_attention
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
+from awconv.relative import refuse_fused
 
 _PLAIN = {counterpart: plain for plain, counterpart in COUNTERPARTS.items()}
 
@@ -46,6 +47,8 @@ def revert(model: nn.Module, *, drop_attention: bool = False) -> nn.Module:
     """
     layers = replaceable_layers(model, "revert")
     learned = [name for name, layer in layers.items() if not layer.attention.is_identity()]
+    if not drop_attention:
+        refuse_fused(model, "revert")
     if learned and not drop_attention:
         raise ValueError(
             f"revert: the attention of {len(learned)} of {len(layers)} AW-convolutions is not the identity, such as of "

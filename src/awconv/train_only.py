@@ -12,6 +12,7 @@ from timm.layers import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, RmsNorm, RmsNorm2
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from awconv.relative import refuse_fused
 from awconv.selection import near, parts_of_branches
 
 _WITH_STATISTICS = (_NormBase, EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2)
@@ -90,6 +91,7 @@ def train_only(model: nn.Module, *parts: str) -> TrainedParts:
     if not parts:
         raise ValueError('train_only: name what trains: "branch", "head", "norm", a name or a glob; "*" is all')
     model = unwrapped(model)
+    refuse_fused(model, "train_only")
     for part in parts:
         if not isinstance(part, str):
             raise TypeError(f'train_only: each part must be a string, as in train_only(model, "head"), got {part!r}')

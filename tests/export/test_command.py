@@ -84,6 +84,16 @@ def test_labels_give_the_accuracy_before_and_after(
     assert "; accuracy" not in capsys.readouterr().out
 
 
+def test_calibration_fills_a_batch_with_fewer_images(digits: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for index, file in enumerate(sorted(digits.rglob("*.png"))[::60]):
+        (few / f"{index}.png").write_bytes(file.read_bytes())
+    out = tmp_path / "a.onnx"
+    assert main(["export", NAME, f"--out={out}", "--precision=int8", f"--calibrate={few}", "--batch=8"]) == 0
+    assert open_exported(out).metadata.batch == 8
+
+
 def test_a_file_that_computes_something_else_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

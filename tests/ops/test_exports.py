@@ -101,6 +101,16 @@ def test_a_layer_exported_for_one_sample_computes_the_same(name: str, runtime: s
     torch.testing.assert_close(program.module()(*example), layer.exact(*example), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 1)])
+def test_a_layer_that_sees_hardly_a_pixel_is_traced_and_exported(size: tuple[int, int]) -> None:
+    layer, images = awconv.AWConv2d(8, 8, 3, padding=1).eval(), torch.randn(2, 8, *size)
+    with torch.no_grad():
+        expected = layer(images)
+        traced, program = torch.jit.trace(layer, images), torch.export.export(layer, (images,))
+        for result in (traced(images), program.module()(images)):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_saved_trace_runs_in_a_process_without_awconv(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("aw_resnet8_cifar").eval()

@@ -83,7 +83,8 @@ def export(
     Args:
         source: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or a training's folder; what ``publish`` wrote;
             or a name with weights in timm, such as resnet50.
-        out: the file to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2 (AOTInductor).
+        out: the file to write: .onnx, .xml (OpenVINO, with a .bin beside it, which is replaced, too) or .pt2
+            (AOTInductor).
         format: of the file; its ending says it, too.
         precision: fp32; fp16, half precision, in which OpenVINO's file only stores the weights; or int8, 8 bits.
         calibrate: for int8: images like those to come, a folder or a Parquet file, of which up to 256 give the ranges
@@ -226,9 +227,9 @@ def _write(task: Task, settings: _Settings, calibrating: Images | None, file: Pa
 def _calibration(task: ClassificationTask, metadata: Metadata, images: Images) -> Iterator[np.ndarray[Any, Any]]:
     """The network's inputs for images to calibrate on."""
     batch = metadata.batch or 1  # ONNX Runtime holds what all operations give for a batch, at once
-    for pixels, _ in images.batches(images.chosen(_CALIBRATING), batch, metadata.input_size, task):
-        if metadata.batch is None or len(pixels) == batch:
-            yield network_input(metadata, pixels)
+    for pixels, _ in images.batches(images.chosen(max(batch, _CALIBRATING)), batch, metadata.input_size, task):
+        repeated = pixels.repeat(-(-batch // len(pixels)), 1, 1, 1)[:batch]  # the last ones may not fill a batch
+        yield network_input(metadata, repeated)
 
 
 def _moved(file: Path, out: Path) -> int:

@@ -288,7 +288,7 @@ def _by_constants(input: Tensor, output_size: Sequence[int]) -> Tensor:
     edges = [_edges(length, bins) for length, bins in zip(size, output_size, strict=True)]
     windows = [{stop - start for start, stop in axis} for axis in edges]
     strides = [{after - before for (before, _), (after, _) in itertools.pairwise(axis)} or {1} for axis in edges]
-    if all(len(different) == 1 for different in (*windows, *strides)):
+    if all(len(different) == 1 for different in (*windows, *strides)) and {0} not in strides:
         pooled: Tensor = _AVERAGE_POOL[len(size)](input, *([min(one) for one in each] for each in (windows, strides)))
         return pooled
     shares = [

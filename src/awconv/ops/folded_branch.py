@@ -49,7 +49,9 @@ def _in_c(tensors: Sequence[Tensor], taps: Sequence[int]) -> bool:
     if compiling() or input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
         return False
     return (
-        eager(*tensors)
+        input.dim() == len(taps) + 2
+        and input.shape[1] == tensors[1].shape[1]
+        and eager(*tensors)
         and not in_forward_mode()
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and input.numel() > 0

@@ -37,23 +37,32 @@ def open_data(data: dict[str, Any], task: ClassificationTask) -> ImageDataModule
     """
     trained: dict[str, Any] = dict(input_size=task.input_size, crop_pct=task.crop_pct)
     trained |= dict(mean=task.channel_means, std=task.channel_deviations)
-    take_preprocessing(data, {"hyper_parameters": trained})
+    taken = take_preprocessing(data, {"hyper_parameters": trained})
     kind: Any = locate(data["class_path"])
-    check_nulls("data", kind, data["init_args"])
-    opened: ImageDataModule = kind(**data["init_args"])
-    pairs: dict[str, tuple[list[Any], list[Any]]] = dict(
-        classes=(task.classes, opened.classes),
-        channels=(task.input_size[:1], opened.input_size[:1]),
-        mean=(task.channel_means, opened.mean),
-        std=(task.channel_deviations, opened.std),
-    )
+    arguments = data["init_args"]
+    check_nulls("data", kind, arguments)
+    try:
+        opened: ImageDataModule = kind(**arguments)
+    except ValueError:  # the network's mean may be of other channels than the data's
+        _check_kind(task, kind(**{name: value for name, value in arguments.items() if name not in taken}))
+        raise
+    _check_kind(task, opened)
+    _check(mean=(task.channel_means, opened.mean), std=(task.channel_deviations, opened.std))
+    return opened
+
+
+def _check_kind(task: ClassificationTask, opened: ImageDataModule) -> None:
+    _check(classes=(task.classes, opened.classes), channels=(task.input_size[:1], opened.input_size[:1]))
+
+
+def _check(**pairs: tuple[list[Any], list[Any]]) -> None:
+    """Raises a ValueError for the first pair of a network's and the data's that are not the same."""
     for name, (own, there) in pairs.items():
         if own != there:
             raise ValueError(
                 f"the network has {name} {_shortened(own)}, and the data have {_shortened(there)}; give data as it was "
                 "trained on"
             )
-    return opened
 
 
 def _shortened(values: list[Any]) -> str:
