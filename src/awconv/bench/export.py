@@ -137,6 +137,7 @@ def _ready(
         return compiled.create_infer_request().infer, facts
     onnxruntime = require("onnxruntime", extra="onnx")
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # the others' threads leave the cores free
     if runtime == "onnxruntime_operator":
         options.register_custom_ops_library(str(ort_library()))
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
