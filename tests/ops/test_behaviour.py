@@ -350,6 +350,18 @@ def test_the_choice_follows_the_structure_of_the_attention(
         assert choose(problem, "auto", "").name == "fused"
 
 
+def test_a_small_depthwise_convolution_is_fused_where_no_gradient_may_follow() -> None:
+    def chosen(**options: bool) -> str:
+        shapes = ((2, 64, 7, 7), (64, 1, 3, 3), (2, 64, 1, 3, 3))
+        tensors = (torch.empty(shape, **options) for shape in shapes)
+        return choose(describe(2, *tensors, None, 1, 1, 1, 64, True), "auto", "").name
+
+    assert chosen() == "fused"
+    assert chosen(requires_grad=True) == "per_sample"
+    with torch.no_grad():
+        assert chosen(requires_grad=True) == "fused"
+
+
 def test_the_choice_weighs_the_cost() -> None:
     def chosen(channels: int, size: int) -> str:
         shapes = ((8, channels, size, size), (channels, channels, 3, 3), (8, channels, 1, 3, 3))

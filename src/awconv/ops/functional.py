@@ -50,7 +50,8 @@ def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorith
     """The checked problem and the algorithm chosen for it."""
     if not tracing.compiling() and not tracing.jit_tracing():
         try:
-            return _remembered_plan(tracing.in_forward_mode(), algorithm, dims, *map(_facts, arguments))
+            around = (tracing.in_forward_mode(), torch.is_grad_enabled())
+            return _remembered_plan(around, algorithm, dims, *map(_facts, arguments))
         except TypeError:
             pass  # lists and sizes that are symbols have no hash; that of a check comes again
     return _new_plan(algorithm, dims, *arguments)
@@ -63,14 +64,14 @@ def _new_plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algo
 
 
 @lru_cache(maxsize=4096, typed=True)  # typed: True is no stride, and equals 1
-def _remembered_plan(in_forward_mode: bool, *arguments: Any) -> tuple[Problem, Algorithm]:
+def _remembered_plan(around: tuple[bool, bool], *arguments: Any) -> tuple[Problem, Algorithm]:
     """A plan for all that it follows from: in small layers the checks would take longer than the convolution."""
     return _new_plan(*arguments)
 
 
 def _facts(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        return TensorFacts(argument.shape, argument.dtype, argument.device)
+        return TensorFacts(argument.shape, argument.dtype, argument.device, argument.requires_grad)
     return argument
 
 

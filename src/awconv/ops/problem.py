@@ -58,6 +58,7 @@ class Problem:
         device: the type of the device, such as ``"cpu"``.
         dtype: of all tensors.
         forward_mode: derivatives are being taken in forward mode.
+        differentiated: a backward may follow.
     """
 
     empty: bool
@@ -73,6 +74,7 @@ class Problem:
     device: str
     dtype: torch.dtype
     forward_mode: bool
+    differentiated: bool
 
     @property
     def dims(self) -> int:
@@ -167,6 +169,7 @@ class TensorFacts(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    requires_grad: bool
 
 
 def describe(
@@ -216,6 +219,7 @@ def describe(
         device=input.device.type,
         dtype=input.dtype,
         forward_mode=tracing.in_forward_mode(),
+        differentiated=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, weight, attention)),
     )
 
 

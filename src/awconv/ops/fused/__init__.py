@@ -242,6 +242,7 @@ torch.library.register_vmap("awconv::fused_backward", _vmap_backward, lib=_LIBRA
 
 _SCALED = 3  # multiply-adds in whose time a weight is packed and scaled
 _GROUP = 1000  # multiply-adds in whose time the work of a group of one sample is set up
+_GROUP_IN_LANES = 300  # the same for a depthwise convolution's output, of which a vector of groups is set up at once
 _PADDED = 1  # multiply-adds in whose time an element of padding is written and read
 _BFLOAT16 = 2  # what the C code's single precision costs where a plain convolution has instructions for bfloat16
 
@@ -254,7 +255,9 @@ def _cost(problem: Problem, machine: Machine) -> float:
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
         multiply_adds = _BFLOAT16 * multiply_adds
     padding = problem.padded_elements - problem.in_elements
-    return multiply_adds + _SCALED * weights + _GROUP * problem.geometry.groups + _PADDED * padding
+    in_lanes = problem.depthwise and problem.dims < 3 and not problem.differentiated  # the gradients go by lines
+    group = _GROUP_IN_LANES if in_lanes else _GROUP
+    return multiply_adds + _SCALED * weights + group * problem.geometry.groups + _PADDED * padding
 
 
 ALGORITHM = Algorithm("fused", _fused, _obstacle, _cost)
