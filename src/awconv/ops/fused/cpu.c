@@ -12,8 +12,9 @@
  * reads is copied into rows with the padding made explicit and positions of one phase of the stride side by side, and a
  * tile of LANES x positions stays in registers over all taps and channels. The scaled weights of a panel fit in
  * the second-level cache and exist for one sample at a time. u is never stored: a tile of it is used for both gradients
- * as soon as it is summed. Where a group has few channels, as in depthwise convolutions, positions take the lanes instead
- * (lines); LANES depthwise convolutions and more take them again, transposed (lanes). No sum is split between threads, so that results do not depend on their number.
+ * as soon as it is summed. Where a group has few channels, positions take the lanes instead (lines); in depthwise
+ * convolutions, channels do again, after a transposition (lanes). No sum is split between threads, so that results do not
+ * depend on their number.
  */
 #include "cpu_correlate.h"
 #include "cpu_lanes.h"
