@@ -171,7 +171,6 @@ class FusedBranch(BaseBranch):
 
     def __init__(self, branch: AttentionBranch) -> None:
         super().__init__(branch.attention_size, branch.residual)
-        self.fused = True
         weight1, bias1 = _folded(branch.conv1, branch.norm1)
         weight2, bias2 = _folded(branch.conv2, branch.norm2)
         self.register_buffer("weight1", weight1)

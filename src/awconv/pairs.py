@@ -41,7 +41,7 @@ def pairs(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tup
         for child in _called(module):
             yield from pairs(child, kinds)
         return
-    found = [_pairs_of(*trace, kinds) for trace in traces]
+    found = [_pairs_of(*trace) for trace in traces]
     for names in found[0]:
         if all(names in other for other in found[1:]):
             yield module, *names
@@ -118,9 +118,7 @@ def _kept(module: nn.Module) -> set[torch.fx.Node]:
     return found
 
 
-def _pairs_of(
-    graph: torch.fx.Graph, kept: set[torch.fx.Node], kinds: tuple[type[nn.Module], ...]
-) -> list[tuple[str, str]]:
+def _pairs_of(graph: torch.fx.Graph, kept: set[torch.fx.Node]) -> list[tuple[str, str]]:
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     found = []
