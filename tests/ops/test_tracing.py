@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awconv.ops.tracing import eager
+from awconv.ops.tracing import eager, exporting
 
 
 class Watching(TorchDispatchMode):
@@ -48,3 +48,20 @@ def test_what_traces_transforms_or_watches_sees_operators() -> None:
     with Watching():
         assert not eager(input)
     assert torch.equal(told(input), torch.ones(3))
+
+
+class Exported(nn.Module):
+    """Ones where it is exported, zeros where it is not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ones_like(input) if exporting() else torch.zeros_like(input)
+
+
+def test_only_an_export_is_one() -> None:
+    """torch 2.11 says that it is exporting wherever Dynamo asks it."""
+    input, model = torch.randn(3), Exported()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(input), torch.zeros(3))
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(model, (input,), strict=strict).module()(input), torch.ones(3))
+    assert torch.equal(torch.jit.trace(model, input, check_trace=False)(input), torch.ones(3))
+    assert torch.equal(model(input), torch.zeros(3))

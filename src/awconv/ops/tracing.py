@@ -25,7 +25,13 @@ def compiling_bytecode() -> bool:
 def exporting() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` is at work: others will run the graph, and know PyTorch's own
     operators."""
-    return torch.compiler.is_exporting() or jit_tracing()
+    return _in_export() or jit_tracing()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_export() -> bool:
+    """Asked of Python, since Dynamo of torch 2.11 says yes within ``torch.compile``, too."""
+    return torch.compiler.is_exporting()
 
 
 def jit_tracing() -> bool:
