@@ -13,7 +13,7 @@ import torch
 
 from awconv.ops.fused import tiles
 from awconv.ops.geometry import Geometry
-from awconv.ops.gpu import Kernel, Launch, divider
+from awconv.ops.gpu import Kernel, Launch
 
 _PLANS = 4096  # that are remembered
 
@@ -216,17 +216,19 @@ def sums(
     dtype, precision, processors = facts
     axes = _along_axes(_output_axes, tuple(size), tuple(kernel), geometry)
     rows, columns, taps = out_channels // geometry.groups, group_in // blocks, kernel[0] * kernel[1]
-    tile = tiles.sum_products(rows, columns, axes[0].positions * axes[1].positions, dtype.itemsize)
+    height, width = (axis.positions for axis in axes)
+    tile = tiles.sum_products(rows, columns, height * width, dtype.itemsize)
     parts = -(-columns // tile.sizes["tile_segment"])
     wide = tile.sizes["tile_columns"] // tile.sizes["tile_segment"]
     count = geometry.groups * -(-rows // tile.sizes["tile_rows"]) * -(-taps * blocks * parts // wide)
     programs = min(processors * (2 if tile.warps == 4 else 1), count * samples)
     structure = dict(rows=rows, columns=columns, blocks=blocks, groups=geometry.groups, taps=taps)
-    one_tile = axes[0].positions * axes[1].positions <= tile.sizes["tile_positions"]
-    constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_tile=one_tile, precision=precision)
-    height, width = (axis.positions for axis in axes)
+    tile_x = tiles.side_by_side(height, width, tile.sizes["tile_positions"])
+    one_chunk = width <= tile_x and height <= tile.sizes["tile_positions"] // tile_x
+    constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_chunk=one_chunk, precision=precision)
+    constants["tile_x"] = tile_x
     looks = _of_axes([(axis.seen, axis.stride, axis.origin, axis.tap_stride) for axis in axes])
-    integers = (samples, height, width, *divider(width), programs, *looks, kernel[1])
+    integers = (samples, height, width, programs, *looks, kernel[1])
     added = min(tile.sizes["tile_rows"], tiles.LEAST)
     added_sizes = {name: size for name, size in tile.sizes.items() if name != "tile_positions"}
     add = tiles.Tile("add_pieces", added_sizes | dict(tile_added=added), 4, 1)

@@ -84,6 +84,12 @@ def sum_products(rows: int, columns: int, positions: int, bytes: int) -> Tile:
     return Tile("sum_products", sizes, 8 if large else 4, 4 if tile_rows * tile_segment == 64 * 64 else 3)
 
 
+def side_by_side(height: int, width: int, positions: int) -> int:
+    """How many of a chunk's positions should be side by side, so that an image has the fewest chunks."""
+    widths = [1 << power for power in range(positions.bit_length())]
+    return min(reversed(widths), key=lambda side: -(-height // (positions // side)) * -(-width // side))
+
+
 def depthwise(kernel: str, channels: int, positions: int) -> Tile:
     """Tiles of ``depthwise_correlate`` and ``depthwise_sum_products``."""
     return Tile(kernel, dict(tile_channels=ceiling(channels, 64), tile_pixels=ceiling(positions, 32)), 4, 3)

@@ -10,7 +10,8 @@ Images have their channels last. With rows p (output channels), columns c (input
 A segment is the columns that share a gain: those of one tap and one block. A tile of u is rows times columns of one
 segment, or of several where they are narrow. A tile for one sample is an item of work; items are dealt out evenly to a
 fixed number of programs, a program adds up what it has of a tile, a piece, and ``add_pieces`` adds the pieces of a tile
-in their order. All sums are kept in single precision, in an order that only sizes and the number of programs decide.
+in their order. All programs are at about the same samples at a time, which they find in the cache. All sums are kept in
+single precision, in an order that only sizes and the number of programs decide.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from awconv.ops.triton_arithmetic import divide
-
 _SIZES = [
-    *("samples", "height", "width", "multiplier", "shift", "programs"),
+    *("samples", "height", "width", "programs"),
     *("seen_height", "seen_width", "stride_y", "stride_x", "origin_y", "origin_x", "tap_stride_y", "tap_stride_x"),
     "taps_x",
 ]
@@ -34,14 +33,34 @@ def _gain_offset(segment, parts: tl.constexpr, blocks: tl.constexpr, taps: tl.co
 
 
 @triton.jit
+def _programs(tile, samples, tiles: tl.constexpr, programs):
+    """The first and the last program that has items of a tile: program p has those from p * items // programs on."""
+    items = samples.to(tl.int64) * tiles
+    first = ((tile.to(tl.int64) * samples + 1) * programs - 1) // items
+    last = ((tile + 1).to(tl.int64) * samples * programs - 1) // items
+    return first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def _sample(step, behind, between, late, early, least, at_last):
+    """The sample of a program's item number ``step``. Those of a tile are numbered by the steps at which its programs
+    come to them, and at one step by program: the first program begins with the tile at step ``late``, the last one
+    leaves it at step ``early``, and ``between`` others have all their items in it."""
+    before = between * step + tl.maximum(step - late, 0) + tl.minimum(step, early)
+    beside = tl.where(step < least, behind - (step < late).to(tl.int32), at_last)
+    return (before + beside).to(tl.int64)
+
+
+@triton.jit
 def _operands(
     grad_output,  # of one sample, at the rows of a tile
-    input,  # of one sample
-    position,
-    positions,
+    input,  # of one sample, at the columns of a tile
+    first_y,  # of the chunk's positions
+    first_x,
+    local_y,
+    local_x,
+    height,
     width,
-    multiplier,
-    shift,
     stride_y,
     stride_x,
     from_y,  # of the tile's tap, or of each column's
@@ -50,36 +69,36 @@ def _operands(
     seen_width,
     row_exists,
     column_exists,
-    offset,
     whole_rows: tl.constexpr,
     whole_columns: tl.constexpr,
-    wide: tl.constexpr,
     out_channels: tl.constexpr,
     in_channels: tl.constexpr,
 ):
-    """Rows of grad_output, and the pixels that they see, at some positions."""
-    exists = position < positions
-    y = divide(position, multiplier, shift)
-    seen_y = y * stride_y
-    seen_x = (position - y * width) * stride_x
-    if wide > 1:
-        at_y = seen_y[:, None] + from_y[None, :]
-        at_x = seen_x[:, None] + from_x[None, :]
-        seen = exists[:, None] & column_exists[None, :]
-        seen &= (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
-    else:
-        at_y = seen_y + from_y
-        at_x = seen_x + from_x
-        seen = exists & (at_y >= 0) & (at_y < seen_height) & (at_x >= 0) & (at_x < seen_width)
-        seen = seen[:, None]
-        if not whole_columns:
-            seen = seen & column_exists[None, :]
+    """Rows of grad_output, and the pixels that they see, at a chunk of positions. What depends on the position in the
+    chunk alone is no work of the loop: its bounds move, and not the pixels."""
+    exists = (local_y < height - first_y) & (local_x < width - first_x)
     mask = exists[None, :]
     if not whole_rows:
         mask = mask & row_exists[:, None]
-    left = tl.load(grad_output + position[None, :] * out_channels, mask=mask, other=0.0)
-    pixels = ((seen_y * seen_width + seen_x) * in_channels)[:, None] + offset[None, :]
-    right = tl.load(input + pixels, mask=seen, other=0.0)
+    position = local_y * width + local_x
+    left = tl.load(
+        grad_output + (first_y * width + first_x) * out_channels + (position * out_channels)[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    seen_y = first_y * stride_y
+    seen_x = first_x * stride_x
+    pixel = local_y * stride_y * seen_width + local_x * stride_x
+    at_y = (local_y * stride_y)[:, None] + from_y
+    at_x = (local_x * stride_x)[:, None] + from_x
+    below = tl.minimum(seen_height - seen_y, (height - first_y) * stride_y + from_y)
+    right_of = tl.minimum(seen_width - seen_x, (width - first_x) * stride_x + from_x)
+    seen = (at_y >= -seen_y) & (at_y < below) & (at_x >= -seen_x) & (at_x < right_of)
+    if not whole_columns:
+        seen = seen & column_exists[None, :]
+    right = tl.load(
+        input + (seen_y * seen_width + seen_x) * in_channels + (pixel * in_channels)[:, None], mask=seen, other=0.0
+    )
     return left, right
 
 
@@ -138,8 +157,6 @@ def sum_products(
     samples,
     height,
     width,
-    multiplier,  # what divides by width
-    shift,
     programs,
     seen_height,
     seen_width,
@@ -157,12 +174,13 @@ def sum_products(
     taps: tl.constexpr,
     needs_weight: tl.constexpr,
     needs_gain: tl.constexpr,
-    one_tile: tl.constexpr,  # whether a tile's positions are all of a sample
+    one_chunk: tl.constexpr,  # whether it holds all positions of a sample
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
     tile_segment: tl.constexpr,  # columns of one segment in a tile
-    tile_positions: tl.constexpr,
+    tile_positions: tl.constexpr,  # of a chunk
+    tile_x: tl.constexpr,  # how many of them are side by side
 ):
     """One program's share of the items."""
     row_tiles: tl.constexpr = (rows + tile_rows - 1) // tile_rows
@@ -176,13 +194,28 @@ def sum_products(
     whole_rows: tl.constexpr = rows % tile_rows == 0
     whole_columns: tl.constexpr = columns % tile_segment == 0
     is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
-    positions = height * width
-    item = tl.program_id(0).to(tl.int64) * (samples * tiles) // programs
-    last = (tl.program_id(0) + 1).to(tl.int64) * (samples * tiles) // programs
+    tile_y: tl.constexpr = tile_positions // tile_x
+    local_y = tl.arange(0, tile_positions) // tile_x
+    local_x = tl.arange(0, tile_positions) % tile_x
+    chunks_y = tl.cdiv(height, tile_y)
+    chunks_x = tl.cdiv(width, tile_x)
+    items = samples.to(tl.int64) * tiles
+    least = (items // programs).to(tl.int32)  # items that every program has; some have one more
+    own = tl.program_id(0) * items // programs
+    last = (tl.program_id(0) + 1) * items // programs
+    item = own
     while item < last:
         tile = (item // samples).to(tl.int32)
-        first = (item % samples).to(tl.int32)
-        count = tl.minimum(last - item, samples - first).to(tl.int32)
+        begin = tile.to(tl.int64) * samples
+        count = tl.minimum(last - item, begin + samples - item).to(tl.int32)
+        first_program, last_program = _programs(tile, samples, tiles, programs)
+        first_start = first_program * items // programs
+        behind = tl.program_id(0) - first_program
+        between = last_program - first_program - 1
+        late = (begin - first_start).to(tl.int32)
+        early = (begin + samples - last_program * items // programs).to(tl.int32)
+        at_last = (own - first_start).to(tl.int32) - behind * least
+        step = (item - own).to(tl.int32)
         group = tile // (row_tiles * column_tiles)
         row = tile // column_tiles % row_tiles * tile_rows + tl.arange(0, tile_rows)
         row_exists = row < rows
@@ -199,58 +232,51 @@ def sum_products(
         column_exists = (column < columns) & (tap < taps)
         from_y = origin_y + tap // taps_x * tap_stride_y
         from_x = origin_x + tap % taps_x * tap_stride_x
-        offset = (from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column
+        offset = ((from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column)[None, :]
+        if wide > 1:
+            from_y = from_y[None, :]
+            from_x = from_x[None, :]
         factor = 0.0
         if needs_gain:
             mask = row_exists[:, None] & column_exists[None, :]
             weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
             factor = tl.load(weight + weights, mask=mask, other=0.0)
-            if one_tile and is_half:  # a product with one leaves it in the layout of products, where it is met
+            if is_half:  # a product with one leaves it in the layout of products, where it is met
                 one = (tl.arange(0, tile_columns)[:, None] == local[None, :]).to(factor.dtype)
                 factor = tl.dot(factor, one).to(factor.dtype)
 
         total = tl.full((tile_rows, tile_columns), 0, tl.float32)
         partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
         above = grad_output + out_channel[:, None]
-        sample = first.to(tl.int64)
-        if one_tile:
-            for _ in range(count):
-                left, right = _operands(
-                    above + sample * positions * out_channels,
-                    input + sample * seen_height * seen_width * in_channels,
-                    *(tl.arange(0, tile_positions), positions, width, multiplier, shift),
-                    *(stride_y, stride_x, from_y, from_x, seen_height, seen_width),
-                    *(row_exists, column_exists, offset),
-                    *(whole_rows, whole_columns, wide, out_channels, in_channels),
-                )
-                partial = tl.dot(left, right, input_precision=precision)
+        pixels = input + offset
+        chunk_y = 0
+        chunk_x = 0
+        for _ in range(count if one_chunk else count * chunks_y * chunks_x):  # loads run ahead into the next sample
+            sample = _sample(step, behind, between, late, early, least, at_last)
+            left, right = _operands(
+                above + sample * height * width * out_channels,
+                pixels + sample * seen_height * seen_width * in_channels,
+                *(chunk_y * tile_y, chunk_x * tile_x, local_y, local_x, height, width),
+                *(stride_y, stride_x, from_y, from_x, seen_height, seen_width),
+                *(row_exists, column_exists, whole_rows, whole_columns, out_channels, in_channels),
+            )
+            partial = tl.dot(left, right, partial, input_precision=precision)
+            index_x = chunk_x + 1
+            index_y = chunk_y + (index_x == chunks_x).to(tl.int32)
+            if one_chunk or index_y == chunks_y:
                 total = _finish(
                     *(partial, factor, total, gain + sample * gains + out_channel),
                     *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
                     *(first_segment, local, row_exists, needs_weight, needs_gain),
                     *(wide, parts, blocks, taps, out_channels, tile_segment),
                 )
-                sample += 1
-        else:
-            for _ in range(count):
                 partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
-                for start in range(0, positions, tile_positions):
-                    left, right = _operands(
-                        above + sample * positions * out_channels,
-                        input + sample * seen_height * seen_width * in_channels,
-                        *(start + tl.arange(0, tile_positions), positions, width, multiplier, shift),
-                        *(stride_y, stride_x, from_y, from_x, seen_height, seen_width),
-                        *(row_exists, column_exists, offset),
-                        *(whole_rows, whole_columns, wide, out_channels, in_channels),
-                    )
-                    partial = tl.dot(left, right, partial, input_precision=precision)
-                total = _finish(
-                    *(partial, factor, total, gain + sample * gains + out_channel),
-                    *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
-                    *(first_segment, local, row_exists, needs_weight, needs_gain),
-                    *(wide, parts, blocks, taps, out_channels, tile_segment),
-                )
-                sample += 1
+            if one_chunk:
+                step += 1
+            else:
+                step += (index_y == chunks_y).to(tl.int32)
+                chunk_x = tl.where(index_x == chunks_x, 0, index_x)
+                chunk_y = tl.where(index_y == chunks_y, 0, index_y)
         if needs_weight:
             piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (tile_rows * tile_columns)
             tl.store(piece + tl.arange(0, tile_rows)[:, None] * tile_columns + local[None, :], total)
@@ -282,12 +308,9 @@ def add_pieces(
     tile = tl.program_id(0) // (tile_rows // tile_added)
     row_of_tile = tl.program_id(0) % (tile_rows // tile_added) * tile_added + tl.arange(0, tile_added)
     local = tl.arange(0, tile_columns)
-    # Program p has the items from p * items // programs on.
-    items = samples.to(tl.int64) * tiles
-    first = ((tile.to(tl.int64) * samples + 1) * programs - 1) // items
-    last = ((tile + 1).to(tl.int64) * samples * programs - 1) // items
+    first, last = _programs(tile, samples, tiles, programs)
     total = tl.full((tile_added, tile_columns), 0, tl.float32)
-    for program in range(first.to(tl.int32), last.to(tl.int32) + 1):
+    for program in range(first, last + 1):
         piece = pieces + (program + tile).to(tl.int64) * (tile_rows * tile_columns)
         total += tl.load(piece + row_of_tile[:, None] * tile_columns + local[None, :])
     row = tile // column_tiles % row_tiles * tile_rows + row_of_tile
