@@ -28,6 +28,8 @@ _AVERAGE_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_poo
 _SIZES = (ctypes.c_int64 * AXES,) * 2
 # Elements of a tile of the kernels for GPUs: of pooling to bins of more positions than these, and of all else.
 _LARGE_TILE, _LARGE_BIN, _TILE = 8192, 64, 2048
+_ROWS = 8  # of an image, that a program of the gradient makes
+_STAGES = 3  # of a pipeline of loads
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
@@ -216,17 +218,21 @@ def _plan(
         tile_x = power_of_two(columns, most)
         tile_y = power_of_two(rows, most // tile_x)
         each = 1 if rows * columns > _LARGE_BIN else product(bins)
-        constants = dict(**layout, each=each, tile_channels=tile_channels, tile_y=tile_y, tile_x=tile_x)
+        tiles_y, tiles_x = -(-rows // tile_y), -(-columns // tile_x)
+        constants = dict(**layout, each=each, tiles_y=tiles_y, tiles_x=tiles_x, tile_channels=tile_channels)
+        constants |= dict(tile_y=tile_y, tile_x=tile_x, stages=_STAGES)
+        integers += tuple(itertools.chain(*(divider(number) for number in bins)))
         tiles = -(-product(bins) // each)
         warps = 4 if each == 1 else 1  # small bins are few instructions, which every warp repeats
     else:
         cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
-        tile_positions = power_of_two(product(size), _TILE // tile_channels)
-        constants = dict(added=added, cover_y=cover_y, cover_x=cover_x, **layout)
-        constants |= dict(tile_channels=tile_channels, tile_positions=tile_positions)
+        tile_x = power_of_two(size[1], _LARGE_TILE // 2 // tile_channels)
+        each = min(size[0], _ROWS)
+        constants = dict(added=added, cover_y=cover_y, cover_x=cover_x, **layout, each=each)
+        constants |= dict(tile_channels=tile_channels, tile_x=tile_x, stages=_STAGES)
         integers += tuple(itertools.chain(*(divider(number) for number in integers)))
-        tiles = -(-product(size) // tile_positions)
-        warps = 4
+        tiles = -(-size[0] // each) * -(-size[1] // tile_x)
+        warps = 4 if tile_x * tile_channels >= _TILE else 2
     made = Kernel("awconv.ops.triton_average_pool", kernel, constants, warps)
     return Launch(made, samples * -(-channels // tile_channels) * tiles, integers)
 
