@@ -107,6 +107,7 @@ def _finish(
     partial,  # a tile of u for one sample
     factor,
     total,
+    scale,  # the gain of the rows where all columns share it
     gain,  # of one sample, at the rows of the tile
     grad_gain,
     part_of_gain,  # elements of a part of grad_gain
@@ -131,11 +132,11 @@ def _finish(
         at = _gain_offset(segment, parts, blocks, taps, out_channels)
         real = row_exists & (segment < taps * blocks * parts)
         if needs_weight:
-            scale = tl.load(gain + at, mask=real, other=0.0).to(tl.float32)[:, None]
             if wide > 1:
-                total += tl.where(chosen, partial * scale, 0.0)
+                scale = tl.load(gain + at, mask=real, other=0.0)
+                total += tl.where(chosen, partial * scale.to(tl.float32)[:, None], 0.0)
             else:
-                total += partial * scale
+                total += partial * scale.to(tl.float32)[:, None]
         if needs_gain:
             if wide > 1:
                 sums = tl.sum(tl.where(chosen, products, 0.0), 1)
@@ -249,8 +250,11 @@ def sum_products(
         partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
         above = grad_output + out_channel[:, None]
         pixels = input + offset
+        at_gain = gain + (out_channel + _gain_offset(first_segment, parts, blocks, taps, out_channels))
         chunk_y = 0
         chunk_x = 0
+        sample = _sample(step, behind, between, late, early, least, at_last)
+        scale = tl.load(at_gain + sample * gains, mask=row_exists, other=0.0)
         for _ in range(count if one_chunk else count * chunks_y * chunks_x):  # loads run ahead into the next sample
             sample = _sample(step, behind, between, late, early, least, at_last)
             left, right = _operands(
@@ -263,20 +267,24 @@ def sum_products(
             partial = tl.dot(left, right, partial, input_precision=precision)
             index_x = chunk_x + 1
             index_y = chunk_y + (index_x == chunks_x).to(tl.int32)
-            if one_chunk or index_y == chunks_y:
-                total = _finish(
-                    *(partial, factor, total, gain + sample * gains + out_channel),
-                    *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
-                    *(first_segment, local, row_exists, needs_weight, needs_gain),
-                    *(wide, parts, blocks, taps, out_channels, tile_segment),
-                )
-                partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
             if one_chunk:
                 step += 1
             else:
                 step += (index_y == chunks_y).to(tl.int32)
                 chunk_x = tl.where(index_x == chunks_x, 0, index_x)
                 chunk_y = tl.where(index_y == chunks_y, 0, index_y)
+            # The next one's, so that nothing waits for it. After a program's last sample it is of no meaning.
+            following = tl.minimum(_sample(step, behind, between, late, early, least, at_last), samples - 1)
+            next_scale = tl.load(at_gain + following * gains, mask=row_exists, other=0.0)
+            if one_chunk or index_y == chunks_y:
+                total = _finish(
+                    *(partial, factor, total, scale, gain + sample * gains + out_channel),
+                    *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
+                    *(first_segment, local, row_exists, needs_weight, needs_gain),
+                    *(wide, parts, blocks, taps, out_channels, tile_segment),
+                )
+                partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
+            scale = next_scale
         if needs_weight:
             piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (tile_rows * tile_columns)
             tl.store(piece + tl.arange(0, tile_rows)[:, None] * tile_columns + local[None, :], total)
