@@ -147,6 +147,18 @@ def scaled_weights(
         channel = part % inner_tiles * tile_inner + tl.arange(0, tile_inner)
         block = part // inner_tiles
         tap = (tap_y + every_y * index_y) * kernel_x + tap_x + every_x * index_x
+        if transposed:  # before the other loads, for which it waits less
+            gains = gain + tap * (groups * inner) + channel
+            if inner % tile_inner == 0:
+                scale = tl.load(gains)
+            else:
+                scale = tl.load(gains, mask=channel < inner, other=0.0)
+        else:
+            gains = gain + (block * kernel_taps + tap) * (groups * rows) + row
+            if rows % tile_rows == 0:
+                scale = tl.load(gains)
+            else:
+                scale = tl.load(gains, mask=row_exists, other=0.0)
         if few_taps:
             seen = ((sees >> (index_y * taps_x + index_x)) & 1) != 0
         else:
@@ -156,10 +168,8 @@ def scaled_weights(
         shift = (index_y * tap_stride_y * seen_width + index_x * tap_stride_x) * source_channels + block * inner
         if transposed:
             weights = channel[None, :] * (kernel_taps * columns) + row[:, None]
-            gains = gain + tap * (groups * inner) + channel
         else:
             weights = row[:, None] * (kernel_taps * columns) + block * inner + channel[None, :]
-            gains = gain + (block * kernel_taps + tap) * (groups * rows) + row
         weights += tap * columns
         pixels = shift + pixel[None, :] + channel[:, None]
         if inner % tile_inner == 0:
@@ -172,16 +182,8 @@ def scaled_weights(
             right = tl.load(source + pixels, mask=seen & (channel < inner)[:, None], other=0.0)
             left = tl.load(weight + weights, mask=row_exists[:, None] & (channel < inner)[None, :], other=0.0)
         if transposed:
-            if inner % tile_inner == 0:
-                scale = tl.load(gains)
-            else:
-                scale = tl.load(gains, mask=channel < inner, other=0.0)
             left = left * scale.to(left.dtype)[None, :]
         else:
-            if rows % tile_rows == 0:
-                scale = tl.load(gains)
-            else:
-                scale = tl.load(gains, mask=row_exists, other=0.0)
             left = left * scale.to(left.dtype)[:, None]
         total = tl.dot(left, right, total, input_precision=precision)
         part, index_y, index_x = _next(part, index_y, index_x, inner_blocks * inner_tiles, taps_x)
