@@ -166,6 +166,80 @@ class Launch(NamedTuple):
         self.kernel.launch(self.programs, tensors, (*self.integers, *floats))
 
 
+class Operand(NamedTuple):
+    """What a kernel of a sequence gets as a tensor: one of the sequence's, or what lies in it from an offset on.
+
+    Attributes:
+        tensor: its place among the sequence's.
+        offset: in bytes, a multiple of 16.
+        dtype: of what lies there; None for the tensor itself.
+    """
+
+    tensor: int
+    offset: int = 0
+    dtype: torch.dtype | None = None
+
+    def of(self, tensors: list[Tensor]) -> Tensor:
+        whole = tensors[self.tensor]
+        return whole if self.dtype is None else whole[self.offset :].view(self.dtype)
+
+
+class Step(NamedTuple):
+    """A launch of a sequence, with what its kernel gets as tensors and which of the sequence's floats it gets."""
+
+    launch: Launch
+    operands: tuple[Operand | None, ...]
+    floats: tuple[int, ...] = ()
+
+
+class Launches:
+    """Launches one after another, in one call of the driver where all were launched before.
+
+    Args:
+        steps: in their order. The dtypes of the tensors are always the same, and those with parts are of bytes.
+    """
+
+    def __init__(self, steps: list[Step]) -> None:
+        self._steps = steps
+        self._tables: dict[int, Table] = {}
+
+    def run(self, tensors: list[Tensor], floats: tuple[float, ...] = ()) -> None:
+        """Runs the kernels on the device of the first tensor, which all are on."""
+        device = tensors[0].get_device()
+        if not tensors[0].is_cuda:
+            for step in self._steps:
+                step.launch.kernel.launch(step.launch.programs, *_arguments(step, tensors, floats))
+            return
+        with on_device(device):
+            table = self._tables.get(device)
+            if table is not None and table.launch([tensor.data_ptr() for tensor in tensors], floats):
+                return
+            codes = [
+                step.launch.kernel.launch_by_triton(step.launch.programs, *_arguments(step, tensors, floats))
+                for step in self._steps
+            ]
+            if table is None and None not in codes:
+                self._tables[device] = self._table(device, codes, len(tensors), letters(floats))
+
+    def _table(self, device: int, codes: list[Code | None], count: int, numbers: str) -> Table:
+        launches = []
+        for step, code in zip(self._steps, codes, strict=True):
+            assert code is not None
+            passed = [Parameter(operand.tensor, operand.offset) for operand in step.operands if operand is not None]
+            passed += map(Parameter.number, step.launch.integers)
+            passed += [Parameter(count + index) for index in step.floats]
+            launches.append((code, step.launch.programs, passed))
+        return Table(device, launches, count, numbers)
+
+
+def _arguments(
+    step: Step, tensors: list[Tensor], floats: tuple[float, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+    """The tensors and numbers of a launch."""
+    passed = tuple(None if operand is None else operand.of(tensors) for operand in step.operands)
+    return passed, (*step.launch.integers, *(floats[index] for index in step.floats))
+
+
 def divider(divisor: int) -> tuple[int, int]:
     """Multiplier (in 32 bits, signed) and shift by which kernels divide: see ``divide`` in ``triton_arithmetic.py``."""
     shift = (divisor - 1).bit_length()
