@@ -18,6 +18,7 @@ from awconv.relative import BaseBranch
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MIN_HIDDEN = 4
+_MODULES = ("conv1", "norm1", "act1", "conv2", "norm2", "act2")
 
 
 class AttentionBranch(BaseBranch):
@@ -115,9 +116,8 @@ class AttentionBranch(BaseBranch):
         attention: Tensor = self._pool(input, kernel) if pooled is None else pooled
         if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
             _check_statistics(attention)
-        modules = (self.conv1, self.norm1, self.act1, self.conv2, self.norm2, self.act2)
-        constant, gain = self.start[1:] if self.relative and self.start is not None else (0.0, 1.0)
-        attended = attend(modules, attention, self.attention_size, constant, gain)
+        constant, gain = self.relation()
+        attended = attend(self.modules_in_turn(), attention, self.attention_size, constant, gain)
         if attended is not None:
             return attended
         attention = self.act1(self.norm1(self.conv1(attention)))
@@ -125,6 +125,15 @@ class AttentionBranch(BaseBranch):
         if self.relative_to is not None and (constant, gain) != (0, 1):
             attention = (attention - self.relative_to) / gain  # the buffer: torch.fx keeps it in state dicts, then
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
+
+    def modules_in_turn(self) -> tuple[nn.Module, ...]:
+        """What maps A0 to A2, in this order."""
+        modules = self._modules
+        return tuple(map(modules.get, _MODULES))  # type: ignore[arg-type]
+
+    def relation(self) -> tuple[float, float]:
+        """The constant that the map is relative to, and the gain of the weights there; (0, 1) in the paper's form."""
+        return self.start[1:] if self.relative and self.start is not None else (0.0, 1.0)
 
     def _pool(self, input: Tensor, kernel: Sequence[int]) -> Tensor:
         if self.pool is None:

@@ -18,8 +18,9 @@ from awconv.branch_spec import BranchSpec, MakeBranch, MakePool, NormLayer, chec
 from awconv.custom_branch import is_part_of_custom_branch, make_custom_branch
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import pool_beside, pools_beside
+from awconv.ops.layer import run_layer
 from awconv.ops.problem import SPATIAL_NAMES
-from awconv.ops.tracing import shape_of
+from awconv.ops.tracing import compiling, shape_of
 from awconv.relative import BaseBranch
 
 __all__ = ["AW_LAYERS", "AWConv1d", "AWConv2d", "AWConv2dSame", "AWConv3d", "AttentionBranch"]
@@ -117,6 +118,9 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         Raises:
             ValueError: the input does not have ``in_channels`` channels or the right number of axes.
         """
+        whole = self._run_whole(input)
+        if whole is not None:
+            return whole
         batch = _as_batch(input, type(self).__name__, self.in_channels, len(self.kernel_size))
         if _pools_beside(self.attention, batch):
             batch, pooled = pool_beside(batch, self.attention.attention_size[2:])
@@ -136,6 +140,29 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             residual=self.residual or self.attention.relative,
         )
         return _without_batch_like(output, input)
+
+    def _run_whole(self, input: Tensor) -> Tensor | None:
+        """What the layer makes of an input, where kernels run it as a whole: branch and convolution are plain ones."""
+        if compiling() or not isinstance(input, Tensor) or not input.is_cuda:
+            return None
+        branch = self.attention
+        if (
+            type(branch) is not AttentionBranch
+            or branch.pool is not None
+            or self.bias is not None
+            or self.padding_mode != "zeros"
+            or type(self)._pad is not _AWConvNd._pad
+        ):
+            return None
+        return run_layer(
+            input,
+            self._parameters.get("weight"),
+            branch,
+            branch.modules_in_turn(),
+            branch.attention_size,
+            branch.relation(),
+            (self.stride, self.padding, self.dilation, self.groups, self.residual or branch.relative),
+        )
 
     def _load_from_state_dict(
         self,

@@ -284,7 +284,7 @@ UNUSUAL: dict[str, Callable[[list[nn.Module]], object]] = {
 
 
 def fits(modules: list[nn.Module], case: Case, pooled: Tensor) -> bool:
-    made = branch._plain(modules, pooled.dim())
+    made = branch.plain(modules, pooled.dim()) and branch.unwatched(modules)
     return made and branch._takes(Branch.of(tuple(modules), case.size, pooled.dtype), pooled, False)
 
 

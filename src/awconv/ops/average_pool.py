@@ -50,7 +50,7 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     Returns:
         Shape (N, C, \*output_size), with its channels last on a GPU where those of the input are.
     """
-    if _has_kernel(input, output_size):
+    if has_kernel(input, output_size):
         if not (input.requires_grad and torch.is_grad_enabled()) and eager(input):
             return _KERNELS[input.device.type](input, list(output_size))
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
@@ -63,7 +63,7 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
 def pools_beside(input: Tensor, output_size: Sequence[int]) -> bool:
     """Whether :func:`pool_beside` takes a tensor."""
     differentiated = input.is_cuda and input.requires_grad and torch.is_grad_enabled()
-    return differentiated and eager(input) and _has_kernel(input, output_size)
+    return differentiated and eager(input) and has_kernel(input, output_size)
 
 
 def pool_beside(input: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class _PoolBeside(torch.autograd.Function):
         return grad_passed, None
 
 
-def _has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
+def has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
     if max(output_size) > MAX_BINS or exporting():
         return False
     if input.device.type == "cuda":
@@ -190,7 +190,7 @@ def _launch(
         source, target = source.unsqueeze(2), target.unsqueeze(2)
     channels_last = len(size) == 2 and is_channels_last(target if kernel == "spread" else source)
     source = source.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    _plan(kernel, *source.shape[:2], _two(size), _two(bins), channels_last, added).run(source, target)
+    pool_launch(kernel, *source.shape[:2], _two(size), _two(bins), channels_last, added).run(source, target)
 
 
 def _two(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -198,7 +198,7 @@ def _two(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def pool_launch(
     kernel: str,
     samples: int,
     channels: int,
@@ -207,7 +207,7 @@ def _plan(
     channels_last: bool,
     added: bool,
 ) -> Launch:
-    """How a kernel is launched."""
+    """How a kernel is launched, ``"pool"`` or ``"spread"``."""
     tile_channels = power_of_two(channels, 64 if channels_last else 8)
     layout = dict(channels=channels, channels_last=channels_last)
     constants: dict[str, Any]

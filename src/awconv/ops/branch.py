@@ -58,6 +58,16 @@ class Norm(NamedTuple):
         return cls(parameter("weight"), parameter("bias"), *tensors, norm.eps, norm.momentum, norm.training)
 
 
+class Form(NamedTuple):
+    """What a branch computes with, but its tensors and epsilons."""
+
+    activation: type[nn.Module]
+    size: tuple[int, ...]  # of one sample's attention
+    dtype: torch.dtype  # of products and of the attention
+    constant: float  # to which the attention is relative
+    gain: float
+
+
 class Branch(NamedTuple):
     """What the kernels know of a branch."""
 
@@ -84,6 +94,10 @@ class Branch(NamedTuple):
         weight1, weight2 = conv1._parameters.get("weight"), conv2._parameters.get("weight")
         return cls(weight1, Norm.of(norm1), weight2, Norm.of(norm2), type(act2), size, dtype, constant, gain)
 
+    @property
+    def form(self) -> Form:
+        return Form(self.activation, self.size, self.dtype, self.constant, self.gain)
+
     def parameters(self) -> tuple[Tensor, ...]:
         return (self.weight1, *self.norm1[:2], self.weight2, *self.norm2[:2])
 
@@ -107,7 +121,7 @@ def attend(
         return None
     if in_forward_mode() or triton_obstacle() is not None:
         return None
-    if pooled.dim() not in _KINDS or not _plain(modules, pooled.dim()):
+    if pooled.dim() not in _KINDS or not (plain(modules, pooled.dim()) and unwatched(modules)):
         return None
     cast = autocasting("cuda")
     branch = Branch.of(modules, size, torch.get_autocast_dtype("cuda") if cast else pooled.dtype, constant, gain)
@@ -121,8 +135,8 @@ def attend(
     return infer(pooled, branch)
 
 
-def _plain(modules: Sequence[nn.Module], axes: int) -> bool:
-    """Whether these are PyTorch's own modules, and their forward is all that runs when they are called."""
+def plain(modules: Sequence[Any], axes: int) -> bool:
+    """Whether these are PyTorch's own modules, whose forwards the kernels compute."""
     conv1, norm1, act1, conv2, norm2, act2 = modules
     conv, norm, _ = _KINDS[axes]
     return (
@@ -133,16 +147,23 @@ def _plain(modules: Sequence[nn.Module], axes: int) -> bool:
         and _pointwise(conv1)
         and _pointwise(conv2)
         and norm1.training == norm2.training
-        and not torch.nn.modules.module._has_any_global_hook()
-        and not any(
+    )
+
+
+def unwatched(modules: Sequence[nn.Module]) -> bool:
+    """Whether the forward of their types is all that runs when these are called."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    for module in modules:
+        if (
             module._forward_hooks
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
             or "forward" in module.__dict__
-            for module in modules
-        )
-    )
+        ):
+            return False
+    return True
 
 
 def _pointwise(conv: Any) -> bool:
@@ -160,14 +181,15 @@ def _takes(branch: Branch, pooled: Tensor, cast: bool) -> bool:
         and branch.norm1.momentum is not None
         and branch.norm2.momentum is not None
         and all(tensor.get_device() == device and tensor.is_contiguous() for tensor in tensors[1:])
-        and _fits(
-            tuple(tensor.shape for tensor in tensors),
-            tuple(tensor.dtype for tensor in tensors),
-            branch.size,
-            branch.dtype,
-            cast,
-        )
+        and fits(branch, pooled, cast)
     )
+
+
+def fits(branch: Branch, pooled: Tensor, cast: bool) -> bool:
+    """Whether the kernels take a branch of these sizes and dtypes. What the modules refuse is left to their errors."""
+    tensors = (pooled, branch.weight1, *branch.norm1[:5], branch.weight2, *branch.norm2[:5])
+    shapes, dtypes = tuple(tensor.shape for tensor in tensors), tuple(tensor.dtype for tensor in tensors)
+    return _fits(shapes, dtypes, branch.size, branch.dtype, cast)
 
 
 @functools.lru_cache(maxsize=PLANS)
@@ -178,7 +200,6 @@ def _fits(
     dtype: torch.dtype,
     cast: bool,
 ) -> bool:
-    """Whether the kernels take tensors like these. What the modules refuse is left to their own errors."""
     (samples, channels, *kernel), weight1, weight2 = shapes[0], shapes[1], shapes[7]
     hidden, columns = weight1[0], weight2[0]
     multiplied, normed = {dtypes[0], dtypes[1], dtypes[7]}, {*dtypes[2:6], *dtypes[8:12]}
@@ -205,7 +226,7 @@ def infer(pooled: Tensor, branch: Branch) -> Tensor:
     the result of a sample does not either."""
     pooled, taps = _by_rows(pooled)
     attention = _empty_attention(pooled, branch)
-    launch = launches.inference(_facts(pooled, branch, taps))
+    launch = launches.inference(facts_of(pooled, branch, taps))
     norm1, norm2 = branch.norm1, branch.norm2
     tensors = (pooled, branch.weight1, *norm1[:4], branch.weight2, *norm2[:4], attention)
     launch.run(*tensors, floats=(norm1.floats[0], norm2.floats[0]))
@@ -220,13 +241,13 @@ class Train(torch.autograd.Function):
         branch: Branch = arguments[-1]
         source, taps = _by_rows(pooled)
         attention = _empty_attention(source, branch)
-        (project, measure, finish), elements, handed_on = launches.forward(_facts(source, branch, taps))
+        (project, measure, finish), elements, handed_on = launches.forward(facts_of(source, branch, taps))
         kept = source.new_empty(elements, dtype=torch.float32)
         scratch = source.new_empty(handed_on, dtype=torch.float32)
         norm1, norm2, weight2 = branch.norm1, branch.norm2, branch.weight2
         project.run(source, branch.weight1, kept, scratch)
         measure.run(kept, scratch, weight2, *norm1[:5], floats=norm1.floats)
-        finish.run(kept, scratch, weight2, *norm1[:2], *norm2[:5], attention, floats=norm2.floats)
+        finish.run(kept, scratch, weight2, *norm1[:2], *norm2[:5], attention, None, floats=norm2.floats)
         ctx.save_for_backward(pooled, *arguments[:-1], kept)
         ctx.branch = branch
         return attention
@@ -250,7 +271,7 @@ def _grads(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch)
     grad_taps = 1
     if not last.is_contiguous():
         grad, grad_taps = grad.contiguous(), product(branch.size[2:])
-    (sum_grads, grad_second, grad_first, add), elements = launches.backward(_facts(pooled, branch, taps), grad_taps)
+    (sum_grads, grad_second, grad_first, add), elements = launches.backward(facts_of(pooled, branch, taps), grad_taps)
     scratch = pooled.new_empty(elements, dtype=torch.float32)
     grads = tuple(map(torch.empty_like, (pooled, *inputs[1:])))
     norms = (norm_weight1, norm_bias1, norm_weight2, norm_bias2)
@@ -267,19 +288,25 @@ def _by_modules(
     """The gradients by operations that have derivatives themselves."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(grad.device.type):
-        pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 = inputs
-        convolve = _KINDS[pooled.dim()][2]
-        hidden = convolve(pooled.to(branch.dtype), weight1.to(branch.dtype))
-        value = torch.relu(F.batch_norm(hidden, None, None, norm_weight1, norm_bias1, True, 0, branch.norm1.epsilon))
-        score = convolve(value, weight2.to(branch.dtype))
-        normed = F.batch_norm(score, None, None, norm_weight2, norm_bias2, True, 0, branch.norm2.epsilon)
-        attention = (_ACTIVATIONS[branch.activation][1](normed).reshape(grad.shape) - branch.constant) / branch.gain
+        attention = by_operations(inputs, branch.form, branch.norm1.epsilon, branch.norm2.epsilon)
         wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
         grads = iter(torch.autograd.grad(attention, wanted, grad, create_graph=create_graph))
     return tuple(next(grads) if needed else None for needed in needs)
 
 
-def _facts(pooled: Tensor, branch: Branch, taps: int) -> Facts:
+def by_operations(inputs: Sequence[Tensor], form: Form, epsilon1: float, epsilon2: float) -> Tensor:
+    """The attention in training, of pooled and the parameters, by operations that have derivatives."""
+    pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 = inputs
+    convolve = _KINDS[pooled.dim()][2]
+    hidden = convolve(pooled.to(form.dtype), weight1.to(form.dtype))
+    value = torch.relu(F.batch_norm(hidden, None, None, norm_weight1, norm_bias1, True, 0, epsilon1))
+    score = convolve(value, weight2.to(form.dtype))
+    normed = F.batch_norm(score, None, None, norm_weight2, norm_bias2, True, 0, epsilon2)
+    attention = _ACTIVATIONS[form.activation][1](normed).reshape(-1, *form.size)
+    return (attention - form.constant) / form.gain
+
+
+def facts_of(pooled: Tensor, branch: Branch, taps: int) -> Facts:
     samples, channels, *kernel = pooled.shape
     sizes = (samples * product(kernel), channels, branch.weight1.shape[0], branch.weight2.shape[0])
     precision = "tf32"  # of no meaning for other dtypes

@@ -30,6 +30,7 @@ class Facts(NamedTuple):
     gain: float = 1.0
     low: str = "float32"  # dtype of products
     precision: str = "ieee"  # of products of float32
+    residual: bool = False  # whether 1 is added to the attention: the convolution's gain
 
     @property
     def tile(self) -> int:
@@ -119,7 +120,9 @@ def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
         facts.launch("triton_branch.project", project, parts, rows, 0),
         facts.launch("triton_branch.measure", f"hidden columns {second}", programs, rows, 0, statistics2),
         facts.launch(
-            "triton_branch.finish", f"hidden columns activation constant gain {second}", programs, rows, statistics2
+            "triton_branch.finish",
+            f"hidden columns activation constant gain residual {second}",
+            *(programs, rows, statistics2),
         ),
     )
     kept = -(-2 * (hidden + columns) // 4) * 4 + rows * hidden

@@ -35,7 +35,7 @@ def _aw_conv(
         input, weight, attention = _autocast(input, dtype), _autocast(weight, dtype), _autocast(attention, dtype)
         bias = _autocast(bias, dtype)
     tensors = (input, weight, attention, bias)
-    problem, chosen = _plan(wanted(algorithm), dims, *tensors, stride, padding, dilation, groups, residual)
+    problem, chosen = plan(wanted(algorithm), dims, *tensors, stride, padding, dilation, groups, residual)
     with tracing.without_autocast(problem.device):
         output = problem.with_unseeing(chosen.run(problem, input, weight, attention))
         if bias is not None:
@@ -46,7 +46,7 @@ def _aw_conv(
     return output
 
 
-def _plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
+def plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm]:
     """The checked problem and the algorithm chosen for it."""
     if not tracing.compiling() and not tracing.jit_tracing():
         try:

@@ -287,6 +287,7 @@ def finish(
     running_variance2,
     batches2,
     attention,
+    wide,  # the same in single precision, or None
     rows,
     statistics2,
     epsilon2,
@@ -296,6 +297,7 @@ def finish(
     activation: tl.constexpr,
     constant: tl.constexpr,  # to which the attention is relative
     gain: tl.constexpr,
+    residual: tl.constexpr,  # whether 1 is added, to what was rounded: the convolution's gain
     low: tl.constexpr,
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
@@ -322,7 +324,13 @@ def finish(
     normed = (score - mean[None, :]) * inverse[None, :]
     result = attended(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation, constant, gain)
     here = (row < rows)[:, None] & is_column[None, :]
-    tl.store(attention + (row * columns)[:, None] + column[None, :], result.to(attention.dtype.element_ty), mask=here)
+    at = (row * columns)[:, None] + column[None, :]
+    result = result.to(attention.dtype.element_ty)
+    if residual:
+        result = (result.to(tl.float32) + 1).to(attention.dtype.element_ty)
+    tl.store(attention + at, result, mask=here)
+    if wide is not None:
+        tl.store(wide + at, result.to(tl.float32), mask=here)
     if part == 0:
         kept2 = kept + 2 * hidden
         _store_norm(

@@ -131,14 +131,18 @@ def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, ge
     return grad
 
 
+def processors(tensor: Tensor) -> int:
+    """How many the tensor's device has."""
+    if not tensor.is_cuda:
+        return _INTERPRETED
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def _products(
     above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, geometry: Geometry, for_weight: bool, for_gain: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the weight, with its channels last, and of the gain."""
-    processors = _INTERPRETED
-    if input.is_cuda:
-        processors = torch.cuda.get_device_properties(input.device).multi_processor_count
-    facts = (input.dtype, precision_of_products(), processors)
+    facts = (input.dtype, precision_of_products(), processors(input))
     shapes = tuple(input.shape), tuple(weights.shape)
     sums = cuda_plans.sums(*shapes, gains.shape[1], geometry, facts, (for_weight, for_gain))
     dtype = input.dtype if sums.parts == 1 else torch.float32

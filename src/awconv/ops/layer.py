@@ -1,0 +1,393 @@
+"""A whole AW layer in training on a GPU, where kernels run all of it: pooling, branch and convolution in one node of
+autograd, with one sequence of launches each way.
+
+It launches the kernels that the parts launch one after another (``average_pool.py``, ``branch.py``, ``fused/cuda.py``)
+and gives the same bits. In small layers what lies between these, in Python and in PyTorch, takes longer than they do:
+here it follows from shapes alone, and is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from awconv.ops import branch_launches, fused
+from awconv.ops.average_pool import average_pool, has_kernel, pool_launch
+from awconv.ops.branch import Branch, by_operations, facts_of, fits, plain, unwatched
+from awconv.ops.choose import wanted
+from awconv.ops.functional import plan
+from awconv.ops.fused import cuda, cuda_plans
+from awconv.ops.gpu import Launch, Launches, Operand, Step, empty_like_image, is_channels_last, precision_of_products
+from awconv.ops.launcher import ALIGNMENT
+from awconv.ops.problem import Problem, TensorFacts, product
+from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
+
+_PLANS = 256  # of a branch, that are remembered
+_LAST = torch.channels_last
+
+
+Convolution = tuple[Any, Any, Any, int, bool]
+
+
+class _Known(NamedTuple):
+    """A branch whose structure the kernels run, as it was when that was found out. It keeps nothing of it alive."""
+
+    parts: list[ref[Any]]  # modules and tensors
+    dtypes: list[torch.dtype]
+    addresses: list[int]
+    plans: dict[tuple[Any, ...], _Plan | None]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()  # by the first module
+
+
+def run_layer(
+    image: Tensor,
+    weight: Tensor | None,
+    branch: nn.Module,
+    modules: tuple[Any, ...],
+    size: tuple[int, ...],
+    start: tuple[float, float],
+    convolution: Convolution,
+) -> Tensor | None:
+    """What a layer makes of an input, or None where its parts have to run one after another.
+
+    Args:
+        image: the layer's input, on a GPU.
+        weight: of the convolution; None where the layer has no such parameter.
+        branch: of which the modules are, whose own forward does not run.
+        modules: the six in their order.
+        size: (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw).
+        start: the constant to which the attention is relative, and the gain there.
+        convolution: stride, padding, dilation and groups, as ``aw_conv2d`` takes them, and residual.
+    """
+    if weight is None or not eager(image, weight):
+        return None
+    norm1, norm2 = modules[1], modules[4]
+    if not (norm1.training and norm2.training) or in_forward_mode() or not unwatched((branch, *modules)):
+        return None
+    tensors, device = _tensors(modules), image.get_device()
+    known = _known(modules, tensors)
+    if known is None or tensors[0].get_device() != device or weight.get_device() != device:
+        return None
+    floats = (norm1.eps, norm1.momentum, norm2.eps, norm2.momentum)
+    cast = autocasting("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if cast else image.dtype
+    precision = precision_of_products() if dtype == torch.float32 else ""
+    facts = (image.shape, image.stride(), image.dtype, weight.shape, weight.stride(), weight.dtype)
+    key = (*facts, dtype, cast, precision, device, torch.is_grad_enabled(), wanted("auto"), size, start, convolution)
+    try:
+        planned = known.plans[key]
+    except KeyError:
+        if len(known.plans) == _PLANS:
+            known.plans.clear()
+        planned = known.plans[key] = _plan(image, weight, modules, dtype, cast, size, start, convolution)
+    if planned is None or None in floats:
+        return None
+    output: Tensor = _Layer.apply(image, weight, *tensors[:6], planned, tensors[6:], floats)
+    return output
+
+
+def _known(modules: tuple[Any, ...], tensors: list[Any]) -> _Known | None:
+    """What is known of a branch, found out again if anything of it changed; None if the kernels do not run it."""
+    known = _KNOWN.get(modules[0])
+    if (
+        known is not None
+        and all(map(is_, map(ref, (*modules, *tensors)), known.parts))
+        and [tensor.dtype for tensor in tensors] == known.dtypes
+        and [tensor.data_ptr() for tensor in tensors] == known.addresses
+    ):
+        return known
+    if not plain(modules, 4) or any(tensor is None for tensor in tensors) or not eager(*tensors):
+        return None
+    if len({tensor.get_device() for tensor in tensors}) > 1 or not all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    dtypes, addresses = [tensor.dtype for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
+    made = _KNOWN[modules[0]] = _Known(list(map(ref, (*modules, *tensors))), dtypes, addresses, {})
+    return made
+
+
+def _tensors(modules: tuple[Any, ...]) -> list[Any]:
+    """Six parameters, then three buffers of each norm; None where a module has none."""
+    conv1, norm1, _, conv2, norm2, _ = modules
+    of1, of2, buffers1, buffers2 = norm1._parameters.get, norm2._parameters.get, norm1._buffers.get, norm2._buffers.get
+    return [
+        *(conv1._parameters.get("weight"), of1("weight"), of1("bias")),
+        *(conv2._parameters.get("weight"), of2("weight"), of2("bias")),
+        *(buffers1("running_mean"), buffers1("running_var"), buffers1("num_batches_tracked")),
+        *(buffers2("running_mean"), buffers2("running_var"), buffers2("num_batches_tracked")),
+    ]
+
+
+def _plan(
+    image: Tensor,
+    weight: Tensor,
+    modules: tuple[nn.Module, ...],
+    dtype: torch.dtype,
+    cast: bool,
+    size: tuple[int, ...],
+    start: tuple[float, float],
+    convolution: Convolution,
+) -> _Plan | None:
+    """A plan for tensors like these in the dtype of products, or None where the parts have to run one by one."""
+    if image.dtype != dtype or not (cast or weight.dtype == dtype) or not weight.dtype.is_floating_point:
+        return None
+    if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1] * convolution[3]:
+        return None
+    if not (is_channels_last(image) or image.is_contiguous()) or weight.shape[1] == 1:
+        return None
+    if size != (weight.shape[0], 1, *weight.shape[2:]) or not has_kernel(image, size[2:]):
+        return None
+    branch = Branch.of(modules, size, dtype, *start)
+    pooled = image.new_empty((*image.shape[:2], *size[2:]), device="meta")
+    if not fits(branch, pooled, cast) or pooled.shape[0] * product(size[2:]) < 2:
+        return None
+    facts = (
+        TensorFacts(image.shape, dtype, image.device, image.requires_grad),
+        TensorFacts(weight.shape, dtype, image.device, weight.requires_grad),
+        TensorFacts(torch.Size((image.shape[0], *size)), dtype, image.device, True),
+    )
+    problem, chosen = plan(wanted("auto"), 2, *facts, None, *convolution)
+    if chosen is not fused.ALGORITHM or any(pair != (0, 0) for pair in problem.unseeing):
+        return None
+    made = _Plan(problem, branch, image, weight)
+    return None if made.needs_units() else made
+
+
+class _Parts:
+    """Lays out what lies in a buffer of bytes, which is one of the tensors of some launches."""
+
+    def __init__(self, tensor: int) -> None:
+        self._tensor, self.bytes = tensor, 0
+
+    def part(self, elements: int, dtype: torch.dtype) -> Operand:
+        made = Operand(self._tensor, self.bytes, dtype)
+        self.bytes += -(-elements * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return made
+
+
+class _Backward(NamedTuple):
+    """The launches of a backward.
+
+    Attributes:
+        first: all of them, or those of the convolution where the gain's gradient is summed by PyTorch.
+        second: those of the branch then.
+        scratch: bytes of their buffer.
+        whole: whether they write all of the input's gradient.
+        grad_gains: where the sums that the gain's gradient is made of lie in the buffer.
+        parts: how many these are.
+    """
+
+    first: Launches
+    second: Launches | None
+    scratch: int
+    whole: bool
+    grad_gains: Operand
+    parts: int
+
+
+class _Plan:
+    """All of a step that follows from shapes, dtypes and arguments.
+
+    The buffer that is kept for the backward holds what the branch keeps, the pooled input and the gain; the gain in
+    single precision too where a kernel reads it so; and what the kernels of the forward hand on, which is less than
+    a buffer of its own would cost.
+    """
+
+    def __init__(self, problem: Problem, branch: Branch, image: Tensor, weight: Tensor) -> None:
+        self.problem, self.form, self.shape = problem, branch.form, tuple(image.shape)
+        self.image_is_last = is_channels_last(image)
+        self.weight_is_ready = weight.dtype == problem.dtype and weight.is_contiguous(memory_format=_LAST)
+        output = empty_like_image((self.shape[0], problem.out_channels, *problem.out_size), image.to("meta"))
+        self.out_shape, self.out_stride = tuple(output.shape), output.stride()
+        self._processors, self._precision = cuda.processors(image), precision_of_products()
+        pooled = image.new_empty((*self.shape[:2], *problem.kernel), device="meta")
+        self._facts = facts_of(pooled, branch, 1 if self.image_is_last else problem.taps)
+        self.gains = self._facts.rows * problem.out_channels
+        arguments = (self.shape, tuple(weight.shape), 1, problem.geometry)
+        dtype, precision = problem.dtype, self._precision
+        self._convolve = cuda_plans.forward(*arguments, (dtype, precision, is_channels_last(output)))
+        self._grad_input, self._whole = cuda_plans.grad_input(*arguments, (dtype, precision, self.image_is_last))
+        self._arguments = arguments
+        self._lay_out()
+        self.forward = self._make_forward()
+        self._backwards: dict[tuple[bool, bool, bool], _Backward] = {}
+
+    def needs_units(self) -> bool:
+        """Whether a kernel takes a number for each sample that PyTorch makes of the gain."""
+        return self.problem.dtype == torch.float16 and any(
+            launch.kernel.name == "scaled_sums" for launch, _ in self._grad_input
+        )
+
+    def backward(self, needs: tuple[bool, bool, bool]) -> _Backward:
+        """The launches of a backward: see ``_Layer``.
+
+        Args:
+            needs: whether gradients of the input, the weight and the gain are needed.
+        """
+        if needs not in self._backwards:
+            self._backwards[needs] = self._make_backward(*needs)
+        return self._backwards[needs]
+
+    def _lay_out(self) -> None:
+        dtype, parts = self.problem.dtype, _Parts(1)
+        _, kept, handed_on = branch_launches.forward(self._facts)
+        self._kept = parts.part(kept, torch.float32)
+        self._pooled = parts.part(self._facts.rows * self._facts.channels, dtype)
+        self._gain = parts.part(self.gains, dtype)
+        self._wide_gain = None
+        if dtype != torch.float32 and any(
+            correlation.wide_gains for correlation in (self._convolve, *self._grad_input)
+        ):
+            self._wide_gain = parts.part(self.gains, torch.float32)
+        self._scratch = parts.part(handed_on, torch.float32)
+        self.kept_bytes = parts.bytes
+
+    def _read_gain(self, wide: bool) -> Operand:
+        return self._wide_gain if wide and self._wide_gain is not None else self._gain
+
+    def _launch_pool(self, kernel: str, added: bool) -> Launch:
+        return pool_launch(kernel, *self.shape[:2], self.problem.size, self.problem.kernel, self.image_is_last, added)
+
+    def _make_forward(self) -> Launches:
+        facts = self._facts._replace(residual=self.problem.residual)
+        project, measure, finish = branch_launches.forward(facts)[0]
+        image, weight1, weight2, source, low, output = map(Operand, (0, 2, 5, 14, 15, 16))
+        norm1, norm2 = [Operand(3), Operand(4)], [Operand(6), Operand(7)]
+        buffers1, buffers2 = map(Operand, range(8, 11)), map(Operand, range(11, 14))
+        passed = (self._kept, self._scratch, weight2, *norm1)
+        convolve, wide = self._convolve
+        return Launches(
+            [
+                Step(self._launch_pool("pool", False), (image, self._pooled)),
+                Step(project, (self._pooled, weight1, self._kept, self._scratch)),
+                Step(measure, (*passed, *buffers1), (0, 1)),
+                Step(finish, (*passed, *norm2, *buffers2, self._gain, self._wide_gain), (2, 3)),
+                Step(convolve, (source, low, self._read_gain(wide), output, None)),
+            ]
+        )
+
+    def _make_backward(self, for_input: bool, for_weight: bool, for_gain: bool) -> _Backward:
+        above, source, low, grad_input, grad_low = map(Operand, (0, 9, 10, 11, 12))
+        scratch, dtype = _Parts(8), self.problem.dtype
+        steps = []
+        if for_input:
+            read = self._read_gain(any(wide for _, wide in self._grad_input))
+            steps += [Step(launch, (above, low, read, grad_input, None)) for launch, _ in self._grad_input]
+        facts = (dtype, self._precision, self._processors)
+        sums = cuda_plans.sums(*self._arguments, facts, (for_weight, for_gain))
+        grad_gains = scratch.part(sums.parts * self.gains, dtype if sums.parts == 1 else torch.float32)
+        pieces = scratch.part(product(sums.pieces), torch.float32)
+        if for_weight or for_gain:
+            steps.append(Step(sums.products, (above, source, low, self._gain, pieces, grad_gains)))
+        if for_weight:
+            steps.append(Step(sums.add, (pieces, grad_low)))
+        of_branch = []
+        if for_gain:
+            of_branch = self._of_branch(grad_gains if sums.parts == 1 else Operand(19), scratch)
+            if for_input:
+                of_branch.append(Step(self._launch_pool("spread", True), (of_branch[2].operands[-1], grad_input)))
+        summed = for_gain and sums.parts > 1
+        first = Launches(steps if summed else steps + of_branch)
+        second = Launches(of_branch) if summed else None
+        return _Backward(first, second, scratch.bytes, self._whole, grad_gains, sums.parts)
+
+    def _of_branch(self, grad_gain: Operand, scratch: _Parts) -> list[Step]:
+        (sum_grads, grad_second, grad_first, add), elements = branch_launches.backward(self._facts, 1)
+        handed_on = scratch.part(elements, torch.float32)
+        grad_pooled = scratch.part(self._facts.rows * self._facts.channels, self.problem.dtype)
+        weight1, norm_weight1, norm_bias1, weight2, *norm2 = map(Operand, range(2, 8))
+        grad_weight1, grad_norm_weight1, grad_norm_bias1, grad_weight2, *grad_norm2 = map(Operand, range(13, 19))
+        passed = (grad_gain, self._kept, handed_on, weight2, norm_weight1, norm_bias1, *norm2)
+        grads1 = (grad_norm_weight1, grad_norm_bias1, grad_pooled)
+        return [
+            Step(sum_grads, passed),
+            Step(grad_second, (*passed, *grad_norm2)),
+            Step(grad_first, (self._pooled, self._kept, handed_on, weight1, norm_weight1, *grads1)),
+            Step(add, (handed_on, grad_weight1, grad_weight2)),
+        ]
+
+
+class _Layer(torch.autograd.Function):
+    """The tensors of the launches are, forward: image, kept, the branch's six parameters and six buffers, image and
+    weight as the convolution reads them, output; backward: the output's gradient, kept, the six parameters, scratch,
+    image and weight as the convolution reads them, the gradients of the image, of this weight and of the parameters,
+    and that of the gain where PyTorch sums it."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+        *parameters, planned, buffers, floats = arguments
+        low = weight
+        if not planned.weight_is_ready:
+            low = weight.to(planned.problem.dtype, memory_format=_LAST)
+        kept = image.new_empty(planned.kept_bytes, dtype=torch.uint8)
+        output = image.new_empty_strided(planned.out_shape, planned.out_stride)
+        source = image if planned.image_is_last else image.contiguous(memory_format=_LAST)
+        planned.forward.run([image, kept, *parameters, *buffers, source, low, output], floats)
+        ctx.save_for_backward(image, weight, *parameters, kept, low)
+        ctx.plan, ctx.floats = planned, floats
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        image, weight, *parameters, kept, low = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:8]
+        grads: Sequence[Tensor | None]
+        if torch.is_grad_enabled() or not eager(grad):
+            grads = _by_operations(ctx.plan, ctx.floats, grad, [image, weight, *parameters], needs)
+        else:
+            grads = _grads(ctx.plan, grad, image, weight, parameters, kept, low, needs)
+        return (*[value if needed else None for value, needed in zip(grads, needs, strict=True)], None, None, None)
+
+
+def _grads(
+    planned: _Plan,
+    grad: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    parameters: list[Tensor],
+    kept: Tensor,
+    low: Tensor,
+    needs: tuple[bool, ...],
+) -> list[Tensor]:
+    """The gradients of image, weight and parameters, whatever is in those that are not needed."""
+    made = planned.backward((needs[0], needs[1], needs[0] or any(needs[2:])))
+    above, source = grad.contiguous(memory_format=_LAST), image
+    if not planned.image_is_last:
+        source = image.contiguous(memory_format=_LAST)
+    scratch = image.new_empty(made.scratch, dtype=torch.uint8)
+    grad_input = torch.empty_like(image) if needs[0] else image
+    grad_low = torch.empty_like(low) if needs[1] else low
+    grads = [torch.empty_like(parameter) for parameter in parameters]
+    if needs[0] and not made.whole:
+        grad_input.zero_()
+    tensors = [above, kept, *parameters, scratch, source, low, grad_input, grad_low, *grads]
+    made.first.run(tensors)
+    if made.second is not None:
+        sums = made.grad_gains.of(tensors)[: made.parts * planned.gains].view(made.parts, -1)
+        made.second.run([*tensors, sums.sum(0).to(grad.dtype)])
+    grad_weight = grad_low
+    if needs[1] and grad_low.stride() != weight.stride():
+        grad_weight = torch.empty_like(weight).copy_(grad_low)
+    return [grad_input, grad_weight.to(weight.dtype), *grads]
+
+
+def _by_operations(
+    planned: _Plan, floats: tuple[float, ...], grad: Tensor, inputs: list[Tensor], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients by operations that have derivatives themselves."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(grad.device.type):
+        image, weight, *parameters = inputs
+        problem = planned.problem
+        pooled = average_pool(image, problem.kernel)
+        attention = by_operations([pooled, *parameters], planned.form, floats[0], floats[2])
+        output = fused.ALGORITHM.run(problem, image, weight.to(problem.dtype), attention)
+        wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+        grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph))
+    return [next(grads) if needed else None for needed in needs]

@@ -1,0 +1,414 @@
+"""A layer's step in one node of autograd: by Triton's interpreter on a CPU, and on a GPU if there is one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from awconv import AWConv2d, use_algorithm
+from awconv.ops import layer as whole
+from awconv.ops.layer import run_layer
+
+
+class Case(NamedTuple):
+    layer: dict[str, Any]
+    samples: int = 2
+    size: tuple[int, int] = (5, 6)
+    channels_last: bool = True
+    identity: bool = False
+
+    def make(self, device: str) -> tuple[AWConv2d, Tensor]:
+        """The layer and an input."""
+        torch.manual_seed(0)
+        arguments = dict(in_channels=16, out_channels=16, kernel_size=3, padding=1, bias=False) | self.layer
+        layer, format = AWConv2d(**arguments), torch.channels_last if self.channels_last else torch.contiguous_format
+        if self.identity:
+            layer.attention.start_as_identity()
+        for norm in (layer.attention.norm1, layer.attention.norm2):
+            for tensor, low, high in (
+                (norm.weight, -1.0, 2.0),
+                (norm.bias, -0.5, 0.5),
+                (norm.running_mean, -0.5, 0.5),
+                (norm.running_var, 0.5, 2.0),
+            ):
+                nn.init.uniform_(tensor, low, high)
+        image = torch.randn(self.samples, layer.in_channels, *self.size).to(memory_format=format)
+        return layer.to(device, memory_format=format), image.to(device)
+
+
+CASES = {
+    "a tile": Case({}),
+    "channels first": Case(dict(out_channels=24), channels_last=False),
+    "a stride": Case(dict(stride=2, padding="valid")),
+    "a stride that skips pixels": Case(dict(stride=3, kernel_size=2, padding=0), size=(7, 8)),
+    "a hidden width of no multiple of four": Case(dict(in_channels=20, out_channels=20, reduction=4)),
+    "groups": Case(dict(in_channels=32, out_channels=32, groups=2)),
+    "dilation": Case(dict(dilation=2, padding=2)),
+    "the gain in parts": Case(dict(in_channels=80, kernel_size=(1, 2), padding=0), size=(3, 4)),
+    "one tap": Case(dict(kernel_size=1, padding=0), samples=5, size=(3, 3)),
+    "one position": Case(dict(padding=0), samples=3, size=(3, 3)),
+    "relative to the start": Case({}, identity=True),
+    "without the residual form": Case(dict(residual=False, activation="tanh")),
+    "relative, without the residual form": Case(dict(residual=False, activation="relu"), identity=True),
+}
+
+
+@pytest.fixture
+def device(triton_device: str) -> str:
+    return triton_device
+
+
+def run(layer: AWConv2d, image: Tensor) -> Tensor | None:
+    """The layer in one node; None where it is not run so."""
+    branch = layer.attention
+    convolution = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.residual or branch.relative)
+    with use_algorithm("fused"):
+        return run_layer(
+            image,
+            layer._parameters.get("weight"),
+            branch,
+            branch.modules_in_turn(),
+            branch.attention_size,
+            branch.relation(),
+            convolution,
+        )
+
+
+def exact(layer: AWConv2d) -> AWConv2d:
+    return copy.deepcopy(layer).cpu().double()
+
+
+def step(layer: AWConv2d, image: Tensor, run: Callable[[AWConv2d, Tensor], Tensor | None]) -> dict[str, Tensor | None]:
+    """The output, its gradients for a fixed gradient of it, and the buffers then."""
+    image = image.detach().requires_grad_()
+    output = run(layer, image)
+    assert output is not None
+    above = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
+    output.backward(above.to(output.device, output.dtype))
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return dict(output=output.detach(), image=image.grad, **grads, **dict(layer.named_buffers()))
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    """Relative to the largest number of each."""
+    for name, reference in expected.items():
+        if reference is None:
+            assert found[name] is None, name
+            continue
+        scale = max(float(reference.double().abs().max()), 1e-3)
+        message = f"{name}: {{}}"
+        torch.testing.assert_close(
+            found[name].double().cpu(),
+            reference.double().cpu(),
+            rtol=0,
+            atol=tolerance * scale,
+            msg=message.format,
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: str) -> None:
+    layer, image = CASES[name].make(device)
+    expected = step(exact(layer), image.cpu().double(), AWConv2d.__call__)
+    found = step(layer, image, run)
+    assert_close(found, expected, 5e-5)
+    assert found["output"].is_contiguous(memory_format=torch.channels_last) or not CASES[name].channels_last
+    assert found["image"].stride() == image.stride()
+    assert found["weight"].stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [["weight"], ["image"], ["image", "weight"], ["attention"], ["attention.norm2.bias", "attention.conv1.weight"]],
+)
+def test_only_what_requires_a_gradient_gets_one(frozen: list[str], device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not any(name.startswith(prefix) for prefix in frozen))
+    reference, results = exact(layer), []
+    for made, input, through in ((layer, image, run), (reference, image.cpu().double(), AWConv2d.__call__)):
+        input = input.detach().requires_grad_("image" not in frozen)
+        through(made, input).square().sum().backward()
+        results.append(dict(image=input.grad, **{key: value.grad for key, value in made.named_parameters()}))
+    assert_close(*results, 5e-5)
+
+
+def test_only_the_weight(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    layer.attention.requires_grad_(False)
+    reference = exact(layer)
+    run(layer, image).square().sum().backward()
+    reference(image.cpu().double()).square().sum().backward()
+    assert_close(dict(weight=layer.weight.grad), dict(weight=reference.weight.grad), 5e-5)
+    assert not run(layer.requires_grad_(False), image).requires_grad
+
+
+def test_without_gradients_statistics_are_gathered_too(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    reference = exact(layer)
+    with torch.no_grad():
+        found, expected = run(layer, image), reference(image.cpu().double())
+    assert not found.requires_grad
+    assert_close(dict(layer.named_buffers(), output=found), dict(reference.named_buffers(), output=expected), 1e-5)
+
+
+def test_the_same_bits_twice(device: str) -> None:
+    layer, image = CASES["a stride"].make(device)
+    first, second = (step(copy.deepcopy(layer), image, run) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def second_derivatives(layer: AWConv2d, image: Tensor, run: Callable[[AWConv2d, Tensor], Any]) -> dict[str, Tensor]:
+    image = image.detach().requires_grad_()
+    inputs = [image, *layer.parameters()]
+    firsts = torch.autograd.grad(run(layer, image).square().sum(), inputs, create_graph=True)
+    penalty = sum(first.square().sum() for first in firsts)
+    found = [*(first.detach() for first in firsts), *torch.autograd.grad(penalty, inputs)]
+    return {str(index): value for index, value in enumerate(found)}
+
+
+@pytest.mark.parametrize("name", ["a tile", "relative, without the residual form"])
+def test_second_derivatives(name: str, device: str) -> None:
+    layer, image = CASES[name].make(device)
+    expected = second_derivatives(exact(layer), image.cpu().double(), AWConv2d.__call__)
+    assert_close(second_derivatives(layer, image, run), expected, 5e-4)
+
+
+def test_a_backward_that_is_vectorised() -> None:
+    layer, image = CASES["a tile"].make("cpu")  # on a GPU, PyTorch's own BatchNorm has none
+    image.requires_grad_()
+    inputs = [image, *layer.parameters()]
+    output = run(layer, image)
+    above = torch.randn(2, *output.shape)
+    together = torch.autograd.grad(output, inputs, above, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(output, inputs, grad, retain_graph=True) for grad in above]
+    expected = {str(index): torch.stack(grads) for index, grads in enumerate(zip(*alone, strict=True))}
+    assert_close({str(index): value for index, value in enumerate(together)}, expected, 1e-4)
+
+
+def test_saved_tensors_may_be_packed(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    expected = step(copy.deepcopy(layer), image, run)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()):
+        found = step(layer, image, run)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_two_layers_may_share_a_branch(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    other = CASES["a stride"].make(device)[0]
+    other.attention = layer.attention
+    references = copy.deepcopy([layer, other])
+    references = [made.cpu().double() for made in references]
+    results = []
+    for pair, input, through in (
+        ((layer, other), image, run),
+        (references, image.cpu().double(), AWConv2d.__call__),
+    ):
+        (through(pair[0], input).square().sum() + through(pair[1], input).square().sum()).backward()
+        results.append({name: value.grad for name, value in pair[0].named_parameters()} | dict(pair[0].named_buffers()))
+    assert_close(*results, 5e-5)
+
+
+def _hook(*arguments: object) -> None: ...
+
+
+UNUSUAL: dict[str, Callable[[AWConv2d], object]] = {
+    "a hook": lambda layer: layer.attention.act1.register_forward_hook(_hook),
+    "a hook of the branch": lambda layer: layer.attention.register_forward_hook(_hook),
+    "a hook before": lambda layer: layer.attention.norm1.register_forward_pre_hook(_hook),
+    "a hook of the backward": lambda layer: layer.attention.register_full_backward_hook(_hook),
+    "another forward": lambda layer: setattr(layer.attention, "forward", _hook),
+    "another norm": lambda layer: setattr(layer.attention, "norm1", nn.GroupNorm(1, 4)),
+    "a norm without statistics": lambda layer: setattr(
+        layer.attention, "norm2", nn.BatchNorm2d(16, track_running_stats=False)
+    ),
+    "a norm that averages all batches": lambda layer: setattr(layer.attention.norm2, "momentum", None),
+    "a norm that is frozen": lambda layer: layer.attention.norm1.eval(),
+    "inference": lambda layer: layer.eval(),
+    "a weight that is parametrised": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "another activation": lambda layer: setattr(layer.attention, "act2", nn.Softplus()),
+    "double precision": lambda layer: layer.attention.double(),
+    "a tensor of another kind": lambda layer: setattr(
+        layer.attention.conv1, "weight", nn.Parameter(layer.attention.conv1.weight.detach().as_subclass(_Kind))
+    ),
+}
+
+
+class _Kind(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_layers_run_part_by_part(name: str) -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    assert run(layer, image) is not None
+    UNUSUAL[name](layer)
+    assert run(layer, image) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(out_expansion=2),
+        dict(in_expansion=1, in_channels=16),
+        dict(kernel_expansion=3),
+        dict(groups=16),
+        dict(padding=6),
+        dict(in_channels=8),
+    ],
+)
+def test_layers_that_are_not_run_so(arguments: dict[str, Any]) -> None:
+    layer, image = Case(arguments).make("cpu")
+    try:
+        found = run(layer, image)
+    except ValueError as error:
+        assert "cannot run this problem" in str(error)  # noqa: PT017 (fused was asked for)
+        return
+    assert found is None
+
+
+def test_inputs_that_are_not_run_so() -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    assert run(layer, image[0]) is None
+    assert run(layer, image[:1, :, :1, :1]) is not None  # nine rows
+    assert run(layer, image[:, :, ::2]) is None
+    assert run(layer, image[:, :8]) is None
+    assert run(layer, image.double()) is None
+    assert run(layer, image[:0]) is None
+    one, single = CASES["one tap"].make("cpu")
+    assert run(one, single[:1]) is None  # no statistics
+    with torch.autograd.forward_ad.dual_level():
+        assert run(layer, image) is None
+    seen = []
+    torch.func.vmap(lambda value: seen.append(run(layer, value[None])) or value)(image)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.attention.norm1, "eps", 0.3),
+        lambda layer: setattr(layer.attention.norm2, "momentum", 0.7),
+        lambda layer: setattr(layer, "stride", (2, 2)),
+        lambda layer: setattr(layer.attention.norm1, "weight", nn.Parameter(torch.ones(4))),
+        lambda layer: setattr(layer.attention.conv2.weight, "data", layer.attention.conv2.weight.data * 2),
+        lambda layer: (
+            setattr(layer.attention, "conv1", nn.Conv2d(16, 7, 1, bias=False))
+            or setattr(layer.attention, "norm1", nn.BatchNorm2d(7))
+            or setattr(layer.attention, "conv2", nn.Conv2d(7, 16, 1, bias=False))
+        ),
+        lambda layer: setattr(layer.attention, "act2", nn.Tanh()),
+        lambda layer: layer.attention.start_as_identity() or nn.init.ones_(layer.attention.norm2.weight),
+        lambda layer: layer.load_state_dict({name: value * 1.5 for name, value in layer.state_dict().items()}),
+    ],
+)
+def test_what_changes_between_two_steps(change: Callable[[AWConv2d], object]) -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    run(layer, image)
+    change(layer)
+    expected = step(exact(layer), image.double(), AWConv2d.__call__)
+    assert_close(step(layer, image, run), expected, 5e-5)
+
+
+def test_plans_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    made: list[whole._Plan] = []
+    plan = whole._plan
+    monkeypatch.setattr(whole, "_plan", lambda *arguments: made.append(plan(*arguments)) or made[-1])
+    monkeypatch.setattr(whole, "_PLANS", 2)
+    for samples in (2, 2, 1, 1, 2):
+        run(layer, image[:samples])
+    assert len(made) == 2
+    for stride in (2, 3):
+        layer.stride = (stride, stride)
+        run(layer, image)
+    assert len(made) == 4
+    assert len(whole._KNOWN[layer.attention.conv1].plans) == 2
+    copied = pickle.loads(pickle.dumps(layer))
+    assert copied.attention.conv1 not in whole._KNOWN
+    layer.attention.norm2.weight.register_hook(lambda grad, layer=layer: grad)
+    run(layer, image)
+    watched = weakref.ref(layer.attention.conv1)
+    del layer
+    gc.collect()
+    assert watched() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits_as_part_by_part(
+    name: str, low: torch.dtype | None, monkeypatch: pytest.MonkeyPatch, launched: list[int]
+) -> None:
+    original, image = CASES[name].make("cuda")
+    image = image.to(low or torch.float32)
+    results = []
+    for parts in (True, False):
+        with monkeypatch.context() as patched, use_algorithm("fused"):
+            if parts:
+                patched.setattr(AWConv2d, "_run_whole", lambda *arguments: None)
+            layer, input = copy.deepcopy(original), image.clone().requires_grad_()
+            for _ in range(3):  # compiled; launched by tables; with what these left behind
+                layer.zero_grad()
+                input.grad = None
+                with torch.autocast("cuda", dtype=low) if low else nullcontext():
+                    output = layer(input)
+                    assert ("_Layer" in type(output.grad_fn).__name__) != parts
+                above = torch.linspace(-1, 1, output.numel(), device="cuda").reshape(output.shape).to(output.dtype)
+                output.backward(above)
+        grads = {key: value.grad for key, value in layer.named_parameters()}
+        results.append(dict(output=output.detach(), image=input.grad, **grads, **dict(layer.named_buffers())))
+    for key, value in results[0].items():
+        assert torch.equal(results[1][key], value), key
+        assert results[1][key].stride() == value.stride(), key
+    assert launched  # without Triton
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Launches of tables."""
+    done: list[int] = []
+    launch = whole.Launches.run
+
+    def counted(self: Any, tensors: list[Tensor], floats: tuple[float, ...] = ()) -> None:
+        if self._tables:
+            done.append(len(self._steps))
+        launch(self, tensors, floats)
+
+    monkeypatch.setattr(whole.Launches, "run", counted)
+    return done
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_a_step() -> None:
+    layer, image = CASES["a stride"].make("cuda")
+    image.requires_grad_()
+
+    def once() -> tuple[Tensor, ...]:
+        with use_algorithm("fused"):
+            output = layer(image)
+        return (output, *torch.autograd.grad(output.square().sum(), (image, *layer.parameters())))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = once()
+    image.data.normal_()
+    graph.replay()
+    assert layer.attention.norm1.num_batches_tracked == 3
+    assert all(map(torch.equal, [tensor.clone() for tensor in captured], once()))
