@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import Parameter
 
 
@@ -63,6 +64,12 @@ def _jit_tracing_paused() -> Iterator[None]:
 def has_numbers(sizes: Sequence[Any]) -> bool:
     """Whether sizes are numbers, and no symbols. Dynamo does not tell."""
     return not compiling_bytecode() and all(isinstance(size, int) for size in sizes)
+
+
+def written(number: int) -> str:
+    """A number for a message. A symbol has none, and none that Dynamo reads in an f-string (torch 2.11) or leaves a
+    symbol."""
+    return f"{number:,}" if has_static_value(number) else "a symbol"
 
 
 def eager(*tensors: Tensor) -> bool:
