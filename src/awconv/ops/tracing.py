@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import Parameter
 
 
@@ -67,9 +66,8 @@ def has_numbers(sizes: Sequence[Any]) -> bool:
 
 
 def written(number: int) -> str:
-    """A number for a message. A symbol has none, and none that Dynamo reads in an f-string (torch 2.11) or leaves a
-    symbol."""
-    return f"{number:,}" if has_static_value(number) else "a symbol"
+    """A number in a message. Dynamo gets an ellipsis: to it any may be a symbol, which torch 2.11 cannot write."""
+    return "…" if compiling_bytecode() else f"{number:,}"
 
 
 def eager(*tensors: Tensor) -> bool:
