@@ -5,14 +5,25 @@ PROBLEMS := 10000
 SECONDS := 480
 OPTIONS :=
 INSTALLED := $(VENV)/.installed
+# The oldest releases that pyproject.toml allows; make test-oldest takes others: TORCH=2.11 TORCHVISION=0.26.
+oldest = $(shell sed -nE 's/.*"$(1)>=([0-9.]+)".*/\1/p' pyproject.toml)
+TORCH := $(call oldest,torch)
+TORCHVISION := $(call oldest,torchvision)
+OLDEST := build/torch-$(TORCH)
 
-.PHONY: demo test campaign gpu lint format docs package clean
+.PHONY: demo test test-oldest campaign gpu lint format docs package clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest -n auto --maxprocesses 4
+
+# The tests in another environment, with PyTorch of another release. Triton before 3.7 runs no kernel with NumPy 2.4.
+test-oldest:
+	mkdir -p build
+	printf '%s\n' 'torch==$(TORCH)' 'torchvision==$(TORCHVISION)' 'numpy<2.4' >$(OLDEST).txt
+	PIP_CONSTRAINT='$(CURDIR)/$(OLDEST).txt' $(MAKE) test VENV=$(OLDEST)
 
 # Random problems and damaged inputs, half an hour on 2 cores: with PROBLEMS=500, as many of the operator's.
 campaign: $(INSTALLED)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from collections.abc import Iterator
 
@@ -23,14 +24,22 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     build.library.cache_clear()
 
 
+def interpreter_obstacle() -> str | None:
+    """Why Triton's interpreter cannot run kernels here, if there is Triton."""
+    major, minor, _ = importlib.metadata.version("triton").split(".", maxsplit=2)
+    if (int(major), int(minor)) < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return "the interpreter of Triton before 3.7 does not run with NumPy 2.4"
+    return None
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_device(request: pytest.FixtureRequest) -> str:
     """Where Triton's kernels run: by its interpreter on a CPU, and on a GPU where there is one."""
-    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton")
     if request.param == "cpu":
         if torch.cuda.is_available():
             pytest.skip("the interpreter is for machines without a GPU")
-        if triton.__version__.startswith("3.5.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-            pytest.skip("Triton 3.5's interpreter does not run with NumPy 2.4")
+        if obstacle := interpreter_obstacle():
+            pytest.skip(obstacle)
     device: str = request.param
     return device

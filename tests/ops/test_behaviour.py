@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awconv.ops import aw_conv2d, aw_conv3d, fused
 from awconv.ops.choose import ALGORITHMS, choose
 from awconv.ops.exports import exporting_for
+from awconv.ops.fused import cuda
 from awconv.ops.problem import describe
 from tests.ops.problems import TYPICAL, Case, skip_other_kernels
 
@@ -259,6 +261,27 @@ def test_compiles_with_the_weight_as_an_argument_and_other_kernel_sizes(algorith
     for kernel in (1, 2):
         tensors = (torch.randn(2, 4, 9, 8), torch.randn(6, 4, kernel, kernel), torch.rand(2, 6, 1, kernel, kernel))
         close(compiled(*tensors, padding=1, algorithm=algorithm), aw_conv2d(*tensors, padding=1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_stands_in_an_algorithms_way_is_said_where_sizes_are_symbols(dtype: torch.dtype, dynamic: bool) -> None:
+    def obstacles(input: Tensor, weight: Tensor, attention: Tensor, padding: int, groups: int) -> tuple[Tensor, Any]:
+        problem = describe(2, input, weight, attention, None, 1, padding, 1, groups, True)
+        said = [algorithm.obstacle(problem) for algorithm in ALGORITHMS.values()]
+        return input + 1, [*said, cuda.obstacle(problem)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(obstacles, fullgraph=True, dynamic=dynamic, backend="eager")
+    for size, attention, padding in ((8, (3, 1, 3, 3), 1), (80, (6, 2, 3, 3), 2000)):
+        shapes = ((2, 4, size, size), (6, 2, 3, 3), (2, *attention))
+        tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+        expected, traced = (function(*tensors, padding, 2)[1] for function in (obstacles, compiled))
+        for obstacle, with_numbers in zip(traced, expected, strict=True):
+            if obstacle is None:  # of a symbol, a limit is not known to be passed
+                assert with_numbers is None or dynamic
+            else:
+                assert re.fullmatch(re.escape(obstacle).replace("…", r"[\d,]+"), with_numbers)
 
 
 def test_taps_in_several_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,11 @@ from awconv import branch as attention_branch
 from awconv.branch import AttentionBranch
 from awconv.ops import branch, branch_launches
 from awconv.ops.branch import Branch, Train, infer
+from tests.ops.conftest import interpreter_obstacle
 
-triton = pytest.importorskip("triton")
-old = triton.__version__.startswith("3.5.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-if old and not torch.cuda.is_available():
-    pytest.skip("Triton 3.5's interpreter does not run with NumPy 2.4", allow_module_level=True)
+pytest.importorskip("triton")
+if not torch.cuda.is_available() and (obstacle := interpreter_obstacle()):
+    pytest.skip(obstacle, allow_module_level=True)
 
 KINDS = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
 

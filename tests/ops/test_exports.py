@@ -101,6 +101,17 @@ def test_a_layer_exported_for_one_sample_computes_the_same(name: str, runtime: s
     torch.testing.assert_close(program.module()(*example), layer.exact(*example), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_sees_what_it_is_for(strict: bool) -> None:
+    """Dynamo, which makes strict ones, does not read a ContextVar everywhere (torch 2.11)."""
+    layer = Layer("dense")
+    for runtime, fused in ((None, False), ("onnxruntime_operator", True), ("openvino", False)):
+        with exporting_for(runtime):
+            program = torch.export.export(layer, layer.example, strict=strict)
+        code = program.graph_module.print_readable(print_output=False)
+        assert ("awconv.fused" in code) == fused
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 1)])
 def test_a_layer_that_sees_hardly_a_pixel_is_traced_and_exported(size: tuple[int, int]) -> None:
     layer, images = awconv.AWConv2d(8, 8, 3, padding=1).eval(), torch.randn(2, 8, *size)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple
 
+import torch
+
 from awconv.ops import tracing
 from awconv.ops.problem import Problem, product
 
@@ -53,7 +55,18 @@ def exporting_for(runtime: Runtime | None, batch: int | None = None) -> Iterator
 
 def target() -> Target:
     """What the export that runs is for."""
-    return _target.get()
+    return Target(_runtime(), _batch())
+
+
+# Asked of Python, one constant each: Dynamo of torch 2.11 reads neither a ContextVar nor the tuple that is in it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runtime() -> Runtime | None:
+    return _target.get().runtime
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _batch() -> int | None:
+    return _target.get().batch
 
 
 def preferred(problem: Problem) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from awconv.ops.algorithm import Algorithm, Machine, convolve
 from awconv.ops.problem import Problem
+from awconv.ops.tracing import written
 
 
 def _output_obstacle(problem: Problem) -> str | None:
@@ -32,7 +33,7 @@ def _input_obstacle(problem: Problem) -> str | None:
         return None
     return (
         "the attention must have size 1 along the kernel axes and, along the output channels, "
-        f"a divisor of groups = {problem.geometry.groups}"
+        f"a divisor of groups = {written(problem.geometry.groups)}"
     )
 
 

@@ -81,7 +81,9 @@ class _PerTap(torch.autograd.Function):
             for partial, scale in zip(partials, gain[taps].to(partials.dtype), strict=True):
                 output = partial * scale if output is None else output.addcmul_(partial, scale)
         assert output is not None
-        return output.to(input.dtype)
+        # A copy, since torch 2.11 compiles a forward that returns what it added to in place to a gradient of zeros
+        # (pytorch/pytorch#180642).
+        return output.to(input.dtype, copy=tracing.compiling())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Problem], output: Tensor) -> None:

@@ -125,7 +125,7 @@ class Problem:
         padded, plain = self.padded_elements, self.in_elements + self.out_elements
         # Sizes that are symbols pass: a bound would narrow what an exported graph takes.
         if statically_known_true(padded > _MOST_PADDED) and statically_known_true(padded > _MOST_TIMES * plain):
-            return f"{padded:,} elements a sample where input and output have {plain:,}"
+            return f"{tracing.written(padded)} elements a sample where input and output have {tracing.written(plain)}"
         return None
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from awconv.ops.algorithm import CONV, Algorithm, Machine
 from awconv.ops.problem import Problem, product
+from awconv.ops.tracing import written
 
 _MOST_ELEMENTS = 2**20  # of the matrix
 
@@ -26,7 +27,7 @@ def _obstacle(problem: Problem) -> str | None:
         return "the sizes of its input are symbols, and its matrix needs numbers"
     elements = product(problem.size) * problem.taps * product(problem.out_size)
     if elements > _MOST_ELEMENTS:
-        return f"its matrix takes at most {_MOST_ELEMENTS:,} elements, and this one has {elements:,}"
+        return f"its matrix takes at most {_MOST_ELEMENTS:,} elements, and this one has {written(elements)}"
     return None
 
 

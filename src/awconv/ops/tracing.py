@@ -65,6 +65,11 @@ def has_numbers(sizes: Sequence[Any]) -> bool:
     return not compiling_bytecode() and all(isinstance(size, int) for size in sizes)
 
 
+def written(number: int) -> str:
+    """A number in a message. Dynamo gets an ellipsis: to it any may be a symbol, which torch 2.11 cannot write."""
+    return "…" if compiling_bytecode() else f"{number:,}"
+
+
 def eager(*tensors: Tensor) -> bool:
     """Whether a call runs now, on data: nothing traces, transforms or watches it, and no tensor is of another kind.
     What it does need not be an operator then, through whose dispatch a call of Python takes thrice as long."""

@@ -15,6 +15,7 @@ from awconv.ops.fused import cuda_plans, tiles
 from awconv.ops.geometry import Geometry
 from awconv.ops.gpu import empty_like_image, is_channels_last, precision_of_products, triton_obstacle
 from awconv.ops.problem import Problem
+from awconv.ops.tracing import written
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRETED = 3  # programs that share the sums in Triton's interpreter: enough that a tile is in pieces
@@ -31,12 +32,13 @@ def obstacle(problem: Problem) -> str | None:
     if problem.group_in_channels > 1 and min(block_channels, group_out) < tiles.LEAST:
         return (
             f"its kernels for GPUs take depthwise convolutions, and others with at least {tiles.LEAST} input "
-            f"channels in a group that share their attention, here {block_channels}, and as many output channels in "
-            f"a group, here {group_out}"
+            f"channels in a group that share their attention, here {written(block_channels)}, and as many output "
+            f"channels in a group, here {written(group_out)}"
         )
     for name, elements in (("input", problem.in_elements), ("output", problem.out_elements)):
         if statically_known_true(elements >= 2**31):
-            return f"its kernels for GPUs count in 32 bits within a sample, whose {name} has {elements:,} elements"
+            count = written(elements)
+            return f"its kernels for GPUs count in 32 bits within a sample, whose {name} has {count} elements"
     found: str | None = triton_obstacle()
     return found
 
