@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from awconv import AWConv2d, use_algorithm
+from awconv.ops import average_pool, fused
 from awconv.ops import layer as whole
+from awconv.ops.branch import Branch, Train
+from awconv.ops.fused import cuda, cuda_plans, tiles
+from awconv.ops.gpu import empty_like_image
 from awconv.ops.layer import run_layer
+from awconv.ops.problem import describe
 
 
 class Case(NamedTuple):
@@ -342,6 +347,58 @@ def test_plans_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
     del layer
     gc.collect()
     assert watched() is None
+
+
+def part_by_part(layer: AWConv2d, image: Tensor) -> Tensor:
+    """The layer by the nodes of its parts, whose kernels are the same."""
+    branch, gains = layer.attention, layer.attention.relation()
+    passed, pooled = average_pool._PoolBeside.apply(image, branch.attention_size[2:])
+    made = Branch.of(branch.modules_in_turn(), branch.attention_size, image.dtype, *gains)
+    attention = Train.apply(pooled, *made.parameters(), made)
+    residual = layer.residual or branch.relative
+    weight = layer.weight.to(image.dtype)
+    problem = describe(
+        *(2, passed, weight, attention, None),
+        *(layer.stride, layer.padding, layer.dilation, layer.groups, residual),
+    )
+    return fused.ALGORITHM.run(problem, passed, weight, attention)
+
+
+FEW = ("channels first", "a stride", "the gain in parts")
+
+
+@pytest.mark.parametrize(
+    ("name", "low"),
+    [
+        *((name, "float32") for name in CASES),
+        *((name, low) for name in FEW for low in ("float16", "autocast", "wide gains")),
+    ],
+)
+def test_the_same_bits_as_part_by_part_on_a_cpu(name: str, low: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    layer, image = CASES[name].make("cpu")
+    if low == "float16":
+        layer = layer.half()
+    if low != "float32":
+        image = image.half()
+    monkeypatch.setattr(whole, "autocasting", lambda device: low in ("autocast", "wide gains"))
+    if low == "wide gains":
+        correlate = tiles.correlate
+        monkeypatch.setattr(tiles, "correlate", lambda *sizes: correlate(*sizes)._replace(wide_gains=True))
+        for planned in (cuda_plans.forward, cuda_plans.grad_input):
+            monkeypatch.setattr(cuda_plans, planned.__name__, planned.__wrapped__)
+    copied = copy.deepcopy(layer)
+    monkeypatch.setattr(whole, "has_kernel", lambda image, bins: True)  # the CPU's own takes no half precision
+    monkeypatch.setitem(fused._KERNELS, "cpu", cuda)
+    monkeypatch.setattr(fused, "_laid_out", empty_like_image)
+    monkeypatch.setattr(
+        average_pool, "_resized", lambda input, size: empty_like_image((*input.shape[:2], *size), input)
+    )
+    found, expected = step(layer, image, run), step(copied, image, part_by_part)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+        assert found[key].stride() == value.stride(), key
 
 
 @pytest.mark.gpu
