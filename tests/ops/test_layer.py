@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from awconv import AWConv2d, use_algorithm
+from awconv.ops import average_pool, fused
 from awconv.ops import layer as whole
+from awconv.ops.branch import Branch, Train
+from awconv.ops.fused import cuda, cuda_plans, tiles
+from awconv.ops.gpu import empty_like_image
 from awconv.ops.layer import run_layer
+from awconv.ops.problem import describe
 
 
 class Case(NamedTuple):
@@ -60,6 +65,9 @@ CASES = {
     "without the residual form": Case(dict(residual=False, activation="tanh")),
     "relative, without the residual form": Case(dict(residual=False, activation="relu"), identity=True),
 }
+
+
+ON_GPU = ("a tile", "a stride")
 
 
 @pytest.fixture
@@ -117,6 +125,8 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: str) -> None:
+    if device == "cuda" and name not in ON_GPU:
+        pytest.skip("a case takes a dozen kernels, which are compiled")
     layer, image = CASES[name].make(device)
     expected = step(exact(layer), image.cpu().double(), AWConv2d.__call__)
     found = step(layer, image, run)
@@ -298,7 +308,7 @@ def test_inputs_that_are_not_run_so() -> None:
     "change",
     [
         lambda layer: setattr(layer.attention.norm1, "eps", 0.3),
-        lambda layer: setattr(layer.attention.norm2, "momentum", 0.7),
+        lambda layer: setattr(layer.attention.norm2, "momentum", 0),
         lambda layer: setattr(layer, "stride", (2, 2)),
         lambda layer: setattr(layer.attention.norm1, "weight", nn.Parameter(torch.ones(4))),
         lambda layer: setattr(layer.attention.conv2.weight, "data", layer.attention.conv2.weight.data * 2),
@@ -326,6 +336,8 @@ def test_plans_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
     plan = whole._plan
     monkeypatch.setattr(whole, "_plan", lambda *arguments: made.append(plan(*arguments)) or made[-1])
     monkeypatch.setattr(whole, "_PLANS", 2)
+    whole._plans.cache_clear()
+    whole._KNOWN.clear()
     for samples in (2, 2, 1, 1, 2):
         run(layer, image[:samples])
     assert len(made) == 2
@@ -334,6 +346,12 @@ def test_plans_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
         run(layer, image)
     assert len(made) == 4
     assert len(whole._KNOWN[layer.attention.conv1].plans) == 2
+    layer.attention.conv1.weight = nn.Parameter(layer.attention.conv1.weight.detach() * 2)
+    run(layer, image)
+    layer.stride = [3, 3]
+    assert run(layer, image) is None
+    layer.stride = (3, 3)
+    assert len(made) == 4
     copied = pickle.loads(pickle.dumps(layer))
     assert copied.attention.conv1 not in whole._KNOWN
     layer.attention.norm2.weight.register_hook(lambda grad, layer=layer: grad)
@@ -344,9 +362,62 @@ def test_plans_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
     assert watched() is None
 
 
+def part_by_part(layer: AWConv2d, image: Tensor) -> Tensor:
+    """The layer by the nodes of its parts, whose kernels are the same."""
+    branch, gains = layer.attention, layer.attention.relation()
+    passed, pooled = average_pool._PoolBeside.apply(image, branch.attention_size[2:])
+    made = Branch.of(branch.modules_in_turn(), branch.attention_size, image.dtype, *gains)
+    attention = Train.apply(pooled, *made.parameters(), made)
+    residual = layer.residual or branch.relative
+    weight = layer.weight.to(image.dtype)
+    problem = describe(
+        *(2, passed, weight, attention, None),
+        *(layer.stride, layer.padding, layer.dilation, layer.groups, residual),
+    )
+    return fused.ALGORITHM.run(problem, passed, weight, attention)
+
+
+FEW = ("channels first", "a stride", "the gain in parts")
+
+
+@pytest.mark.parametrize(
+    ("name", "low"),
+    [
+        *((name, "float32") for name in CASES),
+        *((name, low) for name in FEW for low in ("float16", "autocast", "wide gains")),
+    ],
+)
+def test_the_same_bits_as_part_by_part_on_a_cpu(name: str, low: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    layer, image = CASES[name].make("cpu")
+    if low == "float16":
+        layer = layer.half()
+    if low != "float32":
+        image = image.half()
+    monkeypatch.setattr(whole, "autocasting", lambda device: low in ("autocast", "wide gains"))
+    if low == "wide gains":
+        correlate = tiles.correlate
+        monkeypatch.setattr(tiles, "correlate", lambda *sizes: correlate(*sizes)._replace(wide_gains=True))
+        for planned in (cuda_plans.forward, cuda_plans.grad_input):
+            monkeypatch.setattr(cuda_plans, planned.__name__, planned.__wrapped__)
+    copied = copy.deepcopy(layer)
+    monkeypatch.setattr(whole, "has_kernel", lambda image, bins: True)  # the CPU's own takes no half precision
+    monkeypatch.setitem(fused._KERNELS, "cpu", cuda)
+    monkeypatch.setattr(fused, "_laid_out", empty_like_image)
+    monkeypatch.setattr(
+        average_pool, "_resized", lambda input, size: empty_like_image((*input.shape[:2], *size), input)
+    )
+    found, expected = step(layer, image, run), step(copied, image, part_by_part)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+        assert found[key].stride() == value.stride(), key
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16, None])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "low"), [("a stride", torch.bfloat16), ("the gain in parts", torch.float16), ("a stride", None)]
+)
 def test_the_same_bits_as_part_by_part(
     name: str, low: torch.dtype | None, monkeypatch: pytest.MonkeyPatch, launched: list[int]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels for GPUs share: Triton, the layout of images, sizes of tiles."""
+"""What the kernels for GPUs share: Triton, launches, the layout of images, sizes of tiles."""
 
 from __future__ import annotations
 

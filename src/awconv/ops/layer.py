@@ -8,6 +8,7 @@ here it follows from shapes alone, and is remembered.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -27,11 +28,12 @@ from awconv.ops.launcher import ALIGNMENT
 from awconv.ops.problem import Problem, TensorFacts, product
 from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
 
-_PLANS = 256  # of a branch, that are remembered
+_PLANS = 256  # of branches that are alike, that are remembered
 _LAST = torch.channels_last
-
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of weights, which autocast casts
 
 Convolution = tuple[Any, Any, Any, int, bool]
+_Plans = dict[tuple[Any, ...], "_Plan | None"]
 
 
 class _Known(NamedTuple):
@@ -40,7 +42,7 @@ class _Known(NamedTuple):
     parts: list[ref[Any]]  # modules and tensors
     dtypes: list[torch.dtype]
     addresses: list[int]
-    plans: dict[tuple[Any, ...], _Plan | None]
+    plans: _Plans
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()  # by the first module
@@ -75,7 +77,9 @@ def run_layer(
     known = _known(modules, tensors)
     if known is None or tensors[0].get_device() != device or weight.get_device() != device:
         return None
-    floats = (norm1.eps, norm1.momentum, norm2.eps, norm2.momentum)
+    if norm1.momentum is None or norm2.momentum is None:
+        return None
+    floats = (float(norm1.eps), float(norm1.momentum), float(norm2.eps), float(norm2.momentum))
     cast = autocasting("cuda")
     dtype = torch.get_autocast_dtype("cuda") if cast else image.dtype
     precision = precision_of_products() if dtype == torch.float32 else ""
@@ -87,7 +91,9 @@ def run_layer(
         if len(known.plans) == _PLANS:
             known.plans.clear()
         planned = known.plans[key] = _plan(image, weight, modules, dtype, cast, size, start, convolution)
-    if planned is None or None in floats:
+    except TypeError:  # a list has no hash
+        return None
+    if planned is None:
         return None
     output: Tensor = _Layer.apply(image, weight, *tensors[:6], planned, tensors[6:], floats)
     return output
@@ -108,8 +114,15 @@ def _known(modules: tuple[Any, ...], tensors: list[Any]) -> _Known | None:
     if len({tensor.get_device() for tensor in tensors}) > 1 or not all(tensor.is_contiguous() for tensor in tensors):
         return None
     dtypes, addresses = [tensor.dtype for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
-    made = _KNOWN[modules[0]] = _Known(list(map(ref, (*modules, *tensors))), dtypes, addresses, {})
+    plans = _plans(modules[5].__class__, tuple(tensor.shape for tensor in tensors), tuple(dtypes))
+    made = _KNOWN[modules[0]] = _Known(list(map(ref, (*modules, *tensors))), dtypes, addresses, plans)
     return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _plans(activation: type, shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...]) -> _Plans:
+    """The plans of all branches that are alike, by all else."""
+    return {}
 
 
 def _tensors(modules: tuple[Any, ...]) -> list[Any]:
@@ -135,7 +148,7 @@ def _plan(
     convolution: Convolution,
 ) -> _Plan | None:
     """A plan for tensors like these in the dtype of products, or None where the parts have to run one by one."""
-    if image.dtype != dtype or not (cast or weight.dtype == dtype) or not weight.dtype.is_floating_point:
+    if image.dtype != dtype or not (cast or weight.dtype == dtype) or weight.dtype not in _DTYPES:
         return None
     if image.dim() != 4 or weight.dim() != 4 or image.shape[1] != weight.shape[1] * convolution[3]:
         return None
