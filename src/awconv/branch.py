@@ -13,7 +13,9 @@ from awconv.activation import ACTIVATIONS, START, Activation, Start, find_start,
 from awconv.branch_spec import BranchSpec, MakePool, NormLayer
 from awconv.ops.average_pool import average_pool
 from awconv.ops.branch import attend
+from awconv.ops.branch_operators import attend_compiled
 from awconv.ops.problem import product
+from awconv.ops.tracing import compiling
 from awconv.relative import BaseBranch
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -117,7 +119,11 @@ class AttentionBranch(BaseBranch):
         if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
             _check_statistics(attention)
         constant, gain = self.relation()
-        attended = attend(self.modules_in_turn(), attention, self.attention_size, constant, gain)
+        attended = None
+        if not compiling():
+            attended = attend(self.modules_in_turn(), attention, self.attention_size, constant, gain)
+        elif attention.is_cuda:
+            attended = attend_compiled(self.modules_in_turn(), attention, self.attention_size, constant, gain)
         if attended is not None:
             return attended
         attention = self.act1(self.norm1(self.conv1(attention)))

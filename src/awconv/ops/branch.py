@@ -20,14 +20,14 @@ from awconv.ops import branch_launches as launches
 from awconv.ops.branch_launches import LEAST, MOST_HIDDEN, PLANS, Facts
 from awconv.ops.gpu import precision_of_products, triton_obstacle
 from awconv.ops.problem import product
-from awconv.ops.tracing import autocasting, compiling, eager, in_forward_mode, without_autocast
+from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
 
 _KINDS: dict[int, tuple[type[nn.Module], type[nn.Module], Callable[..., Tensor]]] = {  # by axes of pooled
     3: (nn.Conv1d, nn.BatchNorm1d, F.conv1d),
     4: (nn.Conv2d, nn.BatchNorm2d, F.conv2d),
     5: (nn.Conv3d, nn.BatchNorm3d, F.conv3d),
 }
-_ACTIVATIONS: dict[type[nn.Module], tuple[str, Callable[[Tensor], Tensor]]] = {
+ACTIVATIONS: dict[type[nn.Module], tuple[str, Callable[[Tensor], Tensor]]] = {
     nn.Sigmoid: ("sigmoid", torch.sigmoid),
     nn.Tanh: ("tanh", torch.tanh),
     nn.ReLU: ("relu", torch.relu),
@@ -117,11 +117,11 @@ def attend(
     Returns:
         The attention, shape (N, \*size), in the dtype that the modules give.
     """
-    if compiling() or not isinstance(pooled, Tensor) or not pooled.is_cuda:  # torch.fx comes with what is no tensor
+    if not isinstance(pooled, Tensor) or not pooled.is_cuda:  # torch.fx comes with what is no tensor
         return None
     if in_forward_mode() or triton_obstacle() is not None:
         return None
-    if pooled.dim() not in _KINDS or not (plain(modules, pooled.dim()) and unwatched(modules)):
+    if not unwatched_plain(modules, pooled.dim()):
         return None
     cast = autocasting("cuda")
     branch = Branch.of(modules, size, torch.get_autocast_dtype("cuda") if cast else pooled.dtype, constant, gain)
@@ -135,6 +135,11 @@ def attend(
     return infer(pooled, branch)
 
 
+def unwatched_plain(modules: Sequence[Any], axes: int) -> bool:
+    """Whether :func:`plain` and :func:`unwatched` both say yes, with so many axes of the pooled tensor."""
+    return axes in _KINDS and plain(modules, axes) and unwatched(modules)
+
+
 def plain(modules: Sequence[Any], axes: int) -> bool:
     """Whether these are PyTorch's own modules, whose forwards the kernels compute."""
     conv1, norm1, act1, conv2, norm2, act2 = modules
@@ -143,7 +148,7 @@ def plain(modules: Sequence[Any], axes: int) -> bool:
         type(conv1) is type(conv2) is conv
         and type(norm1) is type(norm2) is norm
         and type(act1) is nn.ReLU
-        and type(act2) in _ACTIVATIONS
+        and type(act2) in ACTIVATIONS
         and _pointwise(conv1)
         and _pointwise(conv2)
         and norm1.training == norm2.training
@@ -192,21 +197,21 @@ def fits(branch: Branch, pooled: Tensor, cast: bool) -> bool:
     return _fits(shapes, dtypes, branch.size, branch.dtype, cast)
 
 
-@functools.lru_cache(maxsize=PLANS)
-def _fits(
+def sizes_fit(
     shapes: tuple[tuple[int, ...], ...],
     dtypes: tuple[torch.dtype, ...],
     size: tuple[int, ...],
     dtype: torch.dtype,
     cast: bool,
 ) -> bool:
+    """:func:`fits` for the shapes and dtypes of its tensors: pooled, then weight, norm and statistics of each half."""
     (samples, channels, *kernel), weight1, weight2 = shapes[0], shapes[1], shapes[7]
     hidden, columns = weight1[0], weight2[0]
-    multiplied, normed = {dtypes[0], dtypes[1], dtypes[7]}, {*dtypes[2:6], *dtypes[8:12]}
+    multiplied, normed = (dtypes[0], dtypes[1], dtypes[7]), (*dtypes[2:6], *dtypes[8:12])
     return (
-        {dtype, *multiplied} <= _DTYPES.keys()
-        and (cast or multiplied == {dtype})
-        and normed in ({torch.float32}, {dtype})
+        all(one in _DTYPES for one in (dtype, *multiplied))
+        and (cast or all(one == dtype for one in multiplied))
+        and (all(one == torch.float32 for one in normed) or all(one == dtype for one in normed))
         and dtypes[6] == dtypes[12] == torch.int64
         and weight1[1] == channels
         and weight2[1] == hidden
@@ -221,16 +226,33 @@ def _fits(
     )
 
 
+_fits = functools.lru_cache(maxsize=PLANS)(sizes_fit)
+
+
 def infer(pooled: Tensor, branch: Branch) -> Tensor:
     """The attention from running statistics, without gradients. Tiles of rows do not depend on the batch size, and so
     the result of a sample does not either."""
     pooled, taps = _by_rows(pooled)
-    attention = _empty_attention(pooled, branch)
+    attention = empty_attention(pooled, branch.size, branch.dtype)
     launch = launches.inference(facts_of(pooled, branch, taps))
     norm1, norm2 = branch.norm1, branch.norm2
     tensors = (pooled, branch.weight1, *norm1[:4], branch.weight2, *norm2[:4], attention)
     launch.run(*tensors, floats=(norm1.floats[0], norm2.floats[0]))
     return attention
+
+
+def train(pooled: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
+    """The attention from the statistics of the batch, and what its gradients need."""
+    source, taps = _by_rows(pooled)
+    attention = empty_attention(source, branch.size, branch.dtype)
+    (project, measure, finish), elements, handed_on = launches.forward(facts_of(source, branch, taps))
+    kept = source.new_empty(elements, dtype=torch.float32)
+    scratch = source.new_empty(handed_on, dtype=torch.float32)
+    norm1, norm2, weight2 = branch.norm1, branch.norm2, branch.weight2
+    project.run(source, branch.weight1, kept, scratch)
+    measure.run(kept, scratch, weight2, *norm1[:5], floats=norm1.floats)
+    finish.run(kept, scratch, weight2, *norm1[:2], *norm2[:5], attention, None, floats=norm2.floats)
+    return attention, kept
 
 
 class Train(torch.autograd.Function):
@@ -239,15 +261,7 @@ class Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pooled: Tensor, *arguments: Any) -> Tensor:
         branch: Branch = arguments[-1]
-        source, taps = _by_rows(pooled)
-        attention = _empty_attention(source, branch)
-        (project, measure, finish), elements, handed_on = launches.forward(facts_of(source, branch, taps))
-        kept = source.new_empty(elements, dtype=torch.float32)
-        scratch = source.new_empty(handed_on, dtype=torch.float32)
-        norm1, norm2, weight2 = branch.norm1, branch.norm2, branch.weight2
-        project.run(source, branch.weight1, kept, scratch)
-        measure.run(kept, scratch, weight2, *norm1[:5], floats=norm1.floats)
-        finish.run(kept, scratch, weight2, *norm1[:2], *norm2[:5], attention, None, floats=norm2.floats)
+        attention, kept = train(pooled, branch)
         ctx.save_for_backward(pooled, *arguments[:-1], kept)
         ctx.branch = branch
         return attention
@@ -259,11 +273,11 @@ class Train(torch.autograd.Function):
         if torch.is_grad_enabled() or not eager(grad):
             grads = _by_modules(inputs, grad, ctx.branch, needs)
         else:
-            grads = _grads(inputs, grad, kept, ctx.branch)
+            grads = gradients(inputs, grad, kept, ctx.branch)
         return (*(value if needed else None for value, needed in zip(grads, needs, strict=True)), None)
 
 
-def _grads(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch) -> tuple[Tensor, ...]:
+def gradients(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch) -> tuple[Tensor, ...]:
     """The gradients of the inputs, each in the layout and dtype of what it belongs to."""
     pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 = inputs
     pooled, taps = _by_rows(pooled)
@@ -302,7 +316,7 @@ def by_operations(inputs: Sequence[Tensor], form: Form, epsilon1: float, epsilon
     value = torch.relu(F.batch_norm(hidden, None, None, norm_weight1, norm_bias1, True, 0, epsilon1))
     score = convolve(value, weight2.to(form.dtype))
     normed = F.batch_norm(score, None, None, norm_weight2, norm_bias2, True, 0, epsilon2)
-    attention = _ACTIVATIONS[form.activation][1](normed).reshape(-1, *form.size)
+    attention = ACTIVATIONS[form.activation][1](normed).reshape(-1, *form.size)
     return (attention - form.constant) / form.gain
 
 
@@ -312,7 +326,7 @@ def facts_of(pooled: Tensor, branch: Branch, taps: int) -> Facts:
     precision = "tf32"  # of no meaning for other dtypes
     if branch.dtype == torch.float32:
         precision = precision_of_products()
-    activation = _ACTIVATIONS[branch.activation][0]
+    activation = ACTIVATIONS[branch.activation][0]
     return Facts(*sizes, taps, activation, branch.constant, branch.gain, _DTYPES[branch.dtype], precision)
 
 
@@ -323,8 +337,8 @@ def _by_rows(pooled: Tensor) -> tuple[Tensor, int]:
     return pooled.contiguous(), product(pooled.shape[2:])
 
 
-def _empty_attention(pooled: Tensor, branch: Branch) -> Tensor:
+def empty_attention(pooled: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised, its rows one after another."""
-    out_blocks, in_blocks, *kernel = branch.size
-    rows = torch.empty((pooled.shape[0], *kernel, out_blocks, in_blocks), dtype=branch.dtype, device=pooled.device)
+    out_blocks, in_blocks, *kernel = size
+    rows = torch.empty((pooled.shape[0], *kernel, out_blocks, in_blocks), dtype=dtype, device=pooled.device)
     return rows.permute(0, -2, -1, *range(1, 1 + len(kernel)))

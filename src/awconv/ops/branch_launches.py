@@ -98,6 +98,11 @@ class Facts(NamedTuple):
         return Launch(Kernel(f"awconv.ops.{module}", name, chosen, warps), programs, integers)
 
 
+def kept_elements(rows: int, hidden: int, columns: int) -> int:
+    """Of what is kept for the backward: the mean and the inverse deviation of each norm, then hidden."""
+    return -(-2 * (hidden + columns) // 4) * 4 + rows * hidden
+
+
 @functools.lru_cache(maxsize=PLANS)
 def inference(facts: Facts) -> Launch:
     names = (
@@ -125,8 +130,7 @@ def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
             *(programs, rows, statistics2),
         ),
     )
-    kept = -(-2 * (hidden + columns) // 4) * 4 + rows * hidden
-    return made, kept, statistics2 + parts * 2 * columns
+    return made, kept_elements(rows, hidden, columns), statistics2 + parts * 2 * columns
 
 
 @functools.lru_cache(maxsize=PLANS)
