@@ -47,6 +47,7 @@ def main() -> int:
         data=arguments.data.resolve(),
         stages=tuple(arguments.stage),
         deadline=arguments.deadline or time.time() + arguments.seconds - _TO_END,
+        lock=arguments.lock,
     )
     if arguments.deadline is not None:
         _work(settings)
@@ -81,6 +82,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="a regular expression for the names of entries")
     parser.add_argument("--algorithm", default="auto", help="what AW networks are held to, such as fused")
     parser.add_argument("--rounds", type=int, help="how often each thing is timed")
+    parser.add_argument("--lock", type=Path, help="a file: runs at once that name the same are timed in turn")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)  # makes this the process that measures
     arguments = parser.parse_args()
     if arguments.seconds <= _TO_END:

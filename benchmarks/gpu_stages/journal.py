@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ class Settings:
         data: the folder of CIFAR-10 as Parquet files, train.parquet and test.parquet.
         stages: what is measured, in this order.
         deadline: when all must have ended, in seconds of time.time().
+        lock: a file that runs take turns by, which then compile side by side and are timed one after another.
     """
 
     device: str
@@ -44,6 +47,17 @@ class Settings:
     data: Path
     stages: tuple[str, ...]
     deadline: float
+    lock: Path | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside, no other run with the same lock is timed."""
+        if self.lock is None:
+            yield
+            return
+        with self.lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            yield
 
 
 @dataclass(frozen=True)

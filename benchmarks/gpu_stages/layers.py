@@ -183,7 +183,8 @@ def compare(makers: dict[str, Callable[[], Call]], settings: Settings) -> dict[s
 
 
 def _timed(calls: dict[str, Call], settings: Settings) -> dict[str, Any]:
-    return {name: asdict(ratio) for name, ratio in ratios(calls, settings.rounds, settings.device).items()}
+    with settings.turn():
+        return {name: asdict(ratio) for name, ratio in ratios(calls, settings.rounds, settings.device).items()}
 
 
 def _with_cudnn_benchmark(call: Call, on: bool) -> Call:

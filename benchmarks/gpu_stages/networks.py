@@ -110,7 +110,9 @@ def _timed(
                 save()
             slowest = max(second for _, second in found["first_calls_seconds"].values())
             rounds = min(rounds, _FEW) if slowest > _SLOW else rounds
-        for row in measure(subject[0], sides, work, rounds, settings.device):
+        with settings.turn():
+            rows = measure(subject[0], sides, work, rounds, settings.device)
+        for row in rows:
             found[row.way] = asdict(row.ratio) | row.facts | {"rounds": rounds}
         if mode is not None:
             figures["graph_breaks"] = sum(counters["graph_break"].values())
@@ -133,7 +135,8 @@ def _profile(subject: tuple[str, int, int], settings: Settings, figures: dict[st
     torch.backends.cudnn.benchmark = True
     profiles: dict[str, Any] = {}
     for way, side in _sides(subject, (), None, settings).items():
-        profiles[way] = profile_step(side)
+        with settings.turn():
+            profiles[way] = profile_step(side)
         few = side.input[:2, :, :64, :64].contiguous(memory_format=torch.channels_last)
         tiny = Side(side.network, side.algorithm, few, side.amp, side.device, channels_last=True)
         profiles[way]["host_seconds"] = host_seconds(tiny)

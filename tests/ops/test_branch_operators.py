@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ops.test_branch import CASES, Case, assert_close, buffers, by_modules, exact, gradients
+from tests.ops.test_branch import CASES, Case, assert_close, buffers, by_modules, exact, gradients, parameters
 
 pytest.importorskip("triton")
 from awconv.ops.branch_operators import attend_compiled
@@ -79,11 +79,10 @@ def test_what_a_gradient_follows_from_running_statistics_is_left_to_the_modules(
 def test_the_operators_keep_pytorchs_rules(training: bool, device: str) -> None:
     case = CASES["a tile"]
     modules, pooled = case.modules(device), case.pooled(device).requires_grad_(training)
-    parameters = [*modules[0].parameters(), *modules[1].parameters(), *modules[3].parameters(), *modules[4].parameters()]
     form = (1e-5, 1e-3, "tanh", list(case.size), torch.float32, *case.start)
     if training:
-        torch.library.opcheck(torch.ops.awconv.branch, (pooled, *parameters, *form))
+        torch.library.opcheck(torch.ops.awconv.branch, (pooled, *parameters(modules), *form))
     else:
         statistics = (modules[1].running_mean, modules[1].running_var, modules[4].running_mean, modules[4].running_var)
-        arguments = [tensor.detach() for tensor in (pooled, *parameters, *statistics)]
+        arguments = [tensor.detach() for tensor in (pooled, *parameters(modules), *statistics)]
         torch.library.opcheck(torch.ops.awconv.branch_inference, (*arguments, *form))

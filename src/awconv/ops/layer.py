@@ -2,8 +2,8 @@
 autograd, with one sequence of launches each way.
 
 It launches the kernels that the parts launch one after another (``average_pool.py``, ``branch.py``, ``fused/cuda.py``)
-and gives the same bits. In small layers what lies between these, in Python and in PyTorch, takes longer than they do:
-here it follows from shapes alone, and is remembered.
+and gives the same numbers, to a rounding. In small layers what lies between these, in Python and in PyTorch, takes
+longer than they do: here it follows from shapes alone, and is remembered.
 """
 
 from __future__ import annotations

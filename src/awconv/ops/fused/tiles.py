@@ -72,16 +72,20 @@ def sum_products(rows: int, columns: int, positions: int, bytes: int) -> Tile:
     """Tiles of ``sum_products``: rows times columns of a segment, or of several where it has few."""
     most = 64 if bytes == 4 else 128
     tile_rows, tile_segment = ceiling(rows, most), ceiling(columns, most)
+    tile_columns = 32 if tile_segment == 16 else max(tile_segment, 64)
     if positions <= 64:
-        tile_segment = min(tile_segment, 64)
+        tile_segment, tile_columns = min(tile_segment, 64), min(tile_columns, 64)
+    elif bytes == 2 and tile_rows == tile_segment == 64:
+        tile_columns = 128  # two taps: half the rows are read
     sizes = dict(
         tile_rows=tile_rows,
-        tile_columns=32 if tile_segment == 16 else max(tile_segment, 64),
+        tile_columns=tile_columns,
         tile_segment=tile_segment,
         tile_positions=32 if bytes == 4 else 128 if tile_rows == 16 else 64,
     )
-    large = tile_rows * tile_segment >= 128 * 128
-    return Tile("sum_products", sizes, 8 if large else 4, 4 if tile_rows * tile_segment == 64 * 64 else 3)
+    if tile_rows * tile_columns >= 128 * 128:
+        return Tile("sum_products", sizes, 8, 3)
+    return Tile("sum_products", sizes, 4, 4 if tile_rows == tile_columns == 64 else 3)
 
 
 def side_by_side(height: int, width: int, positions: int) -> int:
