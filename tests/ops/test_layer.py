@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -492,3 +495,12 @@ def test_a_cuda_graph_of_a_step() -> None:
     graph.replay()
     assert layer.attention.norm1.num_batches_tracked == 3
     assert all(map(torch.equal, [tensor.clone() for tensor in captured], once()))
+
+
+def test_a_plan_compiles_what_a_step_launches() -> None:
+    """Side by side, for the dtypes that the step comes with: it compiles no other kernel, forward or backward."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ops.compiled_layer"]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 13
+    assert all(line.endswith(" was compiled") for line in lines), lines

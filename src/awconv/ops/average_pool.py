@@ -29,7 +29,7 @@ _SIZES = (ctypes.c_int64 * AXES,) * 2
 # Elements of a tile of the kernels for GPUs: of pooling to bins of more positions than these, and of all else.
 _LARGE_TILE, _LARGE_BIN, _TILE = 8192, 64, 2048
 _ROWS = 8  # of an image, that a program of the gradient makes
-_STAGES = 3  # of a pipeline of loads
+_STAGES = 4  # of a pipeline of loads
 
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +125,10 @@ class Kernel:
         self._compiled[kind] = _Compiled(compiled, code)
         return code
 
+    def compile(self, dtypes: Sequence[torch.dtype | None], numbers: tuple[float, ...]) -> None:
+        """Compiles it for tensors of these dtypes on the current device, and for numbers as at a launch."""
+        self._kernel.warmup(*dtypes, *numbers, grid=(1,), **self.constants, **self.options)
+
     @functools.cached_property
     def _kernel(self) -> Any:
         return getattr(importlib.import_module(self.module), self.name)
@@ -131,6 +137,14 @@ class Kernel:
     def _values(self) -> list[Any]:
         """Of the constants, in the kernel's order."""
         return [self.constants[name] for name in self._kernel.arg_names[-len(self.constants) :]]
+
+
+@contextmanager
+def compiling_side_by_side() -> Iterator[None]:
+    """What is asked for inside, Triton compiles in as many threads as there are processors: it is there at the end."""
+    triton = importlib.import_module("triton")
+    with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
+        yield
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
@@ -202,6 +216,12 @@ class Launches:
     def __init__(self, steps: list[Step]) -> None:
         self._steps = steps
         self._tables: dict[int, Table] = {}
+
+    def compile(self, dtypes: Sequence[torch.dtype], floats: tuple[float, ...] = ()) -> None:
+        """Compiles the kernels for tensors of these dtypes, for the current device."""
+        for step in self._steps:
+            passed = [None if operand is None else operand.dtype or dtypes[operand.tensor] for operand in step.operands]
+            step.launch.kernel.compile(passed, (*step.launch.integers, *(floats[index] for index in step.floats)))
 
     def run(self, tensors: list[Tensor], floats: tuple[float, ...] = ()) -> None:
         """Runs the kernels on the device of the first tensor, which all are on."""

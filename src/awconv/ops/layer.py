@@ -23,7 +23,17 @@ from awconv.ops.branch import Branch, by_operations, facts_of, fits, plain, unwa
 from awconv.ops.choose import wanted
 from awconv.ops.functional import plan
 from awconv.ops.fused import cuda, cuda_plans
-from awconv.ops.gpu import Launch, Launches, Operand, Step, empty_like_image, is_channels_last, precision_of_products
+from awconv.ops.gpu import (
+    Launch,
+    Launches,
+    Operand,
+    Step,
+    compiling_side_by_side,
+    empty_like_image,
+    is_channels_last,
+    on_device,
+    precision_of_products,
+)
 from awconv.ops.launcher import ALIGNMENT
 from awconv.ops.problem import Problem, TensorFacts, product
 from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
@@ -91,6 +101,8 @@ def run_layer(
         if len(known.plans) == _PLANS:
             known.plans.clear()
         planned = known.plans[key] = _plan(image, weight, modules, dtype, cast, size, start, convolution)
+        if planned is not None and image.is_cuda:
+            planned.compile(image, weight, tensors, floats)
     except TypeError:  # a list has no hash
         return None
     if planned is None:
@@ -230,6 +242,26 @@ class _Plan:
         self._lay_out()
         self.forward = self._make_forward()
         self._backwards: dict[tuple[bool, bool, bool], _Backward] = {}
+
+    def compile(self, image: Tensor, weight: Tensor, tensors: Sequence[Tensor], floats: tuple[float, ...]) -> None:
+        """Compiles the kernels of a step side by side; the step would wait for one after another.
+
+        Args:
+            image: the layer's input.
+            weight: of the convolution.
+            tensors: of the branch, six parameters and six buffers.
+            floats: of the launches.
+        """
+        low, raw = self.problem.dtype, torch.uint8
+        parameters, buffers = ([tensor.dtype for tensor in some] for some in (tensors[:6], tensors[6:]))
+        for_gain = image.requires_grad or any(tensor.requires_grad for tensor in tensors)
+        needs = (image.requires_grad, weight.requires_grad, for_gain)
+        with on_device(image.get_device()), compiling_side_by_side():
+            self.forward.compile([low, raw, *parameters, *buffers, low, low, low], floats)
+            if torch.is_grad_enabled() and any(needs):
+                made = self.backward(needs)
+                for launches in filter(None, (made.first, made.second)):
+                    launches.compile([low, raw, *parameters, raw, low, low, low, low, *parameters, low])
 
     def needs_units(self) -> bool:
         """Whether a kernel takes a number for each sample that PyTorch makes of the gain."""

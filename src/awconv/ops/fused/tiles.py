@@ -1,7 +1,7 @@
 """Which tiles the kernels for GPUs take: by the sizes of a problem alone, never by timing and never by the batch size,
 so that results are the same bits each time and a first call waits for nothing but the compiler.
 
-Measured on an H100 with ``benchmarks/tiles.py``.
+Measured on an H100 and an H200 with ``benchmarks/tiles.py``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def correlate(rows: int, inner: int, positions: int, bytes: int, transposed: boo
     if tile_rows < 64:
         return _weights(tile_rows, ceiling(positions, 256), tile_inner, 4)
     if positions <= 64 and inner >= 256:  # scaled weights for so few positions are not worth it
-        return Tile("scaled_sums", dict(tile_rows=tile_rows, tile_pixels=64, tile_inner=tile_inner), 4, 4)
+        tile_pixels, warps = (128, 8) if transposed else (64, 4)
+        sizes = dict(tile_rows=tile_rows, tile_pixels=tile_pixels, tile_inner=tile_inner)
+        return Tile("scaled_sums", sizes, warps, 4)
     if positions * inner < 20_000:
         return _weights(tile_rows, ceiling(positions, 64), tile_inner, 4)
     if tile_rows == 64:
@@ -73,10 +75,8 @@ def sum_products(rows: int, columns: int, positions: int, bytes: int) -> Tile:
     most = 64 if bytes == 4 else 128
     tile_rows, tile_segment = ceiling(rows, most), ceiling(columns, most)
     tile_columns = 32 if tile_segment == 16 else max(tile_segment, 64)
-    if positions <= 64:
-        tile_segment, tile_columns = min(tile_segment, 64), min(tile_columns, 64)
-    elif bytes == 2 and tile_rows == tile_segment == 64:
-        tile_columns = 128  # two taps: half the rows are read
+    if bytes == 2 and positions > 64 and tile_rows == tile_segment == 64:
+        tile_columns = 128  # of two taps, for which the rows are read once
     sizes = dict(
         tile_rows=tile_rows,
         tile_columns=tile_columns,
