@@ -75,6 +75,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callable
     files: dict[str, Path] = {}
 
     def make(ending: str, **arguments: Any) -> Path:
+        if arguments.get("size") == "dynamic" and torch.__version__ < (2, 10):
+            pytest.skip("torch 2.9 does not export images of any size in batches of any size")
         key = f"{ending}{sorted(arguments.items())}"
         if key not in files:
             if arguments.get("precision") == "int8":

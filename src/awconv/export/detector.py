@@ -61,7 +61,7 @@ def found_objects(detector: nn.Module, images: Tensor, size: Any) -> dict[str, T
 
 @contextmanager
 def exportable_operations() -> Iterator[None]:
-    """Inside, torchvision's detectors call three functions in a form that takes any number of boxes.
+    """Inside, torchvision's detectors call four functions in a form that takes any number of boxes.
 
     torchvision's own look at the number of boxes, which an exported graph does not know, and clip to numbers.
     """
@@ -69,6 +69,7 @@ def exportable_operations() -> Iterator[None]:
         mock.patch("torchvision.ops.boxes.batched_nms", _batched_nms),
         mock.patch("torchvision.ops.boxes.clip_boxes_to_image", _clipped),
         mock.patch("torchvision.models.detection._utils._topk_min", _at_most),
+        mock.patch("torchvision.models.detection._utils.BoxCoder.decode", _decoded),
     ):
         yield
 
@@ -83,6 +84,12 @@ def _batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: floa
 def _at_most(values: Tensor, count: int, axis: int) -> Any:
     """The lesser of a count and of the length of an axis."""
     return torch.sym_min(count, values.shape[axis])
+
+
+def _decoded(coder: Any, codes: Tensor, boxes: list[Tensor]) -> Tensor:
+    """Boxes, shape (n, classes, 4), from what a network says of how they differ from others, shape (n, classes * 4)."""
+    decoded: Tensor = coder.decode_single(codes, torch.cat(boxes)).unflatten(1, (-1, 4))
+    return decoded
 
 
 def _clipped(boxes: Tensor, size: tuple[Tensor, Tensor]) -> Tensor:
