@@ -57,6 +57,12 @@ def main() -> None:
     tensors = whole._tensors(modules)
     planned.compile(image, layer.weight, tensors, floats)
     whole._Layer.apply(image, layer.weight, *tensors[:6], planned, tensors[6:], floats).sum().backward()
+    layer.eval()
+    planned = whole._plan(image, layer.weight, modules, *arguments)
+    assert planned is not None
+    with torch.no_grad():
+        planned.compile(image, layer.weight, tensors, floats)
+        whole._forward(planned, image, layer.weight, tensors, floats)
 
 
 if __name__ == "__main__":

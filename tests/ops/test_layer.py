@@ -94,6 +94,30 @@ def run(layer: AWConv2d, image: Tensor) -> Tensor | None:
         )
 
 
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("name", ["a tile", "a stride", "the gain in parts", "relative to the start"])
+def test_inference_equals_that_of_the_modules_in_double_precision(name: str, samples: int, device: str) -> None:
+    layer, image = CASES[name]._replace(samples=samples).make(device)
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    reference = exact(layer).eval()
+    with torch.inference_mode():
+        output = run(layer.eval(), image)
+        expected = reference(image.cpu().double())
+    assert output is not None
+    assert output.stride() == layer(image).stride()
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert all(torch.equal(value, before[key]) for key, value in layer.named_buffers())
+
+
+def test_a_sample_of_any_batch_gets_the_same_bits(device: str) -> None:
+    layer, image = CASES["a tile"]._replace(samples=70).make(device)
+    with torch.no_grad():
+        together = run(layer.eval(), image)
+        assert together is not None
+        for index in (0, 33, 69):
+            assert torch.equal(run(layer, image[index : index + 1]), together[index : index + 1])
+
+
 def exact(layer: AWConv2d) -> AWConv2d:
     return copy.deepcopy(layer).cpu().double()
 
@@ -502,5 +526,5 @@ def test_a_plan_compiles_what_a_step_launches() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.compiled_layer"]
     lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 13
+    assert len(lines) == 13 + 3  # of a step, and of inference
     assert all(line.endswith(" was compiled") for line in lines), lines

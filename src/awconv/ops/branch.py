@@ -236,7 +236,7 @@ def infer(pooled: Tensor, branch: Branch) -> Tensor:
     attention = empty_attention(pooled, branch.size, branch.dtype)
     launch = launches.inference(facts_of(pooled, branch, taps))
     norm1, norm2 = branch.norm1, branch.norm2
-    tensors = (pooled, branch.weight1, *norm1[:4], branch.weight2, *norm2[:4], attention)
+    tensors = (pooled, branch.weight1, *norm1[:4], branch.weight2, *norm2[:4], attention, None)
     launch.run(*tensors, floats=(norm1.floats[0], norm2.floats[0]))
     return attention
 

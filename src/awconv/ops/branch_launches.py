@@ -106,7 +106,7 @@ def kept_elements(rows: int, hidden: int, columns: int) -> int:
 @functools.lru_cache(maxsize=PLANS)
 def inference(facts: Facts) -> Launch:
     names = (
-        "channels hidden columns taps activation constant gain low precision "
+        "channels hidden columns taps activation constant gain residual low precision "
         "tile_rows tile_hidden tile_columns tile_channels"
     )
     programs = -(-facts.rows // _ROWS) * facts.tiles(facts.columns)

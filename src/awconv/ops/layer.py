@@ -1,5 +1,5 @@
-"""A whole AW layer in training on a GPU, where kernels run all of it: pooling, branch and convolution in one node of
-autograd, with one sequence of launches each way.
+"""A whole AW layer on a GPU, where kernels run all of it: pooling, branch and convolution, in one sequence of launches.
+In training it is one node of autograd, with another sequence for the way back.
 
 It launches the kernels that the parts launch one after another (``average_pool.py``, ``branch.py``, ``fused/cuda.py``)
 and gives the same numbers, to a rounding. In small layers what lies between these, in Python and in PyTorch, takes
@@ -81,20 +81,25 @@ def run_layer(
     if weight is None or not eager(image, weight):
         return None
     norm1, norm2 = modules[1], modules[4]
-    if not (norm1.training and norm2.training) or in_forward_mode() or not unwatched((branch, *modules)):
+    training = norm1.training
+    if norm2.training != training or in_forward_mode() or not unwatched((branch, *modules)):
         return None
     tensors, device = _tensors(modules), image.get_device()
     known = _known(modules, tensors)
     if known is None or tensors[0].get_device() != device or weight.get_device() != device:
         return None
-    if norm1.momentum is None or norm2.momentum is None:
+    graded = torch.is_grad_enabled()
+    if not training and graded and any(tensor.requires_grad for tensor in (image, weight, *tensors[:6])):
         return None
-    floats = (float(norm1.eps), float(norm1.momentum), float(norm2.eps), float(norm2.momentum))
+    momentum1, momentum2 = (norm1.momentum, norm2.momentum) if training else (0, 0)
+    if momentum1 is None or momentum2 is None:
+        return None
+    floats = (float(norm1.eps), float(momentum1), float(norm2.eps), float(momentum2))
     cast = autocasting("cuda")
     dtype = torch.get_autocast_dtype("cuda") if cast else image.dtype
     precision = precision_of_products() if dtype == torch.float32 else ""
     facts = (image.shape, image.stride(), image.dtype, weight.shape, weight.stride(), weight.dtype)
-    key = (*facts, dtype, cast, precision, device, torch.is_grad_enabled(), wanted("auto"), size, start, convolution)
+    key = (*facts, dtype, cast, precision, device, training, graded, wanted("auto"), size, start, convolution)
     try:
         planned = known.plans[key]
     except KeyError:
@@ -107,6 +112,8 @@ def run_layer(
         return None
     if planned is None:
         return None
+    if not training:
+        return _forward(planned, image, weight, tensors, floats)[0]
     output: Tensor = _Layer.apply(image, weight, *tensors[:6], planned, tensors[6:], floats)
     return output
 
@@ -170,7 +177,8 @@ def _plan(
         return None
     branch = Branch.of(modules, size, dtype, *start)
     pooled = image.new_empty((*image.shape[:2], *size[2:]), device="meta")
-    if not fits(branch, pooled, cast) or pooled.shape[0] * product(size[2:]) < 2:
+    training = branch.norm1.training
+    if not fits(branch, pooled, cast) or (training and pooled.shape[0] * product(size[2:]) < 2):
         return None
     facts = (
         TensorFacts(image.shape, dtype, image.device, image.requires_grad),
@@ -181,7 +189,7 @@ def _plan(
     if chosen is not fused.ALGORITHM or any(pair != (0, 0) for pair in problem.unseeing):
         return None
     made = _Plan(problem, branch, image, weight)
-    return None if made.needs_units() else made
+    return None if training and made.needs_units() else made
 
 
 class _Parts:
@@ -217,7 +225,7 @@ class _Backward(NamedTuple):
 
 
 class _Plan:
-    """All of a step that follows from shapes, dtypes and arguments.
+    """All of a step, or of a forward with running statistics, that follows from shapes, dtypes and arguments.
 
     The buffer that is kept for the backward holds what the branch keeps, the pooled input and the gain; the gain in
     single precision too where a kernel reads it so; and what the kernels of the forward hand on, which is less than
@@ -238,7 +246,7 @@ class _Plan:
         dtype, precision = problem.dtype, self._precision
         self._convolve = cuda_plans.forward(*arguments, (dtype, precision, is_channels_last(output)))
         self._grad_input, self._whole = cuda_plans.grad_input(*arguments, (dtype, precision, self.image_is_last))
-        self._arguments = arguments
+        self._arguments, self._training = arguments, branch.norm1.training
         self._lay_out()
         self.forward = self._make_forward()
         self._backwards: dict[tuple[bool, bool, bool], _Backward] = {}
@@ -258,7 +266,7 @@ class _Plan:
         needs = (image.requires_grad, weight.requires_grad, for_gain)
         with on_device(image.get_device()), compiling_side_by_side():
             self.forward.compile([low, raw, *parameters, *buffers, low, low, low], floats)
-            if torch.is_grad_enabled() and any(needs):
+            if self._training and torch.is_grad_enabled() and any(needs):
                 made = self.backward(needs)
                 for launches in filter(None, (made.first, made.second)):
                     launches.compile([low, raw, *parameters, raw, low, low, low, low, *parameters, low])
@@ -281,14 +289,13 @@ class _Plan:
 
     def _lay_out(self) -> None:
         dtype, parts = self.problem.dtype, _Parts(1)
-        _, kept, handed_on = branch_launches.forward(self._facts)
+        _, kept, handed_on = branch_launches.forward(self._facts) if self._training else (None, 0, 0)
         self._kept = parts.part(kept, torch.float32)
         self._pooled = parts.part(self._facts.rows * self._facts.channels, dtype)
         self._gain = parts.part(self.gains, dtype)
         self._wide_gain = None
-        if dtype != torch.float32 and any(
-            correlation.wide_gains for correlation in (self._convolve, *self._grad_input)
-        ):
+        correlations = (self._convolve, *self._grad_input) if self._training else (self._convolve,)
+        if dtype != torch.float32 and any(correlation.wide_gains for correlation in correlations):
             self._wide_gain = parts.part(self.gains, torch.float32)
         self._scratch = parts.part(handed_on, torch.float32)
         self.kept_bytes = parts.bytes
@@ -301,21 +308,25 @@ class _Plan:
 
     def _make_forward(self) -> Launches:
         facts = self._facts._replace(residual=self.problem.residual)
-        project, measure, finish = branch_launches.forward(facts)[0]
         image, weight1, weight2, source, low, output = map(Operand, (0, 2, 5, 14, 15, 16))
         norm1, norm2 = [Operand(3), Operand(4)], [Operand(6), Operand(7)]
-        buffers1, buffers2 = map(Operand, range(8, 11)), map(Operand, range(11, 14))
-        passed = (self._kept, self._scratch, weight2, *norm1)
+        buffers1, buffers2 = list(map(Operand, range(8, 11))), list(map(Operand, range(11, 14)))
         convolve, wide = self._convolve
-        return Launches(
-            [
-                Step(self._launch_pool("pool", False), (image, self._pooled)),
-                Step(project, (self._pooled, weight1, self._kept, self._scratch)),
-                Step(measure, (*passed, *buffers1), (0, 1)),
-                Step(finish, (*passed, *norm2, *buffers2, self._gain, self._wide_gain), (2, 3)),
-                Step(convolve, (source, low, self._read_gain(wide), output, None)),
-            ]
-        )
+        pool = Step(self._launch_pool("pool", False), (image, self._pooled))
+        last = Step(convolve, (source, low, self._read_gain(wide), output, None))
+        gains = (self._gain, self._wide_gain)
+        if not self._training:
+            halves = (weight1, *norm1, *buffers1[:2], weight2, *norm2, *buffers2[:2])
+            infer = Step(branch_launches.inference(facts), (self._pooled, *halves, *gains), (0, 2))
+            return Launches([pool, infer, last])
+        project, measure, finish = branch_launches.forward(facts)[0]
+        passed = (self._kept, self._scratch, weight2, *norm1)
+        of_branch = [
+            Step(project, (self._pooled, weight1, self._kept, self._scratch)),
+            Step(measure, (*passed, *buffers1), (0, 1)),
+            Step(finish, (*passed, *norm2, *buffers2, *gains), (2, 3)),
+        ]
+        return Launches([pool, *of_branch, last])
 
     def _make_backward(self, for_input: bool, for_weight: bool, for_gain: bool) -> _Backward:
         above, source, low, grad_input, grad_low = map(Operand, (0, 9, 10, 11, 12))
@@ -358,6 +369,20 @@ class _Plan:
         ]
 
 
+def _forward(
+    planned: _Plan, image: Tensor, weight: Tensor, tensors: list[Tensor], floats: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the buffer that is kept, and the weight as the convolution read it."""
+    low = weight
+    if not planned.weight_is_ready:
+        low = weight.to(planned.problem.dtype, memory_format=_LAST)
+    kept = image.new_empty(planned.kept_bytes, dtype=torch.uint8)
+    output = image.new_empty_strided(planned.out_shape, planned.out_stride)
+    source = image if planned.image_is_last else image.contiguous(memory_format=_LAST)
+    planned.forward.run([image, kept, *tensors, source, low, output], floats)
+    return output, kept, low
+
+
 class _Layer(torch.autograd.Function):
     """The tensors of the launches are, forward: image, kept, the branch's six parameters and six buffers, image and
     weight as the convolution reads them, output; backward: the output's gradient, kept, the six parameters, scratch,
@@ -367,13 +392,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
         *parameters, planned, buffers, floats = arguments
-        low = weight
-        if not planned.weight_is_ready:
-            low = weight.to(planned.problem.dtype, memory_format=_LAST)
-        kept = image.new_empty(planned.kept_bytes, dtype=torch.uint8)
-        output = image.new_empty_strided(planned.out_shape, planned.out_stride)
-        source = image if planned.image_is_last else image.contiguous(memory_format=_LAST)
-        planned.forward.run([image, kept, *parameters, *buffers, source, low, output], floats)
+        output, kept, low = _forward(planned, image, weight, [*parameters, *buffers], floats)
         ctx.save_for_backward(image, weight, *parameters, kept, low)
         ctx.plan, ctx.floats = planned, floats
         return output

@@ -145,6 +145,21 @@ def _store_norm(
     tl.store(running_variance + at, (running + momentum * (unbiased - running)).to(dtype), mask=exists)
 
 
+@triton.jit
+def _store_attention(
+    attention, wide, result, row, rows, column, is_column, columns: tl.constexpr, residual: tl.constexpr
+):
+    """A tile of the attention or, with the residual, of the gain."""
+    here = (row < rows)[:, None] & is_column[None, :]
+    at = (row * columns)[:, None] + column[None, :]
+    result = result.to(attention.dtype.element_ty)
+    if residual:
+        result = (result.to(tl.float32) + 1).to(attention.dtype.element_ty)
+    tl.store(attention + at, result, mask=here)
+    if wide is not None:
+        tl.store(wide + at, result.to(tl.float32), mask=here)
+
+
 @triton.jit(do_not_specialize=["rows", "epsilon1", "epsilon2"])
 def infer(
     pooled,
@@ -159,6 +174,7 @@ def infer(
     mean2,
     variance2,
     attention,
+    wide,  # the same in single precision, or None
     rows,
     epsilon1,
     epsilon2,
@@ -169,6 +185,7 @@ def infer(
     activation: tl.constexpr,
     constant: tl.constexpr,  # to which the attention is relative
     gain: tl.constexpr,
+    residual: tl.constexpr,  # whether 1 is added, to what was rounded: the convolution's gain
     low: tl.constexpr,
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
@@ -193,8 +210,7 @@ def infer(
     inverse = 1 / tl.sqrt(load(variance2, column, is_column) + epsilon2)
     normed = (score - load(mean2, column, is_column)[None, :]) * inverse[None, :]
     result = attended(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation, constant, gain)
-    here = (row < rows)[:, None] & is_column[None, :]
-    tl.store(attention + (row * columns)[:, None] + column[None, :], result.to(attention.dtype.element_ty), mask=here)
+    _store_attention(attention, wide, result, row, rows, column, is_column, columns, residual)
 
 
 @triton.jit(do_not_specialize=["rows", "statistics1"])
@@ -323,14 +339,7 @@ def finish(
     inverse = 1 / tl.sqrt(variance + epsilon2)
     normed = (score - mean[None, :]) * inverse[None, :]
     result = attended(scaled(normed, norm_weight2, norm_bias2, column, is_column), activation, constant, gain)
-    here = (row < rows)[:, None] & is_column[None, :]
-    at = (row * columns)[:, None] + column[None, :]
-    result = result.to(attention.dtype.element_ty)
-    if residual:
-        result = (result.to(tl.float32) + 1).to(attention.dtype.element_ty)
-    tl.store(attention + at, result, mask=here)
-    if wide is not None:
-        tl.store(wide + at, result.to(tl.float32), mask=here)
+    _store_attention(attention, wide, result, row, rows, column, is_column, columns, residual)
     if part == 0:
         kept2 = kept + 2 * hidden
         _store_norm(
