@@ -67,6 +67,7 @@ CORRELATE = [
     ("scaled_sums", 128, 64, 64, 4, 3, False),
     ("scaled_sums", 128, 64, 64, 4, 4, False),
     ("scaled_sums", 128, 128, 64, 8, 3, False),
+    ("scaled_sums", 128, 128, 64, 8, 4, False),
     ("scaled_weights", 32, 256, 32, 4, 3, False),
     ("scaled_weights", 32, 128, 32, 4, 3, False),
     ("scaled_weights", 32, 256, 16, 4, 3, False),
@@ -77,11 +78,13 @@ CORRELATE = [
 # tile_rows, tile_columns, tile_positions, warps, stages
 SUMS = [
     (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
     (128, 128, 32, 8, 4),
     (128, 64, 64, 4, 3),
     (128, 64, 64, 8, 3),
     (64, 64, 64, 4, 4),
     (64, 64, 64, 4, 3),
+    (64, 128, 64, 4, 3),
     (64, 128, 64, 8, 3),
     (32, 32, 64, 4, 3),
     (32, 64, 64, 4, 3),
@@ -105,7 +108,8 @@ def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
     for kernel, tile_rows, tile_pixels, tile_inner, warps, stages, wide in CORRELATE:
         if not min(made, 128) // 2 <= tile_rows <= tiles.ceiling(made, 128):
             continue
-        if min(summed, 64) // 2 <= tile_inner <= summed and tile_pixels <= 2 * positions:
+        fits = kernel == "scaled_sums" or tile_pixels <= 2 * positions  # its tiles hold pixels of several samples
+        if min(summed, 64) // 2 <= tile_inner <= summed and fits:
             sizes = dict(tile_rows=tile_rows, tile_pixels=tile_pixels, tile_inner=tile_inner)
             yield Tile(kernel, sizes, warps, stages, wide)
 
