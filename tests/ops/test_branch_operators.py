@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
 from tests.ops.test_branch import CASES, Case, assert_close, buffers, by_modules, exact, gradients, parameters
