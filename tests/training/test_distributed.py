@@ -20,6 +20,7 @@ NETWORK = (
     "--data.horizontal_flip=true",
     "--data.val_fraction=0.15",
     "--model.ema_decay=0.9",
+    "--model.lr=0.02",  # at 0.1 a rounding that changes the sign of one activation has grown to 0.002 in the end
 )
 
 
@@ -79,8 +80,8 @@ sys.exit(main())
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     one, weights = fit(tmp_path / "one", "--data.batch_size=128")
     two, shared = fit(tmp_path / "two", "--data.batch_size=64", "--trainer.devices=2", "--trainer.strategy=ddp")
-    # Gradients are means of halves in place of a mean of all, in single precision: 1e-7 each, which 18 steps at a
-    # learning rate of 0.1 enlarge by up to some hundred times.
+    # Gradients are means of halves in place of a mean of all, in single precision: 1e-7 each, which 18 steps
+    # enlarge by up to some hundred times.
     assert weights.keys() == shared.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(
