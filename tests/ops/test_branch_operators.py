@@ -87,3 +87,10 @@ def test_the_operators_keep_pytorchs_rules(training: bool, device: str) -> None:
         statistics = (modules[1].running_mean, modules[1].running_var, modules[4].running_mean, modules[4].running_var)
         arguments = [tensor.detach() for tensor in (pooled, *parameters(modules), *statistics)]
         torch.library.opcheck(torch.ops.awconv.branch_inference, (*arguments, *form))
+
+
+def test_a_gradient_has_the_strides_that_the_graph_expects(device: str) -> None:
+    case = CASES["a tile"]
+    modules, pooled = case.modules(device), case.pooled(device).contiguous().transpose(2, 3).requires_grad_()
+    form = (1e-5, 1e-3, "tanh", list(case.size), torch.float32, *case.start)
+    torch.library.opcheck(torch.ops.awconv.branch, (pooled, *parameters(modules), *form))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import os
 import pickle
 import subprocess
@@ -22,7 +23,7 @@ from awconv.ops import average_pool, fused
 from awconv.ops import layer as whole
 from awconv.ops.branch import Branch, Train
 from awconv.ops.fused import cuda, cuda_plans, tiles
-from awconv.ops.gpu import empty_like_image
+from awconv.ops.gpu import compiling_side_by_side, empty_like_image
 from awconv.ops.layer import run_layer
 from awconv.ops.problem import describe
 
@@ -116,6 +117,74 @@ def test_a_sample_of_any_batch_gets_the_same_bits(device: str) -> None:
         assert together is not None
         for index in (0, 33, 69):
             assert torch.equal(run(layer, image[index : index + 1]), together[index : index + 1])
+
+
+def test_saved_tensors_may_lose_their_strides(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    expected = step(exact(layer), image.cpu().double(), AWConv2d.forward)
+
+    def pack(tensor: Tensor) -> Tensor:  # as save_on_cpu does with pinned memory
+        return torch.empty(tensor.size(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        found = step(layer, image, run)
+    for key, value in expected.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(found[key].cpu().to(value.dtype), value, rtol=0, atol=2e-5 * scale, msg=key)
+    assert found["image"].stride() == image.stride()
+
+
+def test_gradients_that_have_gradients_where_a_layer_is_applied_twice(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    image.requires_grad_()
+    inputs = [image, *layer.parameters()]
+    expected = torch.autograd.grad(run(layer, run(layer, image)).square().sum(), inputs)
+    found = torch.autograd.grad(run(layer, run(layer, image)).square().sum(), inputs, create_graph=True)
+    for index, (value, reference) in enumerate(zip(found, expected, strict=True)):
+        atol = 1e-4 * float(reference.abs().max())
+        torch.testing.assert_close(value, reference, rtol=0, atol=atol, msg=str(index))
+
+
+STRUCTURES: dict[str, Callable[[AWConv2d], object]] = {
+    "a bias": lambda layer: setattr(layer.attention.conv2, "bias", nn.Parameter(torch.ones(16))),
+    "a stride": lambda layer: setattr(layer.attention.conv1, "stride", (2, 2)),
+    "another activation": lambda layer: setattr(layer.attention.act2, "__class__", nn.Hardsigmoid),
+    "statistics that are not tracked": lambda layer: setattr(layer.attention.norm1, "track_running_stats", False),
+    "no statistics": lambda layer: setattr(layer.attention.norm1, "running_mean", None),
+    "no weight": lambda layer: setattr(layer.attention.norm2, "weight", None),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_structure_that_changes_between_two_steps(name: str) -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    assert run(layer, image) is not None
+    STRUCTURES[name](layer)
+    assert run(layer, image) is None
+
+
+def test_tensors_may_be_swapped_after_a_step() -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    with torch.no_grad():
+        assert run(layer, image) is not None
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert layer.weight.dtype == torch.float64
+
+
+def test_a_compilation_that_fails_leaves_others_alone() -> None:
+    mode = importlib.import_module("triton.runtime._async_compile").active_mode
+
+    def fail() -> None:
+        raise OSError("no space")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space"), compiling_side_by_side():
+            mode.get().submit("kernel", fail, lambda kernel: None)
+        assert mode.get() is None
 
 
 def exact(layer: AWConv2d) -> AWConv2d:

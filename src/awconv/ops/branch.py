@@ -152,6 +152,7 @@ def plain(modules: Sequence[Any], axes: int) -> bool:
         and _pointwise(conv1)
         and _pointwise(conv2)
         and norm1.training == norm2.training
+        and bool(norm1.track_running_stats and norm2.track_running_stats)
     )
 
 
@@ -232,7 +233,7 @@ _fits = functools.lru_cache(maxsize=PLANS)(sizes_fit)
 def infer(pooled: Tensor, branch: Branch) -> Tensor:
     """The attention from running statistics, without gradients. Tiles of rows do not depend on the batch size, and so
     the result of a sample does not either."""
-    pooled, taps = _by_rows(pooled)
+    pooled, taps = by_rows(pooled)
     attention = empty_attention(pooled, branch.size, branch.dtype)
     launch = launches.inference(facts_of(pooled, branch, taps))
     norm1, norm2 = branch.norm1, branch.norm2
@@ -243,7 +244,7 @@ def infer(pooled: Tensor, branch: Branch) -> Tensor:
 
 def train(pooled: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     """The attention from the statistics of the batch, and what its gradients need."""
-    source, taps = _by_rows(pooled)
+    source, taps = by_rows(pooled)
     attention = empty_attention(source, branch.size, branch.dtype)
     (project, measure, finish), elements, handed_on = launches.forward(facts_of(source, branch, taps))
     kept = source.new_empty(elements, dtype=torch.float32)
@@ -280,7 +281,7 @@ class Train(torch.autograd.Function):
 def gradients(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Branch) -> tuple[Tensor, ...]:
     """The gradients of the inputs, each in the layout and dtype of what it belongs to."""
     pooled, weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 = inputs
-    pooled, taps = _by_rows(pooled)
+    pooled, taps = by_rows(pooled)
     last = grad.permute(0, *range(3, grad.dim()), 1, 2)
     grad_taps = 1
     if not last.is_contiguous():
@@ -302,6 +303,7 @@ def _by_modules(
     """The gradients by operations that have derivatives themselves."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(grad.device.type):
+        inputs = [tensor.view_as(tensor) for tensor in inputs]  # not what they were made of
         attention = by_operations(inputs, branch.form, branch.norm1.epsilon, branch.norm2.epsilon)
         wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
         grads = iter(torch.autograd.grad(attention, wanted, grad, create_graph=create_graph))
@@ -330,7 +332,7 @@ def facts_of(pooled: Tensor, branch: Branch, taps: int) -> Facts:
     return Facts(*sizes, taps, activation, branch.constant, branch.gain, _DTYPES[branch.dtype], precision)
 
 
-def _by_rows(pooled: Tensor) -> tuple[Tensor, int]:
+def by_rows(pooled: Tensor) -> tuple[Tensor, int]:
     """The tensor, copied if the kernels cannot read it, and how many elements two channels of a row are apart."""
     if pooled.dim() == 4 and pooled.is_contiguous(memory_format=torch.channels_last):
         return pooled, 1

@@ -17,6 +17,7 @@ from awconv.ops.branch import (
     ACTIVATIONS,
     Branch,
     Norm,
+    by_rows,
     empty_attention,
     gradients,
     infer,
@@ -126,6 +127,7 @@ def _backward(grad: Tensor, pooled: Tensor, *arguments: Any) -> tuple[Tensor, ..
 
 
 def _fake_backward(grad: Tensor, pooled: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    pooled, _ = by_rows(pooled)
     return tuple(map(torch.empty_like, (pooled, *arguments[:6])))
 
 

@@ -143,8 +143,14 @@ class Kernel:
 def compiling_side_by_side() -> Iterator[None]:
     """What is asked for inside, Triton compiles in as many threads as there are processors: it is there at the end."""
     triton = importlib.import_module("triton")
-    with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
-        yield
+    mode = importlib.import_module("triton.runtime._async_compile").active_mode
+    outer = mode.get()  # of a caller, beside which Triton allows no other
+    mode.set(None)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
+            yield
+    finally:
+        mode.set(outer)  # Triton before 3.8 leaves its own where a compilation fails or is interrupted
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> list[int]:

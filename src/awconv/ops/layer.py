@@ -49,9 +49,8 @@ _Plans = dict[tuple[Any, ...], "_Plan | None"]
 class _Known(NamedTuple):
     """A branch whose structure the kernels run, as it was when that was found out. It keeps nothing of it alive."""
 
-    parts: list[ref[Any]]  # modules and tensors
-    dtypes: list[torch.dtype]
-    addresses: list[int]
+    modules: list[ref[Any]]
+    tensors: list[tuple[Any, ...]]  # facts of them: PyTorch swaps none to which there is a weak reference
     plans: _Plans
 
 
@@ -120,21 +119,17 @@ def run_layer(
 
 def _known(modules: tuple[Any, ...], tensors: list[Any]) -> _Known | None:
     """What is known of a branch, found out again if anything of it changed; None if the kernels do not run it."""
-    known = _KNOWN.get(modules[0])
-    if (
-        known is not None
-        and all(map(is_, map(ref, (*modules, *tensors)), known.parts))
-        and [tensor.dtype for tensor in tensors] == known.dtypes
-        and [tensor.data_ptr() for tensor in tensors] == known.addresses
-    ):
-        return known
     if not plain(modules, 4) or any(tensor is None for tensor in tensors) or not eager(*tensors):
         return None
+    facts = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+    known = _KNOWN.get(modules[0])
+    if known is not None and facts == known.tensors and all(map(is_, map(ref, modules), known.modules)):
+        return known
     if len({tensor.get_device() for tensor in tensors}) > 1 or not all(tensor.is_contiguous() for tensor in tensors):
         return None
-    dtypes, addresses = [tensor.dtype for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
-    plans = _plans(modules[5].__class__, tuple(tensor.shape for tensor in tensors), tuple(dtypes))
-    made = _KNOWN[modules[0]] = _Known(list(map(ref, (*modules, *tensors))), dtypes, addresses, plans)
+    shapes, dtypes = tuple(tensor.shape for tensor in tensors), tuple(tensor.dtype for tensor in tensors)
+    plans = _plans(modules[5].__class__, shapes, dtypes)
+    made = _KNOWN[modules[0]] = _Known(list(map(ref, modules)), facts, plans)
     return made
 
 
@@ -421,11 +416,12 @@ def _grads(
 ) -> list[Tensor]:
     """The gradients of image, weight and parameters, whatever is in those that are not needed."""
     made = planned.backward((needs[0], needs[1], needs[0] or any(needs[2:])))
-    above, source = grad.contiguous(memory_format=_LAST), image
-    if not planned.image_is_last:
-        source = image.contiguous(memory_format=_LAST)
+    # Hooks of saved tensors may have changed their strides.
+    above, source, low = (tensor.contiguous(memory_format=_LAST) for tensor in (grad, image, low))
     scratch = image.new_empty(made.scratch, dtype=torch.uint8)
-    grad_input = torch.empty_like(image) if needs[0] else image
+    grad_input = image
+    if needs[0]:
+        grad_input = torch.empty_like(source) if planned.image_is_last else image.new_empty(planned.shape)
     grad_low = torch.empty_like(low) if needs[1] else low
     grads = [torch.empty_like(parameter) for parameter in parameters]
     if needs[0] and not made.whole:
@@ -447,6 +443,7 @@ def _by_operations(
     """The gradients by operations that have derivatives themselves."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(grad.device.type):
+        inputs = [tensor.view_as(tensor) for tensor in inputs]  # not what they were made of
         image, weight, *parameters = inputs
         problem = planned.problem
         pooled = average_pool(image, problem.kernel)
