@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ def _timed(
             figures["graph_breaks"] = sum(counters["graph_break"].values())
             figures["cudagraph_skips"] = counters["inductor"]["cudagraph_skips"]
         save()
+        if mode is not None and work == "training":
+            _profile_sides(sides, settings.out / f"profile_{subject[0]}_{mode}.json", figures, settings, save)
     torch._dynamo.reset()  # lets go of the compiled networks, and of the memory of their graphs
 
 
@@ -130,18 +133,26 @@ def _seconds(call: Callable[[], None], device: str) -> float:
 
 
 def _profile(subject: tuple[str, int, int], settings: Settings, figures: dict[str, Any], save: Save) -> None:
-    """Kernels go to ``profile.json``, and their sums into the figures."""
     figures |= _about(subject, settings)
     torch.backends.cudnn.benchmark = True
-    profiles: dict[str, Any] = {}
-    for way, side in _sides(subject, (), None, settings).items():
-        with settings.turn():
-            profiles[way] = profile_step(side)
+    sides = _sides(subject, (), None, settings)
+    _profile_sides(sides, settings.out / "profile.json", figures, settings, save)
+    for way, side in sides.items():
         few = side.input[:2, :, :64, :64].contiguous(memory_format=torch.channels_last)
         tiny = Side(side.network, side.algorithm, few, side.amp, side.device, channels_last=True)
-        profiles[way]["host_seconds"] = host_seconds(tiny)
-        figures[way] = {name: value for name, value in profiles[way].items() if not isinstance(value, list)}
-        (settings.out / "profile.json").write_text(json.dumps(_about(subject, settings) | profiles, indent=1) + "\n")
+        figures["profile"][way]["host_seconds"] = host_seconds(tiny)
+        save()
+
+
+def _profile_sides(sides: dict[str, Side], path: Path, figures: dict[str, Any], settings: Settings, save: Save) -> None:
+    """Kernels go to a file of their own, and their sums into the figures."""
+    profiles: dict[str, Any] = {}
+    figures["profile"] = {}
+    for way, side in sides.items():
+        with settings.turn():
+            profiles[way] = profile_step(side)
+        figures["profile"][way] = {name: value for name, value in profiles[way].items() if not isinstance(value, list)}
+        path.write_text(json.dumps(profiles, indent=1) + "\n")
         save()
 
 

@@ -55,18 +55,16 @@ def _ways(compared: dict[str, Any]) -> str:
 
 
 def _networks(figures: dict[str, Any]) -> str:
-    if "works" in figures:
-        parts = []
-        for work, found in figures["works"].items():
-            ratios = {way: ratio for way, ratio in found.items() if "median" in ratio}
-            if ratios:
-                text = " ".join(f"{way} {ratio['median']:.3f}" for way, ratio in ratios.items() if way != "plain")
-                parts.append(f"{work} {text} (plain {_size(ratios['plain'])})")
-        return "; ".join(parts)
-    keys = ("step_seconds", "kernel_seconds", "host_seconds", "first", "second")
     parts = []
+    for work, found in figures.get("works", {}).items():
+        ratios = {way: ratio for way, ratio in found.items() if "median" in ratio}
+        if ratios:
+            text = " ".join(f"{way} {ratio['median']:.3f}" for way, ratio in ratios.items() if way != "plain")
+            parts.append(f"{work} {text} (plain {_size(ratios['plain'])})")
+    keys = ("step_seconds", "kernel_seconds", "host_seconds", "first", "second")
+    sums = figures.get("profile", figures)
     for way in ("plain", "aw"):
-        found = figures.get(way, {})
+        found = sums.get(way, {})
         texts = [f"{key.removesuffix('_seconds')} {1e3 * found[key]:.1f} ms" for key in keys if key in found]
         if texts:
             parts.append(f"{way} {', '.join(texts)}")

@@ -54,6 +54,7 @@ def test_every_stage_writes_its_figures_and_the_summary_names_them(tmp_path: Pat
     }
     profile = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert all(profile[way]["kernels"][0]["milliseconds"] > 0 for way in ("plain", "aw"))
+    assert stages["networks"]["profile"]["profile"]["aw"]["host_seconds"] > 0
     assert stages["training"]["1 run"]["together"] > 0
     assert stages["training"]["bare loop"]["aw"]["host_seconds"] > 0
     entries = [name for stage in stages.values() for name in stage]
