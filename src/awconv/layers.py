@@ -18,6 +18,7 @@ from awconv.branch_spec import BranchSpec, MakeBranch, MakePool, NormLayer, chec
 from awconv.custom_branch import is_part_of_custom_branch, make_custom_branch
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import pool_beside, pools_beside
+from awconv.ops.branch import unwatched
 from awconv.ops.layer import run_layer
 from awconv.ops.problem import SPATIAL_NAMES
 from awconv.ops.tracing import compiling, shape_of
@@ -218,10 +219,7 @@ def _pools_beside(branch: BaseBranch, input: Any) -> bool:
         isinstance(input, Tensor)
         and type(branch) is AttentionBranch
         and branch.pool is None
-        and "forward" not in branch.__dict__
-        and not (branch._forward_hooks or branch._forward_pre_hooks)
-        and not (branch._backward_hooks or branch._backward_pre_hooks)
-        and not torch.nn.modules.module._has_any_global_hook()
+        and unwatched((branch,))
         and pools_beside(input, branch.attention_size[2:])
     )
 

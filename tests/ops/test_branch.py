@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from awconv import branch as attention_branch
+from awconv.bench.timing import graphed
 from awconv.branch import AttentionBranch
 from awconv.ops import branch, branch_launches
 from awconv.ops.branch import Branch, Train, infer
@@ -373,22 +374,17 @@ def test_a_cuda_graph_of_a_step() -> None:
     pooled.requires_grad_()
     above = torch.randn(40, 96, 1, 3, 3, device="cuda")
 
-    def step() -> tuple[Tensor, ...]:
-        attention = made(pooled, pooled)
-        return (attention, *torch.autograd.grad(attention, (pooled, *made.parameters()), above))
+    captured: list[Tensor] = []
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    def step() -> list[Tensor]:
+        attention = made(pooled, pooled)
+        captured[:] = attention, *torch.autograd.grad(attention, (pooled, *made.parameters()), above)
+        return captured
+
+    replay = graphed(step)
     pooled.data.normal_()
     before = copy.deepcopy(made)
-    graph.replay()
+    replay()
     assert made.norm1.num_batches_tracked == 3
     results = [tensor.clone() for tensor in captured]
     made.load_state_dict(before.state_dict())

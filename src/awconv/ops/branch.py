@@ -75,11 +75,7 @@ class Branch(NamedTuple):
     norm1: Norm
     weight2: Tensor
     norm2: Norm
-    activation: type[nn.Module]
-    size: tuple[int, ...]  # of one sample's attention
-    dtype: torch.dtype  # of products and of the attention
-    constant: float = 0.0  # to which the attention is relative
-    gain: float = 1.0
+    form: Form
 
     @classmethod
     def of(
@@ -92,11 +88,7 @@ class Branch(NamedTuple):
     ) -> Branch:
         conv1, norm1, _, conv2, norm2, act2 = modules
         weight1, weight2 = conv1._parameters.get("weight"), conv2._parameters.get("weight")
-        return cls(weight1, Norm.of(norm1), weight2, Norm.of(norm2), type(act2), size, dtype, constant, gain)
-
-    @property
-    def form(self) -> Form:
-        return Form(self.activation, self.size, self.dtype, self.constant, self.gain)
+        return cls(weight1, Norm.of(norm1), weight2, Norm.of(norm2), Form(type(act2), size, dtype, constant, gain))
 
     def parameters(self) -> tuple[Tensor, ...]:
         return (self.weight1, *self.norm1[:2], self.weight2, *self.norm2[:2])
@@ -195,7 +187,7 @@ def fits(branch: Branch, pooled: Tensor, cast: bool) -> bool:
     """Whether the kernels take a branch of these sizes and dtypes. What the modules refuse is left to their errors."""
     tensors = (pooled, branch.weight1, *branch.norm1[:5], branch.weight2, *branch.norm2[:5])
     shapes, dtypes = tuple(tensor.shape for tensor in tensors), tuple(tensor.dtype for tensor in tensors)
-    return _fits(shapes, dtypes, branch.size, branch.dtype, cast)
+    return _fits(shapes, dtypes, branch.form.size, branch.form.dtype, cast)
 
 
 def sizes_fit(
@@ -234,7 +226,7 @@ def infer(pooled: Tensor, branch: Branch) -> Tensor:
     """The attention from running statistics, without gradients. Tiles of rows do not depend on the batch size, and so
     the result of a sample does not either."""
     pooled, taps = by_rows(pooled)
-    attention = empty_attention(pooled, branch.size, branch.dtype)
+    attention = empty_attention(pooled, branch.form.size, branch.form.dtype)
     launch = launches.inference(facts_of(pooled, branch, taps))
     norm1, norm2 = branch.norm1, branch.norm2
     tensors = (pooled, branch.weight1, *norm1[:4], branch.weight2, *norm2[:4], attention, None)
@@ -245,7 +237,7 @@ def infer(pooled: Tensor, branch: Branch) -> Tensor:
 def train(pooled: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
     """The attention from the statistics of the batch, and what its gradients need."""
     source, taps = by_rows(pooled)
-    attention = empty_attention(source, branch.size, branch.dtype)
+    attention = empty_attention(source, branch.form.size, branch.form.dtype)
     (project, measure, finish), elements, handed_on = launches.forward(facts_of(source, branch, taps))
     kept = source.new_empty(elements, dtype=torch.float32)
     scratch = source.new_empty(handed_on, dtype=torch.float32)
@@ -285,7 +277,7 @@ def gradients(inputs: Sequence[Tensor], grad: Tensor, kept: Tensor, branch: Bran
     last = grad.permute(0, *range(3, grad.dim()), 1, 2)
     grad_taps = 1
     if not last.is_contiguous():
-        grad, grad_taps = grad.contiguous(), product(branch.size[2:])
+        grad, grad_taps = grad.contiguous(), product(branch.form.size[2:])
     (sum_grads, grad_second, grad_first, add), elements = launches.backward(facts_of(pooled, branch, taps), grad_taps)
     scratch = pooled.new_empty(elements, dtype=torch.float32)
     grads = tuple(map(torch.empty_like, (pooled, *inputs[1:])))
@@ -325,11 +317,11 @@ def by_operations(inputs: Sequence[Tensor], form: Form, epsilon1: float, epsilon
 def facts_of(pooled: Tensor, branch: Branch, taps: int) -> Facts:
     samples, channels, *kernel = pooled.shape
     sizes = (samples * product(kernel), channels, branch.weight1.shape[0], branch.weight2.shape[0])
+    activation, _, dtype, constant, gain = branch.form
     precision = "tf32"  # of no meaning for other dtypes
-    if branch.dtype == torch.float32:
+    if dtype == torch.float32:
         precision = precision_of_products()
-    activation = ACTIVATIONS[branch.activation][0]
-    return Facts(*sizes, taps, activation, branch.constant, branch.gain, _DTYPES[branch.dtype], precision)
+    return Facts(*sizes, taps, ACTIVATIONS[activation][0], constant, gain, _DTYPES[dtype], precision)
 
 
 def by_rows(pooled: Tensor) -> tuple[Tensor, int]:

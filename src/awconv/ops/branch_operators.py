@@ -16,6 +16,7 @@ from torch import Tensor
 from awconv.ops.branch import (
     ACTIVATIONS,
     Branch,
+    Form,
     Norm,
     by_rows,
     empty_attention,
@@ -99,7 +100,7 @@ def _branch(parameters: Sequence[Tensor], statistics: Sequence[Tensor], form: Se
     mean1, variance1, mean2, variance2, batches = statistics
     norm1 = Norm(norm_weight1, norm_bias1, mean1, variance1, batches, epsilon1, 0.0, True)
     norm2 = Norm(norm_weight2, norm_bias2, mean2, variance2, batches, epsilon2, 0.0, True)
-    return Branch(weight1, norm1, weight2, norm2, _BY_NAME[activation], tuple(size), *rest)
+    return Branch(weight1, norm1, weight2, norm2, Form(_BY_NAME[activation], tuple(size), *rest))
 
 
 def _forward(pooled: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
