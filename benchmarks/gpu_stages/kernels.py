@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,12 @@ _KERNELS, _OPERATIONS = 40, 25
 _NAME = 160  # characters
 
 
-def profile_step(side: Side) -> dict[str, Any]:
+def profile_step(side: Side, trace: Path) -> dict[str, Any]:
     """Kernels and operators of one training step, by the time that they take.
+
+    Args:
+        side: whose step.
+        trace: a file, .json.gz, for when each of them began and ended, which https://ui.perfetto.dev shows.
 
     Returns:
         ``step_seconds`` of a step without a profiler; ``kernel_seconds``, the sum over all kernels, and how many there
@@ -33,6 +38,7 @@ def profile_step(side: Side) -> dict[str, Any]:
         side.training()
         if on_gpu:
             torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(trace))
     rows = profiler.key_averages()
     place = DeviceType.CUDA if on_gpu else DeviceType.CPU
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"

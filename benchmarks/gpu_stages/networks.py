@@ -145,12 +145,12 @@ def _profile(subject: tuple[str, int, int], settings: Settings, figures: dict[st
 
 
 def _profile_sides(sides: dict[str, Side], path: Path, figures: dict[str, Any], settings: Settings, save: Save) -> None:
-    """Kernels go to a file of their own, and their sums into the figures."""
+    """Kernels go to a file of their own, every step's trace to another, and sums into the figures."""
     profiles: dict[str, Any] = {}
     figures["profile"] = {}
     for way, side in sides.items():
         with settings.turn():
-            profiles[way] = profile_step(side)
+            profiles[way] = profile_step(side, path.with_name(f"{path.stem}_{way}.json.gz"))
         figures["profile"][way] = {name: value for name, value in profiles[way].items() if not isinstance(value, list)}
         path.write_text(json.dumps(profiles, indent=1) + "\n")
         save()
