@@ -20,6 +20,7 @@ from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 from awconv.ops.average_pool import pool_beside, pools_beside
 from awconv.ops.branch import unwatched
 from awconv.ops.layer import run_layer
+from awconv.ops.layer_operators import run_layer_compiled
 from awconv.ops.problem import SPATIAL_NAMES
 from awconv.ops.tracing import compiling, shape_of
 from awconv.relative import BaseBranch
@@ -144,7 +145,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
 
     def _run_whole(self, input: Tensor) -> Tensor | None:
         """What the layer makes of an input, where kernels run it as a whole: branch and convolution are plain ones."""
-        if compiling() or not isinstance(input, Tensor) or not input.is_cuda:
+        if not isinstance(input, Tensor) or not input.is_cuda:
             return None
         branch = self.attention
         if (
@@ -155,7 +156,8 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             or type(self)._pad is not _AWConvNd._pad
         ):
             return None
-        return run_layer(
+        run = run_layer_compiled if compiling() else run_layer
+        return run(
             input,
             self._parameters.get("weight"),
             branch,

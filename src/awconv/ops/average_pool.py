@@ -103,7 +103,7 @@ def has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
     if max(output_size) > MAX_BINS or exporting():
         return False
     if input.device.type == "cuda":
-        if not _on_gpu(input, output_size):
+        if not fits_gpu(input, output_size):
             return False
     elif not _in_c(input):
         return False
@@ -116,11 +116,12 @@ def _in_c(input: Tensor) -> bool:
     return input.dtype in (torch.float32, torch.float64) and not isinstance(library(_SOURCE, input.dtype), str)
 
 
-def _on_gpu(input: Tensor, output_size: Sequence[int]) -> bool:
-    """Whether the kernels take a tensor: they have two axes, and count in 32 bits within a sample."""
+def fits_gpu(input: Tensor, output_size: Sequence[int]) -> bool:
+    """Whether the kernels for GPUs take a tensor: they have two axes, and count in 32 bits within a sample."""
     counted = (product(input.shape[1:]), *(size * (max(output_size) + 1) for size in input.shape[2:]))
     return (
         input.dim() in (3, 4)
+        and max(output_size) <= MAX_BINS
         and input.dtype.is_floating_point
         and not any(statically_known_true(number >= 2**31) for number in counted)
         and triton_obstacle() is None

@@ -1,0 +1,131 @@
+"""A whole layer in compiled graphs, by Triton's interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from awconv import AWConv2d, use_algorithm
+from tests.ops.test_layer import CASES, ON_GPU, assert_close, exact, step
+
+pytest.importorskip("triton")
+from awconv.ops.layer_operators import run_layer_compiled
+
+
+@pytest.fixture
+def device(triton_device: str) -> Iterator[str]:
+    with use_algorithm("fused"):
+        yield triton_device
+
+
+def whole(layer: AWConv2d, image: Tensor) -> Tensor | None:
+    branch = layer.attention
+    convolution = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.residual or branch.relative)
+    modules = branch.modules_in_turn()
+    return run_layer_compiled(
+        image, layer.weight, branch, modules, branch.attention_size, branch.relation(), convolution
+    )
+
+
+def compiled(layer: AWConv2d, image: Tensor) -> Tensor | None:
+    torch._dynamo.reset()
+    return torch.compile(whole, fullgraph=True, backend="aot_eager")(layer, image)
+
+
+def arguments(layer: AWConv2d, image: Tensor, training: bool) -> tuple[Any, ...]:
+    """Of an operator."""
+    branch, statistics = layer.attention, ()
+    norm1, norm2 = branch.norm1, branch.norm2
+    if not training:
+        statistics = (norm1.running_mean, norm1.running_var, norm2.running_mean, norm2.running_var)
+    parameters = (branch.conv1.weight, norm1.weight, norm1.bias, branch.conv2.weight, norm2.weight, norm2.bias)
+    padding = [amount for amount in layer.padding for _ in range(2)]
+    numbers = (1e-5, 1e-3, "sigmoid", list(branch.attention_size), *branch.relation())
+    geometry = (list(layer.stride), padding, list(layer.dilation), layer.groups, layer.residual)
+    return image, layer.weight, *parameters, *statistics, *numbers, *geometry
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: str) -> None:
+    if device == "cuda" and name not in ON_GPU:
+        pytest.skip("a case takes a dozen kernels, which are compiled")
+    layer, image = CASES[name].make(device)
+    expected = step(exact(layer), image.cpu().double(), AWConv2d.__call__)
+    found = step(layer, image, compiled)
+    assert_close(found, expected, 5e-5)  # as for the layer that Python runs
+    assert found["image"].stride() == image.stride()
+    assert found["weight"].stride() == layer.weight.stride()
+
+
+@pytest.mark.parametrize("frozen", [["weight"], ["image"], ["image", "weight"], ["attention"]])
+def test_only_what_requires_a_gradient_gets_one(frozen: list[str], device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not any(name.startswith(prefix) for prefix in frozen))
+    reference, results = exact(layer), []
+    for made, input, through in ((layer, image, compiled), (reference, image.cpu().double(), AWConv2d.__call__)):
+        input = input.detach().requires_grad_("image" not in frozen)
+        through(made, input).square().sum().backward()
+        results.append(dict(image=input.grad, **{key: value.grad for key, value in made.named_parameters()}))
+    assert_close(*results, 5e-5)
+
+
+@pytest.mark.parametrize("name", ["a tile", "a stride", "relative to the start", "channels first"])
+def test_inference_equals_that_of_the_modules_in_double_precision(name: str, device: str) -> None:
+    layer, image = CASES[name].make(device)
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    reference = exact(layer).eval()
+    with torch.no_grad():
+        output, expected = compiled(layer.eval(), image), reference(image.cpu().double())
+        assert output is not None
+        assert output.stride() == layer(image).stride()
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert all(torch.equal(value, before[key]) for key, value in layer.named_buffers())
+
+
+def test_a_graph_takes_batches_and_images_of_any_size(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    reference = exact(layer)
+    torch._dynamo.reset()
+    frames, counts = torch._dynamo.testing.CompileCounterWithBackend("aot_eager"), []
+    run = torch.compile(whole, fullgraph=True, backend=frames, dynamic=True)
+    for samples, size in ((3, (5, 6)), (8, (5, 6)), (4, (7, 9))):
+        image = CASES["a tile"]._replace(samples=samples, size=size).make(device)[1]
+        found, expected = (
+            step(made, input, through)
+            for made, input, through in ((layer, image, run), (reference, image.cpu().double(), AWConv2d.__call__))
+        )
+        assert_close(found, expected, 5e-5)
+        layer.zero_grad(), reference.zero_grad()
+        counts.append(frames.frame_count)
+    assert counts[0] == counts[-1]
+
+
+def test_what_the_kernels_do_not_run_is_left_to_the_parts(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    assert whole(layer.eval(), image) is None  # gradients that follow from running statistics
+    layer.train().attention.norm1.momentum = None
+    assert whole(layer, image) is None
+    layer, image = CASES["a tile"].make(device)
+    assert whole(layer.half(), image.half()) is None
+    layer, image = CASES["a tile"].make(device)
+    layer.attention.conv1.register_forward_hook(lambda *arguments: None)
+    assert whole(layer, image) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["a tile", "channels first", "a hidden width of no multiple of four"])
+def test_the_operators_keep_pytorchs_rules(name: str, training: bool, device: str) -> None:
+    layer, image = CASES[name].make(device)
+    passed = arguments(layer, image.requires_grad_(training), training)
+    if training:
+        torch.library.opcheck(torch.ops.awconv.layer, passed)
+    else:
+        passed = tuple(value.detach() if isinstance(value, Tensor) else value for value in passed)
+        torch.library.opcheck(torch.ops.awconv.layer_inference, passed)
