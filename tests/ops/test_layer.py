@@ -215,6 +215,25 @@ def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: 
     assert found["weight"].stride() == layer.weight.stride()
 
 
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("name", ["a tile", "a stride", "groups", "dilation"])
+def test_tiles_of_several_samples(name: str, samples: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if device == "cuda":
+        pytest.skip("the plans for a GPU are remembered")
+
+    def correlate(rows: int, inner: int, *rest: int) -> tiles.Tile:
+        sizes = dict(tile_rows=16, tile_pixels=64, tile_inner=16)
+        return tiles.Tile("scaled_sums", sizes, 4, 3)
+
+    monkeypatch.setattr(tiles, "correlate", correlate)
+    for planned in (cuda_plans.forward, cuda_plans.grad_input):
+        monkeypatch.setattr(cuda_plans, planned.__name__, planned.__wrapped__)
+    monkeypatch.setattr(whole, "_plans", whole._plans.__wrapped__)
+    layer, image = CASES[name]._replace(samples=samples).make(device)
+    expected = step(exact(layer), image.cpu().double(), AWConv2d.__call__)
+    assert_close(step(layer, image, run), expected, 5e-5)
+
+
 @pytest.mark.parametrize(
     "frozen",
     [["weight"], ["image"], ["image", "weight"], ["attention"], ["attention.norm2.bias", "attention.conv1.weight"]],
@@ -495,7 +514,10 @@ def test_the_same_bits_as_part_by_part_on_a_cpu(name: str, low: str, monkeypatch
     )
     found, expected = step(layer, image, run), step(copied, image, part_by_part)
     for key, value in expected.items():
-        assert torch.equal(found[key], value), key
+        atol = 0.0
+        if key == "image":  # the pooled input's gradient is added before the sum is rounded, and not after
+            atol = 2 * torch.finfo(value.dtype).eps * float(value.abs().max())
+        torch.testing.assert_close(found[key], value, rtol=0, atol=atol, msg=key)
         assert found[key].stride() == value.stride(), key
 
 
@@ -579,5 +601,5 @@ def test_a_plan_compiles_what_a_step_launches() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.ops.compiled_layer"]
     lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 13 + 3  # of a step, and of inference
+    assert len(lines) == 12 + 3  # of a step, and of inference
     assert all(line.endswith(" was compiled") for line in lines), lines

@@ -240,7 +240,7 @@ class _Plan:
         arguments = (self.shape, tuple(weight.shape), 1, problem.geometry)
         dtype, precision = problem.dtype, self._precision
         self._convolve = cuda_plans.forward(*arguments, (dtype, precision, is_channels_last(output)))
-        self._grad_input, self._whole = cuda_plans.grad_input(*arguments, (dtype, precision, self.image_is_last))
+        self._grad_input = cuda_plans.grad_input(*arguments, (dtype, precision, self.image_is_last), problem.kernel)
         self._arguments, self._training = arguments, branch.norm1.training
         self._lay_out()
         self.forward = self._make_forward()
@@ -269,7 +269,7 @@ class _Plan:
     def needs_units(self) -> bool:
         """Whether a kernel takes a number for each sample that PyTorch makes of the gain."""
         return self.problem.dtype == torch.float16 and any(
-            launch.kernel.name == "scaled_sums" for launch, _ in self._grad_input
+            launch.kernel.name == "scaled_sums" for launch, _ in self._grad_input.launches
         )
 
     def backward(self, needs: tuple[bool, bool, bool]) -> _Backward:
@@ -289,7 +289,7 @@ class _Plan:
         self._pooled = parts.part(self._facts.rows * self._facts.channels, dtype)
         self._gain = parts.part(self.gains, dtype)
         self._wide_gain = None
-        correlations = (self._convolve, *self._grad_input) if self._training else (self._convolve,)
+        correlations = (self._convolve, *self._grad_input.launches) if self._training else (self._convolve,)
         if dtype != torch.float32 and any(correlation.wide_gains for correlation in correlations):
             self._wide_gain = parts.part(self.gains, torch.float32)
         self._scratch = parts.part(handed_on, torch.float32)
@@ -308,7 +308,7 @@ class _Plan:
         buffers1, buffers2 = list(map(Operand, range(8, 11))), list(map(Operand, range(11, 14)))
         convolve, wide = self._convolve
         pool = Step(self._launch_pool("pool", False), (image, self._pooled))
-        last = Step(convolve, (source, low, self._read_gain(wide), output, None))
+        last = Step(convolve, (source, low, self._read_gain(wide), output, None, None))
         gains = (self._gain, self._wide_gain)
         if not self._training:
             halves = (weight1, *norm1, *buffers1[:2], weight2, *norm2, *buffers2[:2])
@@ -324,29 +324,38 @@ class _Plan:
         return Launches([pool, *of_branch, last])
 
     def _make_backward(self, for_input: bool, for_weight: bool, for_gain: bool) -> _Backward:
-        above, source, low, grad_input, grad_low = map(Operand, (0, 9, 10, 11, 12))
+        above, source, low, grad_low = map(Operand, (0, 9, 10, 12))
         scratch, dtype = _Parts(8), self.problem.dtype
-        steps = []
-        if for_input:
-            read = self._read_gain(any(wide for _, wide in self._grad_input))
-            steps += [Step(launch, (above, low, read, grad_input, None)) for launch, _ in self._grad_input]
         facts = (dtype, self._precision, self._processors)
         sums = cuda_plans.sums(*self._arguments, facts, (for_weight, for_gain))
         grad_gains = scratch.part(sums.parts * self.gains, dtype if sums.parts == 1 else torch.float32)
         pieces = scratch.part(product(sums.pieces), torch.float32)
+        steps, after = [], []
         if for_weight or for_gain:
             steps.append(Step(sums.products, (above, source, low, self._gain, pieces, grad_gains)))
         if for_weight:
             steps.append(Step(sums.add, (pieces, grad_low)))
-        of_branch = []
+        grad_pooled = None
         if for_gain:
-            of_branch = self._of_branch(grad_gains if sums.parts == 1 else Operand(19), scratch)
-            if for_input:
-                of_branch.append(Step(self._launch_pool("spread", True), (of_branch[2].operands[-1], grad_input)))
+            after = self._of_branch(grad_gains if sums.parts == 1 else Operand(19), scratch)
+            grad_pooled = after[2].operands[-1]
+        if for_input:
+            after += self._of_input(grad_pooled)
         summed = for_gain and sums.parts > 1
-        first = Launches(steps if summed else steps + of_branch)
-        second = Launches(of_branch) if summed else None
-        return _Backward(first, second, scratch.bytes, self._whole, grad_gains, sums.parts)
+        first = Launches(steps if summed else steps + after)
+        second = Launches(after) if summed else None
+        return _Backward(first, second, scratch.bytes, self._grad_input.whole, grad_gains, sums.parts)
+
+    def _of_input(self, grad_pooled: Operand | None) -> list[Step]:
+        """The gradient of the input, from those of the output and of its pooled self."""
+        above, low, grad_input = map(Operand, (0, 10, 11))
+        made = self._grad_input
+        read = self._read_gain(any(wide for _, wide in made.launches))
+        means = grad_pooled if made.means else None
+        steps = [Step(launch, (above, low, read, grad_input, None, means)) for launch, _ in made.launches]
+        if means is None:
+            steps.append(Step(self._launch_pool("spread", True), (grad_pooled, grad_input)))
+        return steps
 
     def _of_branch(self, grad_gain: Operand, scratch: _Parts) -> list[Step]:
         (sum_grads, grad_second, grad_first, add), elements = branch_launches.backward(self._facts, 1)

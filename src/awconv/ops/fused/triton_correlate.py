@@ -57,6 +57,20 @@ def _next(part, index_y, index_x, parts: tl.constexpr, taps_x):
     return part, index_y, index_x
 
 
+@triton.jit
+def _shares(bin, exists, y, x, height, width, bins_y: tl.constexpr, bins_x: tl.constexpr):
+    """What a bin's mean takes of each of its positions, and whether it covers some positions: y and x, which
+    broadcast with bin."""
+    bin_y = bin // bins_x
+    bin_x = bin % bins_x
+    first_y = bin_y * height // bins_y
+    first_x = bin_x * width // bins_x
+    end_y = tl.cdiv((bin_y + 1) * height, bins_y)
+    end_x = tl.cdiv((bin_x + 1) * width, bins_x)
+    covered = exists & (bin < bins_y * bins_x) & (y >= first_y) & (y < end_y) & (x >= first_x) & (x < end_x)
+    return 1 / ((end_y - first_y) * (end_x - first_x)).to(tl.float32), covered
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scaled_weights(
     source,  # (samples, seen_height, seen_width, groups * inner_blocks * inner)
@@ -64,6 +78,7 @@ def scaled_weights(
     gain,  # (samples, blocks, taps, output channels); loads of less than 32 bits are not pipelined
     target,  # (samples, target_height, target_width, groups * row_blocks * rows)
     unit,  # None: for scaled_sums
+    grad_means,  # (samples, bins_y * bins_x, groups * row_blocks * rows), of means of the target over bins, or None
     samples,
     height,  # positions along each axis: first + spread * position in target
     width,
@@ -96,6 +111,8 @@ def scaled_weights(
     kernel_taps: tl.constexpr,
     transposed: tl.constexpr,
     channels_last: tl.constexpr,  # of target; the image is contiguous otherwise
+    bins_y: tl.constexpr,
+    bins_x: tl.constexpr,
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_pixels: tl.constexpr,
@@ -135,6 +152,20 @@ def scaled_weights(
 
     inner_tiles: tl.constexpr = (inner + tile_inner - 1) // tile_inner
     total = tl.full((tile_rows, tile_pixels), 0, tl.float32)
+    if grad_means is not None:  # what the bins add is a product, too
+        bins: tl.constexpr = bins_y * bins_x
+        bin = tl.arange(0, 16)
+        target_y = first_y + spread_y * y
+        target_x = first_x + spread_x * x
+        share, covered = _shares(
+            *(bin[:, None], exists[None, :], target_y[None, :], target_x[None, :]),
+            *(target_height, target_width, bins_y, bins_x),
+        )
+        channel = (group * row_blocks + row_block) * rows + row
+        means = (sample * bins + bin)[None, :] * (groups * row_blocks * rows) + channel[:, None]
+        left = tl.load(grad_means + means, mask=row_exists[:, None] & (bin < bins)[None, :], other=0.0)
+        left = (left.to(tl.float32) * tl.trans(share)).to(source.dtype.element_ty)
+        total = tl.dot(left, covered.to(source.dtype.element_ty), total, input_precision=precision)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
         sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, tap_stride_y, tap_stride_x, taps_y, taps_x)[
@@ -209,6 +240,7 @@ def scaled_sums(
     gain,
     target,
     unit,  # (samples,), powers of two, or None
+    grad_means,
     samples,
     height,
     width,
@@ -241,6 +273,9 @@ def scaled_sums(
     kernel_taps: tl.constexpr,
     transposed: tl.constexpr,
     channels_last: tl.constexpr,  # of target; the image is contiguous otherwise
+    bins_y: tl.constexpr,
+    bins_x: tl.constexpr,
+    tile_samples: tl.constexpr,  # of which a tile has positions, at most
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_pixels: tl.constexpr,
@@ -286,6 +321,23 @@ def scaled_sums(
         units = tl.load(unit + sample, mask=exists, other=1.0)
     inner_tiles: tl.constexpr = (inner + tile_inner - 1) // tile_inner
     total = tl.full((tile_pixels, tile_rows), 0, tl.float32)
+    if grad_means is not None:  # what the bins of all samples in the tile add is a product, too
+        bins: tl.constexpr = bins_y * bins_x
+        spot = tl.arange(0, 16 * tile_samples)
+        bin = spot % 16
+        of_bin = start // positions + spot // 16
+        target_y = first_y + spread_y * y
+        target_x = first_x + spread_x * x
+        share, covered = _shares(
+            *(bin[None, :], exists[:, None] & (sample[:, None] == of_bin[None, :]), target_y[:, None], target_x[:, None]),
+            *(target_height, target_width, bins_y, bins_x),
+        )
+        channel = (group * row_blocks + row_block) * rows + row
+        means = (of_bin * bins + bin)[:, None] * (groups * row_blocks * rows) + channel[None, :]
+        there = ((bin < bins) & (of_bin < samples))[:, None] & row_exists[None, :]
+        right = tl.load(grad_means + means, mask=there, other=0.0)
+        right = (right.to(tl.float32) * tl.trans(share)).to(source.dtype.element_ty)
+        total = tl.dot(covered.to(source.dtype.element_ty), right, total, input_precision=precision)
     partial = tl.full((tile_pixels, tile_rows), 0, tl.float32)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
