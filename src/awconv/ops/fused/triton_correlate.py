@@ -58,17 +58,57 @@ def _next(part, index_y, index_x, parts: tl.constexpr, taps_x):
 
 
 @triton.jit
-def _shares(bin, exists, y, x, height, width, bins_y: tl.constexpr, bins_x: tl.constexpr):
-    """What a bin's mean takes of each of its positions, and whether it covers some positions: y and x, which
-    broadcast with bin."""
+def _add_means(
+    total,  # rows times positions, or positions times rows
+    grad_means,  # (samples, bins, channels)
+    channel,  # of the rows
+    channel_exists,
+    channels: tl.constexpr,
+    first_sample,  # of some that the positions are of
+    tile_samples: tl.constexpr,
+    samples,
+    y,  # of the positions
+    x,
+    sample,
+    exists,
+    height,
+    width,
+    bins_y: tl.constexpr,
+    bins_x: tl.constexpr,
+    rows_first: tl.constexpr,
+    dtype: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Adds the gradient of the target's means over bins: a position gets a share of each bin that covers it, which is
+    a product of matrices, too. All bins of a sample are in one product: one that is not finite spoils the others."""
+    bins: tl.constexpr = bins_y * bins_x
+    spot = tl.arange(0, 16 * tile_samples)
+    bin = spot % 16
+    of_sample = first_sample + spot // 16
+    real = (bin < bins) & (of_sample < samples)
     bin_y = bin // bins_x
     bin_x = bin % bins_x
     first_y = bin_y * height // bins_y
     first_x = bin_x * width // bins_x
     end_y = tl.cdiv((bin_y + 1) * height, bins_y)
     end_x = tl.cdiv((bin_x + 1) * width, bins_x)
-    covered = exists & (bin < bins_y * bins_x) & (y >= first_y) & (y < end_y) & (x >= first_x) & (x < end_x)
-    return 1 / ((end_y - first_y) * (end_x - first_x)).to(tl.float32), covered
+    share = 1 / ((end_y - first_y) * (end_x - first_x)).to(tl.float32)
+    from_spot = (of_sample * bins + bin) * channels
+    if rows_first:
+        covered = (y[None, :] >= first_y[:, None]) & (y[None, :] < end_y[:, None])
+        covered = covered & (x[None, :] >= first_x[:, None]) & (x[None, :] < end_x[:, None])
+        covered = covered & real[:, None] & exists[None, :]  # of one sample
+        mask = channel_exists[:, None] & real[None, :]
+        means = tl.load(grad_means + from_spot[None, :] + channel[:, None], mask=mask, other=0.0)
+        means = (means.to(tl.float32) * share[None, :]).to(dtype)
+        return tl.dot(means, covered.to(dtype), total, input_precision=precision)
+    else:
+        covered = (y[:, None] >= first_y) & (y[:, None] < end_y) & (x[:, None] >= first_x) & (x[:, None] < end_x)
+        covered = covered & real[None, :] & exists[:, None] & (of_sample[None, :] == sample[:, None])
+        mask = real[:, None] & channel_exists[None, :]
+        means = tl.load(grad_means + from_spot[:, None] + channel[None, :], mask=mask, other=0.0)
+        means = (means.to(tl.float32) * share[:, None]).to(dtype)
+        return tl.dot(covered.to(dtype), means, total, input_precision=precision)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -152,20 +192,6 @@ def scaled_weights(
 
     inner_tiles: tl.constexpr = (inner + tile_inner - 1) // tile_inner
     total = tl.full((tile_rows, tile_pixels), 0, tl.float32)
-    if grad_means is not None:  # what the bins add is a product, too
-        bins: tl.constexpr = bins_y * bins_x
-        bin = tl.arange(0, 16)
-        target_y = first_y + spread_y * y
-        target_x = first_x + spread_x * x
-        share, covered = _shares(
-            *(bin[:, None], exists[None, :], target_y[None, :], target_x[None, :]),
-            *(target_height, target_width, bins_y, bins_x),
-        )
-        channel = (group * row_blocks + row_block) * rows + row
-        means = (sample * bins + bin)[None, :] * (groups * row_blocks * rows) + channel[:, None]
-        left = tl.load(grad_means + means, mask=row_exists[:, None] & (bin < bins)[None, :], other=0.0)
-        left = (left.to(tl.float32) * tl.trans(share)).to(source.dtype.element_ty)
-        total = tl.dot(left, covered.to(source.dtype.element_ty), total, input_precision=precision)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
         sees = _seen_taps(exists, seen_y, seen_x, seen_height, seen_width, tap_stride_y, tap_stride_x, taps_y, taps_x)[
@@ -218,6 +244,12 @@ def scaled_weights(
             left = left * scale.to(left.dtype)[:, None]
         total = tl.dot(left, right, total, input_precision=precision)
         part, index_y, index_x = _next(part, index_y, index_x, inner_blocks * inner_tiles, taps_x)
+    if grad_means is not None:
+        total = _add_means(
+            *(total, grad_means, (group * row_blocks + row_block) * rows + row, row_exists, groups * row_blocks * rows),
+            *(sample, 1, sample + 1, first_y + spread_y * y, first_x + spread_x * x, sample, exists),
+            *(target_height, target_width, bins_y, bins_x, True, source.dtype.element_ty, precision),
+        )
     target_channels: tl.constexpr = groups * row_blocks * rows
     target += sample * target_height * target_width * target_channels
     pixel = (first_y + spread_y * y) * target_width + first_x + spread_x * x
@@ -321,23 +353,6 @@ def scaled_sums(
         units = tl.load(unit + sample, mask=exists, other=1.0)
     inner_tiles: tl.constexpr = (inner + tile_inner - 1) // tile_inner
     total = tl.full((tile_pixels, tile_rows), 0, tl.float32)
-    if grad_means is not None:  # what the bins of all samples in the tile add is a product, too
-        bins: tl.constexpr = bins_y * bins_x
-        spot = tl.arange(0, 16 * tile_samples)
-        bin = spot % 16
-        of_bin = start // positions + spot // 16
-        target_y = first_y + spread_y * y
-        target_x = first_x + spread_x * x
-        share, covered = _shares(
-            *(bin[None, :], exists[:, None] & (sample[:, None] == of_bin[None, :]), target_y[:, None], target_x[:, None]),
-            *(target_height, target_width, bins_y, bins_x),
-        )
-        channel = (group * row_blocks + row_block) * rows + row
-        means = (of_bin * bins + bin)[:, None] * (groups * row_blocks * rows) + channel[None, :]
-        there = ((bin < bins) & (of_bin < samples))[:, None] & row_exists[None, :]
-        right = tl.load(grad_means + means, mask=there, other=0.0)
-        right = (right.to(tl.float32) * tl.trans(share)).to(source.dtype.element_ty)
-        total = tl.dot(covered.to(source.dtype.element_ty), right, total, input_precision=precision)
     partial = tl.full((tile_pixels, tile_rows), 0, tl.float32)
     few_taps: tl.constexpr = kernel_taps < 32
     if few_taps:  # bit t: whether a position sees the image through tap t
@@ -392,6 +407,20 @@ def scaled_sums(
         part, index_y, index_x = _next(part, index_y, index_x, inner_blocks * inner_tiles, taps_x)
     if unit is not None:
         total = total / units[:, None]
+    if grad_means is not None:
+        total = _add_means(
+            *(total, grad_means, (group * row_blocks + row_block) * rows + row, row_exists, groups * row_blocks * rows),
+            *(
+                start // positions,
+                tile_samples,
+                samples,
+                first_y + spread_y * y,
+                first_x + spread_x * x,
+                sample,
+                exists,
+            ),
+            *(target_height, target_width, bins_y, bins_x, False, source.dtype.element_ty, precision),
+        )
     target_channels: tl.constexpr = groups * row_blocks * rows
     pixel = (first_y + spread_y * y) * target_width + first_x + spread_x * x
     row += (group * row_blocks + row_block) * rows
