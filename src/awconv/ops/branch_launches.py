@@ -134,23 +134,29 @@ def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
 
 
 @functools.lru_cache(maxsize=PLANS)
-def backward(facts: Facts, grad_taps: int) -> tuple[tuple[Launch, ...], int]:
-    """The launches, and the elements of the buffer that they hand on; with the taps of the attention's gradient."""
+def backward(facts: Facts, grad_taps: int, grad_parts: int = 1) -> tuple[tuple[Launch, ...], int]:
+    """The launches, and the elements of the buffer that they hand on; with the taps of the attention's gradient, and of
+    how many tensors one after another it is the sum."""
     rows, parts, above = facts.rows, facts.parts, facts._replace(taps=grad_taps)
     sums2, sums1, grads, pieces2, pieces1, end = facts.scratch()
-    second = "hidden columns taps activation gain low precision"
+    second, of_parts = "hidden columns taps activation gain low precision", dict(grad_parts=grad_parts)
     tiles = "tile_rows tile_hidden tile_columns"
     first = "channels hidden columns taps low precision shares tile_rows tile_hidden tile_channels tile_parts"
     added = sum(-(-size * facts.hidden // _ADDED) for size in (facts.channels, facts.columns))
     made = (
         above.launch(
-            "triton_branch_grads.sum_grads", f"{second} {tiles}", parts * facts.tiles(facts.columns), rows, sums2
+            "triton_branch_grads.sum_grads",
+            f"{second} {tiles}",
+            parts * facts.tiles(facts.columns),
+            *(rows, sums2),
+            **of_parts,
         ),
         above.launch(
             "triton_branch_grads.grad_second",
             f"{second} shares share {tiles} tile_parts",
             parts * facts.shares,
             *(rows, sums2, sums1, grads, pieces2),
+            **of_parts,
         ),
         facts.launch(
             "triton_branch_grads.grad_first",

@@ -200,23 +200,10 @@ class _Parts:
 
 
 class _Backward(NamedTuple):
-    """The launches of a backward.
+    """The launches of a backward, and the bytes of their buffer."""
 
-    Attributes:
-        first: all of them, or those of the convolution where the gain's gradient is summed by PyTorch.
-        second: those of the branch then.
-        scratch: bytes of their buffer.
-        whole: whether they write all of the input's gradient.
-        grad_gains: where the sums that the gain's gradient is made of lie in the buffer.
-        parts: how many these are.
-    """
-
-    first: Launches
-    second: Launches | None
+    launches: Launches
     scratch: int
-    whole: bool
-    grad_gains: Operand
-    parts: int
 
 
 class _Plan:
@@ -262,9 +249,13 @@ class _Plan:
         with on_device(image.get_device()), compiling_side_by_side():
             self.forward.compile([low, raw, *parameters, *buffers, low, low, low], floats)
             if self._training and torch.is_grad_enabled() and any(needs):
-                made = self.backward(needs)
-                for launches in filter(None, (made.first, made.second)):
-                    launches.compile([low, raw, *parameters, raw, low, low, low, low, *parameters, low])
+                dtypes = [low, raw, *parameters, raw, low, low, low, low, *parameters]
+                self.backward(needs).launches.compile(dtypes)
+
+    @property
+    def writes_whole_input(self) -> bool:
+        """Whether the backward's kernels write every pixel of the input's gradient."""
+        return self._grad_input.whole
 
     def needs_units(self) -> bool:
         """Whether a kernel takes a number for each sample that PyTorch makes of the gain."""
@@ -330,21 +321,18 @@ class _Plan:
         sums = cuda_plans.sums(*self._arguments, facts, (for_weight, for_gain))
         grad_gains = scratch.part(sums.parts * self.gains, dtype if sums.parts == 1 else torch.float32)
         pieces = scratch.part(product(sums.pieces), torch.float32)
-        steps, after = [], []
+        steps = []
         if for_weight or for_gain:
             steps.append(Step(sums.products, (above, source, low, self._gain, pieces, grad_gains)))
         if for_weight:
             steps.append(Step(sums.add, (pieces, grad_low)))
         grad_pooled = None
         if for_gain:
-            after = self._of_branch(grad_gains if sums.parts == 1 else Operand(19), scratch)
-            grad_pooled = after[2].operands[-1]
+            steps += self._of_branch(grad_gains, sums.parts, scratch)
+            grad_pooled = steps[-2].operands[-1]
         if for_input:
-            after += self._of_input(grad_pooled)
-        summed = for_gain and sums.parts > 1
-        first = Launches(steps if summed else steps + after)
-        second = Launches(after) if summed else None
-        return _Backward(first, second, scratch.bytes, self._grad_input.whole, grad_gains, sums.parts)
+            steps += self._of_input(grad_pooled)
+        return _Backward(Launches(steps), scratch.bytes)
 
     def _of_input(self, grad_pooled: Operand | None) -> list[Step]:
         """The gradient of the input, from those of the output and of its pooled self."""
@@ -357,8 +345,8 @@ class _Plan:
             steps.append(Step(self._launch_pool("spread", True), (grad_pooled, grad_input)))
         return steps
 
-    def _of_branch(self, grad_gain: Operand, scratch: _Parts) -> list[Step]:
-        (sum_grads, grad_second, grad_first, add), elements = branch_launches.backward(self._facts, 1)
+    def _of_branch(self, grad_gain: Operand, parts: int, scratch: _Parts) -> list[Step]:
+        (sum_grads, grad_second, grad_first, add), elements = branch_launches.backward(self._facts, 1, parts)
         handed_on = scratch.part(elements, torch.float32)
         grad_pooled = scratch.part(self._facts.rows * self._facts.channels, self.problem.dtype)
         weight1, norm_weight1, norm_bias1, weight2, *norm2 = map(Operand, range(2, 8))
@@ -433,13 +421,10 @@ def _grads(
         grad_input = torch.empty_like(source) if planned.image_is_last else image.new_empty(planned.shape)
     grad_low = torch.empty_like(low) if needs[1] else low
     grads = [torch.empty_like(parameter) for parameter in parameters]
-    if needs[0] and not made.whole:
+    if needs[0] and not planned.writes_whole_input:
         grad_input.zero_()
     tensors = [above, kept, *parameters, scratch, source, low, grad_input, grad_low, *grads]
-    made.first.run(tensors)
-    if made.second is not None:
-        sums = made.grad_gains.of(tensors)[: made.parts * planned.gains].view(made.parts, -1)
-        made.second.run([*tensors, sums.sum(0).to(grad.dtype)])
+    made.launches.run(tensors)
     grad_weight = grad_low
     if needs[1] and grad_low.stride() != weight.stride():
         grad_weight = torch.empty_like(weight).copy_(grad_low)

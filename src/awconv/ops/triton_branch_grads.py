@@ -67,6 +67,7 @@ def _grad_score(
     hidden: tl.constexpr,
     columns: tl.constexpr,
     taps: tl.constexpr,
+    grad_parts: tl.constexpr,
     activation: tl.constexpr,
     gain: tl.constexpr,
     precision: tl.constexpr,
@@ -78,7 +79,10 @@ def _grad_score(
     inverse = load(kept + 2 * hidden + columns, column, is_column)
     normed = (score - mean[None, :]) * inverse[None, :]
     at = start_of(row, columns, taps)[:, None] + (column * taps)[None, :]
-    above = load(grad, at, (row < rows)[:, None] & is_column[None, :])
+    here = (row < rows)[:, None] & is_column[None, :]
+    above = load(grad, at, here)
+    for part in tl.static_range(1, grad_parts):
+        above += load(grad + part * rows.to(tl.int64) * columns, at, here)
     shifted = scaled(normed, norm_weight2, norm_bias2, column, is_column)
     return normed, inverse, above * slope(shifted, activation, gain)
 
@@ -98,6 +102,7 @@ def sum_grads(
     hidden: tl.constexpr,
     columns: tl.constexpr,
     taps: tl.constexpr,  # of grad
+    grad_parts: tl.constexpr,  # whose sum grad is, one after another
     activation: tl.constexpr,
     gain: tl.constexpr,
     low: tl.constexpr,
@@ -130,6 +135,7 @@ def sum_grads(
         hidden,
         columns,
         taps,
+        grad_parts,
         activation,
         gain,
         precision,
@@ -158,6 +164,7 @@ def grad_second(
     hidden: tl.constexpr,
     columns: tl.constexpr,
     taps: tl.constexpr,
+    grad_parts: tl.constexpr,
     activation: tl.constexpr,
     gain: tl.constexpr,
     low: tl.constexpr,
@@ -185,7 +192,7 @@ def grad_second(
         right = load_weight2(weight2, column, hidden, columns, low, tile_hidden)
         normed2, inverse2, above = _grad_score(
             *(grad, kept, value, right, norm_weight2, norm_bias2, row, rows),
-            *(column, hidden, columns, taps, activation, gain, precision),
+            *(column, hidden, columns, taps, grad_parts, activation, gain, precision),
         )
         sums = _merged_sums(scratch + sums2, parts, column, is_column, columns, tile_columns, tile_parts)
         if part == 0:
