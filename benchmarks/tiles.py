@@ -1,6 +1,6 @@
 """Times the tiles that the kernels for GPUs could take, where ``awconv/ops/fused/tiles.py`` says which they do.
 
-    python benchmarks/tiles.py --out tiles.json [--seconds 120] [--shapes 0 3]
+    python benchmarks/tiles.py --out tiles.json [--seconds 120] [--shapes 0 3] [--work sums]
 
 For each 3x3 convolution of ResNet-50 at 224x224 (batch 256) and of ResNet-20 at 32x32 (batch 512), in bfloat16 with the
 channels last: microseconds of the output, the input's gradient, and the gradients of weight and attention, for every
@@ -79,13 +79,15 @@ CORRELATE = [
 SUMS = [
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
-    (128, 128, 32, 8, 4),
-    (128, 64, 64, 4, 3),
-    (128, 64, 64, 8, 3),
-    (64, 64, 64, 4, 4),
-    (64, 64, 64, 4, 3),
+    (128, 128, 128, 8, 2),
+    (128, 128, 128, 8, 3),
     (64, 128, 64, 4, 3),
-    (64, 128, 64, 8, 3),
+    (64, 128, 64, 4, 4),
+    (64, 128, 128, 4, 2),
+    (128, 64, 64, 4, 3),
+    (64, 64, 64, 4, 3),
+    (64, 64, 64, 4, 4),
+    (64, 64, 128, 4, 3),
     (32, 32, 64, 4, 3),
     (32, 64, 64, 4, 3),
     (16, 32, 128, 4, 3),
@@ -99,10 +101,14 @@ def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
     positions = (size // stride) ** 2
     if work == "sums":
         for tile_rows, tile_columns, tile_positions, warps, stages in SUMS:
-            if min(rows, 128) // 2 <= tile_rows <= tiles.ceiling(rows, 128):
+            most = tiles.ceiling(rows, 128), tiles.ceiling(columns, 128)
+            fits = tile_rows <= most[0] and 2 * tile_rows * tile_columns >= most[0] * most[1]
+            if fits and tile_positions <= tiles.ceiling(positions, 128):
                 segment = min(tiles.ceiling(columns, 128), tile_columns)
                 sizes = dict(tile_rows=tile_rows, tile_columns=tile_columns, tile_segment=segment)
-                yield Tile("sum_products", sizes | dict(tile_positions=tile_positions), warps, stages)
+                sizes["tile_positions"] = tile_positions
+                for ahead in (True, False) if positions <= tile_positions else (True,):
+                    yield Tile("sum_products", sizes | dict(tile_ahead=ahead), warps, stages)
         return
     made, summed = (rows, columns) if work == "output" else (columns, rows)
     for kernel, tile_rows, tile_pixels, tile_inner, warps, stages, wide in CORRELATE:
@@ -184,10 +190,10 @@ def microseconds(call: Any, device: str, rounds: int = 10) -> float:
     return sorted(1e3 * start.elapsed_time(stop) for start, stop in times)[rounds // 2]
 
 
-def compile_share(share: tuple[int, int, list[tuple[int, ...]]]) -> None:
+def compile_share(share: tuple[int, int, list[tuple[int, ...]], list[str]]) -> None:
     """Runs every candidate once on two samples, which leaves its code in Triton's cache."""
-    index, shares, shapes = share
-    every = [(shape, work, tile) for shape in shapes for work in WORK for tile in candidates(work, shape)]
+    index, shares, shapes, parts = share
+    every = [(shape, work, tile) for shape in shapes for work in parts for tile in candidates(work, shape)]
     for shape, work, tile in every[index::shares]:
         forget()
         with contextlib.suppress(Exception):  # said where it is timed
@@ -214,6 +220,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--shapes", type=int, nargs="*", help="indices of the shapes, all if none is given")
+    parser.add_argument("--work", nargs="*", choices=WORK, default=WORK)
     options = parser.parse_args()
     device, start = options.device, time.monotonic()
     if device == "cuda" and not torch.cuda.is_available():
@@ -223,13 +230,13 @@ def main() -> None:
     shapes = [shapes[index] for index in options.shapes] if options.shapes else shapes
     if device == "cuda":
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            shares = [(index, options.processes, shapes) for index in range(options.processes)]
+            shares = [(index, options.processes, shapes, options.work) for index in range(options.processes)]
             pool.map(compile_share, shares, chunksize=1)
         print(f"compiled in {time.monotonic() - start:.0f} s on {torch.cuda.get_device_name()}", flush=True)
     results: list[dict[str, Any]] = []
     for shape in shapes:
         layer = Work(shape, device, batch=2 if device == "cpu" else None)
-        for work in WORK:
+        for work in options.work:
             if time.monotonic() - start > options.seconds:
                 print("out of time")
                 return
@@ -241,9 +248,10 @@ def main() -> None:
             options.out.write_text(json.dumps(results, indent=1))
             best = (f"{one} {name};" for one, name in times[:3])
             print(shape, work, f"plain {plain:.0f}, taken {taken:.0f};", *best, flush=True)
-        pooled = {work: round(microseconds(partial(layer.pool, work), device), 1) for work in ("pool", "spread")}
-        results.append(dict(shape=shape, **pooled))
-        print(shape, pooled, flush=True)
+        if len(options.work) == len(WORK):
+            pooled = {work: round(microseconds(partial(layer.pool, work), device), 1) for work in ("pool", "spread")}
+            results.append(dict(shape=shape, **pooled))
+            print(shape, pooled, flush=True)
 
 
 if __name__ == "__main__":

@@ -253,11 +253,11 @@ def sums(
     tile_x = tiles.side_by_side(height, width, tile.sizes["tile_positions"])
     one_chunk = width <= tile_x and height <= tile.sizes["tile_positions"] // tile_x
     constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_chunk=one_chunk, precision=precision)
-    constants["tile_x"] = tile_x
+    constants |= dict(tile_x=tile_x, tile_ahead=True)
     looks = _of_axes([(axis.seen, axis.stride, axis.origin, axis.tap_stride) for axis in axes])
     integers = (samples, height, width, programs, *looks, kernel[1])
     added = min(tile.sizes["tile_rows"], tiles.LEAST)
-    added_sizes = {name: size for name, size in tile.sizes.items() if name != "tile_positions"}
+    added_sizes = {name: tile.sizes[name] for name in ("tile_rows", "tile_columns", "tile_segment")}
     add = tiles.Tile("add_pieces", added_sizes | dict(tile_added=added), 4, 1)
     add_programs = count * (tile.sizes["tile_rows"] // added)
     return Sums(

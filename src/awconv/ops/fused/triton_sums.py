@@ -48,58 +48,22 @@ def _sample(step, behind, between, late, early, least, at_last):
     leaves it at step ``early``, and ``between`` others have all their items in it."""
     before = between * step + tl.maximum(step - late, 0) + tl.minimum(step, early)
     beside = tl.where(step < least, behind - (step < late).to(tl.int32), at_last)
-    return (before + beside).to(tl.int64)
+    return before + beside
 
 
 @triton.jit
-def _operands(
-    grad_output,  # of one sample, at the rows of a tile
-    input,  # of one sample, at the columns of a tile
-    first_y,  # of the chunk's positions
-    first_x,
-    local_y,
-    local_x,
-    height,
-    width,
-    stride_y,
-    stride_x,
-    from_y,  # of the tile's tap, or of each column's
-    from_x,
-    seen_height,
-    seen_width,
-    row_exists,
-    column_exists,
-    whole_rows: tl.constexpr,
-    whole_columns: tl.constexpr,
-    out_channels: tl.constexpr,
-    in_channels: tl.constexpr,
-):
-    """Rows of grad_output, and the pixels that they see, at a chunk of positions. What depends on the position in the
-    chunk alone is no work of the loop: its bounds move, and not the pixels."""
-    exists = (local_y < height - first_y) & (local_x < width - first_x)
-    mask = exists[None, :]
-    if not whole_rows:
-        mask = mask & row_exists[:, None]
-    position = local_y * width + local_x
-    left = tl.load(
-        grad_output + (first_y * width + first_x) * out_channels + (position * out_channels)[None, :],
-        mask=mask,
-        other=0.0,
-    )
-    seen_y = first_y * stride_y
-    seen_x = first_x * stride_x
-    pixel = local_y * stride_y * seen_width + local_x * stride_x
-    at_y = (local_y * stride_y)[:, None] + from_y
-    at_x = (local_x * stride_x)[:, None] + from_x
-    below = tl.minimum(seen_height - seen_y, (height - first_y) * stride_y + from_y)
-    right_of = tl.minimum(seen_width - seen_x, (width - first_x) * stride_x + from_x)
-    seen = (at_y >= -seen_y) & (at_y < below) & (at_x >= -seen_x) & (at_x < right_of)
-    if not whole_columns:
-        seen = seen & column_exists[None, :]
-    right = tl.load(
-        input + (seen_y * seen_width + seen_x) * in_channels + (pixel * in_channels)[:, None], mask=seen, other=0.0
-    )
-    return left, right
+def _visible(origin, stride, seen, size):
+    """Along one axis, the first position that sees a pixel, and how many do from there on."""
+    first = (tl.maximum(-origin, 0) + stride - 1) // stride
+    end = tl.minimum((tl.maximum(seen - origin, 0) + stride - 1) // stride, size)
+    return first, tl.maximum(end - first, 0)
+
+
+@triton.jit
+def _inside(y, x, count_y, count_x):
+    """Whether 0 <= y < count_y and 0 <= x < count_x."""
+    below = y.to(tl.uint32, bitcast=True) < count_y.to(tl.uint32, bitcast=True)
+    return below & (x.to(tl.uint32, bitcast=True) < count_x.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
@@ -182,6 +146,7 @@ def sum_products(
     tile_segment: tl.constexpr,  # columns of one segment in a tile
     tile_positions: tl.constexpr,  # of a chunk
     tile_x: tl.constexpr,  # how many of them are side by side
+    tile_ahead: tl.constexpr,
 ):
     """One program's share of the items."""
     row_tiles: tl.constexpr = (rows + tile_rows - 1) // tile_rows
@@ -233,58 +198,85 @@ def sum_products(
         column_exists = (column < columns) & (tap < taps)
         from_y = origin_y + tap // taps_x * tap_stride_y
         from_x = origin_x + tap % taps_x * tap_stride_x
-        offset = ((from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column)[None, :]
-        if wide > 1:
-            from_y = from_y[None, :]
-            from_x = from_x[None, :]
+        begin_y, count_y = _visible(from_y, stride_y, seen_height, height)
+        begin_x, count_x = _visible(from_x, stride_x, seen_width, width)
+        pixels = (from_y * seen_width + from_x) * in_channels + (group * blocks + block) * columns + column
+        pixels = ((local_y * stride_y * seen_width + local_x * stride_x) * in_channels)[:, None] + pixels[None, :]
+        above = out_channel[:, None] + ((local_y * width + local_x) * out_channels)[None, :]
         factor = 0.0
         if needs_gain:
             mask = row_exists[:, None] & column_exists[None, :]
             weights = out_channel[:, None] * (taps * blocks * columns) + (tap * blocks + block) * columns + column
             factor = tl.load(weight + weights, mask=mask, other=0.0)
             if is_half:  # a product with one leaves it in the layout of products, where it is met
-                one = (tl.arange(0, tile_columns)[:, None] == local[None, :]).to(factor.dtype)
+                # The same for every tile, one would stay in shared memory during the loop, which takes all there is.
+                one = (tl.arange(0, tile_columns)[:, None] + tl.minimum(count, 0) == local[None, :]).to(factor.dtype)
                 factor = tl.dot(factor, one).to(factor.dtype)
 
+        nothing = tl.minimum(samples, 0).to(tl.float32)  # which the compiler keeps in one register, and zeros in many
         total = tl.full((tile_rows, tile_columns), 0, tl.float32)
         partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
-        above = grad_output + out_channel[:, None]
-        pixels = input + offset
         at_gain = gain + (out_channel + _gain_offset(first_segment, parts, blocks, taps, out_channels))
         chunk_y = 0
         chunk_x = 0
         sample = _sample(step, behind, between, late, early, least, at_last)
-        scale = tl.load(at_gain + sample * gains, mask=row_exists, other=0.0)
+        scale = tl.load(at_gain + sample.to(tl.int64) * gains, mask=row_exists, other=0.0)
         for _ in range(count if one_chunk else count * chunks_y * chunks_x):  # loads run ahead into the next sample
             sample = _sample(step, behind, between, late, early, least, at_last)
-            left, right = _operands(
-                above + sample * height * width * out_channels,
-                pixels + sample * seen_height * seen_width * in_channels,
-                *(chunk_y * tile_y, chunk_x * tile_x, local_y, local_x, height, width),
-                *(stride_y, stride_x, from_y, from_x, seen_height, seen_width),
-                *(row_exists, column_exists, whole_rows, whole_columns, out_channels, in_channels),
+            first_y = chunk_y * tile_y
+            first_x = chunk_x * tile_x
+            if wide > 1:
+                exists = _inside(local_y + first_y, local_x + first_x, height, width)
+                at_y = local_y[:, None] + (first_y - begin_y)[None, :]
+                at_x = local_x[:, None] + (first_x - begin_x)[None, :]
+                seen = _inside(at_y, at_x, count_y[None, :], count_x[None, :])
+            else:  # what sees no pixel is left out of both
+                exists = _inside(local_y + (first_y - begin_y), local_x + (first_x - begin_x), count_y, count_x)
+                seen = exists[:, None]
+            exists = exists[None, :]
+            if not whole_rows:
+                exists = exists & row_exists[:, None]
+            if not whole_columns:
+                seen = seen & column_exists[None, :]
+            left = tl.load(
+                grad_output
+                + sample.to(tl.int64) * (height * width * out_channels)
+                + (above + (first_y * width + first_x) * out_channels),
+                mask=exists,
+                other=0.0,
+            )
+            right = tl.load(
+                input
+                + sample.to(tl.int64) * (seen_height * seen_width * in_channels)
+                + (pixels + (first_y * stride_y * seen_width + first_x * stride_x) * in_channels),
+                mask=seen,
+                other=0.0,
             )
             partial = tl.dot(left, right, partial, input_precision=precision)
-            index_x = chunk_x + 1
-            index_y = chunk_y + (index_x == chunks_x).to(tl.int32)
-            if one_chunk:
-                step += 1
-            else:
-                step += (index_y == chunks_y).to(tl.int32)
-                chunk_x = tl.where(index_x == chunks_x, 0, index_x)
-                chunk_y = tl.where(index_y == chunks_y, 0, index_y)
-            # The next one's, so that nothing waits for it. After a program's last sample it is of no meaning.
-            following = tl.minimum(_sample(step, behind, between, late, early, least, at_last), samples - 1)
-            next_scale = tl.load(at_gain + following * gains, mask=row_exists, other=0.0)
-            if one_chunk or index_y == chunks_y:
+            if not one_chunk:
+                chunk_x += 1
+                chunk_y += (chunk_x == chunks_x).to(tl.int32)
+                chunk_x = tl.where(chunk_x == chunks_x, 0, chunk_x)
+            if (sample >= 0 if tile_ahead else one_chunk) if one_chunk else chunk_y == chunks_y:
+                # The next one's, so that nothing waits for it. After a program's last sample it is of no meaning.
+                following = tl.minimum(_sample(step + 1, behind, between, late, early, least, at_last), samples - 1)
+                next_scale = tl.load(at_gain + following.to(tl.int64) * gains, mask=row_exists, other=0.0)
                 total = _finish(
-                    *(partial, factor, total, scale, gain + sample * gains + out_channel),
-                    *(grad_gain + sample * gains + out_channel, samples.to(tl.int64) * gains),
+                    *(partial, factor, total, scale, gain + sample.to(tl.int64) * gains + out_channel),
+                    *(grad_gain + sample.to(tl.int64) * gains + out_channel, samples.to(tl.int64) * gains),
                     *(first_segment, local, row_exists, needs_weight, needs_gain),
                     *(wide, parts, blocks, taps, out_channels, tile_segment),
                 )
-                partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
-            scale = next_scale
+                if one_chunk and not tile_ahead:
+                    partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
+                else:
+                    partial = tl.full((tile_rows, tile_columns), nothing, tl.float32)
+                scale = next_scale
+            if one_chunk:
+                step += 1
+            else:
+                step += (chunk_y == chunks_y).to(tl.int32)
+                chunk_y = tl.where(chunk_y == chunks_y, 0, chunk_y)
         if needs_weight:
             piece = pieces + (tl.program_id(0) + tile).to(tl.int64) * (tile_rows * tile_columns)
             tl.store(piece + tl.arange(0, tile_rows)[:, None] * tile_columns + local[None, :], total)
