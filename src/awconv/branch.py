@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from awconv.relative import BaseBranch
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MIN_HIDDEN = 4
-_MODULES = ("conv1", "norm1", "act1", "conv2", "norm2", "act2")
+_MODULES = itemgetter("conv1", "norm1", "act1", "conv2", "norm2", "act2")
 
 
 class AttentionBranch(BaseBranch):
@@ -134,12 +135,13 @@ class AttentionBranch(BaseBranch):
 
     def modules_in_turn(self) -> tuple[nn.Module, ...]:
         """What maps A0 to A2, in this order."""
-        modules = self._modules
-        return tuple(map(modules.get, _MODULES))  # type: ignore[arg-type]
+        modules: tuple[nn.Module, ...] = _MODULES(self._modules)
+        return modules
 
     def relation(self) -> tuple[float, float]:
         """The constant that the map is relative to, and the gain of the weights there; (0, 1) in the paper's form."""
-        return self.start[1:] if self.relative and self.start is not None else (0.0, 1.0)
+        start = self.start if self.relative else None
+        return (0.0, 1.0) if start is None else start[1:]
 
     def _pool(self, input: Tensor, kernel: Sequence[int]) -> Tensor:
         if self.pool is None:

@@ -75,6 +75,12 @@ CASES = {
 ON_GPU = ("a tile", "a stride")
 
 
+@pytest.fixture(autouse=True)
+def known() -> None:
+    """A test may change what a plan is made by."""
+    whole._KNOWN.clear()
+
+
 @pytest.fixture
 def device(triton_device: str) -> str:
     return triton_device
@@ -311,6 +317,10 @@ def test_two_layers_may_share_a_branch(device: str) -> None:
 def _hook(*arguments: object) -> None: ...
 
 
+def _set_data(parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
+    parameter.data = change(parameter.data.flatten(1)).reshape_as(parameter)
+
+
 UNUSUAL: dict[str, Callable[[AWConv2d], object]] = {
     "a hook": lambda layer: layer.attention.act1.register_forward_hook(_hook),
     "a hook of the branch": lambda layer: layer.attention.register_forward_hook(_hook),
@@ -333,6 +343,12 @@ UNUSUAL: dict[str, Callable[[AWConv2d], object]] = {
     "no statistics": lambda layer: setattr(layer.attention.norm1, "running_mean", None),
     "no weight": lambda layer: setattr(layer.attention.norm2, "weight", None),
     "double precision": lambda layer: layer.attention.double(),
+    "double precision of a tensor": lambda layer: _set_data(layer.attention.conv2.weight, Tensor.double),
+    "strides": lambda layer: _set_data(layer.attention.conv2.weight, lambda data: data.t().contiguous().t()),
+    "a name less": lambda layer: delattr(layer.attention.norm2, "num_batches_tracked"),
+    "a bias that is no parameter": lambda layer: (
+        delattr(layer.attention.conv1, "bias") or setattr(layer.attention.conv1, "bias", torch.ones(4))
+    ),
     "a tensor of another kind": lambda layer: setattr(
         layer.attention.conv1, "weight", nn.Parameter(layer.attention.conv1.weight.detach().as_subclass(_Kind))
     ),
@@ -420,9 +436,7 @@ def test_plans_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
     made: list[whole._Plan] = []
     plan = whole._plan
     monkeypatch.setattr(whole, "_plan", lambda *arguments: made.append(plan(*arguments)) or made[-1])
-    monkeypatch.setattr(whole, "_PLANS", 2)
-    whole._plans.cache_clear()
-    whole._KNOWN.clear()
+    monkeypatch.setattr(whole, "_CALLS", 2)
     for samples in (2, 2, 1, 1, 2):
         run(layer, image[:samples])
     assert len(made) == 2
@@ -430,21 +444,34 @@ def test_plans_are_remembered_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
         layer.stride = (stride, stride)
         run(layer, image)
     assert len(made) == 4
-    assert len(whole._KNOWN[layer.attention.conv1].plans) == 2
+    assert len(whole._KNOWN) == 2
     layer.attention.conv1.weight = nn.Parameter(layer.attention.conv1.weight.detach() * 2)
+    layer.attention.norm1 = copy.deepcopy(layer.attention.norm1)
     run(layer, image)
+    run(pickle.loads(pickle.dumps(layer)), image)
     layer.stride = [3, 3]
     assert run(layer, image) is None
     layer.stride = (3, 3)
     assert len(made) == 4
-    copied = pickle.loads(pickle.dumps(layer))
-    assert copied.attention.conv1 not in whole._KNOWN
     layer.attention.norm2.weight.register_hook(lambda grad, layer=layer: grad)
     run(layer, image)
     watched = weakref.ref(layer.attention.conv1)
     del layer
     gc.collect()
     assert watched() is None
+
+
+def test_calls_that_only_tensors_tell_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    made: list[whole._Plan] = []
+    plan = whole._plan
+    monkeypatch.setattr(whole, "_plan", lambda *arguments: made.append(plan(*arguments)) or made[-1])
+    monkeypatch.setattr(whole, "_ALIKE", 2)
+    inputs = (image, image.contiguous(), image.detach().requires_grad_())
+    for turn, plans in ((0, 1), (1, 2), (0, 2), (2, 3), (2, 3), (1, 3), (0, 4), (2, 4)):
+        run(layer, inputs[turn])
+        assert len(made) == plans
+    assert [len(calls) for calls in whole._KNOWN.values()] == [2]
 
 
 def part_by_part(layer: AWConv2d, image: Tensor) -> Tensor:

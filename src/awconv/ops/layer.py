@@ -8,14 +8,13 @@ longer than they do: here it follows from shapes alone, and is remembered.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from operator import is_
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 
 from awconv.ops import branch_launches, fused
 from awconv.ops.average_pool import average_pool, has_kernel, pool_launch
@@ -38,23 +37,26 @@ from awconv.ops.launcher import ALIGNMENT
 from awconv.ops.problem import Problem, TensorFacts, product
 from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
 
-_PLANS = 256  # of branches that are alike, that are remembered
+_CALLS = 4096  # of different kinds, that are remembered
+_ALIKE = 16  # calls of a kind, whose tensors differ
 _LAST = torch.channels_last
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of weights, which autocast casts
+_OF_CONV = attrgetter("__class__", "kernel_size", "stride", "padding", "groups")
+_OF_NORM = attrgetter("__class__", "training", "track_running_stats")
+_AFFINE = itemgetter("weight", "bias")
+_STATISTICS = itemgetter("running_mean", "running_var", "num_batches_tracked")
 
 Convolution = tuple[Any, Any, Any, int, bool]
-_Plans = dict[tuple[Any, ...], "_Plan | None"]
 
 
-class _Known(NamedTuple):
-    """A branch whose structure the kernels run, as it was when that was found out. It keeps nothing of it alive."""
+class _Call(NamedTuple):
+    """What was found out for a call: its plan, or None where the parts of the layer run one after another."""
 
-    modules: list[ref[Any]]
-    tensors: list[tuple[Any, ...]]  # facts of them: PyTorch swaps none to which there is a weak reference
-    plans: _Plans
+    planned: _Plan | None
+    guards: TensorGuards  # whether tensors have the types, dtypes, sizes, strides and devices that these had
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()  # by the first module
+_KNOWN: dict[tuple[Any, ...], tuple[_Call, ...]] = {}  # by all that is not of tensors
 
 
 def run_layer(
@@ -68,6 +70,8 @@ def run_layer(
 ) -> Tensor | None:
     """What a layer makes of an input, or None where its parts have to run one after another.
 
+    Each call looks at all that this depends on, since a module may have changed in any way since the last one.
+
     Args:
         image: the layer's input, on a GPU.
         weight: of the convolution; None where the layer has no such parameter.
@@ -77,19 +81,13 @@ def run_layer(
         start: the constant to which the attention is relative, and the gain there.
         convolution: stride, padding, dilation and groups, as ``aw_conv2d`` takes them, and residual.
     """
-    if weight is None or not eager(image, weight):
+    if weight is None or not eager() or in_forward_mode() or not unwatched((branch, *modules)):
+        return None
+    tensors = _tensors(modules)
+    if tensors is None:
         return None
     norm1, norm2 = modules[1], modules[4]
     training = norm1.training
-    if norm2.training != training or in_forward_mode() or not unwatched((branch, *modules)):
-        return None
-    tensors, device = _tensors(modules), image.get_device()
-    known = _known(modules, tensors)
-    if known is None or tensors[0].get_device() != device or weight.get_device() != device:
-        return None
-    graded = torch.is_grad_enabled()
-    if not training and graded and any(tensor.requires_grad for tensor in (image, weight, *tensors[:6])):
-        return None
     momentum1, momentum2 = (norm1.momentum, norm2.momentum) if training else (0, 0)
     if momentum1 is None or momentum2 is None:
         return None
@@ -97,18 +95,25 @@ def run_layer(
     cast = autocasting("cuda")
     dtype = torch.get_autocast_dtype("cuda") if cast else image.dtype
     precision = precision_of_products() if dtype == torch.float32 else ""
-    facts = (image.shape, image.stride(), image.dtype, weight.shape, weight.stride(), weight.dtype)
-    key = (*facts, dtype, cast, precision, device, training, graded, wanted("auto"), size, start, convolution)
+    around = (cast, dtype, precision, torch.is_grad_enabled(), wanted("auto"))
+    key = (image.shape, *around, size, start, convolution, *_structure(modules))
     try:
-        planned = known.plans[key]
-    except KeyError:
-        if len(known.plans) == _PLANS:
-            known.plans.clear()
-        planned = known.plans[key] = _plan(image, weight, modules, dtype, cast, size, start, convolution)
-        if planned is not None and image.is_cuda:
-            planned.compile(image, weight, tensors, floats)
+        calls = _KNOWN.get(key, ())
     except TypeError:  # a list has no hash
         return None
+    for call in calls:
+        if call.guards.check(image, weight, *tensors):
+            planned = call.planned
+            break
+    else:
+        if not eager(image, weight, *tensors):
+            return None
+        planned = _find_out(image, weight, modules, tensors, (dtype, cast, size, start, convolution))
+        if planned is not None and image.is_cuda:
+            planned.compile(image, weight, tensors, floats)
+        if len(_KNOWN) == _CALLS:
+            _KNOWN.clear()
+        _KNOWN[key] = (*calls[1 - _ALIKE :], _Call(planned, _guards(image, weight, *tensors)))
     if planned is None:
         return None
     if not training:
@@ -117,38 +122,44 @@ def run_layer(
     return output
 
 
-def _known(modules: tuple[Any, ...], tensors: list[Any]) -> _Known | None:
-    """What is known of a branch, found out again if anything of it changed; None if the kernels do not run it."""
-    if not plain(modules, 4) or any(tensor is None for tensor in tensors) or not eager(*tensors):
-        return None
-    facts = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-    known = _KNOWN.get(modules[0])
-    if known is not None and facts == known.tensors and all(map(is_, map(ref, modules), known.modules)):
-        return known
-    if len({tensor.get_device() for tensor in tensors}) > 1 or not all(tensor.is_contiguous() for tensor in tensors):
-        return None
-    shapes, dtypes = tuple(tensor.shape for tensor in tensors), tuple(tensor.dtype for tensor in tensors)
-    plans = _plans(modules[5].__class__, shapes, dtypes)
-    made = _KNOWN[modules[0]] = _Known(list(map(ref, modules)), facts, plans)
-    return made
-
-
-@functools.lru_cache(maxsize=4096)
-def _plans(activation: type, shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...]) -> _Plans:
-    """The plans of all branches that are alike, by all else."""
-    return {}
-
-
-def _tensors(modules: tuple[Any, ...]) -> list[Any]:
-    """Six parameters, then three buffers of each norm; None where a module has none."""
+def _tensors(modules: tuple[Any, ...]) -> list[Any] | None:
+    """Six parameters, then three buffers of each norm, any of which may be None; None if a module has no such name."""
     conv1, norm1, _, conv2, norm2, _ = modules
-    of1, of2, buffers1, buffers2 = norm1._parameters.get, norm2._parameters.get, norm1._buffers.get, norm2._buffers.get
-    return [
-        *(conv1._parameters.get("weight"), of1("weight"), of1("bias")),
-        *(conv2._parameters.get("weight"), of2("weight"), of2("bias")),
-        *(buffers1("running_mean"), buffers1("running_var"), buffers1("num_batches_tracked")),
-        *(buffers2("running_mean"), buffers2("running_var"), buffers2("num_batches_tracked")),
-    ]
+    try:
+        return [
+            *(conv1._parameters["weight"], *_AFFINE(norm1._parameters)),
+            *(conv2._parameters["weight"], *_AFFINE(norm2._parameters)),
+            *(*_STATISTICS(norm1._buffers), *_STATISTICS(norm2._buffers)),
+        ]
+    except KeyError:
+        return None
+
+
+def _structure(modules: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What ``plain`` asks of the modules."""
+    conv1, norm1, act1, conv2, norm2, act2 = modules
+    biases = conv1._parameters.get("bias", conv1) is None, conv2._parameters.get("bias", conv2) is None
+    return biases, _OF_CONV(conv1), _OF_NORM(norm1), type(act1), _OF_CONV(conv2), _OF_NORM(norm2), type(act2)
+
+
+def _guards(*tensors: Tensor) -> TensorGuards:
+    """By which ``torch.compile`` tells calls apart, in one call of C++."""
+    sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+    strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+def _find_out(
+    image: Tensor, weight: Tensor, modules: tuple[Any, ...], tensors: list[Tensor], arguments: tuple[Any, ...]
+) -> _Plan | None:
+    """A plan for a call with these tensors, or None where the parts have to run one by one."""
+    if not plain(modules, 4) or len({tensor.get_device() for tensor in (image, weight, *tensors)}) > 1:
+        return None
+    learnt = (image, weight, *tensors[:6])
+    graded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learnt)
+    if (graded and not modules[1].training) or not all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    return _plan(image, weight, modules, *arguments)
 
 
 def _plan(
