@@ -46,12 +46,12 @@ def main() -> None:
         print(self.name, "was compiled" if compiled(kernels) == before else "was not compiled")
 
     gpu.Kernel.launch = launch
-    last, floats = torch.channels_last, (1e-5, 0.1, 1e-5, 0.1)
-    layer = AWConv2d(16, 16, 3, padding=1, bias=False).to(memory_format=last)
-    image = torch.randn(2, 16, 8, 8).contiguous(memory_format=last).requires_grad_()
+    low, last, floats = torch.bfloat16, torch.channels_last, (1e-5, 0.1, 1e-5, 0.1)
+    layer = AWConv2d(16, 16, 3, padding=1, bias=False)
+    image = torch.randn(2, 16, 8, 8, dtype=low).contiguous(memory_format=last).requires_grad_()
     branch, convolution = layer.attention, ((1, 1), (1, 1), (1, 1), 1, True)
     modules = branch.modules_in_turn()
-    arguments = (torch.float32, False, branch.attention_size, branch.relation(), convolution)
+    arguments = (low, True, branch.attention_size, branch.relation(), convolution)
     planned = whole._plan(image, layer.weight, modules, *arguments)
     assert planned is not None
     tensors = whole._tensors(modules)

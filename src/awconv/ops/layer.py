@@ -23,6 +23,7 @@ from awconv.ops.choose import wanted
 from awconv.ops.functional import plan
 from awconv.ops.fused import cuda, cuda_plans
 from awconv.ops.gpu import (
+    Kernel,
     Launch,
     Launches,
     Operand,
@@ -39,6 +40,7 @@ from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_auto
 
 _CALLS = 4096  # of different kinds, that are remembered
 _ALIKE = 16  # calls of a kind, whose tensors differ
+_BLOCK = 1024  # elements of a weight, that a program lays out
 _LAST = torch.channels_last
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of weights, which autocast casts
 _OF_CONV = attrgetter("__class__", "kernel_size", "stride", "padding", "groups")
@@ -179,6 +181,8 @@ def _plan(
         return None
     if not (is_channels_last(image) or image.is_contiguous()) or weight.shape[1] == 1:
         return None
+    if not (weight.is_contiguous(memory_format=_LAST) or weight.is_contiguous()):
+        return None
     if size != (weight.shape[0], 1, *weight.shape[2:]) or not has_kernel(image, size[2:]):
         return None
     branch = Branch.of(modules, size, dtype, *start)
@@ -196,6 +200,15 @@ def _plan(
         return None
     made = _Plan(problem, branch, image, weight)
     return None if training and made.needs_units() else made
+
+
+def _lay_out(weight: Tensor) -> Launch:
+    """Of a weight, with its channels last and in another dtype."""
+    channels, taps = weight.shape[1], product(weight.shape[2:])
+    if weight.is_contiguous(memory_format=_LAST):
+        channels = taps = 1
+    kernel = Kernel("awconv.ops.triton_weight", "lay_out", dict(channels=channels, taps=taps, block=_BLOCK))
+    return Launch(kernel, -(-weight.numel() // _BLOCK), (weight.numel(),))
 
 
 class _Parts:
@@ -233,15 +246,16 @@ class _Backward(NamedTuple):
 class _Plan:
     """All of a step, or of a forward with running statistics, that follows from shapes, dtypes and arguments.
 
-    The buffer that is kept for the backward holds what the branch keeps, the pooled input and the gain; the gain in
-    single precision too where a kernel reads it so; and what the kernels of the forward hand on, which is less than
-    a buffer of its own would cost.
+    The buffer that is kept for the backward holds what the branch keeps, the pooled input, the gain, and the weight
+    where the convolution reads it in another dtype or order; the gain in single precision too where a kernel reads it
+    so; and what the kernels of the forward hand on, which is less than a buffer of its own would cost.
     """
 
     def __init__(self, problem: Problem, branch: Branch, image: Tensor, weight: Tensor) -> None:
         self.problem, self.form, self.shape = problem, branch.form, tuple(image.shape)
         self.image_is_last = is_channels_last(image)
         self.weight_is_ready = weight.dtype == problem.dtype and weight.is_contiguous(memory_format=_LAST)
+        self._lay_out_weight, self._weights = _lay_out(weight), weight.numel()
         output = empty_like_image((self.shape[0], problem.out_channels, *problem.out_size), image.to("meta"))
         self.out_shape, self.out_stride = tuple(output.shape), output.stride()
         self._processors, self._precision = cuda.processors(image), precision_of_products()
@@ -266,16 +280,16 @@ class _Plan:
             tensors: of the branch, six parameters and six buffers.
             floats: of the launches.
         """
-        low, raw = self.problem.dtype, torch.uint8
+        low, raw, own = self.problem.dtype, torch.uint8, weight.dtype
         parameters, buffers = ([tensor.dtype for tensor in some] for some in (tensors[:6], tensors[6:]))
         for_gain = image.requires_grad or any(tensor.requires_grad for tensor in tensors)
         needs = (image.requires_grad, weight.requires_grad, for_gain)
         with on_device(image.get_device()), compiling_side_by_side():
-            self.forward.compile([low, raw, *parameters, *buffers, low, low, low], floats)
+            self.forward.compile([low, raw, *parameters, *buffers, low, own, low], floats)
             if self._training and torch.is_grad_enabled() and any(needs):
                 made = self.backward(needs)
                 for launches in filter(None, (made.first, made.second)):
-                    launches.compile([low, raw, *parameters, raw, low, low, low, low, *parameters, low])
+                    launches.compile([low, raw, *parameters, raw, low, own, low, own, *parameters, low])
 
     def needs_units(self) -> bool:
         """Whether a kernel takes a number for each sample that PyTorch makes of the gain."""
@@ -299,6 +313,7 @@ class _Plan:
         self._kept = parts.part(kept, torch.float32)
         self._pooled = parts.part(self._facts.rows * self._facts.channels, dtype)
         self._gain = parts.part(self.gains, dtype)
+        self._low = None if self.weight_is_ready else parts.part(self._weights, dtype)
         self._wide_gain = None
         correlations = (self._convolve, *self._grad_input) if self._training else (self._convolve,)
         if dtype != torch.float32 and any(correlation.wide_gains for correlation in correlations):
@@ -314,17 +329,19 @@ class _Plan:
 
     def _make_forward(self) -> Launches:
         facts = self._facts._replace(residual=self.problem.residual)
-        image, weight1, weight2, source, low, output = map(Operand, (0, 2, 5, 14, 15, 16))
+        image, weight1, weight2, source, weight, output = map(Operand, (0, 2, 5, 14, 15, 16))
         norm1, norm2 = [Operand(3), Operand(4)], [Operand(6), Operand(7)]
         buffers1, buffers2 = list(map(Operand, range(8, 11))), list(map(Operand, range(11, 14)))
         convolve, wide = self._convolve
-        pool = Step(self._launch_pool("pool", False), (image, self._pooled))
-        last = Step(convolve, (source, low, self._read_gain(wide), output, None))
+        first = [Step(self._launch_pool("pool", False), (image, self._pooled))]
+        if self._low is not None:
+            first.append(Step(self._lay_out_weight, (weight, self._low)))
+        last = Step(convolve, (source, self._low or weight, self._read_gain(wide), output, None))
         gains = (self._gain, self._wide_gain)
         if not self._training:
             halves = (weight1, *norm1, *buffers1[:2], weight2, *norm2, *buffers2[:2])
             infer = Step(branch_launches.inference(facts), (self._pooled, *halves, *gains), (0, 2))
-            return Launches([pool, infer, last])
+            return Launches([*first, infer, last])
         project, measure, finish = branch_launches.forward(facts)[0]
         passed = (self._kept, self._scratch, weight2, *norm1)
         of_branch = [
@@ -332,10 +349,11 @@ class _Plan:
             Step(measure, (*passed, *buffers1), (0, 1)),
             Step(finish, (*passed, *norm2, *buffers2, *gains), (2, 3)),
         ]
-        return Launches([pool, *of_branch, last])
+        return Launches([*first, *of_branch, last])
 
     def _make_backward(self, for_input: bool, for_weight: bool, for_gain: bool) -> _Backward:
-        above, source, low, grad_input, grad_low = map(Operand, (0, 9, 10, 11, 12))
+        above, source, weight, grad_input, grad_weight = map(Operand, (0, 9, 10, 11, 12))
+        low = self._low or weight
         scratch, dtype = _Parts(8), self.problem.dtype
         steps = []
         if for_input:
@@ -348,7 +366,7 @@ class _Plan:
         if for_weight or for_gain:
             steps.append(Step(sums.products, (above, source, low, self._gain, pieces, grad_gains)))
         if for_weight:
-            steps.append(Step(sums.add, (pieces, grad_low)))
+            steps.append(Step(sums.add, (pieces, grad_weight)))
         of_branch = []
         if for_gain:
             of_branch = self._of_branch(grad_gains if sums.parts == 1 else Operand(19), scratch)
@@ -377,41 +395,38 @@ class _Plan:
 
 def _forward(
     planned: _Plan, image: Tensor, weight: Tensor, tensors: list[Tensor], floats: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the buffer that is kept, and the weight as the convolution read it."""
-    low = weight
-    if not planned.weight_is_ready:
-        low = weight.to(planned.problem.dtype, memory_format=_LAST)
+) -> tuple[Tensor, Tensor]:
+    """The output, and the buffer that is kept."""
     kept = image.new_empty(planned.kept_bytes, dtype=torch.uint8)
     output = image.new_empty_strided(planned.out_shape, planned.out_stride)
     source = image if planned.image_is_last else image.contiguous(memory_format=_LAST)
-    planned.forward.run([image, kept, *tensors, source, low, output], floats)
-    return output, kept, low
+    planned.forward.run([image, kept, *tensors, source, weight, output], floats)
+    return output, kept
 
 
 class _Layer(torch.autograd.Function):
-    """The tensors of the launches are, forward: image, kept, the branch's six parameters and six buffers, image and
-    weight as the convolution reads them, output; backward: the output's gradient, kept, the six parameters, scratch,
-    image and weight as the convolution reads them, the gradients of the image, of this weight and of the parameters,
-    and that of the gain where PyTorch sums it."""
+    """The tensors of the launches are, forward: image, kept, the branch's six parameters and six buffers, the image
+    with its channels last, weight, output; backward: the output's gradient, kept, the six parameters, scratch, the
+    image with its channels last, weight, the gradients of the image, of the weight with its channels last and of the
+    parameters, and that of the gain where PyTorch sums it."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
         *parameters, planned, buffers, floats = arguments
-        output, kept, low = _forward(planned, image, weight, [*parameters, *buffers], floats)
-        ctx.save_for_backward(image, weight, *parameters, kept, low)
+        output, kept = _forward(planned, image, weight, [*parameters, *buffers], floats)
+        ctx.save_for_backward(image, weight, *parameters, kept)
         ctx.plan, ctx.floats = planned, floats
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image, weight, *parameters, kept, low = ctx.saved_tensors
+        image, weight, *parameters, kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:8]
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled() or not eager(grad):
             grads = _by_operations(ctx.plan, ctx.floats, grad, [image, weight, *parameters], needs)
         else:
-            grads = _grads(ctx.plan, grad, image, weight, parameters, kept, low, needs)
+            grads = _grads(ctx.plan, grad, image, weight, parameters, kept, needs)
         return (*[value if needed else None for value, needed in zip(grads, needs, strict=True)], None, None, None)
 
 
@@ -422,30 +437,32 @@ def _grads(
     weight: Tensor,
     parameters: list[Tensor],
     kept: Tensor,
-    low: Tensor,
     needs: tuple[bool, ...],
 ) -> list[Tensor]:
     """The gradients of image, weight and parameters, whatever is in those that are not needed."""
     made = planned.backward((needs[0], needs[1], needs[0] or any(needs[2:])))
     # Hooks of saved tensors may have changed their strides.
-    above, source, low = (tensor.contiguous(memory_format=_LAST) for tensor in (grad, image, low))
+    above, source = grad.contiguous(memory_format=_LAST), image.contiguous(memory_format=_LAST)
+    read = weight.contiguous(memory_format=_LAST) if planned.weight_is_ready else weight
     scratch = image.new_empty(made.scratch, dtype=torch.uint8)
     grad_input = image
     if needs[0]:
         grad_input = torch.empty_like(source) if planned.image_is_last else image.new_empty(planned.shape)
-    grad_low = torch.empty_like(low) if needs[1] else low
+    grad_weight = weight
+    if needs[1]:
+        last = weight.is_contiguous(memory_format=_LAST)
+        grad_weight = torch.empty_like(weight, memory_format=torch.preserve_format if last else _LAST)
     grads = [torch.empty_like(parameter) for parameter in parameters]
     if needs[0] and not made.whole:
         grad_input.zero_()
-    tensors = [above, kept, *parameters, scratch, source, low, grad_input, grad_low, *grads]
+    tensors = [above, kept, *parameters, scratch, source, read, grad_input, grad_weight, *grads]
     made.first.run(tensors)
     if made.second is not None:
         sums = made.grad_gains.of(tensors)[: made.parts * planned.gains].view(made.parts, -1)
         made.second.run([*tensors, sums.sum(0).to(grad.dtype)])
-    grad_weight = grad_low
-    if needs[1] and grad_low.stride() != weight.stride():
-        grad_weight = torch.empty_like(weight).copy_(grad_low)
-    return [grad_input, grad_weight.to(weight.dtype), *grads]
+    if needs[1] and not last:
+        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+    return [grad_input, grad_weight, *grads]
 
 
 def _by_operations(
