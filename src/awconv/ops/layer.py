@@ -231,15 +231,13 @@ class _Backward(NamedTuple):
         second: those of the branch then.
         scratch: bytes of their buffer.
         whole: whether they write all of the input's gradient.
-        grad_gains: where the sums that the gain's gradient is made of lie in the buffer.
-        parts: how many these are.
+        parts: sums that PyTorch adds to each element of the gain's gradient.
     """
 
     first: Launches
     second: Launches | None
     scratch: int
     whole: bool
-    grad_gains: Operand
     parts: int
 
 
@@ -289,7 +287,7 @@ class _Plan:
             if self._training and torch.is_grad_enabled() and any(needs):
                 made = self.backward(needs)
                 for launches in filter(None, (made.first, made.second)):
-                    launches.compile([low, raw, *parameters, raw, low, own, low, own, *parameters, low])
+                    launches.compile([low, raw, *parameters, raw, low, own, low, own, *parameters, torch.float32, low])
 
     def needs_units(self) -> bool:
         """Whether a kernel takes a number for each sample that PyTorch makes of the gain."""
@@ -361,7 +359,8 @@ class _Plan:
             steps += [Step(launch, (above, low, read, grad_input, None)) for launch, _ in self._grad_input]
         facts = (dtype, self._precision, self._processors)
         sums = cuda_plans.sums(*self._arguments, facts, (for_weight, for_gain))
-        grad_gains = scratch.part(sums.parts * self.gains, dtype if sums.parts == 1 else torch.float32)
+        summed = for_gain and sums.parts > 1
+        grad_gains = Operand(19) if summed else scratch.part(self.gains, dtype)
         pieces = scratch.part(product(sums.pieces), torch.float32)
         if for_weight or for_gain:
             steps.append(Step(sums.products, (above, source, low, self._gain, pieces, grad_gains)))
@@ -369,13 +368,12 @@ class _Plan:
             steps.append(Step(sums.add, (pieces, grad_weight)))
         of_branch = []
         if for_gain:
-            of_branch = self._of_branch(grad_gains if sums.parts == 1 else Operand(19), scratch)
+            of_branch = self._of_branch(Operand(20) if summed else grad_gains, scratch)
             if for_input:
                 of_branch.append(Step(self._launch_pool("spread", True), (of_branch[2].operands[-1], grad_input)))
-        summed = for_gain and sums.parts > 1
         first = Launches(steps if summed else steps + of_branch)
         second = Launches(of_branch) if summed else None
-        return _Backward(first, second, scratch.bytes, self._whole, grad_gains, sums.parts)
+        return _Backward(first, second, scratch.bytes, self._whole, sums.parts)
 
     def _of_branch(self, grad_gain: Operand, scratch: _Parts) -> list[Step]:
         (sum_grads, grad_second, grad_first, add), elements = branch_launches.backward(self._facts, 1)
@@ -408,7 +406,7 @@ class _Layer(torch.autograd.Function):
     """The tensors of the launches are, forward: image, kept, the branch's six parameters and six buffers, the image
     with its channels last, weight, output; backward: the output's gradient, kept, the six parameters, scratch, the
     image with its channels last, weight, the gradients of the image, of the weight with its channels last and of the
-    parameters, and that of the gain where PyTorch sums it."""
+    parameters, and the parts and the sum of the gain's where PyTorch adds them."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
@@ -456,10 +454,12 @@ def _grads(
     if needs[0] and not made.whole:
         grad_input.zero_()
     tensors = [above, kept, *parameters, scratch, source, read, grad_input, grad_weight, *grads]
-    made.first.run(tensors)
-    if made.second is not None:
-        sums = made.grad_gains.of(tensors)[: made.parts * planned.gains].view(made.parts, -1)
-        made.second.run([*tensors, sums.sum(0).to(grad.dtype)])
+    if made.second is None:
+        made.first.run(tensors)
+    else:
+        sums = image.new_empty((made.parts, planned.gains), dtype=torch.float32)
+        made.first.run([*tensors, sums])
+        made.second.run([*tensors, sums, sums.sum(0).to(grad.dtype)])
     if needs[1] and not last:
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
     return [grad_input, grad_weight, *grads]
