@@ -139,7 +139,8 @@ class AttentionBranch(BaseBranch):
 
     def relation(self) -> tuple[float, float]:
         """The constant that the map is relative to, and the gain of the weights there; (0, 1) in the paper's form."""
-        return self.start[1:] if self.relative and self.start is not None else (0.0, 1.0)
+        start = self.start if self.relative else None
+        return (0.0, 1.0) if start is None else start[1:]
 
     def _pool(self, input: Tensor, kernel: Sequence[int]) -> Tensor:
         if self.pool is None:

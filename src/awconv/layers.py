@@ -147,11 +147,11 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         """What the layer makes of an input, where kernels run it as a whole: branch and convolution are plain ones."""
         if not isinstance(input, Tensor) or not input.is_cuda:
             return None
-        branch = self.attention
+        branch = self._modules["attention"]  # in a tenth of the time of an attribute
         if (
             type(branch) is not AttentionBranch
             or branch.pool is not None
-            or self.bias is not None
+            or self._parameters.get("bias", self) is not None
             or self.padding_mode != "zeros"
             or type(self)._pad is not _AWConvNd._pad
         ):

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from awconv import AWConv2d
-from awconv.ops import fused, gpu
+from awconv.ops import fused, gpu, layer_plans
 from awconv.ops import layer as whole
 from awconv.ops.fused import cuda
 
@@ -34,8 +34,7 @@ def compiled(kernels: set[Any]) -> int:
 
 def main() -> None:
     driver.set_active(Hopper())
-    whole.on_device = lambda index: contextlib.nullcontext()
-    whole.has_kernel = lambda image, bins: True
+    layer_plans.on_device = lambda index: contextlib.nullcontext()
     fused._KERNELS["cpu"] = cuda
     kernels: set[Any] = set()
 
@@ -46,23 +45,23 @@ def main() -> None:
         print(self.name, "was compiled" if compiled(kernels) == before else "was not compiled")
 
     gpu.Kernel.launch = launch
-    last, floats = torch.channels_last, (1e-5, 0.1, 1e-5, 0.1)
-    layer = AWConv2d(16, 16, 3, padding=1, bias=False).to(memory_format=last)
-    image = torch.randn(2, 16, 8, 8).contiguous(memory_format=last).requires_grad_()
+    low, last, floats = torch.bfloat16, torch.channels_last, (1e-5, 0.1, 1e-5, 0.1)
+    layer = AWConv2d(16, 16, 3, padding=1, bias=False)
+    image = torch.randn(2, 16, 8, 8, dtype=low).contiguous(memory_format=last).requires_grad_()
     branch, convolution = layer.attention, ((1, 1), (1, 1), (1, 1), 1, True)
     modules = branch.modules_in_turn()
-    arguments = (torch.float32, False, branch.attention_size, branch.relation(), convolution)
+    tensors = whole._tensors(modules)
+    arguments = (tensors, low, True, branch.attention_size, branch.relation(), convolution)
     planned = whole._plan(image, layer.weight, modules, *arguments)
     assert planned is not None
-    tensors = whole._tensors(modules)
-    planned.compile(image, layer.weight, tensors, floats)
+    planned.compile(0, layer.weight.dtype, tensors, floats, (True, True, True))
     whole._Layer.apply(image, layer.weight, *tensors[:6], planned, tensors[6:], floats).sum().backward()
     layer.eval()
     planned = whole._plan(image, layer.weight, modules, *arguments)
     assert planned is not None
     with torch.no_grad():
-        planned.compile(image, layer.weight, tensors, floats)
-        whole._forward(planned, image, layer.weight, tensors, floats)
+        planned.compile(0, layer.weight.dtype, tensors, floats, (False, False, False))
+        planned.run(image, layer.weight, tensors, torch.empty(planned.kept_bytes, dtype=torch.uint8), floats)
 
 
 if __name__ == "__main__":

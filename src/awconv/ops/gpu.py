@@ -238,7 +238,7 @@ class Launches:
             return
         with on_device(device):
             table = self._tables.get(device)
-            if table is not None and table.launch([tensor.data_ptr() for tensor in tensors], floats):
+            if table is not None and table.launch(list(map(Tensor.data_ptr, tensors)), floats):
                 return
             codes = [
                 step.launch.kernel.launch_by_triton(step.launch.programs, *_arguments(step, tensors, floats))

@@ -13,20 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awconv.ops import fused
-from awconv.ops.average_pool import fits_gpu
-from awconv.ops.branch import ACTIVATIONS, Branch, Form, Norm, plain, sizes_fit, unwatched
+from awconv.ops.branch import ACTIVATIONS, Branch, Form, Norm, plain, unwatched
 from awconv.ops.branch_launches import kept_elements
-from awconv.ops.choose import wanted
-from awconv.ops.functional import plan
 from awconv.ops.geometry import Geometry
 from awconv.ops.gpu import empty_like_image, is_channels_last, precision_of_products, triton_obstacle
 from awconv.ops.launcher import ALIGNMENT
-from awconv.ops.layer import Convolution, _grads, _Plan
-from awconv.ops.problem import Problem, TensorFacts, product
+from awconv.ops.layer_plans import Convolution, Plan, problem_of
+from awconv.ops.problem import Problem, product
 from awconv.ops.tracing import autocasting, exporting
 
-_LAST = torch.channels_last
 _PARAMETERS = (
     "Tensor weight1, Tensor norm_weight1, Tensor norm_bias1, Tensor weight2, Tensor norm_weight2, Tensor norm_bias2"
 )
@@ -47,7 +42,7 @@ for _schema in (
 _BY_NAME = {name: kind for kind, (name, _) in ACTIVATIONS.items()}
 _LEAST_ROWS = 32  # of a tile of the branch's kernels
 _MOST_PLANS = 1024
-_PLANS: dict[tuple[Any, ...], _Plan] = {}
+_PLANS: dict[tuple[Any, ...], Plan] = {}
 
 
 def run_layer_compiled(
@@ -79,17 +74,20 @@ def run_layer_compiled(
     readable = all(tensor.is_contiguous() for tensor in tensors[1:])
     if not readable or not all(tensor.device == image.device for tensor in tensors):
         return None
-    problem = _problem(image, weight, tensors[1:], size, convolution, training)
+    cast = autocasting(image.device.type)
+    dtype = torch.get_autocast_dtype(image.device.type) if cast else image.dtype
+    if training and dtype == torch.float16:  # a kernel of the backward may take a number of each sample from PyTorch
+        return None
+    problem = problem_of(image, weight, tensors[1:], size, convolution, dtype, cast, training)
     if problem is None:
         return None
-    low = weight.to(image.dtype).contiguous(memory_format=_LAST)
     of_branch = (norm1.eps, norm2.eps, ACTIVATIONS[type(activation)][0], list(size), *start)
     form = (*of_branch, *problem.geometry.arguments(), problem.residual)
     output: Tensor
     if not training:
-        output = torch.ops.awconv.layer_inference(image, low, *parameters, *half1[3:5], *half2[3:5], *form)
+        output = torch.ops.awconv.layer_inference(image, weight, *parameters, *half1[3:5], *half2[3:5], *form)
         return output
-    output, _, found = torch.ops.awconv.layer(image, low, *parameters, *form)
+    output, _, found = torch.ops.awconv.layer(image, weight, *parameters, *form)
     with torch.no_grad():
         mean1, variance1, mean2, variance2 = _split(found, conv1.weight.shape[0], conv2.weight.shape[0])
         for norm, mean, variance in ((norm1, mean1, variance1), (norm2, mean2, variance2)):
@@ -97,39 +95,6 @@ def run_layer_compiled(
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
     return output
-
-
-def _problem(
-    image: Tensor,
-    weight: Tensor,
-    of_branch: tuple[Tensor, ...],
-    size: tuple[int, ...],
-    convolution: Convolution,
-    training: bool,
-) -> Problem | None:
-    """The convolution, where the kernels run it and the branch."""
-    cast = autocasting(image.device.type)
-    dtype = torch.get_autocast_dtype(image.device.type) if cast else image.dtype
-    if image.dtype != dtype or not (cast or weight.dtype == dtype) or (training and dtype == torch.float16):
-        return None  # in float16, a kernel of the backward can take a number for each sample that PyTorch makes
-    if weight.shape[1] == 1 or image.shape[1] != weight.shape[1] * convolution[3]:
-        return None
-    if size != (weight.shape[0], 1, *weight.shape[2:]) or not fits_gpu(image, size[2:]):
-        return None
-    if not (is_channels_last(image) or image.is_contiguous()) or (training and image.shape[0] * product(size[2:]) < 2):
-        return None
-    pooled = (*image.shape[:2], *size[2:])
-    shapes, dtypes = tuple(tensor.shape for tensor in of_branch), tuple(tensor.dtype for tensor in of_branch)
-    if not sizes_fit((pooled, *shapes), (dtype, *dtypes), size, dtype, cast):
-        return None
-    facts = (
-        TensorFacts(image.shape, dtype, image.device, image.requires_grad),
-        TensorFacts(weight.shape, dtype, image.device, weight.requires_grad),
-        TensorFacts(torch.Size((image.shape[0], *size)), dtype, image.device, True),
-    )
-    problem, chosen = plan(wanted("auto"), 2, *facts, None, *convolution)
-    unseeing = any(pair != (0, 0) for pair in problem.unseeing)
-    return None if unseeing or chosen is not fused.ALGORITHM else problem
 
 
 def _split(statistics: Tensor, hidden: int, columns: int) -> list[Tensor]:
@@ -144,50 +109,64 @@ def _aligned(floats: int) -> int:
     return -(-floats * 4 // ALIGNMENT) * (ALIGNMENT // 4)
 
 
-def _planned(image: Tensor, weight: Tensor, parameters: Sequence[Tensor], form: Sequence[Any], training: bool) -> _Plan:
-    """The launches for arguments of an operator, made at the first call."""
-    epsilon1, epsilon2, activation, size, constant, gain, stride, padding, dilation, groups, residual = form
+def _planned(image: Tensor, weight: Tensor, parameters: Sequence[Tensor], form: Sequence[Any], training: bool) -> Plan:
+    """The launches for arguments of an operator, made and compiled at the first call."""
+    epsilon1, epsilon2, activation, size, constant, gain, *geometry, residual = form
     precision = precision_of_products() if image.dtype == torch.float32 else ""
-    facts = (image.shape, is_channels_last(image), image.dtype, image.device, weight.shape, parameters[0].shape[0])
+    facts = (image.shape, is_channels_last(image), image.dtype, image.device, parameters[0].shape[0], precision)
+    of_weight = (weight.shape, weight.dtype, weight.is_contiguous(memory_format=torch.channels_last))
+    stride, padding, dilation, groups = geometry
     numbers = (activation, constant, gain, *map(tuple, (size, stride, padding, dilation)), groups, residual)
-    key = (*facts, *(parameter.dtype for parameter in parameters), precision, training, *numbers)
+    key = (*facts, *of_weight, *(parameter.dtype for parameter in parameters), training, *numbers)
     planned = _PLANS.get(key)
     if planned is None:
-        geometry = Geometry.of(stride, padding, dilation, groups)
-        out_channels, group_in, *kernel = weight.shape
-        problem = Problem(
-            empty=False,
-            out_channels=out_channels,
-            in_channels=group_in * groups,
-            kernel=tuple(kernel),
-            size=tuple(image.shape[2:]),
-            out_size=geometry.output_size(image.shape[2:], kernel),
-            unseeing=((0, 0), (0, 0)),
-            geometry=geometry,
-            rates=(1, group_in, 1, 1),
-            residual=residual,
-            device=image.device.type,
-            dtype=image.dtype,
-            forward_mode=False,
-            differentiated=training,
-        )
-        weight1, norm_weight1, norm_bias1, weight2, norm_weight2, norm_bias2 = parameters
-        unused = norm_bias1.new_empty(0)
-        norm1 = Norm(norm_weight1, norm_bias1, unused, unused, unused, epsilon1, 0.0, training)
-        norm2 = Norm(norm_weight2, norm_bias2, unused, unused, unused, epsilon2, 0.0, training)
-        made = Form(_BY_NAME[activation], tuple(size), image.dtype, constant, gain)
         if len(_PLANS) == _MOST_PLANS:
             _PLANS.clear()
-        planned = _PLANS[key] = _Plan(problem, Branch(weight1, norm1, weight2, norm2, made), image, weight)
+        problem = _problem(image, weight, Geometry.of(*geometry), residual, training)
+        norm1, norm2 = (_norm(parameters[index : index + 2], training) for index in (1, 4))
+        branch_form = Form(_BY_NAME[activation], tuple(size), image.dtype, constant, gain)
+        branch = Branch(parameters[0], norm1, parameters[3], norm2, branch_form)
+        planned = _PLANS[key] = Plan(problem, branch, image, weight)
+        if image.is_cuda:  # for the statistics of a batch, and most likely all gradients
+            tensors = (*parameters, *norm1[2:5], *norm2[2:5])
+            needs = (True, True, True) if training else (False, False, False)
+            planned.compile(image.get_device(), weight.dtype, tensors, (epsilon1, 1.0, epsilon2, 1.0), needs)
     return planned
 
 
-def _kept_bytes(image: Tensor, hidden: int, columns: int, size: Sequence[int]) -> int:
+def _problem(image: Tensor, weight: Tensor, geometry: Geometry, residual: bool, training: bool) -> Problem:
+    out_channels, group_in, *kernel = weight.shape
+    return Problem(
+        empty=False,
+        out_channels=out_channels,
+        in_channels=group_in * geometry.groups,
+        kernel=tuple(kernel),
+        size=tuple(image.shape[2:]),
+        out_size=geometry.output_size(image.shape[2:], kernel),
+        unseeing=((0, 0), (0, 0)),
+        geometry=geometry,
+        rates=(1, group_in, 1, 1),
+        residual=residual,
+        device=image.device.type,
+        dtype=image.dtype,
+        forward_mode=False,
+        differentiated=training,
+    )
+
+
+def _norm(affine: Sequence[Tensor], training: bool) -> Norm:
+    """A norm with buffers of their dtypes and of no size."""
+    weight, bias = affine
+    statistics = bias.new_empty(0, dtype=torch.float32 if training else bias.dtype)
+    return Norm(weight, bias, statistics, statistics, bias.new_empty(0, dtype=torch.int64), 0.0, 0.0, training)
+
+
+def _kept_bytes(image: Tensor, weight: Tensor, hidden: int, columns: int, size: Sequence[int]) -> int:
     """At least what any plan keeps: the sizes of tiles, which decide that, cannot be told for symbols."""
     rows, channels, bytes = image.shape[0] * product(size[2:]), image.shape[1], image.dtype.itemsize
     parts = rows // _LEAST_ROWS + 1
     floats = kept_elements(rows, hidden, columns) + rows * columns + 2 * parts * (hidden + columns)
-    return 4 * floats + rows * (channels + columns) * bytes + 5 * ALIGNMENT
+    return 4 * floats + (rows * (channels + columns) + weight.numel()) * bytes + 6 * ALIGNMENT
 
 
 def _forward(image: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,23 +178,9 @@ def _forward(image: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Te
     mean1, variance1, mean2, variance2 = _split(statistics, hidden, columns)
     batches = image.new_empty((), dtype=torch.int64)
     buffers = [mean1, variance1, batches, mean2, variance2, batches]
-    kept = image.new_empty(_kept_bytes(image, hidden, columns, form[3]), dtype=torch.uint8)
-    output = _run(planned, image, weight, [*parameters, *buffers], kept, (form[0], 1.0, form[1], 1.0))
+    kept = image.new_empty(_kept_bytes(image, weight, hidden, columns, form[3]), dtype=torch.uint8)
+    output = planned.run(image, weight, [*parameters, *buffers], kept, (form[0], 1.0, form[1], 1.0))
     return output, kept, statistics
-
-
-def _run(
-    planned: _Plan,
-    image: Tensor,
-    weight: Tensor,
-    tensors: Sequence[Tensor],
-    kept: Tensor,
-    floats: tuple[float, ...],
-) -> Tensor:
-    source, low = (tensor.contiguous(memory_format=_LAST) for tensor in (image, weight))
-    output = image.new_empty_strided(planned.out_shape, planned.out_stride)
-    planned.forward.run([image, kept, *tensors, source, low, output], floats)
-    return output
 
 
 def _output(image: Tensor, weight: Tensor, form: Sequence[Any]) -> Tensor:
@@ -225,7 +190,7 @@ def _output(image: Tensor, weight: Tensor, form: Sequence[Any]) -> Tensor:
 
 def _fake(image: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     form, hidden, columns = arguments[6:], arguments[0].shape[0], arguments[3].shape[0]
-    kept = image.new_empty(_kept_bytes(image, hidden, columns, form[3]), dtype=torch.uint8)
+    kept = image.new_empty(_kept_bytes(image, weight, hidden, columns, form[3]), dtype=torch.uint8)
     statistics = image.new_empty(2 * (_aligned(hidden) + _aligned(columns)), dtype=torch.float32)
     return _output(image, weight, form), kept, statistics
 
@@ -233,8 +198,7 @@ def _fake(image: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
 def _backward(grad: Tensor, image: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     parameters, kept, form, needs = arguments[:6], arguments[6], arguments[7:-1], arguments[-1]
     planned = _planned(image, weight, parameters, form, True)
-    low = weight.contiguous(memory_format=_LAST)
-    grads = _grads(planned, grad, image, weight, list(parameters), kept, low, (*needs[:2], *[needs[2]] * 6))
+    grads = planned.gradients(grad, image, weight, parameters, kept, (needs[0], needs[1], needs[0] or needs[2]))
     return _only(grads, needs)
 
 
@@ -254,7 +218,7 @@ def _infer(image: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     planned = _planned(image, weight, parameters, form, False)
     kept, batches = image.new_empty(planned.kept_bytes, dtype=torch.uint8), image.new_empty((), dtype=torch.int64)
     buffers = [mean1, variance1, batches, mean2, variance2, batches]
-    return _run(planned, image, weight, [*parameters, *buffers], kept, (form[0], 0.0, form[1], 0.0))
+    return planned.run(image, weight, [*parameters, *buffers], kept, (form[0], 0.0, form[1], 0.0))
 
 
 def _fake_inference(image: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
