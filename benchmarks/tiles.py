@@ -107,8 +107,7 @@ def candidates(work: str, shape: tuple[int, ...]) -> Iterator[Tile]:
                 segment = min(tiles.ceiling(columns, 128), tile_columns)
                 sizes = dict(tile_rows=tile_rows, tile_columns=tile_columns, tile_segment=segment)
                 sizes["tile_positions"] = tile_positions
-                for ahead in (True, False) if positions <= tile_positions else (True,):
-                    yield Tile("sum_products", sizes | dict(tile_ahead=ahead), warps, stages)
+                yield Tile("sum_products", sizes, warps, stages)
         return
     made, summed = (rows, columns) if work == "output" else (columns, rows)
     for kernel, tile_rows, tile_pixels, tile_inner, warps, stages, wide in CORRELATE:

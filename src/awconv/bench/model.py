@@ -199,22 +199,28 @@ class Side:
         if compile_mode is not None:
             self.run = _compiled(self.network, compile_mode)
 
+    def _set_mode(self, training: bool) -> None:
+        """Only where it changes: a loop of training does not do so in each step."""
+        if self.network.training != training:
+            self.network.train(training)
+
     def forward(self) -> None:
         """In evaluation."""
-        self.network.eval()
+        self._set_mode(training=False)
         with torch.inference_mode(), self.settings():
             self.run(self.input)
 
     def step(self) -> None:
         """Forward and backward in training."""
-        self.network.train().zero_grad(set_to_none=True)
+        self._set_mode(training=True)
+        self.network.zero_grad(set_to_none=True)
         with self.settings():
             loss = self.run(self.input).float().square().mean()
             loss.backward()
 
     def training(self) -> None:
         """A step with a cross-entropy, and the update."""
-        self.network.train()
+        self._set_mode(training=True)
         self.optimizer.zero_grad(set_to_none=True)
         with self.settings():
             loss = F.cross_entropy(self.run(self.input).float(), self.targets)

@@ -17,6 +17,7 @@ from awconv.ops.gpu import Kernel, Launch, power_of_two
 from awconv.ops.problem import product
 
 _PLANS = 4096  # that are remembered
+_ADDERS = 128  # programs that add pieces, about as many as a GPU has processors
 _MOST_SPOTS = 64  # bins of all samples of a tile, each 16: more would cost more than a kernel of their own
 
 
@@ -253,10 +254,12 @@ def sums(
     tile_x = tiles.side_by_side(height, width, tile.sizes["tile_positions"])
     one_chunk = width <= tile_x and height <= tile.sizes["tile_positions"] // tile_x
     constants = dict(**structure, needs_weight=needs[0], needs_gain=needs[1], one_chunk=one_chunk, precision=precision)
-    constants |= dict(tile_x=tile_x, tile_ahead=True)
+    constants["tile_x"] = tile_x
     looks = _of_axes([(axis.seen, axis.stride, axis.origin, axis.tap_stride) for axis in axes])
     integers = (samples, height, width, programs, *looks, kernel[1])
     added = min(tile.sizes["tile_rows"], tiles.LEAST)
+    while added > 1 and count * (tile.sizes["tile_rows"] // added) < _ADDERS:
+        added //= 2
     added_sizes = {name: tile.sizes[name] for name in ("tile_rows", "tile_columns", "tile_segment")}
     add = tiles.Tile("add_pieces", added_sizes | dict(tile_added=added), 4, 1)
     add_programs = count * (tile.sizes["tile_rows"] // added)

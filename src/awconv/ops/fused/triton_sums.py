@@ -25,6 +25,8 @@ _SIZES = [
     "taps_x",
 ]
 
+_AT_ONCE = tl.constexpr(8)  # pieces that a program loads
+
 
 @triton.jit
 def _gain_offset(segment, parts: tl.constexpr, blocks: tl.constexpr, taps: tl.constexpr, out_channels: tl.constexpr):
@@ -146,7 +148,6 @@ def sum_products(
     tile_segment: tl.constexpr,  # columns of one segment in a tile
     tile_positions: tl.constexpr,  # of a chunk
     tile_x: tl.constexpr,  # how many of them are side by side
-    tile_ahead: tl.constexpr,
 ):
     """One program's share of the items."""
     row_tiles: tl.constexpr = (rows + tile_rows - 1) // tile_rows
@@ -257,7 +258,8 @@ def sum_products(
                 chunk_x += 1
                 chunk_y += (chunk_x == chunks_x).to(tl.int32)
                 chunk_x = tl.where(chunk_x == chunks_x, 0, chunk_x)
-            if (sample >= 0 if tile_ahead else one_chunk) if one_chunk else chunk_y == chunks_y:
+            # A branch that is always taken lets the loads of the next chunk run ahead of this one's sums.
+            if sample >= 0 if one_chunk else chunk_y == chunks_y:
                 # The next one's, so that nothing waits for it. After a program's last sample it is of no meaning.
                 following = tl.minimum(_sample(step + 1, behind, between, late, early, least, at_last), samples - 1)
                 next_scale = tl.load(at_gain + following.to(tl.int64) * gains, mask=row_exists, other=0.0)
@@ -267,10 +269,7 @@ def sum_products(
                     *(first_segment, local, row_exists, needs_weight, needs_gain),
                     *(wide, parts, blocks, taps, out_channels, tile_segment),
                 )
-                if one_chunk and not tile_ahead:
-                    partial = tl.full((tile_rows, tile_columns), 0, tl.float32)
-                else:
-                    partial = tl.full((tile_rows, tile_columns), nothing, tl.float32)
+                partial = tl.full((tile_rows, tile_columns), nothing, tl.float32)
                 scale = next_scale
             if one_chunk:
                 step += 1
@@ -310,9 +309,13 @@ def add_pieces(
     local = tl.arange(0, tile_columns)
     first, last = _programs(tile, samples, tiles, programs)
     total = tl.full((tile_added, tile_columns), 0, tl.float32)
-    for program in range(first, last + 1):
-        piece = pieces + (program + tile).to(tl.int64) * (tile_rows * tile_columns)
-        total += tl.load(piece + row_of_tile[:, None] * tile_columns + local[None, :])
+    for start in range(first, last + 1, _AT_ONCE):
+        for index in tl.static_range(_AT_ONCE):  # loads that do not wait for one another
+            program = start + index
+            piece = pieces + (program + tile).to(tl.int64) * (tile_rows * tile_columns)
+            total += tl.load(
+                piece + row_of_tile[:, None] * tile_columns + local[None, :], mask=program <= last, other=0.0
+            )
     row = tile // column_tiles % row_tiles * tile_rows + row_of_tile
     segment = tile % column_tiles * wide + local // tile_segment
     column = segment % parts * tile_segment + local % tile_segment
