@@ -97,11 +97,12 @@ def run_layer_compiled(
     return output
 
 
-def _split(statistics: Tensor, hidden: int, columns: int) -> list[Tensor]:
+def _split(statistics: Tensor, hidden: int, columns: int) -> Sequence[Tensor]:
     """Mean and variance of each norm."""
     sizes = [hidden, hidden, columns, columns]
-    parts = statistics.split([_aligned(size) for size in sizes])
-    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    aligned = [_aligned(size) for size in sizes]
+    parts: tuple[Tensor, ...] = statistics.split(aligned)
+    return parts if sizes == aligned else [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def _aligned(floats: int) -> int:
