@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awconv import AWConv2d, use_algorithm
 from tests.ops.test_layer import CASES, ON_GPU, assert_close, exact, step
@@ -129,3 +131,24 @@ def test_the_operators_keep_pytorchs_rules(name: str, training: bool, device: st
     else:
         passed = tuple(value.detach() if isinstance(value, Tensor) else value for value in passed)
         torch.library.opcheck(torch.ops.awconv.layer_inference, passed)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_network_has_a_node_for_each_layer(training: bool) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as on a GPU, which need not be there
+        with torch.device("cuda"):
+            network = timm.create_model("aw_resnet8_cifar").train(training)
+            image = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(training):
+            torch.compile(network, fullgraph=True, backend=keep)(image)
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    layers = sum(isinstance(module, AWConv2d) for module in network.modules())
+    assert layers > 5
+    assert names.count("awconv.layer" if training else "awconv.layer_inference") == layers

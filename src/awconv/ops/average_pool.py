@@ -26,8 +26,10 @@ MAX_BINS = 64  # of the kernels, along an axis
 _MOST_SHARES = 2**18  # elements of a matrix that an exported graph holds
 _AVERAGE_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _SIZES = (ctypes.c_int64 * AXES,) * 2
-# Elements of a tile of the kernels for GPUs: of pooling to bins of more positions than these, and of all else.
-_LARGE_TILE, _LARGE_BIN, _TILE = 8192, 64, 2048
+# Of the kernels for GPUs: positions of a bin, up to which a program makes all bins of a sample, and a row of them; and
+# elements of a tile, of bins beyond the first and of all else.
+_LARGE_BIN, _HUGE_BIN = 64, 144
+_LARGE_TILE, _TILE = 8192, 2048
 _ROWS = 8  # of an image, that a program of the gradient makes
 _STAGES = 4  # of a pipeline of loads
 
@@ -218,13 +220,15 @@ def pool_launch(
         most = (_LARGE_TILE if rows * columns > _LARGE_BIN else _TILE) // tile_channels
         tile_x = power_of_two(columns, most)
         tile_y = power_of_two(rows, most // tile_x)
-        each = 1 if rows * columns > _LARGE_BIN else product(bins)
+        each = product(bins)  # of a program: fewer where they are larger
+        if rows * columns > _LARGE_BIN:
+            each = bins[1] if rows * columns <= _HUGE_BIN else 1
         tiles_y, tiles_x = -(-rows // tile_y), -(-columns // tile_x)
         constants = dict(**layout, each=each, tiles_y=tiles_y, tiles_x=tiles_x, tile_channels=tile_channels)
         constants |= dict(tile_y=tile_y, tile_x=tile_x, stages=_STAGES)
         integers += tuple(itertools.chain(*(divider(number) for number in bins)))
         tiles = -(-product(bins) // each)
-        warps = 4 if each == 1 else 1  # small bins are few instructions, which every warp repeats
+        warps = 4 if rows * columns > _LARGE_BIN else 1  # small bins are few instructions, which every warp repeats
     else:
         cover_y, cover_x = (_most_covered(count, extent) for extent, count in zip(size, bins, strict=True))
         tile_x = power_of_two(size[1], _LARGE_TILE // 2 // tile_channels)
