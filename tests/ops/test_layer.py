@@ -221,7 +221,7 @@ def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: 
     assert found["weight"].stride() == layer.weight.stride()
 
 
-@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("samples", [1, 3, 5])
 @pytest.mark.parametrize("name", ["a tile", "a stride", "groups", "dilation"])
 def test_tiles_of_several_samples(name: str, samples: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     if device == "cuda":
@@ -493,6 +493,43 @@ def test_calls_that_only_tensors_tell_apart(public: bool, monkeypatch: pytest.Mo
         run(layer, inputs[turn])
         assert len(made) == plans
     assert [len(calls) for calls in whole._KNOWN.values()] == [2]
+
+
+class Pointwise(nn.Module):
+    """A convolution of somebody's own, with the tensors of PyTorch's."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = conv.weight
+        self.register_parameter("bias", None)
+
+
+class Normed(nn.BatchNorm2d):
+    """A norm that keeps its numbers elsewhere."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features)
+        del self.eps, self.momentum
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "own"), [("conv1", Pointwise), ("conv2", Pointwise), ("norm1", Normed)])
+def test_modules_of_ones_own_run_part_by_part(name: str, own: Callable[..., nn.Module], training: bool) -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    setattr(layer.attention, name, own(getattr(layer.attention, name)))
+    with torch.no_grad():
+        assert run(layer.train(training), image) is None
+
+
+def test_a_tensor_that_a_branch_has_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, image = CASES["a tile"].make("cpu")
+    layer.attention.norm1.num_batches_tracked = layer.attention.norm2.num_batches_tracked
+    made: list[whole.Plan] = []
+    plan = whole._plan
+    monkeypatch.setattr(whole, "_plan", lambda *arguments: made.append(plan(*arguments)) or made[-1])
+    for _ in range(3):
+        assert run(layer, image) is not None
+    assert len(made) == 1
 
 
 def part_by_part(layer: AWConv2d, image: Tensor) -> Tensor:

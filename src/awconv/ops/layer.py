@@ -70,20 +70,16 @@ def run_layer(
     """
     if weight is None or not eager() or in_forward_mode() or not unwatched((branch, *modules)):
         return None
-    tensors = _tensors(modules)
-    if tensors is None:
+    read = _read(modules)
+    if read is None:
         return None
-    norm1, norm2 = modules[1], modules[4]
-    training = norm1.training
-    momentum1, momentum2 = (norm1.momentum, norm2.momentum) if training else (0, 0)
-    if momentum1 is None or momentum2 is None:
-        return None
-    floats = (float(norm1.eps), float(momentum1), float(norm2.eps), float(momentum2))
+    tensors, structure, floats = read
+    training = modules[1].training
     cast = autocasting("cuda")
     dtype = torch.get_autocast_dtype("cuda") if cast else image.dtype
     precision = precision_of_products() if dtype == torch.float32 else ""
     around = (cast, dtype, precision, torch.is_grad_enabled(), wanted("auto"))
-    key = (image.shape, *around, size, start, convolution, *_structure(modules))
+    key = (image.shape, *around, size, start, convolution, *structure)
     try:
         calls = _KNOWN.get(key, ())
     except TypeError:  # a list has no hash
@@ -101,7 +97,7 @@ def run_layer(
             needs = (image.requires_grad, weight.requires_grad, for_gain)
             needed = needs if training and torch.is_grad_enabled() else (False, False, False)
             planned.compile(image.get_device(), weight.dtype, tensors, floats, needed)
-        if len(_KNOWN) == _CALLS:
+        if len(_KNOWN) >= _CALLS:
             _KNOWN.clear()
         _KNOWN[key] = (*calls[1 - _ALIKE :], _Call(planned, _guards(image, weight, *tensors)))
     if planned is None:
@@ -113,17 +109,27 @@ def run_layer(
     return output
 
 
-def _tensors(modules: tuple[Any, ...]) -> list[Any] | None:
-    """Six parameters, then three buffers of each norm, any of which may be None; None if a module has no such name."""
-    conv1, norm1, _, conv2, norm2, _ = modules
+def _read(modules: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...], tuple[float, ...]] | None:
+    """Of a branch, the tensors, all else that ``plain`` asks for, and the epsilon and momentum of each norm; None where
+    the modules have no such things."""
+    norm1, norm2 = modules[1], modules[4]
     try:
-        return [
-            *(conv1._parameters["weight"], *_AFFINE(norm1._parameters)),
-            *(conv2._parameters["weight"], *_AFFINE(norm2._parameters)),
-            *(*_STATISTICS(norm1._buffers), *_STATISTICS(norm2._buffers)),
-        ]
-    except KeyError:
+        tensors, structure = _tensors(modules), _structure(modules)
+        momentum1, momentum2 = (norm1.momentum, norm2.momentum) if norm1.training else (0, 0)
+        floats = (float(norm1.eps), float(momentum1), float(norm2.eps), float(momentum2))
+    except (AttributeError, KeyError, TypeError):  # other modules than kernels run, a momentum of None
         return None
+    return tensors, structure, floats
+
+
+def _tensors(modules: tuple[Any, ...]) -> list[Any]:
+    """Six parameters, then three buffers of each norm, any of which may be None."""
+    conv1, norm1, _, conv2, norm2, _ = modules
+    return [
+        *(conv1._parameters["weight"], *_AFFINE(norm1._parameters)),
+        *(conv2._parameters["weight"], *_AFFINE(norm2._parameters)),
+        *(*_STATISTICS(norm1._buffers), *_STATISTICS(norm2._buffers)),
+    ]
 
 
 def _structure(modules: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -149,8 +155,8 @@ class _Facts:
 
 
 def _guards(*tensors: Tensor) -> Any:
-    """By which ``torch.compile`` tells calls apart, in one call of C++."""
-    if TensorGuards is None:
+    """By which ``torch.compile`` tells calls apart, in one call of C++; it takes no tensor twice."""
+    if TensorGuards is None or len(set(map(id, tensors))) < len(tensors):
         return _Facts(*tensors)
     sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
     strides: list[Any] = [list(tensor.stride()) for tensor in tensors]

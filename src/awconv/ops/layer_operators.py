@@ -121,7 +121,7 @@ def _planned(image: Tensor, weight: Tensor, parameters: Sequence[Tensor], form: 
     key = (*facts, *of_weight, *(parameter.dtype for parameter in parameters), training, *numbers)
     planned = _PLANS.get(key)
     if planned is None:
-        if len(_PLANS) == _MOST_PLANS:
+        if len(_PLANS) >= _MOST_PLANS:
             _PLANS.clear()
         problem = _problem(image, weight, Geometry.of(*geometry), residual, training)
         norm1, norm2 = (_norm(parameters[index : index + 2], training) for index in (1, 4))

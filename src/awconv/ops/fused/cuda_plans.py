@@ -118,7 +118,8 @@ def _correlate(
         precision=precision,
     )
     if tile.kernel == "scaled_sums":
-        constants["tile_samples"] = power_of_two((tile.sizes["tile_pixels"] + positions - 2) // positions + 1, samples)
+        touched = (tile.sizes["tile_pixels"] + positions - 2) // positions + 1 if any(bins) else 1
+        constants["tile_samples"] = power_of_two(touched, tile.sizes["tile_pixels"])
     programs = pixel_tiles * groups * row_blocks * -(-rows // tile.sizes["tile_rows"])
     return Correlation(
         _launch("triton_correlate", tile, constants, programs, samples, *_of_axes(axes), kernel[1]), tile.wide_gains
