@@ -153,7 +153,7 @@ def test_wide_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
     monkeypatch.setattr(branch, "precision_of_products", lambda: "tf32")
-    assert branch_launches.Facts(7, 16, 4, 16, precision="tf32").tile > branch_launches.Facts(7, 16, 4, 16).tile
+    assert branch_launches.Facts(7, 16, 4, 16, precision="tf32").tile() > branch_launches.Facts(7, 16, 4, 16).tile()
     check_training(CASES[name], "cpu")
 
 

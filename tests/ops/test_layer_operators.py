@@ -133,6 +133,10 @@ def test_the_operators_keep_pytorchs_rules(name: str, training: bool, device: st
         torch.library.opcheck(torch.ops.awconv.layer_inference, passed)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11) and not torch.cuda.is_available(),
+    reason="torch 2.9 asks the driver about tensors that are fake ones on a GPU",
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_compiled_network_has_a_node_for_each_layer(training: bool) -> None:
     graphs: list[torch.fx.GraphModule] = []

@@ -18,7 +18,10 @@ _ADDED = 128  # elements of a weight's gradient that a program adds
 
 
 class Facts(NamedTuple):
-    """All that decides the launches. Rows are samples times taps, columns the output channels of the branch."""
+    """All that decides the launches. Rows are samples times taps, columns the output channels of the branch.
+
+    It has methods where properties would do: Dynamo of torch 2.9 cannot read those of a named tuple of symbols.
+    """
 
     rows: int
     channels: int
@@ -32,44 +35,39 @@ class Facts(NamedTuple):
     precision: str = "ieee"  # of products of float32
     residual: bool = False  # whether 1 is added to the attention: the convolution's gain
 
-    @property
     def tile(self) -> int:
         """Rows of a tile, and columns or channels at most: as many as a program has registers for."""
-        return 32 if self._is_heavy else 64
+        return 32 if self._is_heavy() else 64
 
-    @property
     def _is_heavy(self) -> bool:
         return self.precision == "ieee" or self.hidden > 64
 
-    @property
     def parts(self) -> int:
         """Of the rows: a tile of them each."""
-        return -(-self.rows // self.tile)
+        return -(-self.rows // self.tile())
 
     def width(self, size: int) -> int:
         """Columns or channels of a tile."""
-        return power_of_two(size, self.tile, LEAST)
+        return power_of_two(size, self.tile(), LEAST)
 
     def tiles(self, size: int) -> int:
         return -(-size // self.width(size))
 
-    @property
     def share(self) -> int:
         """Columns of a share."""
         return -(-self.tiles(self.columns) // _SHARES) * self.width(self.columns)
 
-    @property
     def shares(self) -> int:
-        return -(-self.columns // self.share)
+        return -(-self.columns // self.share())
 
     def scratch(self) -> tuple[int, ...]:
         """Where the backward's kernels put what they hand on: sums2, sums1, grads, pieces2, pieces1; and the end."""
         elements = (
-            self.parts * 2 * self.columns,
-            self.parts * self.shares * 2 * self.hidden,
-            self.shares * self.rows * self.hidden,
-            self.parts * self.columns * self.hidden,
-            self.parts * self.hidden * self.channels,
+            self.parts() * 2 * self.columns,
+            self.parts() * self.shares() * 2 * self.hidden,
+            self.shares() * self.rows * self.hidden,
+            self.parts() * self.columns * self.hidden,
+            self.parts() * self.hidden * self.channels,
         )
         return tuple(itertools.accumulate((-(-number // 4) * 4 for number in elements), initial=0))
 
@@ -81,9 +79,9 @@ class Facts(NamedTuple):
         """A launch of a kernel, by module and name, whose constants have these names."""
         known = dict(
             **self._asdict(),
-            shares=self.shares,
-            share=self.share,
-            tile_rows=self.tile,
+            shares=self.shares(),
+            share=self.share(),
+            tile_rows=self.tile(),
             tile_hidden=power_of_two(self.hidden, MOST_HIDDEN, LEAST),
             tile_columns=self.width(self.columns),
             tile_channels=self.width(self.channels),
@@ -94,7 +92,7 @@ class Facts(NamedTuple):
         )
         chosen = {name: known[name] for name in constants.split()} | other
         module, _, name = kernel.rpartition(".")
-        warps = 8 if self._is_heavy or self.hidden > 32 else 4
+        warps = 8 if self._is_heavy() or self.hidden > 32 else 4
         return Launch(Kernel(f"awconv.ops.{module}", name, chosen, warps), programs, integers)
 
 
@@ -116,7 +114,7 @@ def inference(facts: Facts) -> Launch:
 @functools.lru_cache(maxsize=PLANS)
 def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
     """The launches, and the elements of two buffers: what is kept for the backward, and what they hand on."""
-    rows, hidden, columns, parts = facts.rows, facts.hidden, facts.columns, facts.parts
+    rows, hidden, columns, parts = facts.rows, facts.hidden, facts.columns, facts.parts()
     statistics2 = parts * 2 * hidden  # after those of norm1
     programs = parts * facts.tiles(columns)
     project = "channels hidden columns taps low precision tile_rows tile_hidden tile_channels"
@@ -137,7 +135,7 @@ def forward(facts: Facts) -> tuple[tuple[Launch, ...], int, int]:
 def backward(facts: Facts, grad_taps: int, grad_parts: int = 1) -> tuple[tuple[Launch, ...], int]:
     """The launches, and the elements of the buffer that they hand on; with the taps of the attention's gradient, and of
     how many tensors one after another it is the sum."""
-    rows, parts, above = facts.rows, facts.parts, facts._replace(taps=grad_taps)
+    rows, parts, above = facts.rows, facts.parts(), facts._replace(taps=grad_taps)
     sums2, sums1, grads, pieces2, pieces1, end = facts.scratch()
     second, of_parts = "hidden columns taps activation gain low precision", dict(grad_parts=grad_parts)
     tiles = "tile_rows tile_hidden tile_columns"
@@ -154,7 +152,7 @@ def backward(facts: Facts, grad_taps: int, grad_parts: int = 1) -> tuple[tuple[L
         above.launch(
             "triton_branch_grads.grad_second",
             f"{second} shares share {tiles} tile_parts",
-            parts * facts.shares,
+            parts * facts.shares(),
             *(rows, sums2, sums1, grads, pieces2),
             **of_parts,
         ),

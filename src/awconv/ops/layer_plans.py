@@ -82,7 +82,8 @@ def problem_of(
     )
     problem, chosen = plan(wanted("auto"), 2, *facts, None, *convolution)
     unseeing = any(pair != (0, 0) for pair in problem.unseeing)
-    return None if unseeing or chosen is not fused.ALGORITHM else problem
+    # By name: to Dynamo of torch 2.9, a named tuple that it finds in two places is two.
+    return None if unseeing or chosen.name != fused.ALGORITHM.name else problem
 
 
 def _lay_out(weight: Tensor) -> Launch:
