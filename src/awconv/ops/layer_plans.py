@@ -136,7 +136,7 @@ class Plan:
         arguments = (self.shape, tuple(weight.shape), 1, problem.geometry)
         dtype, precision = problem.dtype, self._precision
         self._convolve = cuda_plans.forward(*arguments, (dtype, precision, is_channels_last(output)))
-        self._grad_input = cuda_plans.grad_input(*arguments, (dtype, precision, self.image_is_last), problem.kernel)
+        self._grad_input, self._whole = cuda_plans.grad_input(*arguments, (dtype, precision, self.image_is_last))
         self._arguments, self._training = arguments, branch.norm1.training
         self._lay_out()
         self.forward = self._make_forward()
@@ -170,7 +170,7 @@ class Plan:
     def needs_units(self) -> bool:
         """Whether a kernel takes a number for each sample that PyTorch makes of the gain."""
         return self.problem.dtype == torch.float16 and any(
-            launch.kernel.name == "scaled_sums" for launch, _ in self._grad_input.launches
+            launch.kernel.name == "scaled_sums" for launch, _ in self._grad_input
         )
 
     def backward(self, needs: tuple[bool, bool, bool]) -> _Backward:
@@ -191,7 +191,7 @@ class Plan:
         self._gain = parts.part(self.gains, dtype)
         self._low = None if self.weight_is_ready else parts.part(self._weights, dtype)
         self._wide_gain = None
-        correlations = (self._convolve, *self._grad_input.launches) if self._training else (self._convolve,)
+        correlations = (self._convolve, *self._grad_input) if self._training else (self._convolve,)
         if dtype != torch.float32 and any(correlation.wide_gains for correlation in correlations):
             self._wide_gain = parts.part(self.gains, torch.float32)
         self._scratch = parts.part(handed_on, torch.float32)
@@ -212,7 +212,7 @@ class Plan:
         first = [Step(self._launch_pool("pool", False), (image, self._pooled))]
         if self._low is not None:
             first.append(Step(self._lay_out_weight, (weight, self._low)))
-        last = Step(convolve, (source, self._low or weight, self._read_gain(wide), output, None, None))
+        last = Step(convolve, (source, self._low or weight, self._read_gain(wide), output, None))
         gains = (self._gain, self._wide_gain)
         if not self._training:
             halves = (weight1, *norm1, *buffers1[:2], weight2, *norm2, *buffers2[:2])
@@ -239,25 +239,20 @@ class Plan:
             steps.append(Step(sums.products, (above, source, self._low or weight, self._gain, pieces, grad_gains)))
         if for_weight:
             steps.append(Step(sums.add, (pieces, grad_weight)))
-        grad_pooled = None
         if for_gain:
-            steps += self._of_branch(grad_gains, sums.parts, scratch)
-            grad_pooled = steps[-2].operands[-1]
-        if for_input:
-            steps += self._of_input(grad_pooled)
+            of_branch = self._of_branch(grad_gains, sums.parts, scratch)
+            steps += of_branch
+            if for_input:
+                steps += self._of_input(of_branch[2].operands[-1])
         return _Backward(Launches(steps), scratch.bytes)
 
     def _of_input(self, grad_pooled: Operand | None) -> list[Step]:
-        """The gradient of the input, from those of the output and of its pooled self."""
+        """The gradient of the input: of the convolution's, to which that of the pooling is added in place."""
         above, weight, grad_input = map(Operand, (0, 10, 11))
-        made = self._grad_input
-        read = self._read_gain(any(wide for _, wide in made.launches))
-        means = grad_pooled if made.means else None
-        operands = (above, self._low or weight, read, grad_input, None, means)
-        steps = [Step(launch, operands) for launch, _ in made.launches]
-        if means is None:
-            steps.append(Step(self._launch_pool("spread", True), (grad_pooled, grad_input)))
-        return steps
+        read = self._read_gain(any(wide for _, wide in self._grad_input))
+        operands = (above, self._low or weight, read, grad_input, None)
+        steps = [Step(launch, operands) for launch, _ in self._grad_input]
+        return [*steps, Step(self._launch_pool("spread", True), (grad_pooled, grad_input))]
 
     def _of_branch(self, grad_gain: Operand, parts: int, scratch: _Parts) -> list[Step]:
         (sum_grads, grad_second, grad_first, add), elements = branch_launches.backward(self._facts, 1, parts)
@@ -318,7 +313,7 @@ class Plan:
         grad_input = image
         if needs[0]:
             grad_input = torch.empty_like(source) if self.image_is_last else image.new_empty(self.shape)
-            if not self._grad_input.whole:
+            if not self._whole:
                 grad_input.zero_()
         grad_weight = weight
         if needs[1]:

@@ -19,6 +19,8 @@ def lay_out(
     """With one channel and one tap, the order stays."""
     index = tl.program_id(0) * block + tl.arange(0, block)
     exists = index < size
-    channel, tap, output = index % channels, index // channels % taps, index // (channels * taps)
-    value = tl.load(weight + (output * channels + channel) * taps + tap, mask=exists)
+    source = index
+    if channels > 1:  # its order changes, too
+        source = (index // (channels * taps) * channels + index % channels) * taps + index // channels % taps
+    value = tl.load(weight + source, mask=exists)
     tl.store(target + index, value.to(target.dtype.element_ty), mask=exists)

@@ -58,8 +58,8 @@ def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> 
 def _forward(input: Tensor, weight: Tensor, gain: Tensor, output: Tensor, geometry: Geometry) -> None:
     facts = (input.dtype, precision_of_products(), is_channels_last(output))
     launch, wide = cuda_plans.forward(tuple(input.shape), tuple(weight.shape), gain.shape[2], geometry, facts)
-    absent = () if weight.shape[1] == 1 else (None, None)
-    launch.run(_last(input), _last(weight), _gains(gain, wide), output, *absent)
+    unit = () if weight.shape[1] == 1 else (None,)
+    launch.run(_last(input), _last(weight), _gains(gain, wide), output, *unit)
 
 
 def backward(
@@ -118,18 +118,18 @@ def _laid_out(grad: Tensor | None, like: Tensor) -> Tensor | None:
 def _grad_input(above: Tensor, input: Tensor, weights: Tensor, gains: Tensor, geometry: Geometry) -> Tensor:
     grad = empty_like_image(tuple(input.shape), input)
     facts = (input.dtype, precision_of_products(), is_channels_last(grad))
-    made = cuda_plans.grad_input(tuple(input.shape), tuple(weights.shape), gains.shape[1], geometry, facts)
-    if not made.whole:
+    launches, whole = cuda_plans.grad_input(tuple(input.shape), tuple(weights.shape), gains.shape[1], geometry, facts)
+    if not whole:
         grad.zero_()
     unit = None
-    if input.dtype == torch.float16 and any(launch.kernel.name == "scaled_sums" for launch, _ in made.launches):
+    if input.dtype == torch.float16 and any(launch.kernel.name == "scaled_sums" for launch, _ in launches):
         largest = gains.abs().nan_to_num(nan=0, posinf=0).flatten(1).amax(1).float()
         unit = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest.clamp(min=1)).exponent)
-    if any(wide for _, wide in made.launches):
+    if any(wide for _, wide in launches):
         gains = gains.float()
     depthwise = weights.shape[1] == 1
-    for launch, _ in made.launches:
-        launch.run(above, weights, gains, grad, *(() if depthwise else (unit, None)))
+    for launch, _ in launches:
+        launch.run(above, weights, gains, grad, *(() if depthwise else (unit,)))
     return grad
 
 

@@ -13,12 +13,10 @@ import torch
 
 from awconv.ops.fused import tiles
 from awconv.ops.geometry import Geometry
-from awconv.ops.gpu import Kernel, Launch, power_of_two
-from awconv.ops.problem import product
+from awconv.ops.gpu import Kernel, Launch
 
 _PLANS = 4096  # that are remembered
 _ADDERS = 128  # programs that add pieces, about as many as a GPU has processors
-_MOST_SPOTS = 64  # bins of all samples of a tile, each 16: more would cost more than a kernel of their own
 
 
 class Axis(NamedTuple):
@@ -82,7 +80,6 @@ def _correlate(
     channels: tuple[int, int, int, int, int],
     transposed: bool,
     facts: tuple[torch.dtype, str, bool],
-    bins: tuple[int, ...] = (0, 0),
 ) -> Correlation:
     """A launch of ``scaled_weights`` or ``scaled_sums``.
 
@@ -93,7 +90,6 @@ def _correlate(
         channels: rows, blocks of rows, inner, blocks of inner, groups.
         transposed: whether it makes the gradient of the input.
         facts: of the tensors: dtype, precision of products, whether the target has its channels last.
-        bins: of the means whose gradient it adds, if it gets one.
     """
     rows, row_blocks, inner, inner_blocks, groups = channels
     dtype, precision, channels_last = facts
@@ -113,13 +109,8 @@ def _correlate(
         kernel_taps=kernel[0] * kernel[1],
         transposed=transposed,
         channels_last=channels_last,
-        bins_y=bins[0],
-        bins_x=bins[1],
         precision=precision,
     )
-    if tile.kernel == "scaled_sums":
-        touched = (tile.sizes["tile_pixels"] + positions - 2) // positions + 1 if any(bins) else 1
-        constants["tile_samples"] = power_of_two(touched, tile.sizes["tile_pixels"])
     programs = pixel_tiles * groups * row_blocks * -(-rows // tile.sizes["tile_rows"])
     return Correlation(
         _launch("triton_correlate", tile, constants, programs, samples, *_of_axes(axes), kernel[1]), tile.wide_gains
@@ -179,20 +170,6 @@ def forward(
     return _correlate(axes, tuple(kernel), samples, channels, False, facts)
 
 
-class GradInput(NamedTuple):
-    """How the gradient of the input is made.
-
-    Attributes:
-        launches: one for each phase of the stride.
-        whole: whether they make every pixel.
-        means: whether they add the gradient of the input's means over bins, if they get it.
-    """
-
-    launches: list[Correlation]
-    whole: bool
-    means: bool
-
-
 @functools.lru_cache(maxsize=_PLANS)
 def grad_input(
     input_shape: tuple[int, ...],
@@ -200,9 +177,8 @@ def grad_input(
     blocks: int,
     geometry: Geometry,
     facts: tuple[torch.dtype, str, bool],
-    bins: tuple[int, ...] = (0, 0),
-) -> GradInput:
-    """The launches, for ``bins`` of the means."""
+) -> tuple[list[Correlation], bool]:
+    """The launches, one for each phase of the stride, and whether they make every pixel."""
     samples, in_channels, *size = input_shape
     out_channels, group_in, *kernel = weight_shape
     phases_y, phases_x = _along_axes(_input_phases, tuple(size), tuple(kernel), geometry)
@@ -213,13 +189,9 @@ def grad_input(
             launch = _depthwise_correlate(axes, tuple(kernel), samples, in_channels, multiplier, True, facts[2])
         else:
             channels = (group_in // blocks, blocks, out_channels // geometry.groups, 1, geometry.groups)
-            launch = _correlate(axes, tuple(kernel), samples, channels, True, facts, bins)
+            launch = _correlate(axes, tuple(kernel), samples, channels, True, facts)
         launches.append(launch)
-    whole = None not in phases_y and None not in phases_x
-    spots = [tiles.LEAST * launch.kernel.constants.get("tile_samples", 1) for launch, _ in launches]
-    # In float16, a mean's gradient times its bin's share would be too small.
-    counted = 0 < product(bins) <= tiles.LEAST and group_in > 1 and facts[0] != torch.float16 and facts[2]
-    return GradInput(launches, whole, whole and counted and max(spots) <= _MOST_SPOTS)
+    return launches, None not in phases_y and None not in phases_x
 
 
 class Sums(NamedTuple):

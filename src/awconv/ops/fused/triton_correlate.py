@@ -57,60 +57,6 @@ def _next(part, index_y, index_x, parts: tl.constexpr, taps_x):
     return part, index_y, index_x
 
 
-@triton.jit
-def _add_means(
-    total,  # rows times positions, or positions times rows
-    grad_means,  # (samples, bins, channels)
-    channel,  # of the rows
-    channel_exists,
-    channels: tl.constexpr,
-    first_sample,  # of some that the positions are of
-    tile_samples: tl.constexpr,
-    samples,
-    y,  # of the positions
-    x,
-    sample,
-    exists,
-    height,
-    width,
-    bins_y: tl.constexpr,
-    bins_x: tl.constexpr,
-    rows_first: tl.constexpr,
-    dtype: tl.constexpr,
-    precision: tl.constexpr,
-):
-    """Adds the gradient of the target's means over bins: a position gets a share of each bin that covers it, which is
-    a product of matrices, too. All bins of a sample are in one product: one that is not finite spoils the others."""
-    bins: tl.constexpr = bins_y * bins_x
-    spot = tl.arange(0, 16 * tile_samples)
-    bin = spot % 16
-    of_sample = first_sample + spot // 16
-    real = (bin < bins) & (of_sample < samples)
-    bin_y = bin // bins_x
-    bin_x = bin % bins_x
-    first_y = bin_y * height // bins_y
-    first_x = bin_x * width // bins_x
-    end_y = tl.cdiv((bin_y + 1) * height, bins_y)
-    end_x = tl.cdiv((bin_x + 1) * width, bins_x)
-    share = 1 / ((end_y - first_y) * (end_x - first_x)).to(tl.float32)
-    from_spot = (of_sample * bins + bin) * channels
-    if rows_first:
-        covered = (y[None, :] >= first_y[:, None]) & (y[None, :] < end_y[:, None])
-        covered = covered & (x[None, :] >= first_x[:, None]) & (x[None, :] < end_x[:, None])
-        covered = covered & real[:, None] & exists[None, :]  # of one sample
-        mask = channel_exists[:, None] & real[None, :]
-        means = tl.load(grad_means + from_spot[None, :] + channel[:, None], mask=mask, other=0.0)
-        means = (means.to(tl.float32) * share[None, :]).to(dtype)
-        return tl.dot(means, covered.to(dtype), total, input_precision=precision)
-    else:
-        covered = (y[:, None] >= first_y) & (y[:, None] < end_y) & (x[:, None] >= first_x) & (x[:, None] < end_x)
-        covered = covered & real[None, :] & exists[:, None] & (of_sample[None, :] == sample[:, None])
-        mask = real[:, None] & channel_exists[None, :]
-        means = tl.load(grad_means + from_spot[:, None] + channel[None, :], mask=mask, other=0.0)
-        means = (means.to(tl.float32) * share[:, None]).to(dtype)
-        return tl.dot(covered.to(dtype), means, total, input_precision=precision)
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def scaled_weights(
     source,  # (samples, seen_height, seen_width, groups * inner_blocks * inner)
@@ -118,7 +64,6 @@ def scaled_weights(
     gain,  # (samples, blocks, taps, output channels); loads of less than 32 bits are not pipelined
     target,  # (samples, target_height, target_width, groups * row_blocks * rows)
     unit,  # None: for scaled_sums
-    grad_means,  # (samples, bins_y * bins_x, groups * row_blocks * rows), of means of the target over bins, or None
     samples,
     height,  # positions along each axis: first + spread * position in target
     width,
@@ -151,8 +96,6 @@ def scaled_weights(
     kernel_taps: tl.constexpr,
     transposed: tl.constexpr,
     channels_last: tl.constexpr,  # of target; the image is contiguous otherwise
-    bins_y: tl.constexpr,
-    bins_x: tl.constexpr,
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_pixels: tl.constexpr,
@@ -244,12 +187,6 @@ def scaled_weights(
             left = left * scale.to(left.dtype)[:, None]
         total = tl.dot(left, right, total, input_precision=precision)
         part, index_y, index_x = _next(part, index_y, index_x, inner_blocks * inner_tiles, taps_x)
-    if grad_means is not None:
-        total = _add_means(
-            *(total, grad_means, (group * row_blocks + row_block) * rows + row, row_exists, groups * row_blocks * rows),
-            *(sample, 1, sample + 1, first_y + spread_y * y, first_x + spread_x * x, sample, exists),
-            *(target_height, target_width, bins_y, bins_x, True, source.dtype.element_ty, precision),
-        )
     target_channels: tl.constexpr = groups * row_blocks * rows
     target += sample * target_height * target_width * target_channels
     pixel = (first_y + spread_y * y) * target_width + first_x + spread_x * x
@@ -272,7 +209,6 @@ def scaled_sums(
     gain,
     target,
     unit,  # (samples,), powers of two, or None
-    grad_means,
     samples,
     height,
     width,
@@ -305,9 +241,6 @@ def scaled_sums(
     kernel_taps: tl.constexpr,
     transposed: tl.constexpr,
     channels_last: tl.constexpr,  # of target; the image is contiguous otherwise
-    bins_y: tl.constexpr,
-    bins_x: tl.constexpr,
-    tile_samples: tl.constexpr,  # of which a tile has positions, at most
     precision: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_pixels: tl.constexpr,
@@ -407,20 +340,6 @@ def scaled_sums(
         part, index_y, index_x = _next(part, index_y, index_x, inner_blocks * inner_tiles, taps_x)
     if unit is not None:
         total = total / units[:, None]
-    if grad_means is not None:
-        total = _add_means(
-            *(total, grad_means, (group * row_blocks + row_block) * rows + row, row_exists, groups * row_blocks * rows),
-            *(
-                start // positions,
-                tile_samples,
-                samples,
-                first_y + spread_y * y,
-                first_x + spread_x * x,
-                sample,
-                exists,
-            ),
-            *(target_height, target_width, bins_y, bins_x, False, source.dtype.element_ty, precision),
-        )
     target_channels: tl.constexpr = groups * row_blocks * rows
     pixel = (first_y + spread_y * y) * target_width + first_x + spread_x * x
     row += (group * row_blocks + row_block) * rows
