@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from awconv.ops import build
+from awconv.ops import build, layer
 
 # Flags that build the C code as for processors with shorter vectors.
 INSTRUCTIONS = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
@@ -43,3 +43,9 @@ def triton_device(request: pytest.FixtureRequest) -> str:
             pytest.skip(obstacle)
     device: str = request.param
     return device
+
+
+@pytest.fixture
+def forgotten_plans() -> None:
+    """Nothing is known of calls of whole layers: what a test patches does not reach the next."""
+    layer._KNOWN.clear()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awconv import AWConv2d, use_algorithm
-from tests.ops.test_layer import CASES, ON_GPU, assert_close, exact, step
+from tests.ops.layer_cases import CASES, ON_GPU, assert_close, exact, step
 
 pytest.importorskip("triton")
 from awconv.ops.layer_operators import run_layer_compiled

@@ -93,10 +93,8 @@ def run_layer(
             return None
         planned = _find_out(image, weight, modules, tensors, (dtype, cast, size, start, convolution))
         if planned is not None and image.is_cuda:
-            for_gain = image.requires_grad or any(tensor.requires_grad for tensor in tensors)
-            needs = (image.requires_grad, weight.requires_grad, for_gain)
-            needed = needs if training and torch.is_grad_enabled() else (False, False, False)
-            planned.compile(image.get_device(), weight.dtype, tensors, floats, needed)
+            needs = _needs(image, weight, tensors) if training and torch.is_grad_enabled() else (False, False, False)
+            planned.compile(image.get_device(), weight.dtype, tensors, floats, needs)
         if len(_KNOWN) >= _CALLS:
             _KNOWN.clear()
         _KNOWN[key] = (*calls[1 - _ALIKE :], _Call(planned, _guards(image, weight, *tensors)))
@@ -107,6 +105,12 @@ def run_layer(
         return planned.run(image, weight, tensors, kept, floats)
     output: Tensor = _Layer.apply(image, weight, *tensors[:6], planned, tensors[6:], floats)
     return output
+
+
+def _needs(image: Tensor, weight: Tensor, tensors: list[Tensor]) -> tuple[bool, bool, bool]:
+    """Whether gradients of the input, the weight and the gain will be needed."""
+    for_gain = image.requires_grad or any(tensor.requires_grad for tensor in tensors)
+    return image.requires_grad, weight.requires_grad, for_gain
 
 
 def _read(modules: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...], tuple[float, ...]] | None:
@@ -220,8 +224,8 @@ class _Layer(torch.autograd.Function):
         if torch.is_grad_enabled() or not eager(grad):
             grads = _by_operations(ctx.plan, ctx.floats, grad, [image, weight, *parameters], needs)
         else:
-            needed = (needs[0], needs[1], needs[0] or any(needs[2:]))
-            grads = ctx.plan.gradients(grad, image, weight, parameters, kept, needed)
+            for_gain = needs[0] or any(needs[2:])
+            grads = ctx.plan.gradients(grad, image, weight, parameters, kept, (*needs[:2], for_gain))
         return (*[value if needed else None for value, needed in zip(grads, needs, strict=True)], None, None, None)
 
 
