@@ -121,6 +121,14 @@ def test_what_the_kernels_do_not_run_is_left_to_the_parts(device: str) -> None:
     assert whole(layer, image) is None
 
 
+def test_gradients_of_gradients_are_refused(device: str) -> None:
+    layer, image = CASES["a tile"].make(device)
+    output = whole(layer, image.requires_grad_())
+    assert output is not None
+    with pytest.raises(RuntimeError, match="without torch.compile"):
+        torch.autograd.grad(output.square().sum(), image, create_graph=True)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["a tile", "channels first", "a hidden width of no multiple of four"])
 def test_the_operators_keep_pytorchs_rules(name: str, training: bool, device: str) -> None:
