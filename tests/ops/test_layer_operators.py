@@ -125,7 +125,7 @@ def test_gradients_of_gradients_are_refused(device: str) -> None:
     layer, image = CASES["a tile"].make(device)
     output = whole(layer, image.requires_grad_())
     assert output is not None
-    with pytest.raises(RuntimeError, match="without torch.compile"):
+    with pytest.raises(RuntimeError, match=r"without torch\.compile"):
         torch.autograd.grad(output.square().sum(), image, create_graph=True)
 
 

@@ -234,8 +234,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "gradients of gradients cannot be taken through a compiled AW layer on a GPU: the operator awconv::layer has "
-            "none. Call the network without torch.compile where you need them"
+            "gradients of gradients cannot be taken through a compiled AW layer on a GPU: the operator awconv::layer "
+            "has none. Call the network without torch.compile where you need them"
         )
     needs = ctx.needs_input_grad[:8]
     needed = [needs[0], needs[1], any(needs[2:])]
