@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -59,20 +60,17 @@ CASES = {
 ON_GPU = ("a tile", "a stride")
 
 
-def run(layer: AWConv2d, image: Tensor) -> Tensor | None:
-    """The layer in one node; None where it is not run so."""
+def arguments_of(layer: AWConv2d) -> tuple[Any, ...]:
+    """What a layer tells those that run it as a whole, beside its input and its weight."""
     branch = layer.attention
     convolution = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.residual or branch.relative)
+    return branch, branch.modules_in_turn(), branch.attention_size, branch.relation(), convolution
+
+
+def run(layer: AWConv2d, image: Tensor) -> Tensor | None:
+    """The layer in one node; None where it is not run so."""
     with use_algorithm("fused"):
-        return run_layer(
-            image,
-            layer._parameters.get("weight"),
-            branch,
-            branch.modules_in_turn(),
-            branch.attention_size,
-            branch.relation(),
-            convolution,
-        )
+        return run_layer(image, layer._parameters.get("weight"), *arguments_of(layer))
 
 
 def exact(layer: AWConv2d) -> AWConv2d:
@@ -105,3 +103,29 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
             atol=tolerance * scale,
             msg=message.format,
         )
+
+
+def check_step(name: str, run: Callable[[AWConv2d, Tensor], Tensor | None], device: str) -> None:
+    """A step of a case, beside its parts in double precision."""
+    if device == "cuda" and name not in ON_GPU:
+        pytest.skip("a case takes a dozen kernels, which are compiled")
+    layer, image = CASES[name].make(device)
+    expected = step(exact(layer), image.cpu().double(), AWConv2d.__call__)
+    found = step(layer, image, run)
+    assert_close(found, expected, 5e-5)
+    assert found["output"].is_contiguous(memory_format=torch.channels_last) or not CASES[name].channels_last
+    assert found["image"].stride() == image.stride()
+    assert found["weight"].stride() == layer.weight.stride()
+
+
+def check_frozen(frozen: list[str], run: Callable[[AWConv2d, Tensor], Any], device: str) -> None:
+    """Gradients where the parameters of these names, or the image, need none."""
+    layer, image = CASES["a tile"].make(device)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not any(name.startswith(prefix) for prefix in frozen))
+    reference, results = exact(layer), []
+    for made, input, through in ((layer, image, run), (reference, image.cpu().double(), AWConv2d.__call__)):
+        input = input.detach().requires_grad_("image" not in frozen)
+        through(made, input).square().sum().backward()
+        results.append(dict(image=input.grad, **{key: value.grad for key, value in made.named_parameters()}))
+    assert_close(*results, 5e-5)

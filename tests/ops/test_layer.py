@@ -14,7 +14,7 @@ from torch import Tensor
 from awconv import AWConv2d
 from awconv.ops.fused import cuda_plans, tiles
 from awconv.ops.gpu import compiling_side_by_side
-from tests.ops.layer_cases import CASES, ON_GPU, assert_close, exact, run, step
+from tests.ops.layer_cases import CASES, assert_close, check_frozen, check_step, exact, run, step
 
 pytestmark = pytest.mark.usefixtures("forgotten_plans")
 
@@ -100,15 +100,7 @@ def test_a_compilation_that_fails_leaves_others_alone() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: str) -> None:
-    if device == "cuda" and name not in ON_GPU:
-        pytest.skip("a case takes a dozen kernels, which are compiled")
-    layer, image = CASES[name].make(device)
-    expected = step(exact(layer), image.cpu().double(), AWConv2d.__call__)
-    found = step(layer, image, run)
-    assert_close(found, expected, 5e-5)
-    assert found["output"].is_contiguous(memory_format=torch.channels_last) or not CASES[name].channels_last
-    assert found["image"].stride() == image.stride()
-    assert found["weight"].stride() == layer.weight.stride()
+    check_step(name, run, device)
 
 
 @pytest.mark.parametrize("samples", [1, 3, 5])
@@ -134,15 +126,7 @@ def test_tiles_of_several_samples(name: str, samples: int, monkeypatch: pytest.M
     [["weight"], ["image"], ["image", "weight"], ["attention"], ["attention.norm2.bias", "attention.conv1.weight"]],
 )
 def test_only_what_requires_a_gradient_gets_one(frozen: list[str], device: str) -> None:
-    layer, image = CASES["a tile"].make(device)
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(not any(name.startswith(prefix) for prefix in frozen))
-    reference, results = exact(layer), []
-    for made, input, through in ((layer, image, run), (reference, image.cpu().double(), AWConv2d.__call__)):
-        input = input.detach().requires_grad_("image" not in frozen)
-        through(made, input).square().sum().backward()
-        results.append(dict(image=input.grad, **{key: value.grad for key, value in made.named_parameters()}))
-    assert_close(*results, 5e-5)
+    check_frozen(frozen, run, device)
 
 
 def test_only_the_weight(device: str) -> None:

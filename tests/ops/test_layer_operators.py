@@ -10,13 +10,16 @@ import pytest
 import timm
 import torch
 import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awconv import AWConv2d, use_algorithm
-from tests.ops.layer_cases import CASES, ON_GPU, assert_close, exact, step
+from tests.ops.layer_cases import CASES, arguments_of, assert_close, check_frozen, check_step, exact, step
 
 pytest.importorskip("triton")
+from awconv.ops import layer_operators
 from awconv.ops.layer_operators import run_layer_compiled
 
 
@@ -27,12 +30,7 @@ def device(triton_device: str) -> Iterator[str]:
 
 
 def whole(layer: AWConv2d, image: Tensor) -> Tensor | None:
-    branch = layer.attention
-    convolution = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.residual or branch.relative)
-    modules = branch.modules_in_turn()
-    return run_layer_compiled(
-        image, layer.weight, branch, modules, branch.attention_size, branch.relation(), convolution
-    )
+    return run_layer_compiled(image, layer.weight, *arguments_of(layer))
 
 
 def compiled(layer: AWConv2d, image: Tensor) -> Tensor | None:
@@ -55,27 +53,12 @@ def arguments(layer: AWConv2d, image: Tensor, training: bool) -> tuple[Any, ...]
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: str) -> None:
-    if device == "cuda" and name not in ON_GPU:
-        pytest.skip("a case takes a dozen kernels, which are compiled")
-    layer, image = CASES[name].make(device)
-    expected = step(exact(layer), image.cpu().double(), AWConv2d.__call__)
-    found = step(layer, image, compiled)
-    assert_close(found, expected, 5e-5)  # as for the layer that Python runs
-    assert found["image"].stride() == image.stride()
-    assert found["weight"].stride() == layer.weight.stride()
+    check_step(name, compiled, device)
 
 
 @pytest.mark.parametrize("frozen", [["weight"], ["image"], ["image", "weight"], ["attention"]])
 def test_only_what_requires_a_gradient_gets_one(frozen: list[str], device: str) -> None:
-    layer, image = CASES["a tile"].make(device)
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(not any(name.startswith(prefix) for prefix in frozen))
-    reference, results = exact(layer), []
-    for made, input, through in ((layer, image, compiled), (reference, image.cpu().double(), AWConv2d.__call__)):
-        input = input.detach().requires_grad_("image" not in frozen)
-        through(made, input).square().sum().backward()
-        results.append(dict(image=input.grad, **{key: value.grad for key, value in made.named_parameters()}))
-    assert_close(*results, 5e-5)
+    check_frozen(frozen, compiled, device)
 
 
 @pytest.mark.parametrize("name", ["a tile", "a stride", "relative to the start", "channels first"])
@@ -164,3 +147,23 @@ def test_a_compiled_network_has_a_node_for_each_layer(training: bool) -> None:
     layers = sum(isinstance(module, AWConv2d) for module in network.modules())
     assert layers > 5
     assert names.count("awconv.layer" if training else "awconv.layer_inference") == layers
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_what_a_plan_keeps_fits_into_what_the_graph_expects(data: st.DataObject) -> None:
+    """The operators' fake results know no tiles, and so no plan: too small a buffer would be written beyond its end."""
+    draw, dtype = data.draw, data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    samples, height, width, hidden = (draw(st.integers(1, most)) for most in (40, 60, 60, 128))
+    channels, columns = (draw(st.sampled_from([16, 20, 31, 64, 65, 129, 256, 512])) for _ in range(2))
+    kernel = [draw(st.integers(1, 4)) for _ in range(2)]
+    meta = dict(device="meta", dtype=draw(st.sampled_from([torch.float32, dtype])))
+    image = torch.empty(samples, channels, height + 3, width + 3, device="meta", dtype=dtype)
+    image = image.contiguous(memory_format=draw(st.sampled_from([torch.channels_last, torch.contiguous_format])))
+    weight = torch.empty(columns, channels, *kernel, **meta)
+    halves = [torch.empty(hidden, channels, 1, 1, **meta), torch.empty(columns, hidden, 1, 1, **meta)]
+    norms = [torch.empty(size, device="meta") for size in (hidden, columns)]
+    parameters = (halves[0], norms[0], norms[0], halves[1], norms[1], norms[1])
+    form = (1e-5, 1e-5, "sigmoid", [columns, 1, *kernel], 0.0, 1.0, [1, 1], [0, 0, 0, 0], [1, 1], 1, True)
+    planned = layer_operators._planned(image, weight, parameters, form, training=True)
+    assert planned.kept_bytes <= layer_operators._kept_bytes(image, weight, hidden, columns, form[3])

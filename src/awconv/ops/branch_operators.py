@@ -7,7 +7,7 @@ adds them to the running ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,21 +31,21 @@ from awconv.ops.gpu import triton_obstacle
 from awconv.ops.problem import product
 from awconv.ops.tracing import autocasting, exporting
 
-_PARAMETERS = (
+PARAMETERS = (
     "Tensor weight1, Tensor norm_weight1, Tensor norm_bias1, Tensor weight2, Tensor norm_weight2, Tensor norm_bias2"
 )
 _FORM = "float epsilon1, float epsilon2, str activation, int[] size, ScalarType dtype, float constant, float gain"
-_LIBRARY = torch.library.Library("awconv", "FRAGMENT")
+LIBRARY = torch.library.Library("awconv", "FRAGMENT")
 for _schema in (
     # the attention, what the backward needs, and means and inverse deviations of the norms one after another
-    f"branch(Tensor pooled, {_PARAMETERS}, {_FORM}) -> (Tensor, Tensor, Tensor)",
-    f"branch_backward(Tensor grad, Tensor pooled, {_PARAMETERS}, Tensor kept, {_FORM}) "
+    f"branch(Tensor pooled, {PARAMETERS}, {_FORM}) -> (Tensor, Tensor, Tensor)",
+    f"branch_backward(Tensor grad, Tensor pooled, {PARAMETERS}, Tensor kept, {_FORM}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"branch_inference(Tensor pooled, {_PARAMETERS}, Tensor mean1, Tensor variance1, Tensor mean2, Tensor variance2, "
+    f"branch_inference(Tensor pooled, {PARAMETERS}, Tensor mean1, Tensor variance1, Tensor mean2, Tensor variance2, "
     f"{_FORM}) -> Tensor",
 ):
-    _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-_BY_NAME = {name: kind for kind, (name, _) in ACTIVATIONS.items()}
+    LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+BY_NAME = {name: kind for kind, (name, _) in ACTIVATIONS.items()}
 
 
 def attend_compiled(
@@ -80,17 +80,24 @@ def attend_compiled(
     with torch.no_grad():
         hidden, columns = conv1.weight.shape[0], conv2.weight.shape[0]
         mean1, inverse1, mean2, inverse2 = found.split([hidden, hidden, columns, columns])
-        _follow(norm1, mean1, inverse1, pooled.shape[0] * product(size[2:]))
-        _follow(norm2, mean2, inverse2, pooled.shape[0] * product(size[2:]))
+        rows = pooled.shape[0] * product(size[2:])
+        for norm, mean, inverse in ((norm1, mean1, inverse1), (norm2, mean2, inverse2)):
+            follow(norm, mean, (inverse**-2 - norm.eps) * (rows / (rows - 1)))
     return attention
 
 
-def _follow(norm: Any, mean: Tensor, inverse: Tensor, count: int) -> None:
-    """Adds the statistics of a batch to the running ones, with the unbiased variance."""
-    variance = inverse**-2 - norm.eps
+def follow(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    """Adds the mean and the unbiased variance of a batch to the running statistics."""
     norm.num_batches_tracked.add_(1)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-    norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+
+
+def register(name: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Implements an operator of awconv, and says what its results are without running it."""
+    LIBRARY.impl(name, run, "CUDA")
+    LIBRARY.impl(name, run, "CPU")  # by Triton's interpreter
+    torch.library.register_fake(f"awconv::{name}", shapes, lib=LIBRARY)
 
 
 def _branch(parameters: Sequence[Tensor], statistics: Sequence[Tensor], form: Sequence[Any]) -> Branch:
@@ -100,7 +107,7 @@ def _branch(parameters: Sequence[Tensor], statistics: Sequence[Tensor], form: Se
     mean1, variance1, mean2, variance2, batches = statistics
     norm1 = Norm(norm_weight1, norm_bias1, mean1, variance1, batches, epsilon1, 0.0, True)
     norm2 = Norm(norm_weight2, norm_bias2, mean2, variance2, batches, epsilon2, 0.0, True)
-    return Branch(weight1, norm1, weight2, norm2, Form(_BY_NAME[activation], tuple(size), *rest))
+    return Branch(weight1, norm1, weight2, norm2, Form(BY_NAME[activation], tuple(size), *rest))
 
 
 def _forward(pooled: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,12 +159,7 @@ def _grads(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (*(one if needed else None for one, needed in zip(grads, needs, strict=True)), *[None] * len(ctx.form))
 
 
-for _name, _run, _shapes in (
-    ("branch", _forward, _fake),
-    ("branch_backward", _backward, _fake_backward),
-    ("branch_inference", _infer, _fake_inference),
-):
-    _LIBRARY.impl(_name, _run, "CUDA")
-    _LIBRARY.impl(_name, _run, "CPU")  # by Triton's interpreter
-    torch.library.register_fake(f"awconv::{_name}", _shapes, lib=_LIBRARY)
-torch.library.register_autograd("awconv::branch", _grads, setup_context=_save, lib=_LIBRARY)
+register("branch", _forward, _fake)
+register("branch_backward", _backward, _fake_backward)
+register("branch_inference", _infer, _fake_inference)
+torch.library.register_autograd("awconv::branch", _grads, setup_context=_save, lib=LIBRARY)

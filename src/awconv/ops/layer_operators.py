@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from awconv.ops.branch import ACTIVATIONS, Branch, Form, Norm, plain, unwatched
 from awconv.ops.branch_launches import kept_elements
+from awconv.ops.branch_operators import BY_NAME, LIBRARY, PARAMETERS, follow, register
 from awconv.ops.geometry import Geometry
 from awconv.ops.gpu import empty_like_image, is_channels_last, precision_of_products, triton_obstacle
 from awconv.ops.launcher import ALIGNMENT
@@ -22,24 +23,19 @@ from awconv.ops.layer_plans import Convolution, Plan, problem_of
 from awconv.ops.problem import Problem, product
 from awconv.ops.tracing import autocasting, exporting
 
-_PARAMETERS = (
-    "Tensor weight1, Tensor norm_weight1, Tensor norm_bias1, Tensor weight2, Tensor norm_weight2, Tensor norm_bias2"
-)
 _FORM = (
     "float epsilon1, float epsilon2, str activation, int[] size, float constant, float gain, "
     "int[] stride, int[] padding, int[] dilation, int groups, bool residual"
 )
-_LIBRARY = torch.library.Library("awconv", "FRAGMENT")
 for _schema in (
     # the output, what the backward needs, and the statistics of the batch: means and unbiased variances of the norms
-    f"layer(Tensor image, Tensor weight, {_PARAMETERS}, {_FORM}) -> (Tensor, Tensor, Tensor)",
-    f"layer_backward(Tensor grad, Tensor image, Tensor weight, {_PARAMETERS}, Tensor kept, {_FORM}, bool[3] needs) "
+    f"layer(Tensor image, Tensor weight, {PARAMETERS}, {_FORM}) -> (Tensor, Tensor, Tensor)",
+    f"layer_backward(Tensor grad, Tensor image, Tensor weight, {PARAMETERS}, Tensor kept, {_FORM}, bool[3] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    f"layer_inference(Tensor image, Tensor weight, {_PARAMETERS}, Tensor mean1, Tensor variance1, Tensor mean2, "
+    f"layer_inference(Tensor image, Tensor weight, {PARAMETERS}, Tensor mean1, Tensor variance1, Tensor mean2, "
     f"Tensor variance2, {_FORM}) -> Tensor",
 ):
-    _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-_BY_NAME = {name: kind for kind, (name, _) in ACTIVATIONS.items()}
+    LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 _LEAST_ROWS = 32  # of a tile of the branch's kernels
 _MOST_PLANS = 1024
 _PLANS: dict[tuple[Any, ...], Plan] = {}
@@ -91,9 +87,7 @@ def run_layer_compiled(
     with torch.no_grad():
         mean1, variance1, mean2, variance2 = _split(found, conv1.weight.shape[0], conv2.weight.shape[0])
         for norm, mean, variance in ((norm1, mean1, variance1), (norm2, mean2, variance2)):
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+            follow(norm, mean, variance)
     return output
 
 
@@ -125,7 +119,7 @@ def _planned(image: Tensor, weight: Tensor, parameters: Sequence[Tensor], form: 
             _PLANS.clear()
         problem = _problem(image, weight, Geometry.of(*geometry), residual, training)
         norm1, norm2 = (_norm(parameters[index : index + 2], training) for index in (1, 4))
-        branch_form = Form(_BY_NAME[activation], tuple(size), image.dtype, constant, gain)
+        branch_form = Form(BY_NAME[activation], tuple(size), image.dtype, constant, gain)
         branch = Branch(parameters[0], norm1, parameters[3], norm2, branch_form)
         planned = _PLANS[key] = Plan(problem, branch, image, weight)
         if image.is_cuda:  # for the statistics of a batch, and most likely all gradients
@@ -243,12 +237,7 @@ def _autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (*(one if needed else None for one, needed in zip(grads, needs, strict=True)), *[None] * len(ctx.form))
 
 
-for _name, _kernel, _shapes in (
-    ("layer", _forward, _fake),
-    ("layer_backward", _backward, _fake_backward),
-    ("layer_inference", _infer, _fake_inference),
-):
-    _LIBRARY.impl(_name, _kernel, "CUDA")
-    _LIBRARY.impl(_name, _kernel, "CPU")  # by Triton's interpreter
-    torch.library.register_fake(f"awconv::{_name}", _shapes, lib=_LIBRARY)
-torch.library.register_autograd("awconv::layer", _autograd, setup_context=_save, lib=_LIBRARY)
+register("layer", _forward, _fake)
+register("layer_backward", _backward, _fake_backward)
+register("layer_inference", _infer, _fake_inference)
+torch.library.register_autograd("awconv::layer", _autograd, setup_context=_save, lib=LIBRARY)
