@@ -13,6 +13,7 @@ from awconv.data.folder import ImageFolder
 from awconv.data.images import BrokenImageError
 from awconv.data.loading import DataModule
 from awconv.data.parquet import Parquet
+from awconv.data.scenes import DigitScenes
 from awconv.data.transforms import to_uint8
 from awconv.data.voc import Voc
 from awconv.data.webdataset import WebDataset
@@ -24,6 +25,7 @@ __all__ = [
     "Coco",
     "DataModule",
     "DetectionDataModule",
+    "DigitScenes",
     "Digits",
     "ImageDataModule",
     "ImageFolder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -35,11 +36,16 @@ class Digits(ImageDataModule):
         return [str(digit) for digit in range(10)]
 
     def open(self, split: Split) -> ArrayImages | None:
-        return _splits().get(split)
+        return None if split == "val" else grey_digits(split)
+
+
+def grey_digits(split: Literal["train", "test"]) -> ArrayImages:
+    """The digits of a split: uint8, shape (N, 8, 8)."""
+    return _splits()[split]
 
 
 @cache
-def _splits() -> dict[Split, ArrayImages]:
+def _splits() -> dict[str, ArrayImages]:
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 shades, 0 to 16
     train, test = train_test_split(
