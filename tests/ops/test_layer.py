@@ -103,8 +103,9 @@ def test_a_step_equals_that_of_the_parts_in_double_precision(name: str, device: 
     check_step(name, run, device)
 
 
-@pytest.mark.parametrize("samples", [1, 3, 5])
-@pytest.mark.parametrize("name", ["a tile", "a stride", "groups", "dilation"])
+@pytest.mark.parametrize(
+    ("name", "samples"), [("a tile", 1), ("a tile", 5), ("a stride", 3), ("groups", 5), ("dilation", 3)]
+)
 def test_tiles_of_several_samples(name: str, samples: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     if device == "cuda":
         pytest.skip("the plans for a GPU are remembered")

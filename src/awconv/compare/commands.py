@@ -20,12 +20,17 @@ from awconv.compare.processes import train_in_turn, train_side_by_side
 from awconv.compare.record import Record, TestSplit
 from awconv.compare.report import table, write_report
 from awconv.compare.variants import check_overrides, find_change, read_base
+from awconv.extras import require
 from awconv.models import variants as variants_of
 from awconv.training.lock import locked
 from awconv.training.quiet import quiet_lightning
 from awconv.training.settings import data_of
 
-DEMO_RECIPE = Path(__file__).with_name("digits.yaml")
+_DEMO_RECIPE = Path(__file__).with_name("digit_scenes.yaml")
+_DEMO = """\
+The task: 10 digits in scenes of 24x24 pixels. The ink is lighter or darker than its uneven ground, by a little or a
+lot, thin or thick: a kernel should not treat all images alike. 1,077 scenes to train on, 1,440 of other digits to test.
+"""
 
 
 @quiet_lightning()
@@ -137,18 +142,29 @@ def ablate(
 def demo(
     seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = (), command: str = "awconv demo"
 ) -> int:
-    """Trains a small ResNet, plain and with AW, on scikit-learn's scanned digits, and compares them.
+    """Trains a small ResNet, plain and with AW, on scenes of scanned digits, compares them and explains the AW network.
 
     Args:
         seeds: number of seeds, counted from 0.
-        out: the folder of the report.
+        out: the folder of the report; the explanation is in its folder ``explain``.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
 
     Returns:
         The exit status, as of :func:`compare`.
+
+    Raises:
+        ModuleNotFoundError: the extra ``explain`` is not installed.
     """
-    return compare(DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
+    require("pytorch_grad_cam", extra="explain")
+    from awconv.explain.command import explain
+
+    _print(terminal.console(), _DEMO)
+    status = compare(_DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
+    if status != 0:
+        return status
+    attended, plain = (str(out / f"{variant}-seed0") for variant in ("aw", "plain"))
+    return explain(attended, out / "explain", split="test", compare=plain, command=command)
 
 
 def _listed(text: str) -> list[str]:

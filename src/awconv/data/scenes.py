@@ -17,7 +17,7 @@ from awconv.data.loading import Split
 
 Vary = Literal["contrast", "scale", "clutter", "all"]
 SIZE = 24  # pixels of a scene
-SCENES = {"train": 1, "val": 2, "test": 4}  # of each digit, by split
+SCENES = {"train": 1, "val": 4, "test": 4}  # of each digit, by split
 _VAL_DIGITS, _SPLIT_SEED, _SCENES_SEED = 360, 0, 0
 _Array = np.ndarray[Any, Any]
 
@@ -32,7 +32,7 @@ class DigitScenes(ImageDataModule):
     - ``"clutter"``: pieces of other digits around the digit, and noise of a strength of its own.
     - ``"all"``: all three.
 
-    Training has one scene of each of 1,077 digits; validation has two and test four of each of 360 others, always the
+    Training has one scene of each of 1,077 digits; validation and test have four of each of 360 others, always the
     same. The test digits are those of :class:`Digits`. The other arguments are those of :class:`ImageDataModule`.
 
     Args:
