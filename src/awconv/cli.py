@@ -35,12 +35,14 @@ class Positional:
         name: of the function's argument.
         help: for ``--help``.
         several: whether several may be given.
+        optional: whether none need be given, of several.
         type: makes the argument of its text.
     """
 
     name: str
     help: str
     several: bool = False
+    optional: bool = False
     type: Callable[[str], Any] = Path
 
 
@@ -52,17 +54,23 @@ class Command:
         summary: for the list of commands.
         function: ``module:name``, imported when the command is called.
         positional: its positional argument.
+        further: another one, after it.
         passes_on: pass the arguments after ``--`` as ``overrides``, and the whole command line as ``command``.
         takes_bytes: arguments may be file names that are not UTF-8.
         takes_data: takes ``data``, the class and the arguments of a data set, given as for ``awconv fit``.
+        needs_data: whether these must be given.
+        says_command: pass the whole command line as ``command``.
     """
 
     summary: str
     function: str
     positional: Positional | None = None
+    further: Positional | None = None
     passes_on: bool = False
     takes_bytes: bool = False
     takes_data: bool = False
+    needs_data: bool = True
+    says_command: bool = False
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Parses and calls."""
@@ -70,19 +78,21 @@ class Command:
         parser = _parser(prog=f"awconv {name}", description=_first_line(function))
         parser.add_argument("--config", action="config", help="a YAML file of arguments")
         given: dict[str, Any] = {}
-        skip = set()
         if self.passes_on:
             parser.epilog = (
                 f"Arguments of awconv fit for every run follow --, as in: awconv {name} ... -- --trainer.max_epochs=5"
             )
             end = arguments.index("--") if "--" in arguments else len(arguments)
-            given = {"command": shlex.join(["awconv", name, *arguments]), "overrides": list(arguments[end + 1 :])}
+            given = {"overrides": list(arguments[end + 1 :])}
+        if self.passes_on or self.says_command:
+            given["command"] = shlex.join(["awconv", name, *arguments])
+        if self.passes_on:
             arguments = arguments[:end]
-            skip |= set(given)
+        skip = set(given)
         if self.takes_data:
-            import_module("awconv.training.data_option").add_data(parser)
+            import_module("awconv.training.data_option").add_data(parser, self.needs_data)
             skip |= {"data"}
-        _add_arguments(parser, function, self.positional, skip)
+        _add_arguments(parser, function, (self.positional, self.further), skip)
         parsed = _parse(parser, arguments, f"awconv {name} ... -- " if self.passes_on else "")
         parsed.pop("config")
         return function(**parsed, **given)
@@ -106,7 +116,7 @@ class Benchmark(Command):
         for subject, positional in self.subjects:
             description = _first_line(functions[subject])
             subparser = _parser(description=description)
-            _add_arguments(subparser, functions[subject], positional)
+            _add_arguments(subparser, functions[subject], (positional,))
             subcommands.add_subcommand(subject, subparser, help=description)
         parsed = _parse(parser, arguments)
         return functions[parsed["subject"]](**parsed[parsed["subject"]])
@@ -138,11 +148,14 @@ def _first_line(function: Callable[..., int]) -> str:
 
 
 def _add_arguments(
-    parser: Any, function: Callable[..., int], positional: Positional | None, skip: set[str] | None = None
+    parser: Any,
+    function: Callable[..., int],
+    positionals: Sequence[Positional | None],
+    skip: set[str] | None = None,
 ) -> None:
     skip = skip or set()
-    if positional is not None:
-        several = {"nargs": "+"} if positional.several else {}
+    for positional in filter(None, positionals):
+        several = {"nargs": "*" if positional.optional else "+"} if positional.several else {}
         parser.add_argument(positional.name, type=positional.type, help=positional.help, **several)
         skip |= {positional.name}
     parser.add_function_arguments(function, skip=skip)
@@ -244,6 +257,18 @@ COMMANDS: dict[str, Command] = {
         "awconv.fold_command:fold",
         Positional("ckpt", "a checkpoint, a training's folder, what publish wrote, or a name in timm", type=str),
         takes_data=True,
+    ),
+    "explain": Command(
+        "show where a network's attention acts, and what it is worth, on a page with Grad-CAM",
+        "awconv.explain.command:explain",
+        Positional("ckpt", "a checkpoint, a training's folder, what publish wrote, or a name in timm", type=str),
+        Positional(
+            "files", "image files, and folders to search for them", several=True, optional=True, type=_AnyPath()
+        ),
+        takes_bytes=True,
+        takes_data=True,
+        needs_data=False,
+        says_command=True,
     ),
     "predict": Command(
         "classify image files with a checkpoint or an adapter, or find the objects in them",

@@ -137,7 +137,8 @@ def measure(name: str, task: ClassificationTask, images: Images, batch_size: int
     changes: dict[str, Change] = dict(zip(WITHOUT, (mean_of(means), another_images, zero), strict=True))
     after = {key: predicted(change) for key, change in changes.items()}
     alone = [Worth.of(logits, predicted(mean_of(means, name)), targets) for name in layers]
-    p_values = adjusted([p for worth in alone if (p := worth.p_value()) is not None]) or [None] * len(alone)
+    known = adjusted([p for worth in alone if (p := worth.p_value()) is not None])
+    p_values: Sequence[float | None] = known or [None] * len(alone)
     channels = _channels(task, images, layers, statistics, batch_size, shown)
     found = [
         Layer(

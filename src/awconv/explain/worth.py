@@ -77,7 +77,7 @@ class Worth:
             return None
         trials = self.lost + self.gained
         tail = sum(comb(trials, successes) for successes in range(min(self.lost, self.gained) + 1))
-        return min(1.0, 2 * tail / 2**trials)
+        return float(min(1.0, 2 * tail / 2**trials))
 
 
 def adjusted(p_values: Sequence[float]) -> list[float]:
