@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from awconv.extras import require
 from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 from awconv.tasks.checks import check_numbers
-from awconv.terminal import say
+from awconv.terminal import printable, say
 from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.training.data_option import open_data
 from awconv.training.same import SameSettings
@@ -95,7 +96,7 @@ def explain(
     explanation = _explained((ckpt, task), (compare, other), found, batch_size, shown, command)
     write_folder(out, files_of(explanation))
     say(f"awconv explain: the page is {out / 'index.html'}")
-    print(" ".join(_summary(explanation)))
+    print(printable(" ".join(_summary(explanation))))
     return int(len(found) < given)
 
 
@@ -154,15 +155,25 @@ def _own_data(ckpt: str) -> dict[str, Any]:
     """
     path = Path(os.path.expanduser(ckpt))
     file = find_last(path) if path.is_dir() else path
-    known = ""
+    settings: dict[str, str] = {}
     if file is not None and file.suffix == ".ckpt" and file.is_file():
         settings = read_checkpoint(file).get("callbacks", {}).get(SameSettings.__qualname__, {}).get("settings", {})
-        known = str(settings.get("data.class_path", "")).strip('"').rpartition(".")[2]
+    known = str(_value(settings, "data.class_path")).rpartition(".")[2]
     if known == "Digits":
         say("awconv explain: the images are those of Digits, which the checkpoint was trained on")
-        return {"class_path": "awconv.data.Digits", "init_args": {}}
-    was = f"; it was trained on {known}" if known.isidentifier() else ""
+        held_out = {name: _value(settings, f"data.init_args.{name}") for name in ("val_fraction", "split_seed")}
+        arguments = {name: value for name, value in held_out.items() if isinstance(value, int | float)}
+        return {"class_path": "awconv.data.Digits", "init_args": arguments}
+    was = f"; it was trained on {known}" if known.isidentifier() and known != "None" else ""
     raise UsageError(f"missing: images, or --data: the data set, such as --data=Digits{was}")
+
+
+def _value(settings: dict[str, str], name: str) -> Any:
+    """A setting of a checkpoint, which is JSON there; None if there is none."""
+    try:
+        return json.loads(settings[name])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _explained(

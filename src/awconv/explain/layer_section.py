@@ -11,7 +11,7 @@ from awconv.explain.figures import channels_of
 from awconv.explain.images import Images
 from awconv.explain.measure import Channel, Layer
 from awconv.explain.overview import as_grid, pattern_limit, pattern_of
-from awconv.explain.pictures import colours, data_uri, legend, squares
+from awconv.explain.pictures import DIVERGING, SEQUENTIAL, colours, data_uri, legend, squares
 from awconv.explain.statistics import PARTS
 from awconv.explain.words import interval, probability, signed, significant
 
@@ -175,4 +175,4 @@ def _legend(limit: float, diverging: bool, what: str) -> dict[str, str]:
     )
 
 
-_LEGENDS = {diverging: data_uri(legend(diverging)) for diverging in (True, False)}
+_LEGENDS = {diverging: data_uri(legend(DIVERGING if diverging else SEQUENTIAL)) for diverging in (True, False)}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from awconv.explain.measure import Layer, Measured
 from awconv.explain.pictures import colours
+from awconv.explain.words import significant
 from awconv.explain.worth import Worth
 
 _DPI = 110
@@ -114,6 +115,7 @@ def _draw_worth(axes: Any, measured: Measured, look: _Theme) -> None:
         axes.errorbar(places, [value for value, _, _ in bars], errors, fmt="none", ecolor=look.ink, elinewidth=1.2)
         _title(axes, "What it is worth: accuracy lost without it (points, 95 % interval)", look)
     else:
+        axes.set_ylim(0, 1.15 * max(*(value for value, _, _ in bars), 1 / 1.15))
         _title(axes, "What it decides: predictions that change without it (%)", look)
     axes.axhline(0, color=look.ink, linewidth=1)
     axes.set_xticks([places[-1]], ["all"], color=look.ink, fontsize=9)
@@ -146,7 +148,7 @@ def _draw_patterns(axes: Any, layers: Sequence[Layer], look: _Theme, upright: bo
     bar.imshow(colours(shades, 1.0), extent=(0, 1, -1, 1), aspect="auto")
     bar.set(xticks=[])
     bar.yaxis.tick_right()
-    bar.set_yticks([-1, 0, 1], [f"{-limit:+.2g}", "0", f"{limit:+.2g}"] if limit else ["", "0", ""], fontsize=8)
+    bar.set_yticks([-1, 0, 1], [significant(-limit), "0", significant(limit)], fontsize=8)
     bar.tick_params(colors=look.ink, length=2)
     for spine in bar.spines.values():
         spine.set_visible(False)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from matplotlib import colormaps
-from PIL import Image
 from torch import Tensor
 
 from awconv.explain.figures import comparison_figures, figures_of
@@ -18,11 +16,12 @@ from awconv.explain.layer_section import LayerSections
 from awconv.explain.measure import Layer, Measured, compared, probabilities
 from awconv.explain.overview import draw_overview
 from awconv.explain.photographs import Heat
-from awconv.explain.pictures import data_uri, encoded, heated, photograph, thumbnail
+from awconv.explain.pictures import data_uri, heated, legend, photograph, thumbnail
 from awconv.explain.words import (
     interval,
     probability,
     sentences,
+    share,
     signed,
     without_rows,
     worth_headings,
@@ -79,7 +78,7 @@ def files_of(explanation: Explanation) -> dict[str, bytes]:
         loader=jinja2.PackageLoader("awconv.explain", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     files["index.html"] = _text(environment.get_template("page.html.j2").render(context))
-    content = dict(tool=TOOL, version=__version__, command=visible(explanation.command))
+    content: dict[str, Any] = dict(tool=TOOL, version=__version__, command=visible(explanation.command))
     content |= figures_of(measured, images, classes)
     if explanation.other is not None:
         content["compare"] = comparison_figures(measured, explanation.other, images, classes)
@@ -136,7 +135,7 @@ def _picture(measured: Measured, files: dict[str, bytes], name: str) -> dict[str
     return dict(
         light=data_uri(files[f"{name}.png"]),
         dark=data_uri(files[f"{name}_dark.png"]),
-        least=min(640, 90 + 60 * len(measured.layers)) if len(measured.layers) < 20 else 34 * len(measured.layers),
+        least=max(640, 34 * len(measured.layers)),
         alt=f"Layer by layer: how much an image changes the weights, what that is worth, and the mean pattern. {told}.",
     )
 
@@ -160,7 +159,7 @@ def _photos(explanation: Explanation, files: dict[str, bytes]) -> list[dict[str,
         for number, (one, heat) in enumerate(zip(networks, explanation.heat, strict=True)):
             predicted = classes[int(one.predictions[index])]
             who = one.name if explanation.other is not None else "predicted"
-            lines.append(f"{who}: {predicted}, {100 * float(certain[number][index]):.0f} %")
+            lines.append(f"{who}: {predicted}, {share(float(certain[number][index]))}")
             if heat.maps is not None:
                 png = files[f"{file}-cam{'' if number == 0 else '-other'}.png"] = heated(pixels, heat.maps[place])
                 alt = f"{name} under the heat of Grad-CAM for {predicted}, by {one.name}: {_where(heat.maps[place])}"
@@ -210,8 +209,34 @@ def _other(explanation: Explanation, other: Measured, files: dict[str, bytes]) -
         sentences=sentences(other, images) if other.layers else [],
         disagreement_headings=["image", *labelled, measured.name, other.name],
         disagreements=disagreements[:_DISAGREEMENTS],
+        disagreeing=worth.changed,
         more=max(0, worth.changed - _DISAGREEMENTS),
+        layers_headings=["layer", *(f"{what}, {one.name}" for what in _BOTH for one in (measured, other))],
+        layers_rows=_both(measured, other),
     )
+
+
+_BOTH = ("weights change by", "worth")
+
+
+def _both(measured: Measured, other: Measured) -> list[list[str]]:
+    """The layers that two networks have by the same name, side by side."""
+    others = {layer.name: layer for layer in other.layers}
+    pairs = [(layer, others[layer.name]) for layer in measured.layers if layer.name in others]
+    return [
+        [
+            pair[0].name,
+            *(f"{100 * layer.statistics.variation():.2f} %" for layer in pair),
+            *(_short_worth(layer) for layer in pair),
+        ]
+        for pair in pairs
+    ]
+
+
+def _short_worth(layer: Layer) -> str:
+    if layer.worth.points is None:
+        return f"{layer.worth.changed} predictions"
+    return f"{signed(layer.worth.points)} ({interval(layer.worth)})"
 
 
 def _compared_in_words(measured: Measured, other: Measured, explanation: Explanation) -> str:
@@ -221,22 +246,18 @@ def _compared_in_words(measured: Measured, other: Measured, explanation: Explana
         return agree
     p_value = worth.p_value()
     noise = "" if p_value is not None and p_value < 0.05 else " That is within what chance does on so few images."
+    more = f"has {abs(worth.points):.2f} points {'more' if worth.points > 0 else 'less'} accuracy than"
     return (
-        f"{measured.name} is {signed(worth.points)} points of accuracy from {other.name} (95 % interval "
-        f"{interval(worth)}, p {probability(p_value)}): {worth.lost} images are right only with the first, "
+        f"{measured.name} {more if worth.points else 'is as accurate as'} {other.name} (95 % interval of the "
+        f"difference {interval(worth)}, p {probability(p_value)}): {worth.lost} images are right only with the first, "
         f"{worth.gained} only with the second.{noise} {agree}"
     )
 
 
-def _heat_legend() -> dict[str, str]:
-    shades = colormaps["inferno"]([[step / 119 for step in range(120)]], bytes=True)[..., :3]
-    return dict(
-        png=data_uri(encoded(Image.fromarray(shades.copy()))),
-        low="0",
-        high="1",
-        alt="the colours of the heat, from dark to bright yellow",
-        what="of the most that speaks for the class in each image",
-    )
-
-
-_HEAT_LEGEND = _heat_legend()
+_HEAT_LEGEND = dict(
+    png=data_uri(legend("inferno")),
+    low="0",
+    high="1",
+    alt="the colours of the heat, from dark to bright yellow",
+    what="of the most that speaks for the class in each image",
+)

@@ -50,9 +50,10 @@ def colours(values: Tensor, limit: float, diverging: bool = True) -> np.ndarray:
     return np.ascontiguousarray(found[..., :3])
 
 
-def legend(diverging: bool) -> bytes:
-    """A PNG of the colours, from the lowest value to the highest."""
-    return encoded(Image.fromarray(colours(torch.linspace(-1.0 if diverging else 0.0, 1, 120)[None], 1.0, diverging)))
+def legend(palette: str) -> bytes:
+    """A PNG of a palette's colours, from the lowest value to the highest."""
+    shades = colormaps[palette](np.linspace(0, 1, 120)[None], bytes=True)
+    return encoded(Image.fromarray(np.ascontiguousarray(shades[..., :3])))
 
 
 def picture(pixels: Tensor) -> Image.Image:

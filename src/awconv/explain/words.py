@@ -32,6 +32,11 @@ def probability(p_value: float | None) -> str:
     return "" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
+def share(value: float) -> str:
+    """A probability in percent."""
+    return f"{100 * value:.0f} %" if value >= 0.01 else "below 1 %"
+
+
 def sentences(measured: Measured, images: Images) -> list[str]:
     """Where attention acts, and what it is worth."""
     most = max(measured.layers, key=lambda layer: layer.statistics.variation())
@@ -58,10 +63,14 @@ def _percent(layer: Layer) -> str:
 
 def _decided(measured: Measured, together: Worth) -> str:
     best = max(measured.layers, key=lambda layer: layer.worth.changed)
+    alone = (
+        f"a single layer's at most {best.worth.changed} ({best.name})"
+        if best.worth.changed
+        else "no single layer's any"
+    )
     return (
-        f"The mean maps in the place of each image's own change {together.changed} of {together.images} predictions; "
-        f"of a single layer's, {best.name}'s change the most, {best.worth.changed}. Without labels nothing says which "
-        "predictions are right."
+        f"The mean maps in the place of each image's own change {together.changed} of {together.images} predictions, "
+        f"{alone}. Without labels nothing says which predictions are right."
     )
 
 
@@ -69,7 +78,13 @@ def _together(worth: Worth) -> str:
     assert worth.points is not None
     p_value = worth.p_value()
     sure = p_value is not None and p_value < _SURE
-    noise = "" if sure else " That is within what chance does on so few images."
+    noise = "" if sure else " That is within what chance does on so few images"
+    if noise and worth.loss is not None and worth.loss > (worth.loss_margin or 0.0):
+        noise += (
+            f"; but the cross-entropy, which shows less, is {worth.loss:.3f} \N{PLUS-MINUS SIGN} "
+            f"{worth.loss_margin:.3f} lower with it"
+        )
+    noise += "." if noise else ""
     return (
         f"All attention together is worth {signed(worth.points)} points of accuracy beside its mean over the images "
         f"(95 % interval {interval(worth)}): {worth.lost} of {worth.images} images are right only with it, "
