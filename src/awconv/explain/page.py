@@ -122,7 +122,7 @@ def _head(explanation: Explanation) -> dict[str, Any]:
 def _accuracy(measured: Measured) -> str:
     if measured.accuracy is None:
         return ""
-    return f"{measured.accuracy:.2f} % ({measured.right} of {len(measured.logits)} images)"
+    return f"{measured.accuracy:.2f} % ({measured.right:,} of {len(measured.logits):,} images)"
 
 
 def _picture(measured: Measured, files: dict[str, bytes], name: str) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def _short_worth(layer: Layer) -> str:
 
 def _compared_in_words(measured: Measured, other: Measured, explanation: Explanation) -> str:
     worth = compared(measured, other, explanation.images.targets)
-    agree = f"They agree on the class of {worth.images - worth.changed} of {worth.images} images."
+    agree = f"They agree on the class of {worth.images - worth.changed:,} of {worth.images:,} images."
     if worth.points is None:
         return agree
     p_value = worth.p_value()

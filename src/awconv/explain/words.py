@@ -69,8 +69,8 @@ def _decided(measured: Measured, together: Worth) -> str:
         else "no single layer's any"
     )
     return (
-        f"The mean maps in the place of each image's own change {together.changed} of {together.images} predictions, "
-        f"{alone}. Without labels nothing says which predictions are right."
+        f"The mean maps in the place of each image's own change {together.changed:,} of {together.images:,} "
+        f"predictions, {alone}. Without labels nothing says which predictions are right."
     )
 
 
@@ -87,8 +87,8 @@ def _together(worth: Worth) -> str:
     noise += "." if noise else ""
     return (
         f"All attention together is worth {signed(worth.points)} points of accuracy beside its mean over the images "
-        f"(95 % interval {interval(worth)}): {worth.lost} of {worth.images} images are right only with it, "
-        f"{worth.gained} only without.{noise}"
+        f"(95 % interval {interval(worth)}): {worth.lost:,} of {worth.images:,} images are right only with it, "
+        f"{worth.gained:,} only without.{noise}"
     )
 
 
@@ -97,7 +97,10 @@ def _alone(measured: Measured) -> str:
     sure = [layer for layer in measured.layers if layer.p_value is not None and layer.p_value < _SURE]
     worth = f"{best.name}'s is worth most, {signed(best.worth.points or 0.0)} points"
     if sure:
-        return f"Of single layers, {worth}; more than noise: {', '.join(layer.name for layer in sure)}."
+        named = ", ".join(layer.name for layer in sure)
+        which = f"that of {named} is" if len(sure) < 4 else f"those of {len(sure)} are"
+        which = "each one's is" if len(sure) == len(measured.layers) else which
+        return f"Of single layers, {worth}; {which} more than noise."
     if not best.worth.points or best.worth.points < 0:
         return "No single layer's attention is worth anything that these images show."
     return f"Of single layers, {worth}, but no layer's alone is worth more than noise on these images."
@@ -106,12 +109,12 @@ def _alone(measured: Measured) -> str:
 def worth_row(worth: Worth, p_value: float | None) -> list[str]:
     """The cells of a table of :func:`worth_headings`."""
     if worth.points is None:
-        return [f"{worth.changed}"]
+        return [f"{worth.changed:,}"]
     return [
         signed(worth.points),
         interval(worth),
-        f"{worth.lost}",
-        f"{worth.gained}",
+        f"{worth.lost:,}",
+        f"{worth.gained:,}",
         probability(p_value),
         f"{signed(worth.loss or 0.0, 4)} ± {worth.loss_margin:.4f}",
     ]
