@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -133,12 +134,22 @@ def test_image_files_have_no_labels_and_any_name(tmp_path: Path, capsys: pytest.
     found, page = figures(tmp_path / "page"), (tmp_path / "page" / "index.html").read_text()
     assert "<b>" not in page
     assert all(name in html.unescape(page) for name in names)
+    former = (tmp_path / "page").rename(folder / "page")
+    assert main(["explain", NAME, str(folder), f"--out={former}"]) == 1
+    assert figures(former)["predictions"] == found["predictions"]  # the pictures of the former run are no images
     assert sorted(one["image"] for one in found["predictions"]) == sorted(str(folder / name) for name in names)
     assert found["accuracy"] is None
     assert all(layer["worth"]["points"] is None and not layer["classes"] for layer in found["layers"])
     assert "Without labels" in page
     assert "Class by class" not in page
     assert "predictions that change" in page
+
+
+def test_file_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    for name in (b"\xff.png", b"\xfe.png"):
+        Image.new("L", (8, 8), name[0] - 99).save(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+    _, page = explained(tmp_path / "page", NAME, str(tmp_path))
+    assert r"\udcff.png" in page
 
 
 def test_class_names_may_hold_anything(tmp_path: Path) -> None:
@@ -216,7 +227,7 @@ def test_what_comes_there_while_it_runs_is_kept(
 ) -> None:
     page = tmp_path / "page"
     shutil.copytree(of_digits, page)
-    rename = __import__("os").rename
+    rename = os.rename
 
     def late(old: Any, new: Any) -> None:
         if not (page / "late").exists() and Path(old) == page:
@@ -238,6 +249,34 @@ def test_an_error_while_it_writes_leaves_nothing(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["explain", NAME, "--data=Digits", FEW, "--shown=1", f"--out={tmp_path / 'page'}"]) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_between_the_two_folders_brings_the_former_back(
+    of_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page"
+    shutil.copytree(of_digits, page)
+    rename, calls = os.rename, []
+
+    def stopped(old: Any, new: Any) -> None:
+        calls.append(old)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    monkeypatch.setattr("awconv.explain.folder.os.rename", stopped)
+    assert main(["explain", NAME, "--data=Digits", FEW, "--shown=1", f"--out={page}"]) == 130
+    assert (page / "index.html").read_bytes() == (of_digits / "index.html").read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["page"]
+
+
+def test_more_images_than_memory_holds_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("awconv.explain.images.IN_MEMORY_BYTES", 100 * 64)
+    assert main(["explain", NAME, "--data=Digits", f"--out={tmp_path / 'page'}"]) == 1
+    assert "144 images of 64 bytes are kept in memory" in (said := capsys.readouterr().err)
+    assert "give --images=100 or fewer" in said
 
 
 OUT = "--out={here}/page"

@@ -92,7 +92,7 @@ def explain(
     if other is not None:
         _check_alike(task, other, str(compare))
     check_batch(min(images, batch_size), task.input_size[0], task.input_size[1])
-    found, given = _images(task, ckpt, files, data, split, images, max_pixels)
+    found, given = _images(task, ckpt, files, data, split, images, max_pixels, out)
     explanation = _explained((ckpt, task), (compare, other), found, batch_size, shown, command)
     write_folder(out, files_of(explanation))
     say(f"awconv explain: the page is {out / 'index.html'}")
@@ -135,13 +135,15 @@ def _images(
     split: Literal["val", "test", "train"],
     most: int,
     max_pixels: int,
+    out: Path,
 ) -> tuple[Any, int]:
     """The images, and how many of them were to be read."""
     from awconv.explain.images import images_of_data, images_of_files
     from awconv.predict import image_files
 
     if files:
-        all_files = image_files(files)
+        written = Path(os.path.realpath(out))  # by a former run, and no images of the user's
+        all_files = [file for file in image_files(files) if written not in Path(os.path.realpath(file)).parents]
         return images_of_files(task, all_files, most, max_pixels), min(most, len(all_files))
     found = images_of_data(open_data(_own_data(ckpt) if data is None else data, task), split, most)
     return found, len(found)
@@ -155,9 +157,11 @@ def _own_data(ckpt: str) -> dict[str, Any]:
     """
     path = Path(os.path.expanduser(ckpt))
     file = find_last(path) if path.is_dir() else path
-    settings: dict[str, str] = {}
+    settings: Any = {}
     if file is not None and file.suffix == ".ckpt" and file.is_file():
-        settings = read_checkpoint(file).get("callbacks", {}).get(SameSettings.__qualname__, {}).get("settings", {})
+        settings = read_checkpoint(file)
+        for part in ("callbacks", SameSettings.__qualname__, "settings"):
+            settings = settings.get(part) if isinstance(settings, dict) else None
     known = str(_value(settings, "data.class_path")).rpartition(".")[2]
     if known == "Digits":
         say("awconv explain: the images are those of Digits, which the checkpoint was trained on")
@@ -168,7 +172,7 @@ def _own_data(ckpt: str) -> dict[str, Any]:
     raise UsageError(f"missing: images, or --data: the data set, such as --data=Digits{was}")
 
 
-def _value(settings: dict[str, str], name: str) -> Any:
+def _value(settings: Any, name: str) -> Any:
     """A setting of a checkpoint, which is JSON there; None if there is none."""
     try:
         return json.loads(settings[name])

@@ -56,7 +56,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             if former.exists():
                 _check_own(former, folder)  # again: the measurements took their time
             os.rename(partial, place)
-        except OSError:
+        except BaseException:  # an interruption, too
             if former.exists():
                 os.rename(former, place)
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from awconv.data import BrokenImageError, ImageDataModule, to_uint8
+from awconv.data.classification import IN_MEMORY_BYTES
 from awconv.data.images import InMemoryImages, read_image
 from awconv.data.loading import Split
 from awconv.tasks import ClassificationTask
@@ -36,17 +37,18 @@ class Images:
     def __len__(self) -> int:
         return len(self.names)
 
-    def batches(self, task: ClassificationTask, size: int) -> list[Tensor]:
-        """Normalised images of at least two a batch, so that each has another one beside it.
+    def batches(self, task: ClassificationTask, size: int) -> Iterator[Tensor]:
+        """Normalised images, one batch at a time.
 
         Args:
             task: which normalises them.
             size: images a batch.
         """
-        return [task.normalised(self.pixels[part].to(task.device)) for part in self.parts(size)]
+        for part in self.parts(size):
+            yield task.normalised(self.pixels[part.start : part.stop].to(task.device))
 
     def parts(self, size: int) -> list[range]:
-        """The indices of each batch."""
+        """The indices of each batch, at least two, so that each image has another one beside it."""
         starts = [start for start in range(0, len(self), size) if start == 0 or len(self) - start > 1]
         return [range(start, end) for start, end in zip(starts, [*starts[1:], len(self)], strict=True)]
 
@@ -55,10 +57,11 @@ def images_of_files(task: ClassificationTask, files: Sequence[Path], most: int, 
     """Image files, prepared as in the network's evaluation. Broken ones are reported and left out.
 
     Raises:
-        ValueError: fewer than two can be decoded.
+        ValueError: fewer than two can be decoded, or they would take too much memory.
     """
     chosen = [files[index] for index in _chosen(len(files), most)]
     channels, size, _ = task.input_size
+    _check_memory(len(chosen), channels * size**2)
     pixels, names = [], []
     for file in chosen:
         try:
@@ -76,7 +79,7 @@ def images_of_data(data: ImageDataModule, split: Split, most: int) -> Images:
     """A random choice of a split's images, the same each time, with their classes.
 
     Raises:
-        ValueError: the data have no such split, or its images would be augmented, or are fewer than two.
+        ValueError: the data have no such split, or its images would be augmented, or are fewer than two or too many.
     """
     dataset: Any = data.dataset(split)
     if dataset is None:
@@ -88,6 +91,7 @@ def images_of_data(data: ImageDataModule, split: Split, most: int) -> Images:
             "training images that are not kept in memory are augmented; give --data.in_memory=true without "
             "data.transform, or explain images that are held out, --split=val"
         )
+    _check_memory(min(most, len(dataset)), data.channels * data.image_size**2)
     found = {index: item for index in _chosen(len(dataset), most) if (item := dataset[index]) is not None}
     _check_count(len(found))
     return Images(
@@ -105,6 +109,14 @@ def _chosen(count: int, most: int) -> list[int]:
 
 def _told(count: int, of: int, what: str) -> str:
     return f"{count:,} {what}" if count == of else f"{count:,} of {of:,} {what}, chosen at random"
+
+
+def _check_memory(count: int, size: int) -> None:
+    if count * size > IN_MEMORY_BYTES:
+        raise ValueError(
+            f"{count:,} images of {size:,} bytes are kept in memory, and may take at most "
+            f"{IN_MEMORY_BYTES / 2**30:.0f} GiB; give --images={IN_MEMORY_BYTES // size} or fewer"
+        )
 
 
 def _check_count(count: int) -> None:
