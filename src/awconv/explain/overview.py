@@ -63,7 +63,7 @@ def draw_overview(measured: Measured, theme: str) -> bytes:
     from matplotlib.figure import Figure
 
     layers, look = measured.layers, THEMES[theme]
-    unit = min(1.25, max(0.36, 9.0 / (len(layers) + 1)))  # inches of a layer
+    unit = min(1.25, max(0.17, 9.0 / (len(layers) + 1)))  # inches of a layer
     longest = _LETTER * max(len(layer.name) for layer in layers)
     names, tiles = 0.3 if longest < unit else longest + 0.1, 0.8 * unit
     width, height = unit * (len(layers) + 1.2), 2 * (_PANEL + _GAP) + _TICKS + tiles + names
@@ -79,7 +79,7 @@ def draw_overview(measured: Measured, theme: str) -> bytes:
             _dress(axes, len(layers), look)
         _draw_variation(made[0], layers, look)
         _draw_worth(made[1], measured, look)
-        _draw_patterns(made[2], layers, look, upright=longest >= unit)
+        _draw_patterns(made[2], layers, look, upright=longest >= unit, unit=unit)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.12, facecolor=look.paper)
     return buffer.getvalue()
@@ -131,19 +131,25 @@ def _bar(worth: Worth) -> tuple[float, float, float]:
     return worth.points, min(worth.points, interval[0]), max(worth.points, interval[1])
 
 
-def _draw_patterns(axes: Any, layers: Sequence[Layer], look: _Theme, upright: bool) -> None:
-    limit = pattern_limit(layers)
+def _draw_patterns(axes: Any, layers: Sequence[Layer], look: _Theme, upright: bool, unit: float) -> None:
+    limit, letters = pattern_limit(layers), 9 if unit > 0.25 else 7
     for place, layer in enumerate(layers):
         axes.imshow(
             colours(pattern_of(layer), limit), extent=(place - 0.4, place + 0.4, 0, 0.8), aspect="auto", zorder=2
         )
     axes.set(xlim=(-0.6, len(layers) + 0.6), ylim=(0, 0.8), yticks=[])
     axes.set_xticks(
-        range(len(layers)), [layer.name for layer in layers], rotation=90 if upright else 0, fontsize=9, color=look.ink
+        range(len(layers)),
+        [layer.name for layer in layers],
+        rotation=90 if upright else 0,
+        fontsize=letters,
+        color=look.ink,
     )
     axes.tick_params(axis="x", length=0)
     _title(axes, "The mean pattern: taps that it weighs less (purple) or more (orange) than the others", look)
-    bar = axes.inset_axes((1 - 0.9 / (len(layers) + 1.2), 0, 0.12 / (len(layers) + 1.2), 1))
+    width, tall = unit * (len(layers) + 1.2), max(1.0, 0.6 / (0.8 * unit))  # the legend has room for three numbers
+    left = 1 - 0.75 * unit / width if unit > 0.5 else 1 + 0.1 / width
+    bar = axes.inset_axes((left, (1 - tall) / 2, 0.12 / width, tall))
     shades = torch.linspace(1, -1, 64)[:, None]
     bar.imshow(colours(shades, 1.0), extent=(0, 1, -1, 1), aspect="auto")
     bar.set(xticks=[])

@@ -135,7 +135,7 @@ def _picture(measured: Measured, files: dict[str, bytes], name: str) -> dict[str
     return dict(
         light=data_uri(files[f"{name}.png"]),
         dark=data_uri(files[f"{name}_dark.png"]),
-        least=max(640, 34 * len(measured.layers)),
+        least=max(640, 17 * len(measured.layers)),
         alt=f"Layer by layer: how much an image changes the weights, what that is worth, and the mean pattern. {told}.",
     )
 
