@@ -226,12 +226,26 @@ REFUSED = {
     "below a file": (f"{NAME} --data=Digits --out={{here}}/a.png/page", "a.png cannot be made one"),
     "no such option": (f"{NAME} --data=Digits --show=1 {OUT}", "there is no option --show; near it: --shown"),
     "no such split": (f"{NAME} --data=Digits --data.val_fraction=0 {OUT}", "the data have no val split"),
+    "images without pixels": (f"{NAME} {{here}}/a.png --max_pixels=0 {OUT}", "max_pixels must be at least 1, got 0"),
+    "data whose folder is not known": (
+        f"{{here}}/folder.ckpt {OUT}",
+        "trained on ImageFolder, whose folder is not known",
+    ),
+    "data that a checkpoint spoils": (f"{{here}}/spoiled.ckpt {OUT}", "cannot be opened: .*; give --data"),
+    "data of somebody else": (f"{{here}}/other.ckpt {OUT}", "missing: images, or --data"),
     "too few": (f"{NAME} --data=Digits --images=1 {OUT}", "images must be a number from 2"),
     "none shown": (f"{NAME} --data=Digits --shown=0 {OUT}", "shown must be a number from 1"),
     "other classes": (
         f"{NAME} --data=Digits --compare={{here}}/three.ckpt {OUT}",
         r"three.ckpt has classes \['a', 'b', 'c'\], the first \['0'",
     ),
+}
+
+
+TRAINED_ON = {
+    "folder.ckpt": {"data.class_path": '"awconv.data.ImageFolder"', "data.init_args.root": '"photos"'},
+    "spoiled.ckpt": {"data.class_path": '"awconv.data.Digits"', "data.init_args.val_fraction": '"much"'},
+    "other.ckpt": {"data.class_path": '"os.system"'},
 }
 
 
@@ -244,6 +258,11 @@ def test_what_cannot_be_is_refused_in_a_line(name: str, tmp_path: Path, capsys: 
     if "three" in arguments:
         task = ClassificationTask(["a", "b", "c"], [1, 8, 8], [0.305], [0.376], network="aw_resnet8_cifar")
         written(task, tmp_path / "three.ckpt")
+    for file, data in TRAINED_ON.items():
+        if file in arguments:
+            checkpoint = torch.load(checkpoint_of(tmp_path / file, network="aw_resnet8_cifar"), weights_only=True)
+            checkpoint["callbacks"] = {"SameSettings": {"settings": data}}
+            torch.save(checkpoint, tmp_path / file)
     before = sorted(tmp_path.iterdir())
     assert main(["explain", *arguments.format(here=tmp_path).split()]) in (1, 2)
     printed, said = capsys.readouterr()

@@ -18,7 +18,9 @@ from awconv.tasks.checks import check_numbers
 from awconv.terminal import printable, say
 from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.training.data_option import open_data
+from awconv.training.find_task import data_sets
 from awconv.training.same import SameSettings
+from awconv.training.settings import parameters
 from awconv.usage import UsageError
 
 
@@ -78,6 +80,8 @@ def explain(
     from awconv.explain.page import files_of
 
     check_numbers(images=(images, 2, 1_000_000), shown=(shown, 1, 200), batch_size=(batch_size, 2, 65536))
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
     if files and data is not None:
         raise UsageError("either image files or --data name the images, got both")
     out = Path(os.path.expanduser(out))
@@ -145,15 +149,21 @@ def _images(
         written = Path(os.path.realpath(out))  # by a former run, and no images of the user's
         all_files = [file for file in image_files(files) if written not in Path(os.path.realpath(file)).parents]
         return images_of_files(task, all_files, most, max_pixels), min(most, len(all_files))
-    found = images_of_data(open_data(_own_data(ckpt) if data is None else data, task), split, most)
+    try:
+        opened = open_data(_own_data(ckpt) if data is None else data, task)
+    except TypeError as error:  # of an argument that the parser has not seen
+        raise ValueError(f"the data of {ckpt} cannot be opened: {error}; give --data") from error
+    found = images_of_data(opened, split, most)
     return found, len(found)
 
 
 def _own_data(ckpt: str) -> dict[str, Any]:
     """The data set that a checkpoint was trained on, if it needs no folder, of which a checkpoint knows but a part.
 
+    It is one of awconv's, or one that the user has imported: names in a file are compared, not imported.
+
     Raises:
-        UsageError: it is not known, or needs one.
+        UsageError: it is not known, or needs a folder.
     """
     path = Path(os.path.expanduser(ckpt))
     file = find_last(path) if path.is_dir() else path
@@ -163,13 +173,17 @@ def _own_data(ckpt: str) -> dict[str, Any]:
         for part in ("callbacks", SameSettings.__qualname__, "settings"):
             settings = settings.get(part) if isinstance(settings, dict) else None
     known = str(_value(settings, "data.class_path")).rpartition(".")[2]
-    if known == "Digits":
-        say("awconv explain: the images are those of Digits, which the checkpoint was trained on")
-        held_out = {name: _value(settings, f"data.init_args.{name}") for name in ("val_fraction", "split_seed")}
-        arguments = {name: value for name, value in held_out.items() if isinstance(value, int | float)}
-        return {"class_path": "awconv.data.Digits", "init_args": arguments}
-    was = f"; it was trained on {known}" if known.isidentifier() and known != "None" else ""
-    raise UsageError(f"missing: images, or --data: the data set, such as --data=Digits{was}")
+    kind = data_sets()[ClassificationTask].get(known)
+    if kind is None:
+        raise UsageError("missing: images, or --data: the data set, such as --data=Digits")
+    names = [name for name in parameters(kind) if name not in ("self", "kwargs")]
+    arguments = {name: value for name in names if (value := _value(settings, f"data.init_args.{name}")) is not None}
+    if any(name in kind.compared_names for name in names):
+        raise UsageError(
+            f"missing: images, or --data: the data set; it was trained on {known}, whose folder is not known"
+        )
+    say(f"awconv explain: the images are those of {known}, which the checkpoint was trained on")
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
 
 def _value(settings: Any, name: str) -> Any:
