@@ -245,7 +245,11 @@ def _compared_in_words(measured: Measured, other: Measured, explanation: Explana
     if worth.points is None:
         return agree
     p_value = worth.p_value()
-    noise = "" if p_value is not None and p_value < 0.05 else " That is within what chance does on so few images."
+    noise = (
+        ""
+        if not worth.points or (p_value is not None and p_value < 0.05)
+        else " That is within what chance does on so few images."
+    )
     more = f"has {abs(worth.points):.2f} points {'more' if worth.points > 0 else 'less'} accuracy than"
     return (
         f"{measured.name} {more if worth.points else 'is as accurate as'} {other.name} (95 % interval of the "

@@ -32,9 +32,12 @@ def chosen(images: Images, measured: Measured, other: Measured | None, most: int
     At most half of them are those on which two networks disagree, or whose class attention decides; a quarter wrong
     ones; the rest of classes that were not shown yet, as far as there are some.
     """
-    predicted = measured.predictions
-    telling = predicted != (measured.mean_predictions if other is None else other.predictions)
-    found: list[int] = telling.nonzero().flatten().tolist()[: most // 2]
+    predicted, beside = measured.predictions, measured.mean_predictions if other is None else other.predictions
+    telling: list[int] = (predicted != beside).nonzero().flatten().tolist()
+    if images.targets is not None:  # first where one of both is right
+        one_right = ((predicted == images.targets) != (beside == images.targets)).tolist()
+        telling.sort(key=lambda index: not one_right[index])
+    found = telling[: most // 2]
     if images.targets is not None:
         wrong = (predicted != images.targets).nonzero().flatten().tolist()
         found += [index for index in wrong if index not in found][: most // 4]
