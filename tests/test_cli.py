@@ -191,7 +191,7 @@ def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--ckpt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "compare", "ablate", "publish", "export", "predict"])
+@pytest.mark.parametrize("command", ["demo", "fit", "compare", "ablate", "publish", "export", "explain", "predict"])
 def test_what_needs_training_names_the_extra(command: str) -> None:
     code = f"import sys; sys.modules['lightning'] = None; from awconv.cli import main; sys.exit(main([{command!r}]))"
     called = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
