@@ -8,6 +8,7 @@ from awconv.adapter import adapter_state_dict, load_adapter, save_adapter
 from awconv.branch_spec import BranchSpec
 from awconv.check_optimizer import check_optimizer
 from awconv.convert import convert
+from awconv.explain import attention_maps
 from awconv.fold import fold
 from awconv.fuse import fuse
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
@@ -28,6 +29,7 @@ __all__ = [
     "Summary",
     "__version__",
     "adapter_state_dict",
+    "attention_maps",
     "aw_conv1d",
     "aw_conv2d",
     "aw_conv3d",

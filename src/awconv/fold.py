@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from awconv.evaluation_mode import evaluation_mode
 from awconv.fold_layers import AWConv, GainStatistics, folded_layer, gathered
 from awconv.fold_score import Score, check_data, evaluate
 from awconv.revert import replace_layers, replaceable_layers, restore_folding
@@ -157,7 +157,7 @@ def fold(model: nn.Module, data: Iterable[Any], max_drop: float = 0.1) -> FoldRe
     plain: dict[nn.Module, nn.Module] = {}
     try:
         # Compiled, it would be compiled anew for each choice of layers.
-        with _evaluating(model) as modes, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(model) as modes, torch.no_grad(), torch.compiler.set_stance("force_eager"):
             with gathered(layers) as gains:
                 before = evaluate(model, data)
             for name, layer in layers.items():
@@ -253,18 +253,6 @@ class _Search:
                 f"{score.images} in a later one"
             )
         return score
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
-    """Puts a model into evaluation mode, and at the end each module into the mode that the yielded dictionary has."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield modes
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _count(model: nn.Module) -> int:
