@@ -35,12 +35,14 @@ class Positional:
         name: of the function's argument.
         help: for ``--help``.
         several: whether several may be given.
+        optional: whether none may be given.
         type: makes the argument of its text.
     """
 
     name: str
     help: str
     several: bool = False
+    optional: bool = False
     type: Callable[[str], Any] = Path
 
 
@@ -142,8 +144,8 @@ def _add_arguments(
 ) -> None:
     skip = skip or set()
     if positional is not None:
-        several = {"nargs": "+"} if positional.several else {}
-        parser.add_argument(positional.name, type=positional.type, help=positional.help, **several)
+        number = {"nargs": "+"} if positional.several else {"nargs": "?"} if positional.optional else {}
+        parser.add_argument(positional.name, type=positional.type, help=positional.help, **number)
         skip |= {positional.name}
     parser.add_function_arguments(function, skip=skip)
 
@@ -250,6 +252,13 @@ COMMANDS: dict[str, Command] = {
         "awconv.predict:predict",
         Positional("images", "image files, and folders to search for them", several=True, type=_AnyPath()),
         takes_bytes=True,
+    ),
+    "serve": Command(
+        "answer for images over HTTP by a trained network, with a page to try it",
+        "awconv.serve:serve",
+        Positional(
+            "ckpt", "a checkpoint, a training's folder, what publish wrote, or a name in timm", optional=True, type=str
+        ),
     ),
     "models": Command(
         "list the networks with attention, and their cost relative to the plain ones",

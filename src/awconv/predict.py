@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 
 from awconv import terminal
-from awconv.data import BrokenImageError, to_uint8
+from awconv.data import BrokenImageError
 from awconv.data.classification import check_batch
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.draw import drawn, is_copy, places, real, write
 from awconv.export.exported import ExportedClassifier, ExportedDetector, open_exported
 from awconv.models.detection.transform import NarrowImageError
-from awconv.predictions import Detected, Prediction, admit, colours, most_probable, objects_in
+from awconv.predictions import Detected, Prediction, admit, colours, most_probable, objects_in, seen
 from awconv.sources import load_task
 from awconv.tables import Table
 from awconv.tasks import ClassificationTask, DetectionTask
@@ -214,8 +214,7 @@ def classify(
         names, batch = [], []
         for file in files[start : start + batch_size]:
             try:
-                image = read_image(str(file), str(file), max_pixels=max_pixels)
-                batch.append(to_uint8(image, channels, size, task.crop_pct, task.interpolation))
+                batch.append(seen(task, read_image(str(file), str(file), max_pixels=max_pixels)))
                 names.append(str(file))
             except BrokenImageError as error:
                 yield Failure(str(file), str(error))

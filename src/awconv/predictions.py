@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from awconv.export.exported import ExportedDetector
-from awconv.tasks import DetectionTask
+from awconv.data import to_uint8
+from awconv.export.exported import ExportedClassifier, ExportedDetector
+from awconv.tasks import ClassificationTask, DetectionTask
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class Detected:
     def content(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def seen(task: ClassificationTask | ExportedClassifier, image: Image.Image) -> Tensor:
+    """What a classifier sees of an image: uint8, of shape ``task.input_size``."""
+    channels, size, _ = task.input_size
+    return to_uint8(image, channels, size, task.crop_pct, task.interpolation)
 
 
 def most_probable(logits: Tensor, classes: Sequence[str], names: Sequence[str], top_k: int) -> Iterator[Prediction]:

@@ -12,15 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from awconv.data import to_uint8
 from awconv.data.classification import check_batch
 from awconv.data.images import MAX_PIXELS, read_image
 from awconv.export.exported import ExportedClassifier, ExportedDetector
+from awconv.models.detection.transform import NarrowImageError
 from awconv.predict import Network
-from awconv.predictions import Detected, Prediction, admit, colours, most_probable, objects_in
+from awconv.predictions import Detected, Prediction, admit, colours, most_probable, objects_in, seen
 from awconv.serve.batching import Admission, Batcher
 from awconv.tasks import ClassificationTask, DetectionTask
-from awconv.terminal import say
 
 Returned = TypeVar("Returned")
 _DECODERS = 4  # threads: Pillow decodes without Python's lock
@@ -128,8 +127,10 @@ class Service:
     def health(self) -> dict[str, Any]:
         """What ``GET /health`` says, without the version."""
         kind = "detector" if self.detects else "classifier"
-        size = {} if isinstance(self.network, DetectionTask | ExportedDetector) else dict(
-            input_size=list(self.network.input_size)
+        size = (
+            {}
+            if isinstance(self.network, DetectionTask | ExportedDetector)
+            else dict(input_size=list(self.network.input_size))
         )
         return dict(ready=self.ready, network=self.name, kind=kind, classes=len(self.network.classes), **size)
 
@@ -192,8 +193,12 @@ class Service:
             if self.detects:
                 return Detected(name, found)
             (prediction,) = most_probable(found[None], self.network.classes, [name], asked.top_k)
-        except _NETWORKS_ERRORS as error:
-            raise self._explained(error) from error
+        except NarrowImageError as error:
+            raise NarrowImageError(f"{name}: {error}") from error
+        except Exception as error:  # networks fail in ways of their own
+            raise OutputError(
+                str(error) if isinstance(error, ValueError) else f"the network {self.name} failed: {error}"
+            ) from error
         return prediction
 
     async def decoded(self, function: Callable[[], Returned]) -> Returned:
@@ -204,7 +209,7 @@ class Service:
         image = read_image(content, name, max_pixels=self.limits.max_pixels)
         if isinstance(self.network, DetectionTask | ExportedDetector):
             return colours(image)
-        return fitted(self.network, image)
+        return seen(self.network, image)
 
     def _run(self, items: Sequence[tuple[Tensor, str, float]]) -> Sequence[Any]:
         """What the network makes of a batch: logits of shape (classes,), or objects, of each."""
