@@ -82,7 +82,7 @@ def serve(
         try:
             Server(application, service).run(sockets=[bound])
         finally:
-            say(f"awconv serve: answered {service.answered} requests")
+            say(f"awconv serve: answered for {service.answered} images")
     return 0
 
 

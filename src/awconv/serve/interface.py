@@ -114,8 +114,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/health", summary="Whether the server answers, and by which network")
     async def health() -> JSONResponse:
-        content = {**service.health(), "version": __version__}
-        return JSONResponse(content, 200 if service.ready else 503)
+        return JSONResponse({**service.health(), "version": __version__}, 200 if service.ready else 503)
 
     @app.post(
         "/predict",
@@ -134,7 +133,6 @@ def make_app(service: Service) -> FastAPI:
         with service.batcher.admitted() as admission:
             upload = await read_upload(request, service.limits.max_bytes)
             found = await service.answer(admission, upload.content, upload.name, asked)
-            service.answered += 1
             return JSONResponse(found.content())
 
     return app
@@ -231,5 +229,9 @@ def add_page(app: FastAPI, service: Service, folder: Path) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def start() -> RedirectResponse:
         return RedirectResponse(f".{PAGE}/")
+
+    @app.get("/favicon.ico", include_in_schema=False)  # which browsers ask for
+    async def icon() -> Response:
+        return Response(status_code=204)
 
     return mount(app, service, PAGE, folder)

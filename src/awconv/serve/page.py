@@ -85,6 +85,7 @@ def _blocks(gradio: Any, service: Service, folder: Path) -> Any:
                     type="filepath",
                     sources=["upload", "clipboard"],
                     buttons=["fullscreen"],
+                    height=280,
                     elem_id="photograph",
                 )
                 inputs = [photograph]

@@ -24,10 +24,11 @@ CSS = """
 .aw h3 { margin: 1.4em 0 .4em; font-size: 1.1em; color: var(--body-text-color); }
 .aw h3:first-child { margin-top: 0; }
 .aw p { margin: .3em 0 .6em; }
-.aw .faint { color: var(--body-text-color-subdued); font-size: .9em; }
+.aw .faint, .aw figcaption, .aw .ends { opacity: .75; font-size: .9em; }
 .aw .error { border-left: 4px solid #c0392b; padding: .5em .8em; background: var(--background-fill-secondary);
   overflow-wrap: anywhere; }
-.aw .bars { display: grid; grid-template-columns: minmax(3em, max-content) 1fr 4.5em; gap: .35em .7em; align-items: center; }
+.aw .bars { display: grid; grid-template-columns: minmax(3em, max-content) 1fr 4.5em; gap: .35em .7em;
+  align-items: center; }
 .aw .bars .name { overflow-wrap: anywhere; max-width: 16em; }
 .aw .bars .track { background: var(--background-fill-secondary); border-radius: 4px; height: 1em; }
 .aw .bars .bar { background: #4f6bd8; border-radius: 4px; height: 100%; min-width: 2px; }
@@ -36,16 +37,16 @@ CSS = """
 .aw figure { margin: 0; flex: 1 1 220px; max-width: 448px; }
 .aw figure.wide { max-width: none; }
 .aw figure img { width: 100%; height: auto; border-radius: 4px; display: block; }
-.aw figcaption { color: var(--body-text-color-subdued); font-size: .9em; margin-top: .3em; }
+.aw figcaption { margin-top: .3em; }
 .aw img.map { width: 100%; image-rendering: pixelated; display: block; border: 1px solid var(--border-color-primary); }
-.aw .ends { display: flex; justify-content: space-between; color: var(--body-text-color-subdued); font-size: .85em; }
+.aw .ends { display: flex; justify-content: space-between; }
 .aw .legend { display: grid; grid-template-columns: auto minmax(6em, 14em) auto; gap: .6em; align-items: center;
   margin: .5em 0; font-size: .85em; justify-content: start; }
 .aw .legend .colours { height: .8em; border-radius: 3px; }
-.aw .kernels { display: flex; flex-wrap: wrap; gap: .9em; }
+.aw .kernels { display: flex; flex-wrap: wrap; gap: .9em .7em; }
 .aw .kernel table { border-collapse: collapse; margin: 0; }
-.aw .kernel td { border: 1px solid var(--border-color-primary); min-width: 2.6em; height: 2.1em; padding: 0 .2em; text-align: center;
-  font-size: .8em; font-variant-numeric: tabular-nums; }
+.aw .kernel td { border: 1px solid var(--border-color-primary); min-width: 2.4em; height: 2.1em; padding: 0 .1em;
+  text-align: center; font-size: .75em; font-variant-numeric: tabular-nums; }
 .aw .kernel.dense td { min-width: .9em; height: .9em; padding: 0; }
 .aw .scroll { overflow-x: auto; }
 .aw .objects { border-collapse: collapse; }
@@ -75,10 +76,10 @@ def classes(prediction: Prediction) -> str:
 
 def objects(detected: Detected, picture: Image.Image) -> str:
     """A picture with boxes, and the objects in a table."""
-    rows = [
-        f"<tr><td>{escape(one.label)}</td><td>{one.score:.2f}</td><td>{', '.join(f'{edge:.0f}' for edge in one.box)}</td></tr>"
-        for one in detected.detections
-    ]
+    rows = []
+    for one in detected.detections:
+        box = ", ".join(f"{edge:.0f}" for edge in one.box)
+        rows.append(f"<tr><td>{escape(one.label)}</td><td>{one.score:.2f}</td><td>{box}</td></tr>")
     count = len(rows)
     table = (
         '<div class="scroll"><table class="objects"><tr><th>class</th><th>score</th><th>box: x1, y1, x2, y2</th></tr>'
@@ -92,7 +93,7 @@ def places(label: str, seen: Image.Image, heated: Image.Image | None) -> str:
     """What the network sees of the image, and where it finds the class."""
     figures = _figure(seen, "what the network sees: the image resized, and its centre")
     if heated is None:
-        note = '<p class="faint">The network has no feature map of several pixels for images of this size: no Grad-CAM.</p>'
+        note = '<p class="faint">No Grad-CAM: for such images, the network has no feature map of several pixels.</p>'
         return f'<h3>The image</h3><div class="pictures">{figures}</div>{note}'
     figures += _figure(heated, f"Grad-CAM of {escape(label)}: bright places speak for it")
     return f'<h3>Where it finds {escape(label)}</h3><div class="pictures">{figures}</div>'
@@ -101,29 +102,28 @@ def places(label: str, seen: Image.Image, heated: Image.Image | None) -> str:
 def attention(gains: Gains) -> str:
     """A layer's map, and the kernels that it moves most."""
     blocks, in_blocks, *kernel = gains.values.shape
-    size = "x".join(map(str, kernel))
-    parts = f", {in_blocks} blocks of input channels" if in_blocks > 1 else ""
-    what = (
-        f"{blocks} blocks of {gains.out_expansion} channels" if gains.out_expansion > 1 else f"{blocks} output channels"
-    )
+    of = "" if gains.out_expansion == 1 else f" in blocks of {gains.out_expansion}"
+    rows = "taps of the kernel, row by row" + (f", for {in_blocks} blocks of input channels" if in_blocks > 1 else "")
     title = f"<h3>Attention of {escape(gains.layer)}</h3>"
     low, high = float(gains.values.min()), float(gains.values.max())
     start = "1, with which the plain network computes" if gains.is_relative else f"their mean, {gains.neutral:.3f}"
-    text = f"{what}, kernel {size}{parts}. Each weight is multiplied by a gain; this image's go from {low:.3f} to {high:.3f}."
+    text = (
+        f"{blocks * gains.out_expansion} output channels{of}, kernel {'x'.join(map(str, kernel))}. Each weight is "
+        f"multiplied by a gain; this image's go from {low:.3f} to {high:.3f}."
+    )
     if gains.reach == 0:
         return f"{title}<p>{text} All are {gains.neutral:g}: the image moves no weight of this layer.</p>"
-    rows = gains.rows()
-    pixels = _coloured(rows, gains).mul(255).round().to(torch.uint8).numpy()
-    height = min(_CELL * len(rows), _TALLEST)
+    values = gains.rows()
+    pixels = _coloured(values, gains).mul(255).round().to(torch.uint8).numpy()
+    height = min(_CELL * len(values), _TALLEST)
     drawn = (
         f'<img class="map" style="height: {height}px" alt="map of {escape(gains.layer)}" '
         f'src="{_embedded(Image.fromarray(pixels), lossless=True)}">'
-        f'<div class="ends"><span>channel 0</span><span>across: output channels; down: taps, row by row</span>'
-        f"<span>{blocks * gains.out_expansion - 1}</span></div>"
+        f'<div class="ends"><span>channel 0</span><span>channel {blocks * gains.out_expansion - 1}</span></div>'
     )
     kernels = "".join(_kernel(gains, block) for block in gains.moved(_MOVED))
     return (
-        f"{title}<p>{text}</p>{_legend(gains)}{drawn}"
+        f"{title}<p>{text} Across: output channels; down: {rows}.</p>{_legend(gains)}{drawn}"
         f'<p>The most moved channels, whose gains are farthest from {start}:</p><div class="kernels">{kernels}</div>'
     )
 

@@ -84,6 +84,10 @@ class Service:
         network: a task in evaluation mode, or an exported file.
         limits: what it takes.
 
+    Attributes:
+        stopping: whether the server is ending.
+        answered: the number of images that were answered for.
+
     Raises:
         ValueError: the network does not take such batches, or finds no object of such a score.
     """
@@ -190,15 +194,18 @@ class Service:
         future = admission.submit((image, name, asked.threshold))
         try:
             found = await asyncio.wrap_future(future)
+            prediction: Prediction | Detected
             if self.detects:
-                return Detected(name, found)
-            (prediction,) = most_probable(found[None], self.network.classes, [name], asked.top_k)
+                prediction = Detected(name, found)
+            else:
+                (prediction,) = most_probable(found[None], self.network.classes, [name], asked.top_k)
         except NarrowImageError as error:
             raise NarrowImageError(f"{name}: {error}") from error
         except Exception as error:  # networks fail in ways of their own
             raise OutputError(
                 str(error) if isinstance(error, ValueError) else f"the network {self.name} failed: {error}"
             ) from error
+        self.answered += 1
         return prediction
 
     async def decoded(self, function: Callable[[], Returned]) -> Returned:
