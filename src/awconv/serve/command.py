@@ -74,6 +74,7 @@ def serve(
         service = Service(open_network(source, model is not None, pretrained, image_size), limits)
         application = make_app(service)
         if page:
+            os.environ.setdefault("MPLCONFIGDIR", folder)  # where matplotlib keeps its list of fonts
             add_page(application, service, Path(folder))
         address = address_of(bound)
         if not _is_local(bound.getsockname()[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from awconv.explain import attention_maps, grad_cam
@@ -69,7 +70,7 @@ def look(task: ClassificationTask, image: Tensor, label: str, layers: Collection
         layers: names of AW-convolutions.
     """
     network = task.evaluated
-    normalised = task.normalised(image[None].to(task.device))
+    normalised = task.normalised(torch.stack([image]).to(task.device))
     try:
         heat = grad_cam(network, normalised, [task.classes.index(label)])[0]
     except ValueError:  # its feature maps have a single pixel

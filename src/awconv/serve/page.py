@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -68,6 +67,12 @@ def mount(app: FastAPI, service: Service, path: str, folder: Path) -> FastAPI:
             del os.environ["GRADIO_TEMP_DIR"]
         else:
             os.environ["GRADIO_TEMP_DIR"] = before
+    for route in app.routes:
+        stop = getattr(
+            getattr(route, "app", None), "stop_event", None
+        )  # of gradio's: a page listens as long as it is open
+        if stop is not None:
+            service.at_end.append(stop.set)
     return mounted
 
 
@@ -208,7 +213,7 @@ class _Shown:
             return seen(network, image), cast(Image.Image, to_pil_image(large))
 
         tensor, picture = await service.decoded(read)
-        looks = await asyncio.wrap_future(service.batcher.call(lambda: look(network, tensor, label, layers)))
+        looks = await service.alone(lambda: look(network, tensor, label, layers))
 
         def write() -> str:
             heated = None if looks.heat is None else overlay(picture, looks.heat)

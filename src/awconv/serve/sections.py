@@ -49,8 +49,8 @@ CSS = """
   text-align: center; font-size: .75em; font-variant-numeric: tabular-nums; }
 .aw .kernel.dense td { min-width: .9em; height: .9em; padding: 0; }
 .aw .scroll { overflow-x: auto; }
-.aw .objects { border-collapse: collapse; }
-.aw .objects td, .aw .objects th { padding: .2em .9em .2em 0; text-align: left; }
+.aw .objects { border-collapse: collapse; margin-top: .8em; }
+.aw .objects td, .aw .objects th { padding: .2em .7em; text-align: left; }
 """
 
 
@@ -86,7 +86,8 @@ def objects(detected: Detected, picture: Image.Image) -> str:
         f"{''.join(rows)}</table></div>"
     )
     shown = f'<figure class="wide"><img alt="the image with boxes" src="{_embedded(picture)}"></figure>'
-    return f"<h3>{count} object{'' if count == 1 else 's'}</h3>{shown}{table if rows else ''}"
+    title = f'<h3 id="aw-objects">{count} object{"" if count == 1 else "s"}</h3>'
+    return f"{title}{shown}{table if rows else ''}"
 
 
 def places(label: str, seen: Image.Image, heated: Image.Image | None) -> str:

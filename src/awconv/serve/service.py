@@ -87,6 +87,7 @@ class Service:
     Attributes:
         stopping: whether the server is ending.
         answered: the number of images that were answered for.
+        at_end: called when everything is answered: what ends streams to pages that are open.
 
     Raises:
         ValueError: the network does not take such batches, or finds no object of such a score.
@@ -96,6 +97,7 @@ class Service:
         self.network, self.limits = network, limits
         self.stopping = False
         self.answered = 0
+        self.at_end: list[Callable[[], object]] = []
         batch_size = limits.batch_size
         if isinstance(network, DetectionTask | ExportedDetector):
             admit(network, limits.threshold)
@@ -202,11 +204,25 @@ class Service:
         except NarrowImageError as error:
             raise NarrowImageError(f"{name}: {error}") from error
         except Exception as error:  # networks fail in ways of their own
-            raise OutputError(
-                str(error) if isinstance(error, ValueError) else f"the network {self.name} failed: {error}"
-            ) from error
+            raise self._failed(error) from error
         self.answered += 1
         return prediction
+
+    async def alone(self, function: Callable[[], Returned]) -> Returned:
+        """Runs what calls the network in its thread.
+
+        Raises:
+            FullError: the server is ending.
+            OutputError: the network failed.
+        """
+        future = self.batcher.call(function)
+        try:
+            return await asyncio.wrap_future(future)
+        except Exception as error:  # networks fail in ways of their own
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> OutputError:
+        return OutputError(str(error) if isinstance(error, ValueError) else f"the network {self.name} failed: {error}")
 
     async def decoded(self, function: Callable[[], Returned]) -> Returned:
         """Runs what takes time and memory, but no network, in one of a few threads."""

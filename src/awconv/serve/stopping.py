@@ -48,9 +48,11 @@ class Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         await asyncio.sleep(_ON_THE_WAY)
-        end = asyncio.get_running_loop().time() + _LONGEST
-        while self._service.batcher.busy and not self.force_exit and asyncio.get_running_loop().time() < end:
+        latest = asyncio.get_running_loop().time() + _LONGEST
+        while self._service.batcher.busy and not self.force_exit and asyncio.get_running_loop().time() < latest:
             await asyncio.sleep(0.02)
+        for end_streams in self._service.at_end:
+            end_streams()
         await super().shutdown(sockets)
 
 
