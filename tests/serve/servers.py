@@ -22,8 +22,9 @@ from sklearn.datasets import load_sample_images
 
 from awconv.predict import Network, open_network
 from awconv.serve.interface import make_app
+from awconv.serve.ports import listen
 from awconv.serve.service import Limits, Service
-from awconv.serve.stopping import Server, listen
+from awconv.serve.stopping import Server
 from tests.data.samples import digit, png
 
 NAME = "aw_resnet8_cifar.digits"
@@ -154,7 +155,8 @@ sys.exit(main(sys.argv[2:]))
             PYTHONDONTWRITEBYTECODE="1",
             OMP_NUM_THREADS="1",
         )
-        environment.pop("MPLCONFIGDIR", None)
+        for name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"):
+            environment.pop(name, None)
         self.cache = Path(cache) / "awconv"
         self._errors = open(folder / "errors", "w")  # noqa: SIM115 - closed by end()
         self.process = subprocess.Popen(

@@ -1,23 +1,16 @@
-"""``awconv serve``, and the same for servers of one's own."""
+"""``awconv serve``. It imports little before it has said where matplotlib may write."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from awconv.data.images import MAX_PIXELS
-from awconv.export.exported import FORMATS
 from awconv.extras import require
-from awconv.predict import open_network, source_of
-from awconv.serve.interface import add_page, make_app
-from awconv.serve.service import Limits, Service
+from awconv.serve.ports import address_of, is_local, listen
 from awconv.terminal import say
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 
 def serve(
@@ -30,7 +23,7 @@ def serve(
     max_wait_ms: float = 5.0,
     queue_size: int = 64,
     max_bytes: int = 2**24,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = 2**26,
     threshold: float = 0.5,
     image_size: int | None = None,
     pretrained: Path | None = None,
@@ -65,19 +58,22 @@ def serve(
         UsageError: neither ``ckpt`` nor ``model`` is given, or both.
         ValueError: the port cannot be had, ``ckpt`` or ``model`` is none of these, or a number is out of its range.
     """
-    require("uvicorn", extra="serve")
-    from awconv.serve.stopping import Server, address_of, listen
+    for module in ("fastapi", "python_multipart", "uvicorn"):
+        require(module, extra="serve")
+    with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="awconv-serve-") as folder, _fonts_in(folder):
+        from awconv.predict import open_network, source_of
+        from awconv.serve.interface import add_page, make_app
+        from awconv.serve.service import Limits, Service
+        from awconv.serve.stopping import Server
 
-    source = source_of(ckpt, model, "ckpt")
-    limits = Limits(max_bytes, max_pixels, batch_size, max_wait_ms, queue_size, threshold)
-    with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="awconv-serve-") as folder:
+        source = source_of(ckpt, model, "ckpt")
+        limits = Limits(max_bytes, max_pixels, batch_size, max_wait_ms, queue_size, threshold)
         service = Service(open_network(source, model is not None, pretrained, image_size), limits)
         application = make_app(service)
         if page:
-            os.environ.setdefault("MPLCONFIGDIR", folder)  # where matplotlib keeps its list of fonts
             add_page(application, service, Path(folder))
         address = address_of(bound)
-        if not _is_local(bound.getsockname()[0]):
+        if not is_local(bound):
             say(f"awconv serve: whoever reaches {address} may use this server: it asks for no password")
         say(f"awconv serve: {service.name}, {len(service.network.classes)} classes, at {address} (Ctrl-C ends it)")
         try:
@@ -87,48 +83,13 @@ def serve(
     return 0
 
 
-def app(
-    source: str | os.PathLike[str],
-    *,
-    limits: Limits | None = None,
-    page: bool = False,
-    pretrained: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
-) -> FastAPI:
-    """The application of ``awconv serve``, for a server of one's own such as uvicorn or gunicorn with its workers.
-
-    Args:
-        source: as for :func:`awconv.load`, or a file of ``awconv export`` (.onnx, .xml or .pt2, which is machine code).
-        limits: of files, images, batches and the queue.
-        page: with the page, at ``/page/``.
-        pretrained: a file of weights: the base of an adapter, or those of a name, in the place of timm's.
-        image_size: height and width of a classifier's images, if not those that it was trained on.
-
-    Returns:
-        A FastAPI application. Its lifespan starts and ends the threads. The page's temporary folder goes with it.
-
-    Raises:
-        FileNotFoundError: there is no such file, folder or name.
-        ModuleNotFoundError: the extra is not installed.
-        ValueError: the file is broken or something else, or a number is out of its range.
-
-    Examples:
-        >>> from awconv.serve import app
-        >>> from fastapi.testclient import TestClient
-        >>> with TestClient(app("aw_resnet8_cifar.digits")) as client:
-        ...     client.get("/health").json()["network"]
-        'aw_resnet8_cifar.digits'
-    """
-    exported = Path(source).suffix in FORMATS
-    base = None if pretrained is None else Path(pretrained)
-    service = Service(open_network(os.fspath(source), exported, base, image_size), limits or Limits())
-    application = make_app(service)
-    if page:
-        folder = tempfile.TemporaryDirectory(prefix="awconv-serve-")
-        application.state.folder = folder  # which goes with it
-        add_page(application, service, Path(folder.name))
-    return application
-
-
-def _is_local(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+@contextmanager
+def _fonts_in(folder: str) -> Iterator[None]:
+    """Lets matplotlib keep its list of fonts in a folder, and not in the user's home, if it is not imported yet."""
+    given = "MPLCONFIGDIR" in os.environ
+    os.environ.setdefault("MPLCONFIGDIR", folder)
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ["MPLCONFIGDIR"]

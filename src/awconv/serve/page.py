@@ -132,7 +132,9 @@ def _never_fetched(move: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
 
     async def moved(path: Any) -> Any:
         if path is not None and "://" in str(path):
-            raise require("gradio", extra="serve").Error("a file must be uploaded, got an address")
+            raise require("gradio", extra="serve").Error(
+                "a file must be uploaded, got an address", print_exception=False
+            )
         return await move(path)
 
     return moved
