@@ -8,16 +8,25 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from awconv.command_parser import (
+    AnyPath,
+    Positional,
+    add_arguments,
+    first_line,
+    imported,
+    make_parser,
+    parse,
+    positional_first,
+)
 from awconv.extras import require
 from awconv.own_code import import_own, taken_out
 from awconv.terminal import say
-from awconv.usage import Strict, UsageError, expanded, explained, is_text, subparsers
+from awconv.usage import UsageError, expanded, is_text
 from awconv.version import __version__
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -28,25 +37,6 @@ _GOES_ON = "the same command with --ckpt_path=last goes on"
 
 
 @dataclass(frozen=True)
-class Positional:
-    """A command's positional argument.
-
-    Attributes:
-        name: of the function's argument.
-        help: for ``--help``.
-        several: whether several may be given.
-        optional: whether none may be given.
-        type: makes the argument of its text.
-    """
-
-    name: str
-    help: str
-    several: bool = False
-    optional: bool = False
-    type: Callable[[str], Any] = Path
-
-
-@dataclass(frozen=True)
 class Command:
     """A command that parses its arguments and calls one function.
 
@@ -54,38 +44,48 @@ class Command:
         summary: for the list of commands.
         function: ``module:name``, imported when the command is called.
         positional: its positional argument.
+        further: another one, after it.
         passes_on: pass the arguments after ``--`` as ``overrides``, and the whole command line as ``command``.
         takes_bytes: arguments may be file names that are not UTF-8.
         takes_data: takes ``data``, the class and the arguments of a data set, given as for ``awconv fit``.
+        needs_data: whether these must be given.
+        says_command: pass the whole command line as ``command``.
     """
 
     summary: str
     function: str
     positional: Positional | None = None
+    further: Positional | None = None
     passes_on: bool = False
     takes_bytes: bool = False
     takes_data: bool = False
+    needs_data: bool = True
+    says_command: bool = False
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Parses and calls."""
-        function = _imported(self.function)
-        parser = _parser(prog=f"awconv {name}", description=_first_line(function))
+        function = imported(self.function)
+        parser = make_parser(prog=f"awconv {name}", description=first_line(function))
         parser.add_argument("--config", action="config", help="a YAML file of arguments")
         given: dict[str, Any] = {}
-        skip = set()
         if self.passes_on:
             parser.epilog = (
                 f"Arguments of awconv fit for every run follow --, as in: awconv {name} ... -- --trainer.max_epochs=5"
             )
             end = arguments.index("--") if "--" in arguments else len(arguments)
-            given = {"command": shlex.join(["awconv", name, *arguments]), "overrides": list(arguments[end + 1 :])}
+            given = {"overrides": list(arguments[end + 1 :])}
+        if self.passes_on or self.says_command:
+            given["command"] = shlex.join(["awconv", name, *arguments])
+        if self.passes_on:
             arguments = arguments[:end]
-            skip |= set(given)
+        if self.further is not None:
+            arguments = positional_first(arguments)
+        skip = set(given)
         if self.takes_data:
-            import_module("awconv.training.data_option").add_data(parser)
+            import_module("awconv.training.data_option").add_data(parser, self.needs_data)
             skip |= {"data"}
-        _add_arguments(parser, function, self.positional, skip)
-        parsed = _parse(parser, arguments, f"awconv {name} ... -- " if self.passes_on else "")
+        add_arguments(parser, function, (self.positional, self.further), skip)
+        parsed = parse(parser, arguments, f"awconv {name} ... -- " if self.passes_on else "")
         parsed.pop("config")
         return function(**parsed, **given)
 
@@ -102,15 +102,15 @@ class Benchmark(Command):
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Parses and calls."""
-        parser = _parser(prog=f"awconv {name}", description=self.summary)
+        parser = make_parser(prog=f"awconv {name}", description=self.summary)
         subcommands = parser.add_subcommands(dest="subject")
-        functions = {subject: _imported(f"{self.function}_{subject}") for subject, _ in self.subjects}
+        functions = {subject: imported(f"{self.function}_{subject}") for subject, _ in self.subjects}
         for subject, positional in self.subjects:
-            description = _first_line(functions[subject])
-            subparser = _parser(description=description)
-            _add_arguments(subparser, functions[subject], positional)
+            description = first_line(functions[subject])
+            subparser = make_parser(description=description)
+            add_arguments(subparser, functions[subject], (positional,))
             subcommands.add_subcommand(subject, subparser, help=description)
-        parsed = _parse(parser, arguments)
+        parsed = parse(parser, arguments)
         return functions[parsed["subject"]](**parsed[parsed["subject"]])
 
 
@@ -127,60 +127,6 @@ class Training(Command):
             print(help_page(name), end="")
             return 0
         return _train(name, ["--help" if argument == "--help-all" else argument for argument in arguments])
-
-
-def _imported(function: str) -> Callable[..., int]:
-    module, _, name = function.partition(":")
-    found: Callable[..., int] = getattr(import_module(module), name)
-    return found
-
-
-def _first_line(function: Callable[..., int]) -> str:
-    return (function.__doc__ or "").split("\n")[0]
-
-
-def _add_arguments(
-    parser: Any, function: Callable[..., int], positional: Positional | None, skip: set[str] | None = None
-) -> None:
-    skip = skip or set()
-    if positional is not None:
-        number = {"nargs": "+"} if positional.several else {"nargs": "?"} if positional.optional else {}
-        parser.add_argument(positional.name, type=positional.type, help=positional.help, **number)
-        skip |= {positional.name}
-    parser.add_function_arguments(function, skip=skip)
-
-
-def _parser(**kwargs: Any) -> Any:
-    jsonargparse = require("jsonargparse", extra="train")
-
-    class CommandParser(Strict, jsonargparse.ArgumentParser):  # type: ignore[misc, name-defined]
-        """Raises errors in place of printing the usage."""
-
-    return CommandParser(**kwargs)
-
-
-def _parse(parser: Any, arguments: Sequence[str], passing_on: str = "") -> dict[str, Any]:
-    """Parses. ``passing_on`` is how arguments are passed on to ``awconv fit``, if they are."""
-    from awconv.yaml_files import bounded_yaml
-
-    try:
-        with bounded_yaml():
-            parsed: dict[str, Any] = parser.parse_args(list(arguments)).as_dict()
-    except UsageError as error:
-        subject = f" {arguments[0]}" if arguments else ""
-        inner = next((one for one in subparsers(parser) if subject and one.prog.endswith(subject)), parser)
-        raise UsageError(explained(str(error), inner, arguments, passing_on)) from error
-    return parsed
-
-
-class _AnyPath:
-    """Makes a Path. Given the class itself, jsonargparse would write it as UTF-8, which file names need not be."""
-
-    def __call__(self, name: str) -> Path:
-        return Path(name)
-
-    def __repr__(self) -> str:
-        return "path"
 
 
 def _train(command: str, arguments: Sequence[str]) -> int:
@@ -247,10 +193,26 @@ COMMANDS: dict[str, Command] = {
         Positional("ckpt", "a checkpoint, a training's folder, what publish wrote, or a name in timm", type=str),
         takes_data=True,
     ),
+    "explain": Command(
+        "show where a network's attention acts, and what it is worth, on a page with Grad-CAM",
+        "awconv.explain.command:explain",
+        Positional("ckpt", "a checkpoint, a training's folder, what publish wrote, or a name in timm", type=str),
+        Positional(
+            "files",
+            "image files, and folders to search for them; or none, and --data",
+            several=True,
+            optional=True,
+            type=AnyPath(),
+        ),
+        takes_bytes=True,
+        takes_data=True,
+        needs_data=False,
+        says_command=True,
+    ),
     "predict": Command(
         "classify image files with a checkpoint or an adapter, or find the objects in them",
         "awconv.predict:predict",
-        Positional("images", "image files, and folders to search for them", several=True, type=_AnyPath()),
+        Positional("images", "image files, and folders to search for them", several=True, type=AnyPath()),
         takes_bytes=True,
     ),
     "serve": Command(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.moments import Moments
 from awconv.ops.naive import expand
 from awconv.revert import plain_layer
 
@@ -29,18 +30,11 @@ class GainStatistics:
     def __init__(self, name: str, layer: AWConv) -> None:
         self.name = name
         self._residual = layer.residual or layer.attention.relative
-        self._count = 0
-        self._first = self._sum = self._squares = torch.zeros(layer.attention.attention_size, dtype=torch.float64)
+        self._moments = Moments()
 
     def add(self, attention: Tensor) -> None:
         """Adds the attention maps of a batch, shape (N, C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw)."""
-        gain = attention.detach().cpu().double() + (1 if self._residual else 0)
-        if self._count == 0 and len(gain):
-            self._first = gain[0]
-        differences = gain - self._first  # whose squares round less, and are zero where nothing varies
-        self._sum = self._sum + differences.sum(0)
-        self._squares = self._squares + differences.square().sum(0)
-        self._count += len(gain)
+        self._moments.add(attention.detach().cpu().double() + (1 if self._residual else 0))
 
     def mean(self) -> Tensor:
         """The mean gain, float64, shape (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw).
@@ -48,26 +42,23 @@ class GainStatistics:
         Raises:
             ValueError: the layer did not run.
         """
-        if self._count == 0:
+        if self._moments.count == 0:
             raise ValueError(
                 f"fold: the layer {self.name!r} did not run in evaluation mode, so its mean attention is not known; "
                 "remove the part of the network that only trains, or make that plain first, with awconv.revert"
             )
-        return self._first + self._sum / self._count
+        return self._moments.mean()
 
     def variation(self) -> float:
         """How much the gain varies between images, relative to its root mean square, from 0 to 1."""
-        return self._relative(self._variance().mean())
+        return self._relative(self._moments.variance().mean())
 
     def spread(self) -> float:
         """How much the mean gain varies between its values, relative to the gain's root mean square, from 0 to 1."""
         return self._relative(self.mean().var(correction=0))
 
-    def _variance(self) -> Tensor:
-        return (self._squares / self._count - (self._sum / self._count).square()).clamp(min=0)
-
     def _relative(self, variance: Tensor) -> float:
-        square = (self.mean().square() + self._variance()).mean()
+        square = (self.mean().square() + self._moments.variance()).mean()
         return float((variance / square).sqrt()) if variance else 0.0
 
 

@@ -96,7 +96,7 @@ def predict(
             raise ValueError(f"{argument} must be at least 1, got {value}")
     draw = None if draw is None else Path(os.path.expanduser(draw))
     source = source_of(ckpt, model)
-    files = _files(images, draw)
+    files = image_files(images, draw)
     task = open_network(source, model is not None, pretrained, image_size)
     columns: tuple[str, ...]
     results: list[Prediction | Detected | Failure]
@@ -265,7 +265,7 @@ def detect(
                 yield Failure(str(file), f"{file}: its copy {copies[file]} cannot be written: {error.strerror}")
 
 
-def _files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
+def image_files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:
     """The given files and the image files in the given folders, each once, without copies in ``draw``."""
     found: dict[Path, Path] = {}
     for given in images:

@@ -14,10 +14,15 @@ from awconv.training.of_checkpoint import take_preprocessing
 from awconv.training.settings import check_nulls
 
 
-def add_data(parser: Any) -> None:
-    """Adds the option to a parser of jsonargparse. Parsed, it is a class and its arguments, for :func:`open_data`."""
+def add_data(parser: Any, required: bool = True) -> None:
+    """Adds the option to a parser of jsonargparse. Parsed, it is a class and its arguments, for :func:`open_data`.
+
+    Args:
+        parser: of the command.
+        required: whether it must be given; if it is not, it is None.
+    """
     named = "the data set, such as Digits; --data.help=NAME lists its options"
-    parser.add_subclass_arguments(ImageDataModule, "data", required=True, help=named)
+    parser.add_subclass_arguments(ImageDataModule, "data", required=required, help=named)
 
 
 def explained_option(message: str, arguments: Sequence[str], options: frozenset[str]) -> str:
