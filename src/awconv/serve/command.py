@@ -61,6 +61,8 @@ def serve(
     for module in ("fastapi", "python_multipart", "uvicorn"):
         require(module, extra="serve")
     with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="awconv-serve-") as folder, _fonts_in(folder):
+        if page:
+            require("gradio", extra="serve")
         from awconv.predict import open_network, source_of
         from awconv.serve.interface import add_page, make_app
         from awconv.serve.service import Limits, Service
