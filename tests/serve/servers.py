@@ -93,6 +93,7 @@ def digits(count: int) -> list[bytes]:
 class Running:
     port: int
     service: Service
+    server: Server
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def running(network: Network | None = None, **limits: Any) -> Iterator[Running]:
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Running(bound.getsockname()[1], service)
+            yield Running(bound.getsockname()[1], service, server)
         finally:
             server.should_exit = True
             thread.join(SECONDS)

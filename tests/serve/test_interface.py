@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 import inspect
 import json
 import threading
@@ -409,3 +410,10 @@ def test_the_application_is_for_any_server(tmp_path: Path) -> None:
     assert not service.ready  # its threads start with the server
     with pytest.raises(FileNotFoundError, match="is not there"):
         app(tmp_path / "missing.ckpt")
+
+
+@pytest.mark.parametrize("documented", [app, Limits])
+def test_the_examples_of_docstrings_run(documented: Any) -> None:
+    (example,) = (found for found in doctest.DocTestFinder().find(documented, globs={}) if found.examples)
+    report: list[str] = []
+    assert not doctest.DocTestRunner().run(example, out=report.append).failed, "".join(report)

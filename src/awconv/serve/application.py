@@ -42,10 +42,9 @@ def app(
 
     Examples:
         >>> from awconv.serve import app
-        >>> from fastapi.testclient import TestClient
-        >>> with TestClient(app("aw_resnet8_cifar.digits")) as client:
-        ...     client.get("/health").json()["network"]
-        'aw_resnet8_cifar.digits'
+        >>> application = app("aw_resnet8_cifar.digits")  # uvicorn FILE:application
+        >>> application.state.service.health()["network"], application.url_path_for("predict")
+        ('aw_resnet8_cifar.digits', '/predict')
     """
     for module in ("fastapi", "python_multipart"):
         require(module, extra="serve")

@@ -37,6 +37,14 @@ class Limits:
         max_wait_ms: how long an image waits for others that are on their way, in milliseconds.
         queue_size: requests that are read, decoded or waiting at a time.
         threshold: the lowest score of an object that can be asked for.
+
+    Raises:
+        ValueError: one is out of its range.
+
+    Examples:
+        >>> from awconv.serve.service import Limits
+        >>> Limits(batch_size=16, max_bytes=2**20).queue_size
+        64
     """
 
     max_bytes: int = 2**24
