@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,16 +45,13 @@ def mount(app: FastAPI, service: Service, path: str, folder: Path) -> FastAPI:
         ModuleNotFoundError: the extra is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it reports errors while it runs, too
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder.resolve())
-    try:
+    with _set(GRADIO_TEMP_DIR=str(folder.resolve()), GRADIO_RUN_HISTORY="False"):
         gradio = require("gradio", extra="serve")
         mounted: FastAPI = gradio.mount_gradio_app(
             app,
             _blocks(gradio, service, folder.resolve()),
             path=path,
             footer_links=[],
-            run_history=False,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
@@ -62,11 +60,6 @@ def mount(app: FastAPI, service: Service, path: str, folder: Path) -> FastAPI:
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=sections.CSS,
         )
-    finally:
-        if before is None:
-            del os.environ["GRADIO_TEMP_DIR"]
-        else:
-            os.environ["GRADIO_TEMP_DIR"] = before
     for route in app.routes:
         stop = getattr(
             getattr(route, "app", None), "stop_event", None
@@ -74,6 +67,21 @@ def mount(app: FastAPI, service: Service, path: str, folder: Path) -> FastAPI:
         if stop is not None:
             service.at_end.append(stop.set)
     return mounted
+
+
+@contextmanager
+def _set(**variables: str) -> Iterator[None]:
+    """Environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _blocks(gradio: Any, service: Service, folder: Path) -> Any:
