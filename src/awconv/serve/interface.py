@@ -234,4 +234,8 @@ def add_page(app: FastAPI, service: Service, folder: Path) -> FastAPI:
     async def icon() -> Response:
         return Response(status_code=204)
 
+    @app.get("/manifest.json", include_in_schema=False)  # which gradio's page asks for
+    async def manifest() -> JSONResponse:
+        return JSONResponse({"name": f"awconv: {service.name}"})
+
     return mount(app, service, PAGE, folder)
