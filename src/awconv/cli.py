@@ -215,6 +215,13 @@ COMMANDS: dict[str, Command] = {
         Positional("images", "image files, and folders to search for them", several=True, type=AnyPath()),
         takes_bytes=True,
     ),
+    "serve": Command(
+        "answer for images over HTTP by a trained network, with a page to try it",
+        "awconv.serve:serve",
+        Positional(
+            "ckpt", "a checkpoint, a training's folder, what publish wrote, or a name in timm", optional=True, type=str
+        ),
+    ),
     "models": Command(
         "list the networks with attention, and their cost relative to the plain ones",
         "awconv.model_costs:models",

@@ -20,7 +20,7 @@ class Positional:
         name: of the function's argument.
         help: for ``--help``.
         several: whether several may be given.
-        optional: whether none need be given, of several.
+        optional: whether none need be given.
         type: makes the argument of its text.
     """
 
@@ -49,8 +49,10 @@ def add_arguments(
 ) -> None:
     skip = skip or set()
     for positional in filter(None, positionals):
-        several = {"nargs": "*" if positional.optional else "+"} if positional.several else {}
-        parser.add_argument(positional.name, type=positional.type, help=positional.help, **several)
+        kinds = {(True, True): "*", (True, False): "+", (False, True): "?"}
+        number = kinds.get((positional.several, positional.optional))
+        given = {} if number is None else {"nargs": number}
+        parser.add_argument(positional.name, type=positional.type, help=positional.help, **given)
         skip |= {positional.name}
     parser.add_function_arguments(function, skip=skip)
 

@@ -6,99 +6,29 @@ import csv
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from awconv import terminal
-from awconv.data import BrokenImageError, to_uint8
+from awconv.data import BrokenImageError
 from awconv.data.classification import check_batch
 from awconv.data.files import walk
 from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
 from awconv.draw import drawn, is_copy, places, real, write
 from awconv.export.exported import ExportedClassifier, ExportedDetector, open_exported
 from awconv.models.detection.transform import NarrowImageError
+from awconv.predictions import Detected, Prediction, admit, colours, most_probable, objects_in, seen
 from awconv.sources import load_task
 from awconv.tables import Table
 from awconv.tasks import ClassificationTask, DetectionTask
 from awconv.training.partial import clear_old
 from awconv.usage import UsageError
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of an image.
-
-    Attributes:
-        image: its path.
-        top: names of classes with their probabilities, from 0 to 1, the most probable first.
-    """
-
-    image: str
-    top: list[tuple[str, float]]
-
-    def cells(self) -> tuple[str, ...]:
-        """For the table."""
-        return self.image, *(cell for label, probability in self.top for cell in (label, f"{probability:.3f}"))
-
-    def rows(self) -> list[tuple[Any, ...]]:
-        """For CSV."""
-        return [(self.image, *(cell for pair in self.top for cell in pair))]
-
-    def content(self) -> dict[str, Any]:
-        """For JSON."""
-        (label, probability), *others = self.top
-        further = [dict(label=label, probability=probability) for label, probability in others]
-        return dict(image=self.image, label=label, probability=probability) | (dict(others=further) if others else {})
-
-
-@dataclass(frozen=True)
-class Detection:
-    """An object in an image.
-
-    Attributes:
-        label: the name of its category.
-        score: from 0 to 1.
-        box: x1, y1, x2, y2 in pixels of the image, as it stands upright.
-    """
-
-    label: str
-    score: float
-    box: tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Detected:
-    """The objects in an image, by falling score.
-
-    Attributes:
-        image: its path.
-        detections: the objects.
-    """
-
-    image: str
-    detections: list[Detection]
-
-    def cells(self) -> tuple[str, ...]:
-        """For the table."""
-        counts = Counter(detection.label for detection in self.detections)
-        objects = ", ".join(f"{count} {label}" for label, count in counts.most_common())
-        best = max((detection.score for detection in self.detections), default=None)
-        return self.image, objects, "" if best is None else f"{best:.3f}"
-
-    def rows(self) -> list[tuple[Any, ...]]:
-        """For CSV."""
-        return [(self.image, one.label, one.score, *one.box) for one in self.detections]
-
-    def content(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+Network = ClassificationTask | DetectionTask | ExportedClassifier | ExportedDetector
 
 
 @dataclass(frozen=True)
@@ -165,9 +95,9 @@ def predict(
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
     draw = None if draw is None else Path(os.path.expanduser(draw))
-    source = _source(ckpt, model)
+    source = source_of(ckpt, model)
     files = image_files(images, draw)
-    task = _opened(source, model is not None, pretrained, image_size)
+    task = open_network(source, model is not None, pretrained, image_size)
     columns: tuple[str, ...]
     results: list[Prediction | Detected | Failure]
     if isinstance(task, DetectionTask | ExportedDetector):
@@ -189,21 +119,41 @@ def predict(
     return 1 if failures else 0
 
 
-def _source(ckpt: str | None, model: Path | None) -> str:
-    """The one of both that is given."""
+def source_of(ckpt: str | None, model: Path | None, option: str = "--ckpt") -> str:
+    """The one of both that is given.
+
+    Args:
+        ckpt: where a trained network comes from.
+        model: a file of ``awconv export``.
+        option: how a command names the first.
+
+    Raises:
+        UsageError: neither is given, or both.
+    """
     if (ckpt is None) == (model is None):
         raise UsageError(
-            "missing: --ckpt: a checkpoint of awconv fit, compare or demo, or a training's folder; what publish wrote; "
-            "or a name with weights in timm, such as resnet50; or --model: a file of awconv export"
+            f"missing: {option}: a checkpoint of awconv fit, compare or demo, or a training's folder; what publish "
+            "wrote; or a name with weights in timm, such as resnet50; or --model: a file of awconv export"
             if ckpt is None
-            else "either --ckpt or --model names the network, got both"
+            else f"either {option} or --model names the network, got both"
         )
     return os.path.expanduser(str(model) if ckpt is None else ckpt)
 
 
-def _opened(
-    source: str, exported: bool, pretrained: Path | None, image_size: int | None
-) -> ClassificationTask | DetectionTask | ExportedClassifier | ExportedDetector:
+def open_network(source: str, exported: bool, pretrained: Path | None = None, image_size: int | None = None) -> Network:
+    """Opens a trained network for prediction, on the accelerator if there is one, or an exported file.
+
+    Args:
+        source: as for :func:`awconv.sources.load_task`, or a file of ``awconv export``.
+        exported: it is such a file.
+        pretrained: a file of weights: the base of an adapter, or those of a name.
+        image_size: height and width of a classifier's images, if not those that it was trained on.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or name.
+        ModuleNotFoundError: the runtime of the file is not installed.
+        ValueError: it is broken or something else, or an argument does not fit it.
+    """
     if not exported:
         task: Any = load_task(source, pretrained, image_size).ready()
         return task  # type: ignore[no-any-return]
@@ -264,8 +214,7 @@ def classify(
         names, batch = [], []
         for file in files[start : start + batch_size]:
             try:
-                image = read_image(str(file), str(file), max_pixels=max_pixels)
-                batch.append(to_uint8(image, channels, size, task.crop_pct, task.interpolation))
+                batch.append(seen(task, read_image(str(file), str(file), max_pixels=max_pixels)))
                 names.append(str(file))
             except BrokenImageError as error:
                 yield Failure(str(file), str(error))
@@ -273,11 +222,7 @@ def classify(
             continue
         with torch.inference_mode():
             logits = task(torch.stack(batch).to(task.device))
-        _check_finite(logits, names)
-        probabilities, labels = (each.tolist() for each in logits.softmax(1).topk(top_k))
-        for name, its_labels, its_probabilities in zip(names, labels, probabilities, strict=True):
-            known = (task.classes[label] for label in its_labels)
-            yield Prediction(name, list(zip(known, its_probabilities, strict=True)))
+        yield from most_probable(logits, task.classes, names, top_k)
 
 
 def detect(
@@ -301,64 +246,23 @@ def detect(
     """
     copies = {} if draw is None else places(files, draw)
     clear_old([] if draw is None else [draw])
-    _admit(task, threshold)
+    admit(task, threshold)
     for file in files:
         try:
-            image = _read_colours(file, max_pixels)
-            with torch.inference_mode():
-                (found,) = task([image.to(task.device)])
+            image = colours(read_image(str(file), str(file), max_pixels=max_pixels))
+            detections = objects_in(task, image, str(file), threshold)
         except BrokenImageError as error:
             yield Failure(str(file), str(error))
             continue
         except NarrowImageError as error:
             yield Failure(str(file), f"{file}: {error}")
             continue
-        for name in ("boxes", "scores"):
-            _check_finite(found[name], [str(file)] * len(found[name]))
-        kept = found["scores"] >= threshold
-        boxes, labels, scores = (found[name][kept].cpu() for name in ("boxes", "labels", "scores"))
-        detections = [
-            Detection(task.classes[label - 1], score, (left, top, right, bottom))
-            for (left, top, right, bottom), label, score in zip(
-                boxes.tolist(), labels.tolist(), scores.tolist(), strict=True
-            )
-        ]
         yield Detected(str(file), detections)
         if draw is not None:
             try:
                 write(drawn(image, detections, threshold), copies[file])
             except OSError as error:
                 yield Failure(str(file), f"{file}: its copy {copies[file]} cannot be written: {error.strerror}")
-
-
-def _admit(task: DetectionTask | ExportedDetector, threshold: float) -> None:
-    """Lets a detector give objects of a score, which one in a file cannot learn any more."""
-    if isinstance(task, ExportedDetector):
-        least = task.metadata.score_threshold
-        if threshold < least:
-            raise ValueError(
-                f"threshold must be at least {least:g}, below which the file gives nothing, got {threshold}"
-            )
-        return
-    limited: Any = getattr(task.network, "roi_heads", task.network)  # a Faster R-CNN's last part, or an SSD
-    limited.score_thresh = min(limited.score_thresh, threshold)
-
-
-def _read_colours(file: Path, max_pixels: int) -> Tensor:
-    """An image as uint8, shape (3, H, W). Pillow's own, which is larger, is not kept."""
-    image = read_image(str(file), str(file), max_pixels=max_pixels)
-    tensor: Tensor = pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
-    return tensor
-
-
-def _check_finite(outputs: Tensor, names: Sequence[str]) -> None:
-    """Raises a ValueError that names the first image of a batch for which an output is NaN or infinite."""
-    finite = outputs.isfinite().flatten(1).all(1) if outputs.dim() > 1 else outputs.isfinite()
-    if not finite.all():
-        first = names[int((~finite).nonzero()[0])]
-        raise ValueError(
-            f"the network's outputs for {first} are not finite; the checkpoint is damaged, or its training diverged"
-        )
 
 
 def image_files(images: Sequence[Path], draw: Path | None = None) -> list[Path]:

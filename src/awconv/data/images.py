@@ -63,6 +63,10 @@ class BrokenImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
+class TooLargeImageError(BrokenImageError):
+    """An image of more pixels or bytes than were allowed."""
+
+
 class LabelledImages(Protocol):
     """torchvision's convention for classification data: pairs of a picture and a class index.
 
@@ -152,11 +156,11 @@ def check_bytes(size: int, name: str, max_pixels: int, images: int = 1) -> None:
         images: number of images.
 
     Raises:
-        BrokenImageError: they have more than 8 bytes a pixel and a mebibyte an image.
+        TooLargeImageError: they have more than 8 bytes a pixel and a mebibyte an image.
     """
     limit = images * (_PIXEL_BYTES * max_pixels + _NOTES_BYTES)
     if size > limit:
-        raise BrokenImageError(
+        raise TooLargeImageError(
             f"{name}: its {size:,} bytes are more than the {limit:,} that max_pixels = {max_pixels:,} allows; shrink "
             "the images, or raise max_pixels if there is enough memory"
         )
@@ -178,7 +182,7 @@ def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iter
                 raise Image.DecompressionBombError(f"{image.width}x{image.height}")
             yield image
     except Image.DecompressionBombError as error:
-        raise BrokenImageError(
+        raise TooLargeImageError(
             f"{name}: its pixels are more than max_pixels = {max_pixels:,} allows ({error}); shrink the image, or "
             "raise max_pixels if there is enough memory"
         ) from error
