@@ -33,8 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("fit --data=Cifar", "there is no class 'Cifar' for data; near it: Cifar10, Cifar100"),
         (
             "test --data=Photos",
-            "there is no class 'Photos' for data; there are Cifar10, Cifar100, Coco, DigitScenes, Digits, ImageFolder, Parquet, "
-            "Voc, WebDataset",
+            "there is no class 'Photos' for data; there are Cifar10, Cifar100, Coco, DigitScenes, Digits, ImageFolder, "
+            "Parquet, Voc, WebDataset",
         ),
         ("fit --data.help=Cifra10", "there is no class 'Cifra10' for data; near it: Cifar10, Cifar100"),
         ("validate --data=Cifar10 --data.rot=x", "there is no option --data.rot; near it: --data.root"),

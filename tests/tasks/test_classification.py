@@ -337,3 +337,13 @@ def test_a_share_of_the_image_that_cannot_be_is_refused(crop_pct: Any) -> None:
     """A checkpoint may hold anything."""
     with pytest.raises(ValueError, match="crop_pct must be a number"):
         ClassificationTask(["a", "b"], [1, 8, 8], [0.5], [0.5], crop_pct=crop_pct, network="resnet8_cifar")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_of_any_strides_are_normalised(channels_last: bool) -> None:
+    task = ClassificationTask(
+        list("abcdefg"), [3, 8, 8], [0.5] * 3, [0.25] * 3, network=NETWORK, channels_last=channels_last
+    )
+    images = torch.randint(256, (2, 8, 3, 8), dtype=torch.uint8).transpose(1, 2)  # neither of the usual strides
+    expected = (images.double() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(task.normalised(images).double(), expected, rtol=0, atol=1e-6)  # float32 near 2

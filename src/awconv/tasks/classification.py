@@ -215,7 +215,7 @@ class ClassificationTask(Task):
         return self._logits(self.normalised(images))
 
     def normalised(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
+        return ((images - self.mean) / self.std).to(memory_format=self.memory_format)
 
     @property
     def evaluated(self) -> nn.Module:
