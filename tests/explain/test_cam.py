@@ -102,6 +102,29 @@ def test_what_changes_a_feature_map_in_place_does_not_change_its_picture() -> No
     torch.testing.assert_close(grad_cam(model, images()), expected, rtol=1e-3, atol=1e-3)
 
 
+class OneActivation(nn.Module):
+    """Its activation runs twice, the first time at twice the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.act = nn.ReLU()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fc(self.act(self.conv2(self.act(self.conv1(input)))).mean((2, 3)))
+
+
+def test_a_module_that_runs_twice_is_passed_over() -> None:
+    model = OneActivation()
+    features = model.conv2(model.conv1(images()).relu()).detach().requires_grad_()
+    model.fc(features.relu().mean((2, 3))).amax(1).sum().backward()
+    coarse = (features.grad.mean((2, 3), keepdim=True) * features).sum(1).relu().detach()
+    expected = nn.functional.interpolate(from_0_to_1(coarse)[:, None], (16, 16), mode="bilinear")[:, 0]
+    torch.testing.assert_close(grad_cam(model, images()), from_0_to_1(expected), rtol=1e-3, atol=1e-3)
+
+
 class Flat(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return input.mean((2, 3))
@@ -111,10 +134,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no batch": (Flat(), dict(images=torch.ones(1, 8, 8)), r"images must be .* shape \(N, C, H, W\).*\(1, 8, 8\)"),
     "bytes": (Flat(), dict(images=images().byte()), "images must be a floating-point tensor"),
     "no classifier": (nn.Conv2d(1, 2, 3), {}, r"must be a classifier.*its output is of shape \(1, 2, 14, 14\)"),
-    "no feature map": (Flat(), {}, "Flat has no feature map of more than one pixel for images of 16x16"),
+    "no feature map": (Flat(), {}, "Flat has no feature map of more than one pixel, .* for images of 16x16"),
     "too few classes": (InPlaceAfter(), dict(classes=[1]), r"an index from 0 to 1 for each of 3 images, got \[1\]"),
     "no such class": (InPlaceAfter(), dict(classes=[0, 1, 2]), "an index from 0 to 1"),
     "no such layer": (InPlaceAfter(), dict(layer="convs"), "must be a module of the network or its name, got 'convs'"),
+    "a layer that runs twice": (OneActivation(), dict(layer="act"), "must run once in a pass, and this ReLU runs 2"),
+    "rounded": (InPlaceAfter().bfloat16(), {}, r"no network in bfloat16; give copy\.deepcopy\(network\)\.float\(\)"),
     "a layer without places": (InPlaceAfter(), dict(layer="fc"), r"layer must have an output of shape .* \(3, 2\)"),
 }
 

@@ -39,6 +39,23 @@ def test_a_folder_is_made_where_there_is_none_or_an_empty_one(where: str, tmp_pa
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_the_folder_that_one_is_in_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="give --out a folder inside"):
+        check_folder(Path("."))
+
+
+def test_a_check_makes_no_folder(tmp_path: Path) -> None:
+    check_folder(tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_others_may_not_read_stays_so(tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir(mode=0o700)
+    write_folder(tmp_path / "page", files("index.html"))
+    assert (tmp_path / "page").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_former_explanation_is_replaced(page: Path) -> None:
     write_folder(page, made := files("index.html", "new.png"))
     assert content(page) == made

@@ -43,7 +43,7 @@ def test_without_labels_only_changes_are_known() -> None:
     assert worth.points is worth.interval() is worth.p_value() is None
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (9, 5), (2, 30), (700, 800)])
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (9, 5), (2, 30), (700, 800), (20_000, 19_000)])
 def test_the_p_value_is_that_of_the_exact_test(lost: int, gained: int) -> None:
     expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     assert Worth(2000, 0, lost, gained).p_value() == pytest.approx(expected)
@@ -64,6 +64,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.94 < covered < 0.99  # of 0.95: the outcomes are whole numbers
     low, high = Worth(100, 0, 0, 0).interval() or (0.0, 0.0)
     assert low < 0 < high  # where nothing changed, much could still have
+
+
+@pytest.mark.parametrize(
+    ("images", "lost", "gained", "low", "high"), [(100, 10, 4, -1.718534, 13.483240), (50, 30, 1, 40.307892, 71.230570)]
+)
+def test_the_interval_is_the_one_published(images: int, lost: int, gained: int, low: float, high: float) -> None:
+    """By hand: p of both with one more in two more images, their difference, and the variance of that."""
+    assert Worth(images, 0, lost, gained).interval() == pytest.approx((low, high), abs=1e-5)
 
 
 def test_p_values_of_several_layers_are_adjusted_by_holm() -> None:

@@ -146,7 +146,9 @@ def demo(
     """
     require("pytorch_grad_cam", extra="explain")
     from awconv.explain.command import explain
+    from awconv.explain.folder import check_folder
 
+    check_folder(out / "explain")
     _print(terminal.console(), _TASK)
     variants = ("plain", str(_DEMO / "aw.yaml"))
     status = _compare(_DEMO / "scenes.yaml", variants, seeds, out, 1, "test", overrides, command)

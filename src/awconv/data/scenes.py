@@ -17,7 +17,7 @@ from awconv.data.loading import Split
 
 Vary = Literal["contrast", "scale", "clutter", "all"]
 SIZE = 24  # pixels of a scene
-SCENES = {"train": 1, "val": 4, "test": 4}  # of each digit, by split
+SCENES = {"train": 5, "val": 2, "test": 4}  # of each digit, by split
 _VAL_DIGITS, _SPLIT_SEED, _SCENES_SEED = 360, 0, 0
 _Array = np.ndarray[Any, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ from awconv.extras import require
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+class NoFeatureMapError(ValueError):
+    """No feature map of a network has more than a pixel for images of this size."""
 
 
 def grad_cam(
@@ -34,7 +39,7 @@ def grad_cam(
         images: as the network takes them, shape (N, C, H, W).
         classes: the index of a class for each image; None takes the class that the network predicts.
         layer: the feature map is the output of this module, or of the one with this name. None takes the last one that
-            has an output of four axes and more than one pixel: what the classifier pools.
+            has an output of four axes and more than one pixel: what the classifier pools. It runs once in a pass.
 
     Returns:
         float32, shape (N, H, W), from 0 to 1, on the CPU. All 0 where nothing speaks for the class, or all places
@@ -43,8 +48,8 @@ def grad_cam(
     Raises:
         ModuleNotFoundError: the extra ``explain`` is not installed.
         TypeError: ``network`` is no module.
-        ValueError: images, classes or the layer are not as above, or the network is no classifier or has no feature
-            map of more than a pixel.
+        NoFeatureMapError: no feature map has more than a pixel; a ValueError.
+        ValueError: images, classes or the layer are not as above, or the network is no classifier or in bfloat16.
 
     Examples:
         >>> import timm
@@ -57,6 +62,8 @@ def grad_cam(
     """
     library = require("pytorch_grad_cam", extra="explain")
     model = unwrapped(network, "grad_cam")
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        raise ValueError("grad_cam: the library takes no network in bfloat16; give copy.deepcopy(network).float()")
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
             "grad_cam: images must be a floating-point tensor of shape (N, C, H, W), as the network takes them; got "
@@ -64,8 +71,7 @@ def grad_cam(
         )
     with torch.inference_mode(False), running(model), _frozen(model), ExitStack() as stack:
         images = on_device_of(model, images.detach().clone())
-        found, count = _last_feature_map(model, images[:1])
-        target = found if layer is None else _named(model, layer)
+        target, count = _feature_map(model, images[:1], None if layer is None else _named(model, layer))
         targets = _targets(library, classes, len(images), count)
         # The graph starts at the feature map: nothing before it needs gradients.
         stack.callback(target.register_forward_hook(_start_graph).remove)
@@ -97,18 +103,22 @@ def _start_graph(module: nn.Module, arguments: Any, output: Any) -> Tensor:
         return output.detach().requires_grad_().clone()  # which what follows may change in place
 
 
-def _last_feature_map(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
-    """The module whose output is the last feature map, and the number of classes.
+def _feature_map(model: nn.Module, images: Tensor, layer: nn.Module | None) -> tuple[nn.Module, int]:
+    """The module whose output is the feature map, and the number of classes.
 
     Args:
         model: the network.
         images: one, with a batch axis.
+        layer: the module; None finds the last one.
     """
     seen: list[nn.Module] = []
 
     def see(module: nn.Module, arguments: Any, output: Any) -> None:
+        calls[module] += 1
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
             seen.append(module)
+
+    calls: Counter[nn.Module] = Counter()
 
     with ExitStack() as hooks, torch.no_grad():
         for module in model.modules():
@@ -119,12 +129,19 @@ def _last_feature_map(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]
         raise ValueError(
             f"grad_cam: network must be a classifier, with logits of shape (N, classes); its output is {got}"
         )
-    if not seen:
-        raise ValueError(
-            f"grad_cam: {type(model).__name__} has no feature map of more than one pixel for images of "
-            f"{images.shape[2]}x{images.shape[3]} pixels; take larger images, or name an earlier layer"
+    if layer is not None:
+        if calls[layer] != 1:
+            raise ValueError(
+                f"grad_cam: layer must run once in a pass, and this {type(layer).__name__} runs {calls[layer]} times"
+            )
+        return layer, logits.shape[1]
+    once = [module for module in seen if calls[module] == 1]
+    if not once:
+        raise NoFeatureMapError(
+            f"grad_cam: {type(model).__name__} has no feature map of more than one pixel, of a module that runs once, "
+            f"for images of {images.shape[2]}x{images.shape[3]} pixels; take larger images, or name an earlier layer"
         )
-    return seen[-1], logits.shape[1]
+    return once[-1], logits.shape[1]
 
 
 def _named(model: nn.Module, layer: str | nn.Module) -> nn.Module:

@@ -153,8 +153,7 @@ def _images(
         opened = open_data(_own_data(ckpt) if data is None else data, task)
     except TypeError as error:  # of an argument that the parser has not seen
         raise ValueError(f"the data of {ckpt} cannot be opened: {error}; give --data") from error
-    found = images_of_data(opened, split, most)
-    return found, len(found)
+    return images_of_data(opened, split, most)
 
 
 def _own_data(ckpt: str) -> dict[str, Any]:

@@ -21,19 +21,20 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         FileExistsError: it is a file, or holds something else than a former explanation.
-        ValueError: no folder can be made or changed there.
+        ValueError: no folder can be made there, or take the place of the one that is there.
     """
     if folder.exists() or folder.is_symlink():
         if not folder.is_dir():
             raise FileExistsError(f"{folder} is there already and no folder; give --out another name")
         _check_own(folder, folder)
-    parent = Path(os.path.realpath(folder)).parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out must be a folder, and {parent} cannot be made one: {error.strerror}") from error
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"nothing can be written into {parent}; give --out another place")
+    place = Path(os.path.realpath(folder))
+    if place == Path.cwd() or os.path.ismount(place):  # another folder takes its place
+        raise ValueError(f"out must be a new folder, or a former explanation; give --out a folder inside {place}")
+    above = next(parent for parent in place.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ValueError(f"out must be a folder, and {above} is none")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written into {above}; give --out another place")
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -47,7 +48,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     partial = place.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     former = place.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
+        if place.exists():
+            shutil.copymode(place, partial)
         for name, content in files.items():
             (partial / name).write_bytes(content)
         if place.exists():

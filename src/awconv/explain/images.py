@@ -75,8 +75,8 @@ def images_of_files(task: ClassificationTask, files: Sequence[Path], most: int, 
     return Images(torch.stack(pixels), names, None, _told(len(names), len(files), "image files"))
 
 
-def images_of_data(data: ImageDataModule, split: Split, most: int) -> Images:
-    """A random choice of a split's images, the same each time, with their classes.
+def images_of_data(data: ImageDataModule, split: Split, most: int) -> tuple[Images, int]:
+    """A random choice of a split's images, the same each time, with their classes; and how many were to be read.
 
     Raises:
         ValueError: the data have no such split, or its images would be augmented, or are fewer than two or too many.
@@ -92,14 +92,16 @@ def images_of_data(data: ImageDataModule, split: Split, most: int) -> Images:
             "data.transform, or explain images that are held out, --split=val"
         )
     _check_memory(min(most, len(dataset)), data.channels * data.image_size**2)
-    found = {index: item for index in _chosen(len(dataset), most) if (item := dataset[index]) is not None}
+    chosen = _chosen(len(dataset), most)
+    found = {index: item for index in chosen if (item := dataset[index]) is not None}
     _check_count(len(found))
-    return Images(
+    images = Images(
         torch.stack([pixels for pixels, _ in found.values()]),
         [f"image {index} of the {split} split" for index in found],
         torch.tensor([int(target) for _, target in found.values()]),
         _told(len(found), len(dataset), f"images of the {split} split of {type(data).__name__}"),
     )
+    return images, len(chosen)
 
 
 def _chosen(count: int, most: int) -> list[int]:

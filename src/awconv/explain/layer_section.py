@@ -13,7 +13,7 @@ from awconv.explain.measure import Channel, Layer
 from awconv.explain.overview import as_grid, pattern_limit, pattern_of
 from awconv.explain.pictures import DIVERGING, SEQUENTIAL, colours, data_uri, legend, squares
 from awconv.explain.statistics import PARTS
-from awconv.explain.words import interval, probability, signed, significant
+from awconv.explain.words import interval, percent, probability, signed, significant
 
 _CLASSES, _BAR = 12, 12.0  # rows of a table of classes; rem
 
@@ -45,7 +45,7 @@ class LayerSections:
         found = layer.statistics
         variance = found.variance()
         whole = sum(variance.values())
-        facts = [f"changes its weights by {100 * found.variation():.2g} %"]
+        facts = [f"changes its weights by {percent(found.variation())}"]
         if layer.worth.points is None:
             facts.append(f"decides {layer.worth.changed} of {layer.worth.images} predictions")
         else:
@@ -169,8 +169,8 @@ def _legend(limit: float, diverging: bool, what: str) -> dict[str, str]:
     return dict(
         png=_LEGENDS[diverging],
         low=low,
-        high=significant(limit) if diverging else f"{limit:.2g}",
-        alt=f"the colours from {low} to {limit:.2g}, {middle}brightest at {'0' if diverging else 'the end'}",
+        high=significant(limit) if diverging else significant(limit)[1:],
+        alt=f"the colours from {low} to {significant(limit)}, {middle}brightest at {'0' if diverging else 'the end'}",
         what=what,
     )
 

@@ -19,6 +19,7 @@ from awconv.explain.photographs import Heat
 from awconv.explain.pictures import data_uri, heated, legend, photograph, thumbnail
 from awconv.explain.words import (
     interval,
+    percent,
     probability,
     sentences,
     share,
@@ -32,6 +33,8 @@ from awconv.version import __version__
 
 _DISAGREEMENTS = 50
 TOOL = "awconv explain"
+_ZEROS = "Maps of zeros leave the weights as they stand, for which the norms behind them were not trained."
+_NOTHING = "In the form without residual, maps of zeros leave no weights at all."
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ def files_of(explanation: Explanation) -> dict[str, bytes]:
     )
     files |= sections.files
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("awconv.explain", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("awconv.explain", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     files["index.html"] = _text(environment.get_template("page.html.j2").render(context))
     content: dict[str, Any] = dict(tool=TOOL, version=__version__, command=visible(explanation.command))
@@ -85,6 +91,11 @@ def files_of(explanation: Explanation) -> dict[str, bytes]:
     content["files"] = sorted([*files, "explain.json"])
     files["explain.json"] = _text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return files
+
+
+def _shown(value: Any) -> Any:
+    """Marks that would turn the text round, and the like, as escapes."""
+    return visible(value) if isinstance(value, str) else value
 
 
 def _text(text: str) -> bytes:
@@ -106,6 +117,7 @@ def _head(explanation: Explanation) -> dict[str, Any]:
         labelled=labelled,
         without_headings=["all layers at once", *worth_headings(labelled)],
         without_rows=without_rows(measured),
+        zeros=_ZEROS if measured.layers[0].statistics.unit else _NOTHING,
         photos_width=5.5 * pictures + 4,
         photo_pictures=pictures,
         obstacle=obstacle,
@@ -128,7 +140,7 @@ def _accuracy(measured: Measured) -> str:
 def _picture(measured: Measured, files: dict[str, bytes], name: str) -> dict[str, Any]:
     files[f"{name}.png"], files[f"{name}_dark.png"] = (draw_overview(measured, theme) for theme in ("light", "dark"))
     told = "; ".join(
-        f"{layer.name} {100 * layer.statistics.variation():.2g} %"
+        f"{layer.name} {percent(layer.statistics.variation())}"
         + ("" if layer.worth.points is None else f", worth {signed(layer.worth.points)} points")
         for layer in measured.layers
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awconv.explain.cam import grad_cam
+from awconv.explain.cam import NoFeatureMapError, grad_cam
 from awconv.explain.images import Images
 from awconv.explain.measure import Measured
 from awconv.tasks import ClassificationTask
@@ -59,6 +59,6 @@ def heat_of(task: ClassificationTask, images: Images, indices: list[int], batch_
         for start in range(0, len(indices), batch_size):
             pixels = images.pixels[indices[start : start + batch_size]]
             maps.append(grad_cam(task.evaluated, task.normalised(pixels.to(task.device))))
-    except ValueError as error:  # the images have too few pixels for a feature map
+    except NoFeatureMapError as error:
         return Heat(None, str(error))
     return Heat(torch.cat(maps))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from awconv.explain.images import Images
-from awconv.explain.measure import WITHOUT, Layer, Measured
+from awconv.explain.measure import WITHOUT, Measured
 from awconv.explain.worth import Worth
 
 _SURE = 0.05
+
+
+def percent(value: float) -> str:
+    """A share in percent, with two digits that say something."""
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -17,7 +22,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 def significant(value: float) -> str:
     """A number with its sign and two digits that say something."""
-    text = f"{value:+.2g}"
+    text = f"{value:+.2g}" if abs(value) < 10 else f"{value:+.0f}"
     return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -48,17 +53,13 @@ def sentences(measured: Measured, images: Images) -> list[str]:
     least = min(measured.layers, key=lambda layer: layer.statistics.variation())
     acts = (
         f"Attention acts most in {most.name}: from image to image it changes the weights by "
-        f"{_percent(most)} (root mean square)"
+        f"{percent(most.statistics.variation())} (root mean square)"
     )
-    acts += "." if least is most else f", and least in {least.name}, by {_percent(least)}."
+    acts += "." if least is most else f", and least in {least.name}, by {percent(least.statistics.variation())}."
     together = measured.without["mean"]
     if together.points is None:
         return [acts, _decided(measured, together)]
     return [acts, _together(together), _alone(measured)]
-
-
-def _percent(layer: Layer) -> str:
-    return f"{100 * layer.statistics.variation():.2g} %"
 
 
 def _decided(measured: Measured, together: Worth) -> str:
@@ -79,10 +80,10 @@ def _together(worth: Worth) -> str:
     p_value = worth.p_value()
     sure = p_value is not None and p_value < _SURE
     noise = "" if sure else " That is within what chance does on so few images"
-    if noise and worth.loss is not None and worth.loss > (worth.loss_margin or 0.0):
+    if noise and worth.loss is not None and abs(worth.loss) > (worth.loss_margin or 0.0):
         noise += (
-            f"; but the cross-entropy, which shows less, is {worth.loss:.3f} \N{PLUS-MINUS SIGN} "
-            f"{worth.loss_margin:.3f} lower with it"
+            f"; but the cross-entropy, which shows less, is {abs(worth.loss):.3f} \N{PLUS-MINUS SIGN} "
+            f"{worth.loss_margin:.3f} {'lower' if worth.loss > 0 else 'higher'} with it"
         )
     noise += "." if noise else ""
     return (
@@ -95,15 +96,22 @@ def _together(worth: Worth) -> str:
 def _alone(measured: Measured) -> str:
     best = max(measured.layers, key=lambda layer: (layer.worth.points or 0.0, layer.worth.loss or 0.0))
     sure = [layer for layer in measured.layers if layer.p_value is not None and layer.p_value < _SURE]
+    helpful = [layer for layer in sure if (layer.worth.points or 0.0) > 0]
+    harmful = [layer for layer in sure if (layer.worth.points or 0.0) < 0]
     worth = f"{best.name}'s is worth most, {signed(best.worth.points or 0.0)} points"
-    if sure:
-        named = ", ".join(layer.name for layer in sure)
-        which = f"that of {named} is" if len(sure) < 4 else f"those of {len(sure)} are"
-        which = "each one's is" if len(sure) == len(measured.layers) else which
-        return f"Of single layers, {worth}; {which} more than noise."
-    if not best.worth.points or best.worth.points < 0:
-        return "No single layer's attention is worth anything that these images show."
-    return f"Of single layers, {worth}, but no layer's alone is worth more than noise on these images."
+    if helpful:
+        named = ", ".join(layer.name for layer in helpful)
+        which = f"that of {named} is" if len(helpful) < 4 else f"those of {len(helpful)} are"
+        which = "each one's is" if len(helpful) == len(measured.layers) else which
+        said = f"Of single layers, {worth}; {which} more than noise."
+    elif not best.worth.points or best.worth.points < 0:
+        said = "No single layer's attention is worth anything that these images show."
+    else:
+        said = f"Of single layers, {worth}, but no layer's alone is worth more than noise on these images."
+    if harmful:
+        harms = ", ".join(f"that of {layer.name} {signed(layer.worth.points or 0.0)} points" for layer in harmful)
+        said += f" Some does harm, more than noise: {harms}."
+    return said
 
 
 def worth_row(worth: Worth, p_value: float | None) -> list[str]:

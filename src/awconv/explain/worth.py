@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import sqrt
 
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -75,9 +76,8 @@ class Worth:
         """
         if self.lost is None or self.gained is None:
             return None
-        trials = self.lost + self.gained
-        tail = sum(comb(trials, successes) for successes in range(min(self.lost, self.gained) + 1))
-        return float(min(1.0, 2 * tail / 2**trials))
+        tail = binom.cdf(min(self.lost, self.gained), self.lost + self.gained, 0.5)
+        return float(min(1.0, 2 * tail))
 
 
 def adjusted(p_values: Sequence[float]) -> list[float]:

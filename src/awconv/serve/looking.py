@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from awconv.explain import attention_maps, grad_cam
+from awconv.explain.cam import NoFeatureMapError
 from awconv.explain.maps import aw_layers
 from awconv.tasks import ClassificationTask
 
@@ -73,7 +74,7 @@ def look(task: ClassificationTask, image: Tensor, label: str, layers: Collection
     normalised = task.normalised(torch.stack([image]).to(task.device))
     try:
         heat = grad_cam(network, normalised, [task.classes.index(label)])[0]
-    except ValueError:  # its feature maps have a single pixel
+    except NoFeatureMapError:
         heat = None
     found = aw_layers(network)
     maps = attention_maps(network, normalised) if any(name in found for name in layers) else {}
