@@ -26,11 +26,11 @@ from awconv.training.lock import locked
 from awconv.training.quiet import quiet_lightning
 from awconv.training.settings import data_of
 
-_DEMO = Path(__file__).with_name("demo")  # the recipe, and what differs with attention
+_DEMO_RECIPE = Path(__file__).with_name("digit_scenes.yaml")
 _TASK = """\
 The task: scanned digits in scenes of 24x24 pixels. From scene to scene the digit's size and place differ, whether it is
 lighter or darker than the ground and by how much, how thick it is, and the noise and the clutter around it. So kernels
-that adapt to each image should matter. There are 1,077 scenes to learn from, and 1,440 of other digits for the test.
+that adapt to each image should matter. There are 5,385 scenes to learn from, and 1,440 of other digits for the test.
 """
 
 
@@ -71,8 +71,22 @@ def compare(
         ValueError: the recipe names no network, a variant is unknown or given twice, there is nothing to run, a record
             has other settings, or the comparison itself sets an override.
     """
-    folder = out if out is not None else Path("runs") / recipe.stem
-    return _compare(recipe, _listed(variants), seeds, folder, jobs, split, overrides, command)
+    check_overrides(overrides)
+    base = read_base(recipe, overrides).network
+    changes = [find_change(base, variant) for variant in _listed(variants)]
+    names = [change.name for change in changes]
+    if not names:
+        raise ValueError(f"variants must name at least one, such as plain,aw, got {variants!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
+    comparison = Comparison(
+        tuple(change.apply(recipe, overrides) for change in changes),
+        seeds,
+        out if out is not None else Path("runs") / recipe.stem,
+        split,
+        jobs,
+    )
+    return _run(comparison, f"{base}: {' against '.join(names)} on {_data(comparison)} ({recipe.stem})", command)
 
 
 @quiet_lightning()
@@ -126,7 +140,6 @@ def ablate(
     return _run(comparison, f"{network}: choices for the branch on {_data(comparison)} ({recipe.stem})", command)
 
 
-@quiet_lightning()
 def demo(
     seeds: int = 3, out: Path = Path("awconv-demo"), overrides: Sequence[str] = (), command: str = "awconv demo"
 ) -> int:
@@ -150,35 +163,11 @@ def demo(
 
     check_folder(out / "explain")
     _print(terminal.console(), _TASK)
-    variants = ("plain", str(_DEMO / "aw.yaml"))
-    status = _compare(_DEMO / "scenes.yaml", variants, seeds, out, 1, "test", overrides, command)
+    status = compare(_DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
     if status != 0 or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return status
     attended, plain = (str(out / f"{variant}-seed0") for variant in ("aw", "plain"))
     return explain(attended, out / "explain", split="test", compare=plain, command=command)
-
-
-def _compare(
-    recipe: Path,
-    variants: Sequence[str],
-    seeds: int,
-    out: Path,
-    jobs: int,
-    split: TestSplit,
-    overrides: Sequence[str],
-    command: str,
-) -> int:
-    """:func:`compare`, of variants that are listed."""
-    check_overrides(overrides)
-    base = read_base(recipe, overrides).network
-    changes = [find_change(base, variant) for variant in variants]
-    names = [change.name for change in changes]
-    if not names:
-        raise ValueError(f"variants must name at least one, such as plain,aw, got {','.join(variants)!r}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
-    comparison = Comparison(tuple(change.apply(recipe, overrides) for change in changes), seeds, out, split, jobs)
-    return _run(comparison, f"{base}: {' against '.join(names)} on {_data(comparison)} ({recipe.stem})", command)
 
 
 def _listed(text: str) -> list[str]:

@@ -32,8 +32,8 @@ class DigitScenes(ImageDataModule):
     - ``"clutter"``: pieces of other digits around the digit, and noise of a strength of its own.
     - ``"all"``: all three.
 
-    Training has one scene of each of 1,077 digits; validation and test have four of each of 360 others, always the
-    same. The test digits are those of :class:`Digits`. The other arguments are those of :class:`ImageDataModule`.
+    Training has five scenes of each of 1,077 digits; validation has two and test four of each of 360 others, always
+    the same. The test digits are those of :class:`Digits`. The other arguments are those of :class:`ImageDataModule`.
 
     Args:
         vary: what differs between the scenes.
