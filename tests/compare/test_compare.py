@@ -78,7 +78,8 @@ def test_nothing_to_test_on_is_said_before_anything_is_trained(
 @pytest.mark.parametrize("awaited", ["plain-seed0.json", "aw-seed0/checkpoints/*.ckpt"])
 def test_ctrl_c_keeps_and_reports_what_is_finished(awaited: str, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    command = [sys.executable, "-m", "awconv", "demo", "--out", str(out), "--", "--trainer.max_epochs=3"]
+    short = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=20"]
+    command = [sys.executable, "-m", "awconv", "demo", "--out", str(out), "--", *short]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

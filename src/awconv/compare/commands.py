@@ -167,7 +167,7 @@ def demo(
     if status != 0 or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return status
     attended, plain = (str(out / f"{variant}-seed0") for variant in ("aw", "plain"))
-    return explain(attended, out / "explain", split="test", compare=plain, command=command)
+    return explain(attended, out / "explain", split="test", images=1440, compare=plain, command=command)
 
 
 def _listed(text: str) -> list[str]:
