@@ -129,7 +129,7 @@ def test_image_files_have_no_labels_and_names_may_hold_anything(
     task = ClassificationTask(classes, [1, 8, 8], [0.305], [0.376], network="aw_resnet8_cifar")
     source, folder = written(task, tmp_path / "any.ckpt"), tmp_path / "photos"
     folder.mkdir()
-    names = ["<b>&'\".png", "{{ 7 * 7 }}.png", os.fsdecode(b"\xff.png")]
+    names = ["<b>&'\".png", "{{ 7 * 7 }}.png", os.fsdecode(b"\xff.png"), "turned\u202egnp.png"]
     for index, name in enumerate(names):
         Image.fromarray(Digits().dataset("val").images[index, 0].numpy()).save(folder / name)
     (folder / "broken.png").write_bytes(b"no image")
@@ -142,7 +142,8 @@ def test_image_files_have_no_labels_and_names_may_hold_anything(
     text = (page / "index.html").read_text()
     assert "<b>" not in text
     assert "<i>" not in text
-    assert all(name in html.unescape(text) for name in (names[0], names[1], r"\udcff.png"))
+    assert all(name in html.unescape(text) for name in (names[0], names[1], r"\xff.png", r"turned\u202egnp.png"))
+    assert "\u202e" not in text
     assert any(name in html.unescape(text) for name in classes)
     assert found["accuracy"] is None
     assert all(layer["worth"]["points"] is None and not layer["classes"] for layer in found["layers"])
@@ -223,7 +224,7 @@ REFUSED = {
     "a plain network": (f"{{here}}/plain.ckpt --data=Digits {OUT}", "has no AW-convolution, so it has no attention to"),
     "no checkpoint": (f"{{here}}/none.ckpt --data=Digits {OUT}", "none.ckpt is not there"),
     "a file as folder": (f"{NAME} --data=Digits --out={{here}}/a.png", "is there already and no folder"),
-    "below a file": (f"{NAME} --data=Digits --out={{here}}/a.png/page", "a.png cannot be made one"),
+    "below a file": (f"{NAME} --data=Digits --out={{here}}/a.png/page", "out must be a folder, and .*a.png is none"),
     "no such option": (f"{NAME} --data=Digits --show=1 {OUT}", "there is no option --show; near it: --shown"),
     "no such split": (f"{NAME} --data=Digits --data.val_fraction=0 {OUT}", "the data have no val split"),
     "images without pixels": (f"{NAME} {{here}}/a.png --max_pixels=0 {OUT}", "max_pixels must be at least 1, got 0"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import markupsafe
 from torch import Tensor
 
 from awconv.explain.figures import comparison_figures, figures_of
@@ -95,7 +96,7 @@ def files_of(explanation: Explanation) -> dict[str, bytes]:
 
 def _shown(value: Any) -> Any:
     """Marks that would turn the text round, and the like, as escapes."""
-    return visible(value) if isinstance(value, str) else value
+    return visible(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
 
 
 def _text(text: str) -> bytes:
