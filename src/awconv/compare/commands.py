@@ -19,6 +19,7 @@ from awconv.compare.comparison import Comparison, Run
 from awconv.compare.processes import train_in_turn, train_side_by_side
 from awconv.compare.record import Record, TestSplit
 from awconv.compare.report import table, write_report
+from awconv.compare.summaries import summarise
 from awconv.compare.variants import check_overrides, find_change, read_base
 from awconv.extras import require
 from awconv.models import variants as variants_of
@@ -166,8 +167,26 @@ def demo(
     status = compare(_DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
     if status != 0 or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return status
+    records = [Record.load(out / f"{variant}-seed{seed}.json") for seed in range(seeds) for variant in ("plain", "aw")]
+    _print(terminal.console(), _verdict(records))
     attended, plain = (str(out / f"{variant}-seed0") for variant in ("aw", "plain"))
     return explain(attended, out / "explain", split="test", images=1440, compare=plain, command=command)
+
+
+def _verdict(records: Sequence[Record]) -> str:
+    """What the difference between AW and plain says."""
+    found = summarise(records)[1].difference
+    if found is None or found.low is None or found.high is None:
+        said = "One seed says nothing about the difference: networks of other seeds differ, too."
+    elif found.low > 0:
+        said = "AW is better at this task: the interval of the difference lies above zero."
+    elif found.high < 0:
+        said = "AW is worse at this task: the interval of the difference lies below zero."
+    else:
+        said = (
+            "Neither is better at this task: the interval of the difference holds zero. A plain network learns it, too."
+        )
+    return f"{said} Where AW wins, and where not: docs/experiments.md. What its attention does here:"
 
 
 def _listed(text: str) -> list[str]:
