@@ -21,8 +21,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from awconv.predict import Network, open_network
-from awconv.serve.interface import make_app
-from awconv.serve.ports import listen
+from awconv.serve.interface import add_page, make_app
+from awconv.serve.ports import listen, names_of
 from awconv.serve.service import Limits, Service
 from awconv.serve.stopping import Server
 from tests.data.samples import digit, png
@@ -89,6 +89,33 @@ def digits(count: int) -> list[bytes]:
     return [png(digit(index)) for index in range(count)]
 
 
+def uploaded(port: int, content: bytes, name: str = "photo.png", **headers: str) -> Answer:
+    """The page's way to give a file; its answer is the file's path."""
+    body, kind = form(content, "files", name)
+    return ask(port, body, "/page/gradio_api/upload", kind, **headers)
+
+
+def joined(port: int, call: dict[str, Any]) -> Answer:
+    return ask(port, json.dumps(call).encode(), "/page/gradio_api/queue/join", "application/json")
+
+
+def shown(port: int, photograph: Any, choice: Any = (), session: str = "abc") -> dict[str, Any]:
+    """What the page gets for a photograph: gradio's message at the end."""
+    call = dict(data=[photograph, choice], fn_index=0, session_hash=session)
+    assert joined(port, call).status == 200
+    stream = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    try:
+        stream.request("GET", f"/page/gradio_api/queue/data?session_hash={session}")
+        response = stream.getresponse()
+        while line := response.readline().decode():
+            if "process_completed" in line:
+                message: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                return message
+        raise AssertionError("the stream ended")
+    finally:
+        stream.close()
+
+
 @dataclass(frozen=True)
 class Running:
     port: int
@@ -97,11 +124,14 @@ class Running:
 
 
 @contextmanager
-def running(network: Network | None = None, **limits: Any) -> Iterator[Running]:
-    """A server in a thread of this process, without the page."""
+def running(network: Network | None = None, page: Path | None = None, **limits: Any) -> Iterator[Running]:
+    """A server in a thread of this process, with the page if there is a folder for its files."""
     service = Service(open_network(NAME, False) if network is None else network, Limits(**limits))
     with listen("127.0.0.1", 0) as bound:
-        server = Server(make_app(service), service)
+        application = make_app(service, names_of(bound, "127.0.0.1"))
+        if page is not None:
+            add_page(application, service, page)
+        server = Server(application, service)
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[bound]))
         thread.start()
         try:

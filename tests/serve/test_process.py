@@ -21,7 +21,7 @@ import pytest
 
 from awconv.cli import main
 from awconv.predict import predict
-from tests.serve.servers import NAME, SECONDS, Answer, Process, ask, digits, form, photographs, wait_for
+from tests.serve.servers import NAME, SECONDS, Answer, Process, ask, digits, form, photographs, shown, wait_for
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[serve]'")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -128,20 +128,10 @@ class TestThePage:
         browser.execute_script(DROP, target, base64.b64encode(content).decode(), "dropped.png")
 
     def test_makes_the_server_fetch_nothing(self, server: Process) -> None:
-        config = ask(server.port, path="/page/config").json
-        (image,) = (one["id"] for one in config["components"] if one["type"] == "image")
-        (event, *_) = (one for one in config["dependencies"] if image in one["inputs"])
-        file = {"path": "http://example.org/photo.png", "meta": {"_type": "gradio.FileData"}}
-        call = {"data": [file, []], "fn_index": event["id"], "session_hash": "abc"}
-        got = ask(server.port, json.dumps(call).encode(), "/page/gradio_api/queue/join", "application/json")
-        assert got.status == 200
-        stream = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
-        stream.request("GET", "/page/gradio_api/queue/data?session_hash=abc")
-        response, text = stream.getresponse(), ""
-        while "process_completed" not in text:
-            text += response.readline().decode()
-        stream.close()
-        assert '"success":false' in text.replace(" ", "")
+        for address in ("http://example.org/photo.png", "https://example.org/photo.png"):
+            file = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
+            assert not shown(server.port, file, [])["success"]
+            assert ask(server.port, path=f"/page/gradio_api/file={address}").status == 404
         assert not [line for line in server.audit if "example.org" in line]
 
 
@@ -230,8 +220,8 @@ def test_sigterm_under_load_loses_no_request_and_refuses_new_ones(
             with connection:
                 received = b""
                 try:
-                    head = f"POST /predict HTTP/1.1\r\nHost: it\r\nContent-Length: {len(content)}\r\nConnection: close"
-                    connection.sendall(head.encode() + b"\r\n\r\n" + content)
+                    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+                    connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + content)
                     while piece := connection.recv(65536):
                         received += piece
                 except ConnectionError:

@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from awconv.extras import require
-from awconv.serve.ports import address_of, is_local, listen
+from awconv.serve.ports import address_of, is_local, listen, names_of
 from awconv.terminal import say
 
 
@@ -60,9 +61,15 @@ def serve(
     """
     for module in ("fastapi", "python_multipart", "uvicorn"):
         require(module, extra="serve")
-    with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="awconv-serve-") as folder, _fonts_in(folder):
+    with (
+        listen(host, port) as bound,
+        tempfile.TemporaryDirectory(prefix="awconv-serve-") as folder,
+        _writing_in(folder),
+    ):
         if page:
             require("gradio", extra="serve")
+        uploads = Path(folder, "uploads")
+        uploads.mkdir()
         from awconv.predict import open_network, source_of
         from awconv.serve.interface import add_page, make_app
         from awconv.serve.service import Limits, Service
@@ -71,9 +78,9 @@ def serve(
         source = source_of(ckpt, model, "ckpt")
         limits = Limits(max_bytes, max_pixels, batch_size, max_wait_ms, queue_size, threshold)
         service = Service(open_network(source, model is not None, pretrained, image_size), limits)
-        application = make_app(service)
+        application = make_app(service, names_of(bound, host))
         if page:
-            add_page(application, service, Path(folder))
+            add_page(application, service, uploads)
         address = address_of(bound)
         if not is_local(bound):
             say(f"awconv serve: whoever reaches {address} may use this server: it asks for no password")
@@ -86,12 +93,9 @@ def serve(
 
 
 @contextmanager
-def _fonts_in(folder: str) -> Iterator[None]:
-    """Lets matplotlib keep its list of fonts in a folder, and not in the user's home, if it is not imported yet."""
-    given = "MPLCONFIGDIR" in os.environ
-    os.environ.setdefault("MPLCONFIGDIR", folder)
-    try:
+def _writing_in(folder: str) -> Iterator[None]:
+    """Lets others keep what they write in a folder: they read where when they are imported."""
+    caches = {name: os.path.join(folder, name.lower()) for name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")}
+    variables = {name: path for name, path in caches.items() if name not in os.environ}  # which a user may have set
+    with mock.patch.dict(os.environ, variables, GRADIO_TEMP_DIR=os.path.join(folder, "uploads")):
         yield
-    finally:
-        if not given:
-            del os.environ["MPLCONFIGDIR"]
