@@ -155,6 +155,11 @@ class Process:
 
     It writes down, by Python's audit events, each file that it opens to write, and each address that it looks up or
     connects to.
+
+    Args:
+        folder: of its own.
+        arguments: of the command.
+        before: Python that it runs first.
     """
 
     _CODE = """
@@ -165,15 +170,16 @@ def note(event, arguments):
         if not isinstance(arguments[0], int):
             os.write(log, f"write {os.path.abspath(os.fsdecode(arguments[0]))}\\n".encode())
     elif event in ("os.mkdir", "os.rename", "os.symlink"):
-        os.write(log, f"write {os.path.abspath(os.fsdecode(arguments[-3 if event == 'os.mkdir' else 1]))}\\n".encode())
+        os.write(log, f"write {os.path.abspath(os.fsdecode(arguments[event != 'os.mkdir']))}\\n".encode())
     elif event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
         os.write(log, f"reach {arguments}\\n".encode())
 sys.addaudithook(note)
+exec(sys.argv[2])
 from awconv.cli import main
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, before: str = "") -> None:
         self.folder = folder
         for name in ("home", "here", "temporary"):
             (folder / name).mkdir()
@@ -191,7 +197,7 @@ sys.exit(main(sys.argv[2:]))
         self.cache = Path(cache) / "awconv"
         self._errors = open(folder / "errors", "w")  # noqa: SIM115 - closed by end()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self._CODE, str(folder / "audit"), "serve", NAME, "--port=0", *arguments],
+            [sys.executable, "-c", self._CODE, str(folder / "audit"), before, "serve", NAME, "--port=0", *arguments],
             cwd=folder / "here",
             env=environment,
             stderr=self._errors,
@@ -211,6 +217,11 @@ sys.exit(main(sys.argv[2:]))
     @property
     def audit(self) -> list[str]:
         return (self.folder / "audit").read_text().splitlines()
+
+    def left(self) -> list[str]:
+        """What it has left in the temporary folder; not what torch makes there as soon as torchvision is imported."""
+        names = sorted(file.name for file in (self.folder / "temporary").iterdir())
+        return [name for name in names if not name.startswith("torchinductor_")]
 
     def memory(self) -> int:
         """What is in memory of it, in KiB."""

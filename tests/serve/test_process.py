@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi", reason="serving needs fastapi: pip install '.[serve]'")
+pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[serve]'")
+
 from awconv.cli import main
 from awconv.predict import predict
 from tests.serve.servers import NAME, SECONDS, Answer, Process, ask, digits, form, photographs, shown, wait_for
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[serve]'")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     "--headless=new",
@@ -193,10 +195,43 @@ def test_ctrl_c_ends_it_while_a_page_listens_and_leaves_no_file(server: Process)
     assert server.stop(signal.SIGINT) == 130
     assert time.monotonic() - start < 25  # as its documentation says
     listening.close()
-    assert list((server.folder / "temporary").glob("awconv*")) == []
+    assert server.left() == []
     first, *rest = server.errors.splitlines()
     assert first.startswith(f"awconv serve: {NAME}, 10 classes, at http://127.0.0.1:")
     assert not [line for line in rest if not line.startswith("awconv serve: answered for ")], rest
+
+
+# A handler that never gives the loop back.
+STUCK = """
+import time
+from awconv.serve import interface
+make_app = interface.make_app
+def spoiled(*arguments):
+    application = make_app(*arguments)
+    @application.get("/stuck")
+    async def stuck():
+        time.sleep(600)
+    return application
+interface.make_app = spoiled
+"""
+
+
+def test_a_second_signal_ends_it_at_once_though_its_loop_is_stuck(tmp_path: Path) -> None:
+    server = Process(tmp_path, "--page=false", before=STUCK)
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), SECONDS) as connection:
+            connection.sendall(b"GET /stuck HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert server.process.poll() is None
+            start = time.monotonic()
+            assert server.stop(signal.SIGTERM) == 143
+        assert time.monotonic() - start < 5
+        assert server.left() == []
+        assert "ended at once by a second signal" in server.errors
+    finally:
+        server.end()
 
 
 def test_sigterm_under_load_loses_no_request_and_refuses_new_ones(

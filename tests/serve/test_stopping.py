@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi", reason="serving needs fastapi: pip install '.[serve]'")
+
 from awconv.cli import main
 from awconv.predict import open_network
 from tests.serve.servers import NAME, SECONDS, ask, digits, running, wait_for

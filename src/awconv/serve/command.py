@@ -51,7 +51,7 @@ def serve(
         pretrained: a file of weights: those that the adapter was trained on, or a name's, in the place of timm's.
 
     Returns:
-        The exit status, 0. After Ctrl-C, ``awconv`` exits with 130, after SIGTERM with 143.
+        The exit status, 0. After Ctrl-C, ``awconv`` exits with 130, after SIGTERM with 143; at once after a second one.
 
     Raises:
         FileNotFoundError: the checkpoint or the base is missing.
@@ -86,7 +86,7 @@ def serve(
             say(f"awconv serve: whoever reaches {address} may use this server: it asks for no password")
         say(f"awconv serve: {service.name}, {len(service.network.classes)} classes, at {address} (Ctrl-C ends it)")
         try:
-            Server(application, service).run(sockets=[bound])
+            Server(application, service, folder).run(sockets=[bound])
         finally:
             say(f"awconv serve: answered for {service.answered} images")
     return 0
@@ -95,7 +95,6 @@ def serve(
 @contextmanager
 def _writing_in(folder: str) -> Iterator[None]:
     """Lets others keep what they write in a folder: they read where when they are imported."""
-    caches = {name: os.path.join(folder, name.lower()) for name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR")}
-    variables = {name: path for name, path in caches.items() if name not in os.environ}  # which a user may have set
+    variables = {"MPLCONFIGDIR": os.path.join(folder, "fonts")} if "MPLCONFIGDIR" not in os.environ else {}
     with mock.patch.dict(os.environ, variables, GRADIO_TEMP_DIR=os.path.join(folder, "uploads")):
         yield
