@@ -5,34 +5,45 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import socket
 import threading
+import time
 import tracemalloc
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 pytest.importorskip("fastapi", reason="serving needs fastapi: pip install '.[serve]'")
 
-from awconv.data.images import MAX_PIXELS
+from awconv.data.images import MAX_PIXELS, read_image
 from awconv.predict import open_network
 from awconv.serve import serve
 from awconv.serve.interface import make_app
 from awconv.serve.ports import listen, names_of
 from awconv.serve.service import Limits, Service
+from awconv.tasks import DetectionTask
 from tests.serve.files import FILES
-from tests.serve.servers import NAME, SECONDS, Running, ask, digits, form, running, wait_for
+from tests.serve.servers import NAME, SECONDS, Running, ask, digits, encoded, form, running, wait_for
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with running(max_bytes=200_000) as server:
         yield server
+
+
+def memory() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class TestMistakes:
@@ -203,6 +214,39 @@ class TestLimits:
             goes_on.set()
             assert [one.result().json["label"] for one in waiting] == ["0", "1"]
             assert ask(server.port, FILES["a digit.png"]).status == 200
+
+    def test_large_images_wait_for_a_detector_encoded(self) -> None:
+        goes_on = threading.Event()
+        torch.manual_seed(0)
+        network = DetectionTask(["a", "b"], [1, 2], network="resnet8_cifar", min_size=64, max_size=96).eval()
+        network.register_forward_pre_hook(lambda *_: goes_on.wait(60) and None)
+        large = encoded(Image.new("RGB", (3000, 2000)), "PNG")
+        with running(network) as server, ThreadPoolExecutor(10) as pool:
+            before = memory()
+            waiting = [pool.submit(ask, server.port, large) for _ in range(10)]
+            wait_for(lambda: server.service.batcher.busy == 10 and server.service.batcher._coming == 0)
+            grown = memory() - before
+            goes_on.set()
+            assert {one.result().status for one in waiting} == {200}
+        assert grown < 100_000_000, grown  # one image has 18 MB, and some more while it is decoded; ten have 180 MB
+
+    @pytest.mark.parametrize(("side", "most"), [(64, 4), (65, 1)])
+    def test_there_is_one_large_image_at_a_time(self, side: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoding, counts = [0], [0]
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            decoding[0] += 1
+            counts.append(decoding[0])
+            time.sleep(0.05)
+            decoding[0] -= 1
+            return read_image(*arguments, **options)
+
+        monkeypatch.setattr("awconv.serve.service.read_image", slowly)
+        monkeypatch.setattr("awconv.serve.service._LARGE", 64 * 64)
+        image = encoded(Image.new("L", (side, 64)), "PNG")
+        with running() as server, ThreadPoolExecutor(8) as pool:
+            assert {got.status for got in pool.map(lambda _: ask(server.port, image), range(8))} == {200}
+        assert max(counts) == (1 if most == 1 else min(most, os.cpu_count() or 1))
 
     @pytest.mark.parametrize(
         ("limits", "words"),

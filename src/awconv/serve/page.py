@@ -14,7 +14,6 @@ from starlette.routing import Mount
 from torchvision.transforms.v2.functional import to_pil_image
 
 from awconv.data import to_uint8
-from awconv.data.images import read_image
 from awconv.draw import drawn
 from awconv.explain import overlay
 from awconv.extras import require
@@ -217,9 +216,9 @@ class _Shown:
         return file.read_bytes()
 
     def _objects(self, content: bytes, name: str, found: Detected, threshold: float) -> str:
-        image = colours(read_image(content, name, max_pixels=self._service.limits.max_pixels))
-        picture = drawn(image, found.detections, threshold)
-        picture.thumbnail((_LONGEST, _LONGEST))
+        with self._service.decoded_image(content, name) as image:
+            picture = drawn(colours(image), found.detections, threshold)
+            picture.thumbnail((_LONGEST, _LONGEST))
         return sections.page(sections.objects(found, picture))
 
     async def _insides(
@@ -228,10 +227,10 @@ class _Shown:
         service, label = self._service, found.top[0][0]
 
         def read() -> tuple[Any, Image.Image]:
-            image = read_image(content, found.image, max_pixels=service.limits.max_pixels)
             size = max(_SHOWN, network.input_size[1])
-            large = to_uint8(image, 3, size, network.crop_pct, network.interpolation)
-            return seen(network, image), cast(Image.Image, to_pil_image(large))
+            with service.decoded_image(content, found.image) as image:
+                large = to_uint8(image, 3, size, network.crop_pct, network.interpolation)
+                return seen(network, image), cast(Image.Image, to_pil_image(large))
 
         tensor, picture = await service.decoded(read)
         looks = await service.alone(lambda: look(network, tensor, label, layers))
