@@ -49,6 +49,15 @@ class TestFiles:
         assert 'id="aw-class">3<' in message["output"]["data"][0]
         assert ask(server.port, path=f"/page/gradio_api/file={path}", method="HEAD").status == 200
 
+    def test_may_have_names_with_half_a_character(self, server: Running) -> None:
+        (path,) = uploaded(server.port, digits(4)[3]).json
+        photograph = described(path) | {"orig_name": "\ud83d<b>.png", "size": "x", "url": "http://example.org"}
+        message = shown(server.port, photograph, [], "half")
+        assert message["success"]
+        assert "<b>.png" not in message["output"]["data"][0]
+        photograph["path"] = "\ud83d"
+        assert not shown(server.port, photograph, [], "half")["success"]
+
     @pytest.mark.parametrize(
         "kind", ["elsewhere", "dotfile", "relative", "device", "pipe", "link", "folder", "address", "null-byte", "long"]
     )
@@ -124,6 +133,16 @@ class TestRoutes:
         for headers in (dict(Origin=f"http://127.0.0.1:{server.port}"), dict(Sec_Fetch_Site="same-origin")):
             assert uploaded(server.port, digits(1)[0], **headers).status == 200
 
+    def test_are_there_behind_a_proxy_too(self, server: Running) -> None:
+        named: dict[str, str] = dict(X_Forwarded_Host="example.org", X_Forwarded_Proto="https")
+        assert ask(server.port, path="/page/config", **named).json["root"] == "https://example.org/page"
+        sent = dict(Origin="https://example.org", Sec_Fetch_Site="same-origin")  # as browsers do over HTTPS
+        assert uploaded(server.port, digits(1)[0], **named, **sent).status == 200
+
+    def test_begin_at_the_servers_root(self, server: Running) -> None:
+        got = ask(server.port, path="/", method="HEAD")
+        assert (got.status, got.headers["location"], got.text) == (307, "./page/", "")
+
 
 class TestUploads:
     def test_that_are_too_large_leave_nothing_and_their_sender_reads_why(self, server: Running, folder: Path) -> None:
@@ -174,7 +193,8 @@ class TestCalls:
         [
             (dict(fn_index=999), "fn_index must be one of"),
             (dict(fn_index="0"), "fn_index must be one of"),
-            (dict(session_hash=None), "session_hash must be a text"),
+            (dict(session_hash=None), "session_hash must be letters"),
+            (dict(session_hash="\ud83d"), "session_hash must be letters"),
             (dict(data=["photo.png", []]), "a photograph must be null or"),
             (dict(data=[{"path": 1}, []]), "a photograph must be null or"),
             (dict(data=[None, {"path": "/dev/zero"}]), "data must be"),

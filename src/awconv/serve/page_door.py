@@ -27,6 +27,7 @@ _READ = re.compile(
 _FORM, _JOIN = "/gradio_api/upload", "/gradio_api/queue/join"
 _WRITTEN = (_FORM, _JOIN, "/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/reset/")
 _CALL_BYTES = 2**20  # of a body that is no upload
+_SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME, _LAYERS = 255, 10_000  # characters of a file's name; names of layers
 _FILES = 64  # so many of the largest files may lie in the folder
 
@@ -128,8 +129,8 @@ class PageDoor:
         trigger = given.get("trigger_id")
         if not _is_number(event) or event not in self._events:
             raise RequestError(422, f"fn_index must be one of the page's, {sorted(self._events)}, got {event!r:.80}")
-        if not isinstance(session, str) or not 0 < len(session) <= _NAME:
-            raise RequestError(422, f"session_hash must be a text, got {session!r:.80}")
+        if not isinstance(session, str) or not _SESSION.fullmatch(session):
+            raise RequestError(422, f"session_hash must be letters and digits, got {session!r:.80}")
         if not isinstance(data, list) or not 1 <= len(data) <= 2 or not all(map(_is_choice, data[1:])):
             raise RequestError(422, f"data must be a photograph and what the page offers to choose, got {data!r:.80}")
         return dict(
@@ -152,7 +153,7 @@ def _described(photograph: Any, folder: Path) -> dict[str, Any] | None:
     name = photograph.get("orig_name")
     return dict(
         path=str(upload_at(photograph["path"], folder) or folder / "missing"),  # of which gradio makes a message
-        orig_name=name[-_NAME:] if isinstance(name, str) else None,
+        orig_name=name[-_NAME:].encode(errors="replace").decode() if isinstance(name, str) else None,
         meta={"_type": "gradio.FileData"},
     )
 
