@@ -96,11 +96,13 @@ for (const kind of ["dragenter", "dragover", "drop"])
 """
 
 
-def requested(browser: Any) -> set[str]:
-    """The hosts that the browser's pages asked."""
+def requested(browser: Any) -> tuple[set[str], list[str]]:
+    """The hosts that the browser's pages asked, and the addresses that were refused."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return {url.split("/")[2] for url in urls if url.startswith(("http:", "https:", "ws:", "wss:"))}
+    answers = [m["params"]["response"] for m in messages if m["method"] == "Network.responseReceived"]
+    hosts = {url.split("/")[2] for url in urls if url.startswith(("http:", "https:", "ws:", "wss:"))}
+    return hosts, [answer["url"] for answer in answers if answer["status"] >= 400]
 
 
 class TestThePage:
@@ -121,7 +123,7 @@ class TestThePage:
         found(browser, "#result", "No photograph yet")
         self.drop(browser, b"broken")
         assert "cannot identify an image" in found(browser, ".aw .error").text
-        assert requested(browser) == {f"127.0.0.1:{server.port}"}
+        assert requested(browser) == ({f"127.0.0.1:{server.port}"}, [])
         errors = server.errors.splitlines()
         assert len(errors) == 1, errors  # where it listens
 
