@@ -21,8 +21,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from awconv.predict import Network, open_network
-from awconv.serve.interface import make_app
-from awconv.serve.ports import listen
+from awconv.serve.interface import add_page, make_app
+from awconv.serve.ports import listen, names_of
 from awconv.serve.service import Limits, Service
 from awconv.serve.stopping import Server
 from tests.data.samples import digit, png
@@ -89,6 +89,33 @@ def digits(count: int) -> list[bytes]:
     return [png(digit(index)) for index in range(count)]
 
 
+def uploaded(port: int, content: bytes, name: str = "photo.png", **headers: str) -> Answer:
+    """The page's way to give a file; its answer is the file's path."""
+    body, kind = form(content, "files", name)
+    return ask(port, body, "/page/gradio_api/upload", kind, **headers)
+
+
+def joined(port: int, call: dict[str, Any]) -> Answer:
+    return ask(port, json.dumps(call).encode(), "/page/gradio_api/queue/join", "application/json")
+
+
+def shown(port: int, photograph: Any, choice: Any = (), session: str = "abc") -> dict[str, Any]:
+    """What the page gets for a photograph: gradio's message at the end."""
+    call = dict(data=[photograph, choice], fn_index=0, session_hash=session)
+    assert joined(port, call).status == 200
+    stream = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    try:
+        stream.request("GET", f"/page/gradio_api/queue/data?session_hash={session}")
+        response = stream.getresponse()
+        while line := response.readline().decode():
+            if "process_completed" in line:
+                message: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                return message
+        raise AssertionError("the stream ended")
+    finally:
+        stream.close()
+
+
 @dataclass(frozen=True)
 class Running:
     port: int
@@ -97,11 +124,14 @@ class Running:
 
 
 @contextmanager
-def running(network: Network | None = None, **limits: Any) -> Iterator[Running]:
-    """A server in a thread of this process, without the page."""
+def running(network: Network | None = None, page: Path | None = None, **limits: Any) -> Iterator[Running]:
+    """A server in a thread of this process, with the page if there is a folder for its files."""
     service = Service(open_network(NAME, False) if network is None else network, Limits(**limits))
     with listen("127.0.0.1", 0) as bound:
-        server = Server(make_app(service), service)
+        application = make_app(service, names_of(bound, "127.0.0.1"))
+        if page is not None:
+            add_page(application, service, page)
+        server = Server(application, service)
         thread = threading.Thread(target=server.run, kwargs=dict(sockets=[bound]))
         thread.start()
         try:
@@ -125,6 +155,11 @@ class Process:
 
     It writes down, by Python's audit events, each file that it opens to write, and each address that it looks up or
     connects to.
+
+    Args:
+        folder: of its own.
+        arguments: of the command.
+        before: Python that it runs first.
     """
 
     _CODE = """
@@ -135,15 +170,16 @@ def note(event, arguments):
         if not isinstance(arguments[0], int):
             os.write(log, f"write {os.path.abspath(os.fsdecode(arguments[0]))}\\n".encode())
     elif event in ("os.mkdir", "os.rename", "os.symlink"):
-        os.write(log, f"write {os.path.abspath(os.fsdecode(arguments[-3 if event == 'os.mkdir' else 1]))}\\n".encode())
+        os.write(log, f"write {os.path.abspath(os.fsdecode(arguments[event != 'os.mkdir']))}\\n".encode())
     elif event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
         os.write(log, f"reach {arguments}\\n".encode())
 sys.addaudithook(note)
+exec(sys.argv[2])
 from awconv.cli import main
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, before: str = "") -> None:
         self.folder = folder
         for name in ("home", "here", "temporary"):
             (folder / name).mkdir()
@@ -161,7 +197,7 @@ sys.exit(main(sys.argv[2:]))
         self.cache = Path(cache) / "awconv"
         self._errors = open(folder / "errors", "w")  # noqa: SIM115 - closed by end()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self._CODE, str(folder / "audit"), "serve", NAME, "--port=0", *arguments],
+            [sys.executable, "-c", self._CODE, str(folder / "audit"), before, "serve", NAME, "--port=0", *arguments],
             cwd=folder / "here",
             env=environment,
             stderr=self._errors,
@@ -181,6 +217,11 @@ sys.exit(main(sys.argv[2:]))
     @property
     def audit(self) -> list[str]:
         return (self.folder / "audit").read_text().splitlines()
+
+    def left(self) -> list[str]:
+        """What it has left in the temporary folder; not what torch makes there as soon as torchvision is imported."""
+        names = sorted(file.name for file in (self.folder / "temporary").iterdir())
+        return [name for name in names if not name.startswith("torchinductor_")]
 
     def memory(self) -> int:
         """What is in memory of it, in KiB."""

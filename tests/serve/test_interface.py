@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("fastapi", reason="serving needs fastapi: pip install '.[serve]'")
+
 from awconv.export.exported import ExportedClassifier
 from awconv.export.metadata import Metadata
 from awconv.predict import open_network, predict

@@ -14,6 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("fastapi", reason="serving needs fastapi: pip install '.[serve]'")
+pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[serve]'")
+
 import awconv
 from awconv.predict import open_network
 from awconv.predictions import Prediction

@@ -19,11 +19,13 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi", reason="serving needs fastapi: pip install '.[serve]'")
+pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[serve]'")
+
 from awconv.cli import main
 from awconv.predict import predict
-from tests.serve.servers import NAME, SECONDS, Answer, Process, ask, digits, form, photographs, wait_for
+from tests.serve.servers import NAME, SECONDS, Answer, Process, ask, digits, form, photographs, shown, wait_for
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[serve]'")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     "--headless=new",
@@ -94,11 +96,13 @@ for (const kind of ["dragenter", "dragover", "drop"])
 """
 
 
-def requested(browser: Any) -> set[str]:
-    """The hosts that the browser's pages asked."""
+def requested(browser: Any) -> tuple[set[str], list[str]]:
+    """The hosts that the browser's pages asked, and the addresses that were refused."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return {url.split("/")[2] for url in urls if url.startswith(("http:", "https:", "ws:", "wss:"))}
+    answers = [m["params"]["response"] for m in messages if m["method"] == "Network.responseReceived"]
+    hosts = {url.split("/")[2] for url in urls if url.startswith(("http:", "https:", "ws:", "wss:"))}
+    return hosts, [answer["url"] for answer in answers if answer["status"] >= 400]
 
 
 class TestThePage:
@@ -119,7 +123,7 @@ class TestThePage:
         found(browser, "#result", "No photograph yet")
         self.drop(browser, b"broken")
         assert "cannot identify an image" in found(browser, ".aw .error").text
-        assert requested(browser) == {f"127.0.0.1:{server.port}"}
+        assert requested(browser) == ({f"127.0.0.1:{server.port}"}, [])
         errors = server.errors.splitlines()
         assert len(errors) == 1, errors  # where it listens
 
@@ -128,20 +132,10 @@ class TestThePage:
         browser.execute_script(DROP, target, base64.b64encode(content).decode(), "dropped.png")
 
     def test_makes_the_server_fetch_nothing(self, server: Process) -> None:
-        config = ask(server.port, path="/page/config").json
-        (image,) = (one["id"] for one in config["components"] if one["type"] == "image")
-        (event, *_) = (one for one in config["dependencies"] if image in one["inputs"])
-        file = {"path": "http://example.org/photo.png", "meta": {"_type": "gradio.FileData"}}
-        call = {"data": [file, []], "fn_index": event["id"], "session_hash": "abc"}
-        got = ask(server.port, json.dumps(call).encode(), "/page/gradio_api/queue/join", "application/json")
-        assert got.status == 200
-        stream = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
-        stream.request("GET", "/page/gradio_api/queue/data?session_hash=abc")
-        response, text = stream.getresponse(), ""
-        while "process_completed" not in text:
-            text += response.readline().decode()
-        stream.close()
-        assert '"success":false' in text.replace(" ", "")
+        for address in ("http://example.org/photo.png", "https://example.org/photo.png"):
+            file = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
+            assert not shown(server.port, file, [])["success"]
+            assert ask(server.port, path=f"/page/gradio_api/file={address}").status == 404
         assert not [line for line in server.audit if "example.org" in line]
 
 
@@ -203,10 +197,43 @@ def test_ctrl_c_ends_it_while_a_page_listens_and_leaves_no_file(server: Process)
     assert server.stop(signal.SIGINT) == 130
     assert time.monotonic() - start < 25  # as its documentation says
     listening.close()
-    assert list((server.folder / "temporary").glob("awconv*")) == []
+    assert server.left() == []
     first, *rest = server.errors.splitlines()
     assert first.startswith(f"awconv serve: {NAME}, 10 classes, at http://127.0.0.1:")
     assert not [line for line in rest if not line.startswith("awconv serve: answered for ")], rest
+
+
+# A handler that never gives the loop back.
+STUCK = """
+import time
+from awconv.serve import interface
+make_app = interface.make_app
+def spoiled(*arguments):
+    application = make_app(*arguments)
+    @application.get("/stuck")
+    async def stuck():
+        time.sleep(600)
+    return application
+interface.make_app = spoiled
+"""
+
+
+def test_a_second_signal_ends_it_at_once_though_its_loop_is_stuck(tmp_path: Path) -> None:
+    server = Process(tmp_path, "--page=false", before=STUCK)
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), SECONDS) as connection:
+            connection.sendall(b"GET /stuck HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert server.process.poll() is None
+            start = time.monotonic()
+            assert server.stop(signal.SIGTERM) == 143
+        assert time.monotonic() - start < 5
+        assert server.left() == []
+        assert "ended at once by a second signal" in server.errors
+    finally:
+        server.end()
 
 
 def test_sigterm_under_load_loses_no_request_and_refuses_new_ones(
@@ -230,8 +257,8 @@ def test_sigterm_under_load_loses_no_request_and_refuses_new_ones(
             with connection:
                 received = b""
                 try:
-                    head = f"POST /predict HTTP/1.1\r\nHost: it\r\nContent-Length: {len(content)}\r\nConnection: close"
-                    connection.sendall(head.encode() + b"\r\n\r\n" + content)
+                    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+                    connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + content)
                     while piece := connection.recv(65536):
                         received += piece
                 except ConnectionError:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi", reason="serving needs fastapi: pip install '.[serve]'")
+
 from awconv.cli import main
 from awconv.predict import open_network
 from tests.serve.servers import NAME, SECONDS, ask, digits, running, wait_for
@@ -36,7 +38,7 @@ def test_what_is_computed_and_what_comes_on_accepted_connections_is_answered_and
             wait_for(lambda: len(server.server_state.connections) == 2)
             server.should_exit = True
             wait_for(lambda: is_refused(port))
-            head = f"POST /predict HTTP/1.1\r\nHost: it\r\nContent-Length: {len(late)}\r\n\r\n"
+            head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(late)}\r\n\r\n"
             accepted.sendall(head.encode() + late)
             wait_for(lambda: running_server.service.batcher.busy == 2)
             goes_on.set()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -13,11 +13,7 @@ from starlette.requests import Request
 
 FIELD = "file"
 _ENVELOPE = 2**16  # bytes of a form around its file
-_LONGEST = 60.0  # seconds that a body may take
-_REST = (
-    5.0,
-    2**27,
-)  # seconds and bytes for which the rest of a refused body is read, so that its sender reads the answer
+_LONGEST, _IDLE = 60.0, 10.0  # seconds that a body may take, and that may pass without a byte of it
 _RAW = ("application/octet-stream", "")  # beside image/...
 _NAME = 255  # characters of a file's name
 _HOW = (
@@ -53,24 +49,42 @@ class Upload:
 
 
 class _InMemory(MultiPartParser):
-    """Writes no file to the disk, however large."""
+    """Writes no file to the disk, however large, and notes whether the form ends."""
 
     spool_max_size = 2**62
+    has_ended = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Names are UTF-8 (else Latin-1), whatever alphabet the header names: some give halves of characters.
+        super().__setattr__(name, "utf-8" if name == "_charset" else value)
+
+    def on_end(self) -> None:
+        self.has_ended = True
 
 
-async def read_upload(request: Request, max_bytes: int) -> Upload:
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads the body of a request that is no image.
+
+    Raises:
+        RequestError: 408 (too slow) or 413 (too large).
+    """
+    return (await _read(_raw(request, max_bytes), max_bytes)).content
+
+
+async def read_upload(request: Request, max_bytes: int, field: str = FIELD) -> Upload:
     """Reads the image of a request, and never more than the limit.
 
     Args:
         request: its body is the image, or a form with one.
         max_bytes: of the image.
+        field: name of the file in a form.
 
     Raises:
         RequestError: 400 (no or a damaged body), 408 (too slow), 413 (too large), 415 (something else) or 422 (a form
             without the file).
     """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    encoding = request.headers.get("content-encoding", "")
+    if encoding.strip().lower() not in ("", "identity"):
         raise RequestError(
             415, f"the body must not be compressed, got Content-Encoding: {encoding!r:.80}; leave it out"
         )
@@ -79,21 +93,26 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
     if not (is_form or kind in _RAW or kind.startswith("image/")):
         raise RequestError(415, f"the body must be an image, got Content-Type: {kind!r:.80}; {_HOW}")
     limit = max_bytes + (_ENVELOPE if is_form else 0)
-    try:
-        read = _form(request, limit) if is_form else _raw(request, limit)
-        upload = await asyncio.wait_for(read, _LONGEST)
-    except asyncio.TimeoutError:
-        raise RequestError(
-            408, f"the body must arrive within {_LONGEST:g} seconds, and did not; send a smaller image"
-        ) from None
-    except _TooLargeError as error:
-        await _discard_rest(request)
-        raise RequestError(413, _too_large(max_bytes, error.size)) from None
+    upload = await _read(_form(request, limit, field) if is_form else _raw(request, limit), max_bytes)
     if len(upload.content) > max_bytes:
         raise RequestError(413, _too_large(max_bytes, f"{len(upload.content):,}"))
     if not upload.content:
         raise RequestError(400, f"the body must be an image, got none: 0 bytes; {_HOW}")
     return upload
+
+
+async def _read(upload: Awaitable[Upload], max_bytes: int) -> Upload:
+    """Waits for a body, but not for ever."""
+    try:
+        return await asyncio.wait_for(upload, _LONGEST)
+    except asyncio.TimeoutError:
+        raise RequestError(
+            408,
+            f"the body must arrive within {_LONGEST:g} seconds, and bytes of it every {_IDLE:g}, and did not; send a "
+            "smaller image",
+        ) from None
+    except _TooLargeError as error:
+        raise RequestError(413, _too_large(max_bytes, error.size)) from None
 
 
 @dataclass
@@ -113,7 +132,8 @@ async def _chunks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     if length.isdecimal() and int(length) > limit:
         raise _TooLargeError(f"{int(length):,}")
     size = 0
-    async for chunk in request.stream():
+    stream = request.stream()
+    while (chunk := await asyncio.wait_for(anext(stream, None), _IDLE)) is not None:
         size += len(chunk)
         if size > limit:
             raise _TooLargeError(f"{size:,} or more")
@@ -127,34 +147,21 @@ async def _raw(request: Request, limit: int) -> Upload:
     return Upload(bytes(content), "upload")
 
 
-async def _form(request: Request, limit: int) -> Upload:
+async def _form(request: Request, limit: int, field: str) -> Upload:
+    parser = _InMemory(request.headers, _chunks(request, limit), max_files=1, max_fields=8)
     try:
-        form = await _InMemory(request.headers, _chunks(request, limit), max_files=1, max_fields=8).parse()
+        form = await parser.parse()
     except MultiPartException as error:
         raise RequestError(400, f"the form must be whole and hold one file, got: {error.message}; {_HOW}") from error
-    except (KeyError, UnicodeError) as error:  # of a form without a boundary, or of names in no alphabet
+    except (KeyError, UnicodeError) as error:  # of a form without a boundary, or one in no alphabet
         raise RequestError(400, f"the form's headers must name its boundary, and do not; {_HOW}") from error
-    found = form.get(FIELD)
+    if not parser.has_ended:
+        raise RequestError(400, f"the form must be whole and hold one file, got one without its end; {_HOW}")
+    found = form.get(field)
+    if isinstance(found, str):
+        raise RequestError(422, f"the form's {field!r} must be a file, with a filename=, got a text; {_HOW}")
     if not isinstance(found, UploadFile):
         names = ", ".join(map(repr, form)) or "nothing"
-        raise RequestError(422, f"the form must hold a file named {FIELD!r}, got {names:.200}; {_HOW}")
+        raise RequestError(422, f"the form must hold a file named {field!r}, got {names:.200}; {_HOW}")
     name = (found.filename or "").replace("\\", "/").rpartition("/")[2]
     return Upload(await found.read(), name[-_NAME:] or "upload")
-
-
-async def _discard_rest(request: Request) -> None:
-    """Reads on for a while: a sender that still writes when the connection closes does not read the answer."""
-    if request.headers.get("expect", "").lower() == "100-continue":
-        return  # which asks before it writes
-    seconds, limit = _REST
-
-    async def discard() -> None:
-        left = limit
-        while left > 0:
-            message = await request.receive()
-            left -= len(message.get("body", b""))
-            if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                return
-
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(discard(), seconds)

@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from awconv.extras import require
-from awconv.serve.ports import address_of, is_local, listen
+from awconv.serve.ports import address_of, is_local, listen, names_of
 from awconv.terminal import say
 
 
@@ -50,7 +51,7 @@ def serve(
         pretrained: a file of weights: those that the adapter was trained on, or a name's, in the place of timm's.
 
     Returns:
-        The exit status, 0. After Ctrl-C, ``awconv`` exits with 130, after SIGTERM with 143.
+        The exit status, 0. After Ctrl-C, ``awconv`` exits with 130, after SIGTERM with 143; at once after a second one.
 
     Raises:
         FileNotFoundError: the checkpoint or the base is missing.
@@ -60,9 +61,15 @@ def serve(
     """
     for module in ("fastapi", "python_multipart", "uvicorn"):
         require(module, extra="serve")
-    with listen(host, port) as bound, tempfile.TemporaryDirectory(prefix="awconv-serve-") as folder, _fonts_in(folder):
+    with (
+        listen(host, port) as bound,
+        tempfile.TemporaryDirectory(prefix="awconv-serve-") as folder,
+        _writing_in(folder),
+    ):
         if page:
             require("gradio", extra="serve")
+        uploads = Path(folder, "uploads")
+        uploads.mkdir()
         from awconv.predict import open_network, source_of
         from awconv.serve.interface import add_page, make_app
         from awconv.serve.service import Limits, Service
@@ -71,27 +78,23 @@ def serve(
         source = source_of(ckpt, model, "ckpt")
         limits = Limits(max_bytes, max_pixels, batch_size, max_wait_ms, queue_size, threshold)
         service = Service(open_network(source, model is not None, pretrained, image_size), limits)
-        application = make_app(service)
+        application = make_app(service, names_of(bound, host))
         if page:
-            add_page(application, service, Path(folder))
+            add_page(application, service, uploads)
         address = address_of(bound)
         if not is_local(bound):
             say(f"awconv serve: whoever reaches {address} may use this server: it asks for no password")
         say(f"awconv serve: {service.name}, {len(service.network.classes)} classes, at {address} (Ctrl-C ends it)")
         try:
-            Server(application, service).run(sockets=[bound])
+            Server(application, service, folder).run(sockets=[bound])
         finally:
             say(f"awconv serve: answered for {service.answered} images")
     return 0
 
 
 @contextmanager
-def _fonts_in(folder: str) -> Iterator[None]:
-    """Lets matplotlib keep its list of fonts in a folder, and not in the user's home, if it is not imported yet."""
-    given = "MPLCONFIGDIR" in os.environ
-    os.environ.setdefault("MPLCONFIGDIR", folder)
-    try:
+def _writing_in(folder: str) -> Iterator[None]:
+    """Lets others keep what they write in a folder: they read where when they are imported."""
+    variables = {"MPLCONFIGDIR": os.path.join(folder, "fonts")} if "MPLCONFIGDIR" not in os.environ else {}
+    with mock.patch.dict(os.environ, variables, GRADIO_TEMP_DIR=os.path.join(folder, "uploads")):
         yield
-    finally:
-        if not given:
-            del os.environ["MPLCONFIGDIR"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from awconv.data.images import BrokenImageError, TooLargeImageError
 from awconv.models.detection.transform import NarrowImageError
 from awconv.serve.batching import FullError
 from awconv.serve.body import FIELD, RequestError, read_upload
+from awconv.serve.door import Door
 from awconv.serve.service import OptionError, OutputError, Service
 from awconv.terminal import say
 from awconv.version import __version__
@@ -24,17 +25,6 @@ from awconv.version import __version__
 PAGE = "/page"
 _RETRY = 1  # seconds
 _CLOSED = 499  # what servers note of a client that has gone; nobody reads it
-# The page needs inline scripts and styles. Nothing comes from, or goes to, another server.
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-    "form-action 'self'; base-uri 'self'; object-src 'none'"
-)
-_HEADERS = [
-    (b"content-security-policy", _POLICY.encode()),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "required": True,
@@ -82,16 +72,13 @@ _FOUND = {
 }
 _OBJECTS = {"detections": {"type": "array", "items": {"type": "object", "properties": _FOUND}}}
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-
-def make_app(service: Service) -> FastAPI:
+def make_app(service: Service, hosts: Collection[str] | None = None) -> FastAPI:
     """The application that answers ``POST /predict`` and ``GET /health``.
 
     Args:
         service: the network. The application starts and ends its threads.
+        hosts: names by which a request may call the server; None if any.
     """
 
     @asynccontextmanager
@@ -105,13 +92,14 @@ def make_app(service: Service) -> FastAPI:
     # Their pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="awconv serve", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(_Headers, service=service)
+    app.add_middleware(Door, service=service, hosts=hosts)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     content = _OBJECTS if service.detects else _LABELLED | _OTHERS
     schema = {"type": "object", "properties": {"image": {"type": "string"}, **content}}
     answer = {"description": "what is in the image", "content": {"application/json": {"schema": schema}}}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="Whether the server answers, and by which network")
     async def health() -> JSONResponse:
         return JSONResponse({**service.health(), "version": __version__}, 200 if service.ready else 503)
@@ -195,27 +183,6 @@ def _invalid(error: dict[str, Any]) -> str:
     return f"{name} must be {wanted}, got {error.get('input')!r:.80}" + (f"; as in {example}" if example else "")
 
 
-class _Headers:
-    """Adds headers that keep a browser from other servers, and ends connections when the server does.
-
-    Args:
-        app: the application.
-        service: tells when the server ends.
-    """
-
-    def __init__(self, app: Any, service: Service) -> None:
-        self._app, self._service = app, service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def sending(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                closing = [(b"connection", b"close")] if self._service.stopping else []
-                message["headers"] = [*message.get("headers", []), *_HEADERS, *closing]
-            await send(message)
-
-        await self._app(scope, receive, sending if scope["type"] == "http" else send)
-
-
 def add_page(app: FastAPI, service: Service, folder: Path) -> FastAPI:
     """Adds the page, and a way to it from ``/``.
 
@@ -226,6 +193,7 @@ def add_page(app: FastAPI, service: Service, folder: Path) -> FastAPI:
     """
     from awconv.serve.page import mount
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def start() -> RedirectResponse:
         return RedirectResponse(f".{PAGE}/")

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 from fastapi import FastAPI
 from PIL import Image
+from starlette.routing import Mount
 from torchvision.transforms.v2.functional import to_pil_image
 
 from awconv.data import to_uint8
-from awconv.data.images import read_image
 from awconv.draw import drawn
 from awconv.explain import overlay
 from awconv.extras import require
@@ -21,6 +21,7 @@ from awconv.predictions import Detected, Prediction, colours, seen
 from awconv.serve import sections
 from awconv.serve.batching import FullError
 from awconv.serve.looking import look, usual_layers
+from awconv.serve.page_door import PageDoor, upload_at
 from awconv.serve.service import Asked, OutputError, Service
 from awconv.tasks import ClassificationTask
 from awconv.terminal import say
@@ -45,11 +46,15 @@ def mount(app: FastAPI, service: Service, path: str, folder: Path) -> FastAPI:
         ModuleNotFoundError: the extra is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it reports errors while it runs, too
-    with _set(GRADIO_TEMP_DIR=str(folder.resolve()), GRADIO_RUN_HISTORY="False"):
+    folder = folder.resolve()
+    with _set(GRADIO_TEMP_DIR=str(folder), GRADIO_RUN_HISTORY="False"):
         gradio = require("gradio", extra="serve")
+        # Each application makes folders there; gradio reads the environment only when it is imported.
+        require("gradio.routes", extra="serve").DEFAULT_TEMP_DIR = str(folder)
+        blocks = _blocks(gradio, service, folder)
         mounted: FastAPI = gradio.mount_gradio_app(
             app,
-            _blocks(gradio, service, folder.resolve()),
+            blocks,
             path=path,
             footer_links=[],
             ssr_mode=False,
@@ -60,12 +65,9 @@ def mount(app: FastAPI, service: Service, path: str, folder: Path) -> FastAPI:
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=sections.CSS,
         )
-    for route in app.routes:
-        stop = getattr(
-            getattr(route, "app", None), "stop_event", None
-        )  # of gradio's: a page listens as long as it is open
-        if stop is not None:
-            service.at_end.append(stop.set)
+    (route,) = (route for route in app.routes if isinstance(route, Mount) and route.path == path)
+    service.at_end.append(route.app.stop_event.set)  # type: ignore[attr-defined]  # open pages listen to gradio
+    route.app = PageDoor(route.app, service, folder, frozenset(blocks.fns))
     return mounted
 
 
@@ -110,7 +112,7 @@ def _blocks(gradio: Any, service: Service, folder: Path) -> Any:
             with gradio.Column(scale=2, min_width=280):
                 result = gradio.HTML(sections.page('<p class="faint">No photograph yet.</p>'), elem_id="result")
         for part in inputs:
-            part.async_move_resource_to_block_cache = _never_fetched(part.async_move_resource_to_block_cache)
+            part.async_move_resource_to_block_cache = _uploaded_only(part.async_move_resource_to_block_cache, folder)
         event = dict(
             fn=_Shown(service, folder).show, inputs=inputs, outputs=result, preprocess=False, api_visibility="private"
         )
@@ -135,15 +137,23 @@ def _promise(service: Service, names: Sequence[str]) -> str:
     )
 
 
-def _never_fetched(move: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Lets no browser make the server fetch an address, which gradio does for files that are named by one."""
+def _uploaded_only(move: Callable[..., Awaitable[Any]], folder: Path) -> Callable[..., Awaitable[Any]]:
+    """Lets no browser name a file that was not uploaded.
+
+    gradio copies whatever file of this machine is named, and fetches addresses: it refuses them only in an application
+    that it has started itself.
+    """
 
     async def moved(path: Any) -> Any:
-        if path is not None and "://" in str(path):
+        if path is None:
+            return None
+        file = upload_at(path, folder)
+        if file is None:
             raise require("gradio", extra="serve").Error(
-                "a file must be uploaded, got an address", print_exception=False
+                "a photograph must be uploaded, and this one is not there, or not any more; drop it again",
+                print_exception=False,
             )
-        return await move(path)
+        return await move(str(file))
 
     return moved
 
@@ -196,8 +206,8 @@ class _Shown:
 
     def _content(self, path: str) -> bytes:
         """The bytes of an uploaded file, and of no other: its path comes from the browser."""
-        file = Path(path).resolve()
-        if self._folder not in file.parents or not file.is_file():
+        file = upload_at(path, self._folder)
+        if file is None:
             raise ValueError("the photograph is not there any more; drop it again")
         if file.stat().st_size > self._service.limits.max_bytes:
             raise ValueError(
@@ -206,9 +216,9 @@ class _Shown:
         return file.read_bytes()
 
     def _objects(self, content: bytes, name: str, found: Detected, threshold: float) -> str:
-        image = colours(read_image(content, name, max_pixels=self._service.limits.max_pixels))
-        picture = drawn(image, found.detections, threshold)
-        picture.thumbnail((_LONGEST, _LONGEST))
+        with self._service.decoded_image(content, name) as image:
+            picture = drawn(colours(image), found.detections, threshold)
+            picture.thumbnail((_LONGEST, _LONGEST))
         return sections.page(sections.objects(found, picture))
 
     async def _insides(
@@ -217,10 +227,10 @@ class _Shown:
         service, label = self._service, found.top[0][0]
 
         def read() -> tuple[Any, Image.Image]:
-            image = read_image(content, found.image, max_pixels=service.limits.max_pixels)
             size = max(_SHOWN, network.input_size[1])
-            large = to_uint8(image, 3, size, network.crop_pct, network.interpolation)
-            return seen(network, image), cast(Image.Image, to_pil_image(large))
+            with service.decoded_image(content, found.image) as image:
+                large = to_uint8(image, 3, size, network.crop_pct, network.interpolation)
+                return seen(network, image), cast(Image.Image, to_pil_image(large))
 
         tensor, picture = await service.decoded(read)
         looks = await service.alone(lambda: look(network, tensor, label, layers))

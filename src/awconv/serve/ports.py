@@ -45,3 +45,17 @@ def address_of(bound: socket.socket) -> str:
 def is_local(bound: socket.socket) -> bool:
     """Whether only this machine reaches a socket."""
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def names_of(bound: socket.socket, host: str) -> frozenset[str] | None:
+    """How requests to a socket that only this machine reaches may call it, as in the header Host; else None: by any.
+
+    Args:
+        bound: the socket.
+        host: what it was asked to listen to.
+    """
+    if not is_local(bound):
+        return None
+    address = bound.getsockname()[0]
+    given = (f"[{name}]" if ":" in name else name for name in (address, host.lower()))
+    return frozenset({"localhost", "127.0.0.1", "[::1]", *given})

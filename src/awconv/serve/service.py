@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from PIL import Image
 
 from awconv.data.classification import check_batch
-from awconv.data.images import MAX_PIXELS, read_image
+from awconv.data.images import MAX_PIXELS, BrokenImageError, read_header, read_image
 from awconv.export.exported import ExportedClassifier, ExportedDetector
 from awconv.models.detection.transform import NarrowImageError
 from awconv.predict import Network
@@ -23,6 +26,7 @@ from awconv.tasks import ClassificationTask, DetectionTask
 
 Returned = TypeVar("Returned")
 _DECODERS = 4  # threads: Pillow decodes without Python's lock
+_LARGE = 2**24  # pixels: images that have more are decoded one after the other, for each takes up to 8 bytes a pixel
 _END = 10.0  # seconds that the last batch may take once the server has ended
 
 
@@ -115,6 +119,7 @@ class Service:
             check_batch(batch_size, channels, size)
         self.batcher: Batcher[Any, Any] = Batcher(self._run, batch_size, limits.max_wait_ms / 1000, limits.queue_size)
         self._decoders: ThreadPoolExecutor | None = None
+        self._large = threading.Lock()
 
     @property
     def detects(self) -> bool:
@@ -211,6 +216,8 @@ class Service:
                 (prediction,) = most_probable(found[None], self.network.classes, [name], asked.top_k)
         except NarrowImageError as error:
             raise NarrowImageError(f"{name}: {error}") from error
+        except BrokenImageError:  # a detector's, decoded just before it runs
+            raise
         except Exception as error:  # networks fail in ways of their own
             raise self._failed(error) from error
         self.answered += 1
@@ -236,16 +243,40 @@ class Service:
         """Runs what takes time and memory, but no network, in one of a few threads."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function)
 
-    def _read(self, content: bytes, name: str) -> Tensor:
-        image = read_image(content, name, max_pixels=self.limits.max_pixels)
-        if isinstance(self.network, DetectionTask | ExportedDetector):
-            return colours(image)
-        return seen(self.network, image)
+    @contextlib.contextmanager
+    def decoded_image(self, content: bytes, name: str) -> Iterator[Image.Image]:
+        """A decoded image. There is one large image at a time, however many are asked about.
 
-    def _run(self, items: Sequence[tuple[Tensor, str, float]]) -> Sequence[Any]:
+        Args:
+            content: the file's.
+            name: of the image in errors.
+
+        Raises:
+            BrokenImageError: it cannot be decoded, or is too large.
+        """
+        width, height = self._size(content, name)
+        with self._large if width * height > _LARGE else contextlib.nullcontext():
+            yield read_image(content, name, max_pixels=self.limits.max_pixels)
+
+    def _size(self, content: bytes, name: str) -> tuple[int, int]:
+        return read_header(io.BytesIO(content), name, max_pixels=self.limits.max_pixels)[1]
+
+    def _read(self, content: bytes, name: str) -> Any:
+        """What waits for the network: a classifier's image, which is small, or a detector's encoded one."""
+        if isinstance(self.network, DetectionTask | ExportedDetector):
+            self._size(content, name)
+            return content
+        with self.decoded_image(content, name) as image:
+            return seen(self.network, image)
+
+    def _objects(self, network: DetectionTask | ExportedDetector, content: bytes, name: str, threshold: float) -> Any:
+        with self.decoded_image(content, name) as image:
+            return objects_in(network, colours(image), name, threshold)
+
+    def _run(self, items: Sequence[tuple[Any, str, float]]) -> Sequence[Any]:
         """What the network makes of a batch: logits of shape (classes,), or objects, of each."""
         if isinstance(self.network, DetectionTask | ExportedDetector):
-            return [objects_in(self.network, image, name, threshold) for image, name, threshold in items]
+            return [self._objects(self.network, content, name, threshold) for content, name, threshold in items]
         with torch.inference_mode():
             batch = torch.stack([image for image, _, _ in items])
             return list(self.network(batch.to(self.network.device)).cpu())
