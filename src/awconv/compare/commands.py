@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -146,6 +147,8 @@ def demo(
 ) -> int:
     """Trains a small ResNet, plain and with AW, on scenes of scanned digits, compares them and explains the AW network.
 
+    Two runs are trained side by side where there are threads for them.
+
     Args:
         seeds: number of seeds, counted from 0.
         out: the folder of the report; the explanation is in its folder ``explain``.
@@ -164,7 +167,8 @@ def demo(
 
     check_folder(out / "explain")
     _print(terminal.console(), _TASK)
-    status = compare(_DEMO_RECIPE, seeds=seeds, out=out, overrides=overrides, command=command)
+    jobs = min(2, torch.get_num_threads())
+    status = compare(_DEMO_RECIPE, seeds=seeds, out=out, jobs=jobs, overrides=overrides, command=command)
     if status != 0 or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return status
     records = [Record.load(out / f"{variant}-seed{seed}.json") for seed in range(seeds) for variant in ("plain", "aw")]
