@@ -187,8 +187,7 @@ def _verdict(records: Sequence[Record]) -> str:
     elif found.high < 0:
         said = "AW is worse at this task: the interval of the difference lies below zero."
     else:
-        said = (
-            "Neither is better at this task: the interval of the difference holds zero. A plain network learns it, too."
+        said = "Neither is better at this task, as far as these seeds tell: the interval of the difference holds zero."
         )
     return f"{said} Where AW wins, and where not: docs/experiments.md. What its attention does here:"
 
