@@ -188,7 +188,6 @@ def _verdict(records: Sequence[Record]) -> str:
         said = "AW is worse at this task: the interval of the difference lies below zero."
     else:
         said = "Neither is better at this task, as far as these seeds tell: the interval of the difference holds zero."
-        )
     return f"{said} Where AW wins, and where not: docs/experiments.md. What its attention does here:"
 
 
