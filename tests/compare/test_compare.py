@@ -18,7 +18,6 @@ import timm
 import torch
 from PIL import Image
 
-import awconv.compare
 from awconv.compare import compare
 from awconv.compare.comparison import Comparison, Run
 from awconv.compare.record import Record
@@ -79,9 +78,8 @@ def test_nothing_to_test_on_is_said_before_anything_is_trained(
 @pytest.mark.parametrize("awaited", ["plain-seed0.json", "aw-seed0/checkpoints/*.ckpt"])
 def test_ctrl_c_keeps_and_reports_what_is_finished(awaited: str, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    short = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=20"]
-    recipe = str(Path(awconv.compare.__file__).with_name("digit_scenes.yaml"))
-    command = [sys.executable, "-m", "awconv", "compare", recipe, "--out", str(out), "--", *short]
+    recipe = str(Path(__file__).parents[2] / "recipes" / "digits.yaml")
+    command = [sys.executable, "-m", "awconv", "compare", recipe, "--out", str(out), "--", "--trainer.max_epochs=3"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -63,7 +63,8 @@ def compared() -> Path:
     """The folder of a finished comparison of one run."""
     root = Path(tempfile.mkdtemp(prefix="awconv-robustness-"))
     overrides = ["--trainer.max_epochs=1", *FIT[2:6]]
-    assert main(["demo", "--seeds=1", f"--out={root}", "--", *overrides]) == 0
+    recipe = str(Path(__file__).parents[2] / "recipes" / "digits.yaml")
+    assert main(["compare", recipe, "--seeds=1", f"--out={root}", "--", *overrides]) == 0
     return root
 
 

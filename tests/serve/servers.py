@@ -201,6 +201,7 @@ sys.exit(main(sys.argv[3:]))
             cwd=folder / "here",
             env=environment,
             stderr=self._errors,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
         )
         try:
             wait_for(lambda: "Ctrl-C ends it" in self.errors or self.process.poll() is not None)
