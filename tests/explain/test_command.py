@@ -224,7 +224,7 @@ REFUSED = {
     "a plain network": (f"{{here}}/plain.ckpt --data=Digits {OUT}", "has no AW-convolution, so it has no attention to"),
     "no checkpoint": (f"{{here}}/none.ckpt --data=Digits {OUT}", "none.ckpt is not there"),
     "a file as folder": (f"{NAME} --data=Digits --out={{here}}/a.png", "is there already and no folder"),
-    "below a file": (f"{NAME} --data=Digits --out={{here}}/a.png/page", "out must be a folder, and .*a.png is none"),
+    "below a file": (f"{NAME} --data=Digits --out={{here}}/a.png/page", "a.png/page cannot be one: .*a.png is none"),
     "no such option": (f"{NAME} --data=Digits --show=1 {OUT}", "there is no option --show; near it: --shown"),
     "no such split": (f"{NAME} --data=Digits --data.val_fraction=0 {OUT}", "the data have no val split"),
     "images without pixels": (f"{NAME} {{here}}/a.png --max_pixels=0 {OUT}", "max_pixels must be at least 1, got 0"),

@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"out must be a new folder, or a former explanation; give --out a folder inside {place}")
     above = next(parent for parent in place.parents if os.path.lexists(parent))
     if not above.is_dir():
-        raise ValueError(f"out must be a folder, and {above} is none")
+        raise ValueError(f"out must be a folder, and {folder} cannot be one: {above} is none")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"nothing can be written into {above}; give --out another place")
 
