@@ -112,13 +112,12 @@ def _feature_map(model: nn.Module, images: Tensor, layer: nn.Module | None) -> t
         layer: the module; None finds the last one.
     """
     seen: list[nn.Module] = []
+    calls: Counter[nn.Module] = Counter()
 
     def see(module: nn.Module, arguments: Any, output: Any) -> None:
         calls[module] += 1
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
             seen.append(module)
-
-    calls: Counter[nn.Module] = Counter()
 
     with ExitStack() as hooks, torch.no_grad():
         for module in model.modules():
