@@ -187,3 +187,18 @@ def test_workers_do_not_change_what_is_drawn() -> None:
         return torch.cat([images for images, _ in data.train_dataloader()])
 
     assert torch.equal(first(0), first(2))
+
+
+@pytest.mark.gpu
+def test_a_training_on_a_gpu_gets_its_batches_from_the_gpus_memory(tmp_path: Path) -> None:
+    data = Digits(batch_size=8, val_fraction=0.25)
+    there = data.dataset("val")
+    assert isinstance(there, InMemoryImages)
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=0, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cuda", 0))
+    )
+    batches = list(data.val_dataloader())
+    assert {batch[0].device for batch in batches} == {torch.device("cuda", 0)}
+    assert all(24 < len(targets) <= 32 for _, targets in batches)  # four times as many as it trains on
+    assert torch.equal(torch.cat([images for images, _ in batches]).cpu(), there.images)
+    assert torch.equal(torch.cat([targets for _, targets in batches]).cpu(), there.targets)

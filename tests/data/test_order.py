@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awconv.data.order import WINDOW, EvaluationBatches, Share, TrainingBatches, chunks_of, derive_seed
+from awconv.data.order import WINDOW, EvaluationBatches, Share, TrainingBatches, chunks_of, derive_seed, seed_all
 
 sizes, batch_sizes, processes = st.integers(1, 300), st.integers(1, 40), st.integers(1, 5)
 
@@ -77,3 +80,21 @@ def test_chunks_are_read_window_by_window(stored: list[int]) -> None:
 def test_too_few_images_for_so_many_processes() -> None:
     with pytest.raises(ValueError, match=r"3 images cannot be evaluated by 4 processes: take fewer devices"):
         EvaluationBatches(3, 10, Share(0, 4))
+
+
+def test_all_random_numbers_are_those_of_the_libraries_own_seeds() -> None:
+    seed = derive_seed(3, 4)
+    seed_all(seed)
+    drawn = random.random(), np.random.rand(), torch.rand(3).tolist()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(3).tolist())
+
+
+@pytest.mark.gpu
+def test_a_gpus_random_numbers_are_those_of_its_seed() -> None:
+    seed_all(7)
+    drawn = torch.rand(3, device="cuda")
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(3, device="cuda"))

@@ -260,13 +260,13 @@ def test_memory_format_and_compilation_change_nothing_but_rounding(
     torch.testing.assert_close(flat_weights(last), reference, rtol=1e-3, atol=1e-4)
     original, calls = nn.Module.compile, []
 
-    def compile(self: nn.Module) -> None:
-        calls.append(self)
+    def compile(self: nn.Module, mode: str | None) -> None:
+        calls.append((self, mode))
         original(self, backend="eager")  # traced as any, without a compiler's minutes
 
     monkeypatch.setattr(nn.Module, "compile", compile)
     compiled = fit(tmp_path / "compiled", "--model.network=aw_resnet8_cifar", "--model.lr=0.01", "--model.compile=true")
-    assert calls == [compiled.model.network]
+    assert calls == [(compiled.model.network, None)]
     torch.testing.assert_close(flat_weights(compiled), reference, rtol=1e-3, atol=1e-4)
     (checkpoint,) = (tmp_path / "compiled").rglob("*.ckpt")
     assert load_task(checkpoint).network.state_dict().keys() == last.model.network.state_dict().keys()
@@ -347,3 +347,13 @@ def test_images_of_any_strides_are_normalised(channels_last: bool) -> None:
     images = torch.randint(256, (2, 8, 3, 8), dtype=torch.uint8).transpose(1, 2)  # neither of the usual strides
     expected = (images.double() / 255 - 0.5) / 0.25
     torch.testing.assert_close(task.normalised(images).double(), expected, rtol=0, atol=1e-6)  # float32 near 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("network", ["resnet8_cifar", "aw_resnet8_cifar"])
+def test_cuda_graphs_change_nothing_but_rounding(tmp_path: Path, network: str) -> None:
+    arguments = [f"--model.network={network}", "--model.lr=0.01", "--trainer.accelerator=gpu"]
+    reference = flat_weights(fit(tmp_path / "eager", *arguments))
+    graphs = fit(tmp_path / "graphs", *arguments, "--model.compile=reduce-overhead", "--trainer.limit_val_batches=2")
+    # Single precision, over four steps, products in TF32.
+    torch.testing.assert_close(flat_weights(graphs), reference, rtol=1e-2, atol=1e-3)

@@ -29,6 +29,7 @@ from awconv.data.transforms import to_uint8
 
 IN_MEMORY_BYTES = 2**31
 BATCH_BYTES = 2**32
+_EVALUATED = 4  # times the batch of a training on a GPU, which keeps activations
 
 
 def check_batch(batch_size: int, channels: int, image_size: int) -> None:
@@ -51,7 +52,8 @@ class ImageDataModule(DataModule):
 
     Images are uint8, shape (N, channels, image_size, image_size). The task normalises them.
 
-    A data set of at most 2 GiB is decoded once and kept as one tensor. The training device augments its batches, by
+    A data set of at most 2 GiB is decoded once and kept as one tensor, on the GPU that trains if there is room for it,
+    and then four times as many images are evaluated at once as trained on. The training device augments its batches, by
     random crops after zero padding and by horizontal flips. Workers decode a larger data set, with the random resized
     crops usual at that scale, or those of ``transform``.
 
@@ -124,6 +126,7 @@ class ImageDataModule(DataModule):
         self._check_arguments()
         self._sources: dict[Split, LabelledImages | None] = {}
         self._datasets: dict[Split, InMemoryImages | TransformedImages] = {}
+        self._on_device: dict[tuple[Split, torch.device], InMemoryImages] = {}
 
     def _check_arguments(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -250,10 +253,20 @@ class ImageDataModule(DataModule):
         if dataset is None:
             return []
         if isinstance(dataset, InMemoryImages):
-            return self._load_batches(dataset, split, _as_it_is, num_workers=0)
+            beside = self._beside_the_network(dataset, split)
+            at_once = self.batch_size * (_EVALUATED if beside.device.type != "cpu" and split != "train" else 1)
+            return self._load_batches(beside, split, _as_it_is, num_workers=0, batch_size=at_once)
         stored = getattr(dataset.dataset, "chunks", None)
         chunks = chunks_of(stored, dataset.indices) if stored and split == "train" else None
         return self._load_batches(dataset, split, _collate, self.num_workers, chunks)
+
+    def _beside_the_network(self, dataset: InMemoryImages, split: Split) -> InMemoryImages:
+        """A data set in the memory of the GPU that trains, where a quarter of what is free there holds it."""
+        device = self._device
+        if device.type == "cuda" and (split, device) not in self._on_device:
+            fits = dataset.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
+            self._on_device[split, device] = dataset.on(device) if fits else dataset
+        return self._on_device.get((split, device), dataset)
 
     def _augment(self, batch: Any, seed: int) -> Any:
         """Augments images kept in memory. The workers have augmented all others."""

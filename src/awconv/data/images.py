@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import os
@@ -318,7 +319,19 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: Sequence[int | Draw]) -> tuple[Tensor, Tensor]:
         """A whole batch at once. PyTorch's DataLoader calls this, and nothing is left to collate."""
         chosen = torch.tensor([i.image if isinstance(i, Draw) else i for i in indices], dtype=torch.long)
+        chosen = chosen.to(self.device)
         return self.images[chosen], self.targets[chosen]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are, and their batches."""
+        return self.images.device
+
+    def on(self, device: torch.device) -> InMemoryImages:
+        """The same images on a device."""
+        there = copy.copy(self)
+        there.images, there.targets = self.images.to(device), self.targets.to(device)
+        return there
 
 
 class TransformedImages(Dataset[tuple[Tensor, int] | None]):

@@ -25,6 +25,7 @@ from awconv.data.order import (
 from awconv.roles import Role
 
 Split = Literal["train", "val", "test"]
+_CPU = torch.device("cpu")
 _WORKER_SECONDS = 12  # that a worker lives on after a SIGTERM: longer than the training that needs it
 
 
@@ -91,6 +92,11 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         return ALONE if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
     @property
+    def _device(self) -> torch.device:
+        """Where batches go."""
+        return _CPU if self.trainer is None else self.trainer.strategy.root_device
+
+    @property
     def _seed(self) -> int:
         """The run's seed, from Lightning's environment variable."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -107,14 +113,15 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         num_workers: int,
         chunks: np.ndarray[Any, Any] | None = None,
         groups: np.ndarray[Any, Any] | None = None,
+        batch_size: int | None = None,
     ) -> Any:
         """Makes a loader. ``chunks`` and ``groups`` are those of :class:`TrainingBatches`."""
-        share = self._share
+        share, batch_size = self._share, batch_size or self.batch_size
         batches: Any
         if split == "train":
             batches = TrainingBatches(
                 len(dataset),
-                self.batch_size,
+                batch_size,
                 share,
                 self._seed,
                 chunks,
@@ -128,7 +135,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
                     + (f" on each of {share.of} devices" if share.of > 1 else "")
                 )
         else:
-            batches = EvaluationBatches(len(dataset), self.batch_size, share)
+            batches = EvaluationBatches(len(dataset), batch_size, share)
         return (TrainingLoader if split == "train" else DataLoader)(
             dataset,  # type: ignore[arg-type]
             batch_sampler=batches,
@@ -136,7 +143,8 @@ class DataModule(pl.LightningDataModule, abc.ABC):
             num_workers=num_workers,
             worker_init_fn=_outlive_sigterm,
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            # Only what is not on the GPU already can be copied there while others are computed.
+            pin_memory=self._device.type == "cuda" and getattr(dataset, "device", _CPU) == _CPU,
         )
 
     @abc.abstractmethod

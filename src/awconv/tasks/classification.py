@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import timm
 import torch
@@ -23,6 +23,7 @@ from awconv.tasks.checks import check_numbers
 from awconv.tasks.task import Task
 from awconv.train_only import classifiers, head_parameters
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 # The largest that some of timm.data.Mixup's arguments can be: a probability, or a parameter of a beta distribution.
 _OF_MIXUP = {"prob": 1, "switch_prob": 1, "mixup_alpha": 1e6, "cutmix_alpha": 1e6}
 
@@ -54,7 +55,8 @@ class ClassificationTask(Task):
         ema_decay: decay of an exponential moving average of the weights (timm's ``ModelEmaV3``), such as 0.9999. The
             averaged network is evaluated and predicts. null switches it off.
         channels_last: use that memory format.
-        compile: use ``torch.compile``.
+        compile: use ``torch.compile``: true, or one of its modes. A small network's step on a GPU takes as long as its
+            launches: ``"reduce-overhead"`` records them as CUDA graphs.
         **kwargs: as for :class:`Task`.
 
     Raises:
@@ -89,7 +91,7 @@ class ClassificationTask(Task):
         erasing: float = 0.0,
         ema_decay: float | None = None,
         channels_last: bool = False,
-        compile: bool = False,
+        compile: bool | CompileMode = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(network=network, network_args=network_args, pretrained=pretrained, convert=convert, **kwargs)
@@ -162,7 +164,7 @@ class ClassificationTask(Task):
             self.load_pretrained(whole=stage != "fit")
         self.network.to(memory_format=self.memory_format)
         if self.compiles:
-            self.network.compile()
+            self.network.compile(mode=None if self.compiles is True else self.compiles)
 
     def load_pretrained(self, whole: bool) -> None:
         """Loads the pretrained weights into the network.
@@ -228,6 +230,8 @@ class ClassificationTask(Task):
         return torch.zeros(1, *self.input_size, device=self.device)
 
     def _logits(self, images: Tensor) -> Tensor:
+        if self.compiles:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may be written over
         logits: Tensor = (self.network if self.training else self.evaluated)(images)
         return logits
 
@@ -244,7 +248,7 @@ class ClassificationTask(Task):
             images, targets = self.mixup(images, targets)  # which smooths them, too
             smoothing = 0.0
         loss = F.cross_entropy(self._logits(images), targets, label_smoothing=smoothing)
-        self.log("train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)
+        self.losses.add({"loss": loss}, len(images))
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -186,11 +186,7 @@ class DetectionTask(Task):
         images, targets = batch
         losses: dict[str, Tensor] = self.network(images, targets)
         loss = torch.stack(list(losses.values())).sum()
-        logged: Any = {f"train/{name}": value for name, value in losses.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
-        self.log(
-            "train/loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images)
-        )
+        self.losses.add(losses | {"loss": loss}, len(images))
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
@@ -55,8 +56,13 @@ class Optimization:
             **{f"decay_epochs[{index}]": (epoch, 0, _MOST) for index, epoch in enumerate(self.decay_epochs)},
         )
 
-    def make_optimizer(self, network: nn.Module) -> Optimizer:
+    def make_optimizer(self, network: nn.Module, fused: bool = False) -> Optimizer:
         """An optimizer of a network's parameters.
+
+        Args:
+            network: has the parameters.
+            fused: update all parameters by one kernel, where the optimizer can and ``optimizer_args`` choose no other
+                way: a small network's update takes as long as its launches.
 
         Raises:
             ValueError: timm does not know the optimizer, or the optimizer an argument; or the classifier has a rate of
@@ -64,12 +70,9 @@ class Optimization:
         """
         groups = self._parameter_groups(network)
         try:
+            ways: dict[str, Any] = {"fused": True} if fused and self._can_fuse() else {}
             return create_optimizer_v2(
-                groups,
-                opt=self.optimizer,
-                lr=self.lr,
-                momentum=self.momentum,
-                **self.optimizer_args,
+                groups, opt=self.optimizer, lr=self.lr, momentum=self.momentum, **ways, **self.optimizer_args
             )
         except Exception as error:  # of timm, or of any optimizer
             close = near(self.optimizer, map(str, list_optimizers()))
@@ -78,6 +81,14 @@ class Optimization:
                 f"optimizer must be a name of timm.optim.list_optimizers(), and optimizer_args its arguments, got "
                 f"{self.optimizer!r} and {self.optimizer_args}: {error}{hint}"
             ) from error
+
+    def _can_fuse(self) -> bool:
+        try:
+            kind: Any = get_optimizer_class(self.optimizer, bind_defaults=False)
+        except Exception:  # of a name that timm does not know, which fails later, or of a composed one
+            return False
+        ways = {"fused", "foreach", "differentiable"}
+        return "fused" in inspect.signature(kind).parameters and not ways & set(self.optimizer_args)
 
     def _parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         """timm's groups, with and without weight decay, each split into attention branches, classifier and the rest."""

@@ -17,6 +17,7 @@ from awconv.data import DataModule
 from awconv.models.pretrained import not_finite
 from awconv.roles import Role
 from awconv.tasks.checks import check_network
+from awconv.tasks.means import EpochMeans
 from awconv.tasks.optimization import Optimization
 from awconv.train_only import TrainedParts
 
@@ -113,6 +114,7 @@ class Task(pl.LightningModule):
             tuple(decay_epochs),
             decay_rate,
         )
+        self.losses = EpochMeans()
         self.evaluates_pretrained = False  # set by the command line: a test right after a training must not load them
 
     @classmethod
@@ -141,6 +143,15 @@ class Task(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Freezes again: the trainer's ``sync_batchnorm`` has put other norms in the places of those that are held."""
         self.freeze_rest()
+
+    def on_train_epoch_start(self) -> None:
+        self.losses.clear()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the means of the epoch's losses, over all processes."""
+        for name, mean in self.losses.take().items():
+            value = torch.tensor(mean, device=self.device)
+            self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     @property
     def loads_pretrained(self) -> bool:
@@ -218,7 +229,9 @@ class Task(pl.LightningModule):
         return name == "crop_pct" or bool(trained[0] == now[0])
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimization.make_optimizer(self.network)
+        # Lightning clips no gradients that a fused optimizer has yet to unscale.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer = self.optimization.make_optimizer(self.network, fused)
         rate = self.optimization.schedule(*self._count_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}}
 

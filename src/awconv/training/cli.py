@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -35,13 +35,14 @@ from awconv.training.class_report import ClassReport
 from awconv.training.detections import DetectionFile
 from awconv.training.explain import explained
 from awconv.training.find_task import find_task
+from awconv.training.lean import NoProfiler, SkipEmptyHooks
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
 from awconv.training.of_checkpoint import take_network, take_preprocessing
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
-from awconv.training.watch import FiniteTraining, Pace, newest_checkpoint
+from awconv.training.watch import Bar, FiniteTraining, Pace, newest_checkpoint
 from awconv.usage import Strict, UsageError
 from awconv.yaml_files import bounded_yaml
 
@@ -202,6 +203,11 @@ class TrainingCLI(LightningCLI):
         stop = StopOnSigterm()
         self._pace = Pace()
         callbacks = [*_as_list(config.get("callbacks")), self._same, SameThreads(), FiniteTraining(), self._pace, stop]
+        callbacks.append(SkipEmptyHooks())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(Bar())
+        if config.get("profiler") is None:
+            kwargs["profiler"] = NoProfiler()
         if config.get("enable_model_summary") is None and not any(isinstance(one, ModelSummary) for one in callbacks):
             kwargs["enable_model_summary"] = False  # which counts no operations; before_fit says what trains
         if config.get("enable_checkpointing") is not False:

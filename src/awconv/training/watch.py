@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -21,15 +23,12 @@ class DivergedError(ValueError):
 class FiniteTraining(pl.Callback):
     """Stops a training whose loss or weights became infinite or NaN, before they are written to a checkpoint.
 
-    The first such step is noted on the device and read every ``log_every_n_steps`` steps, so that no step waits for the
-    device. Weights and averaged weights are checked when they are written. A validation loss causes a warning only.
+    Losses on a GPU are read every ``log_every_n_steps`` steps, so that no step waits for it, and nothing more runs
+    there. Weights and averaged weights are checked when they are written. A validation loss causes a warning only.
     """
 
-    _NEVER = torch.iinfo(torch.int64).max
-
     def __init__(self) -> None:
-        self._first: Tensor | None = None
-        self._rates: dict[int, float] = {}
+        self._unread: list[tuple[int, float, Tensor]] = []  # steps, their learning rates and losses
         self._infinite: set[str] = set()  # in the new network, such as a mask
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -39,11 +38,7 @@ class FiniteTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss, step = outputs["loss"].detach(), trainer.fit_loop.epoch_loop.total_batch_idx
-        if self._first is None:
-            self._first = torch.tensor(self._NEVER, device=loss.device)
-        now = torch.where(loss.isfinite(), self._NEVER, step)
-        self._first = torch.minimum(self._first, now)
-        self._rates[step] = trainer.optimizers[0].param_groups[0]["lr"]
+        self._unread.append((step, trainer.optimizers[0].param_groups[0]["lr"], loss))
         if loss.device.type == "cpu" or (step + 1) % _interval(trainer) == 0:
             self._look(trainer)
 
@@ -67,16 +62,14 @@ class FiniteTraining(pl.Callback):
             rank_zero_warn(f"the validation loss of epoch {trainer.current_epoch} is {loss.item()}")
 
     def _look(self, trainer: pl.Trainer) -> None:
-        if self._first is None:
-            return
-        step = int(self._first.item())
-        if step == self._NEVER:
-            self._rates.clear()
-            return
-        raise DivergedError(
-            f"the loss became infinite or not a number in step {step} (epoch {trainer.current_epoch}), at a learning "
-            f"rate of {self._rates[step]:.6g}; {_last_good(trainer)}. {_MEND}"
-        )
+        losses = torch.stack([loss for _, _, loss in self._unread]).tolist() if self._unread else []
+        for (step, rate, _), loss in zip(self._unread, losses, strict=True):
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"the loss became infinite or not a number in step {step} (epoch {trainer.current_epoch}), at a "
+                    f"learning rate of {rate:.6g}; {_last_good(trainer)}. {_MEND}"
+                )
+        self._unread.clear()
 
 
 _MEND = "A lower model.lr, a longer model.warmup_epochs or trainer.gradient_clip_val=1 may help"
@@ -103,10 +96,30 @@ def _path(callback: Any) -> Any:
     return getattr(callback, "path", None) or getattr(callback, "best_model_path", None)
 
 
+class Bar(RichProgressBar):
+    """Lightning's bar, brought up to date a few times a second, not after each step and a hundred times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=_LOOKS_A_SECOND)
+        self._next = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if now >= self._next or batch_idx + 1 == trainer.num_training_batches:
+            self._next = now + 1 / _LOOKS_A_SECOND
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+_LOOKS_A_SECOND = 5
+
+
 class Pace(pl.Callback):
     """Logs training images per second, over all processes, and shows the loss and the time left in the bar.
 
-    The loss is that of one step. A GPU is waited for every ``log_every_n_steps`` steps only.
+    The loss is that of one step. This happens every ``log_every_n_steps`` steps, or at the end of a shorter epoch: no
+    other step waits for a GPU.
 
     Attributes:
         batches: trained by this call of ``fit``.
@@ -123,17 +136,17 @@ class Pace(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.batches += 1
-        due, loss = (batch_idx + 1) % _interval(trainer) == 0, outputs["loss"].detach()
-        if trainer.progress_bar_callback is not None and (due or loss.device.type == "cpu"):
-            pl_module.log(
-                "loss", loss.cpu(), prog_bar=True, logger=False
-            )  # on the CPU, where the bar reads it each step
+        interval, in_epoch = _interval(trainer), trainer.num_training_batches
+        due = (batch_idx + 1) % interval == 0
+        if trainer.progress_bar_callback is not None and (due or batch_idx + 1 == in_epoch < interval):
+            loss = outputs["loss"].detach().cpu()  # on the CPU, where the bar reads it each step
+            pl_module.log("loss", loss, prog_bar=True, logger=False)
         if not due:
             return
         seconds = time.perf_counter() - self._start  # with evaluation and checkpoints
         images = self.batches * len(batch[0]) * trainer.world_size
         pl_module.log("images_per_second", torch.tensor(images / seconds), prog_bar=True)
-        batches = trainer.num_training_batches * (trainer.max_epochs or 0)
+        batches = in_epoch * (trainer.max_epochs or 0)
         if trainer.max_steps > 0:
             batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
         left = (batches - trainer.fit_loop.epoch_loop.total_batch_idx - 1) * seconds / self.batches
