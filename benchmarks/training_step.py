@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -32,62 +33,85 @@ from awconv.bench.report import environment
 from awconv.training import TrainingCLI
 from awconv.training.recipe import Recipe
 
-_WARM_UP, _STEPS = 20, 150
 _DIGITS = ("--data=Digits", "--data.batch_size=2", "--trainer.accelerator=cpu")
 
 
-class _Clock(pl.Callback):
-    """When the steps after the first ones began and ended."""
+@dataclass(frozen=True)
+class Training:
+    """A training of some steps.
 
-    def __init__(self) -> None:
+    Attributes:
+        arguments: of ``awconv fit``.
+        data: those of the arguments, decoded before.
+        warm_up: steps that are not timed.
+        steps: those that are.
+    """
+
+    arguments: Sequence[str]
+    data: Any
+    warm_up: int
+    steps: int
+
+    @property
+    def all_steps(self) -> int:
+        return self.warm_up + self.steps
+
+
+class _Clock(pl.Callback):
+    """When the timed steps began and ended."""
+
+    def __init__(self, training: Training) -> None:
+        self._between = (training.warm_up, training.all_steps)
         self.begun = self.ended = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step in (_WARM_UP, _WARM_UP + _STEPS):
+        if trainer.global_step in self._between:
             self.begun, self.ended = self.ended, _now(module.device)
 
 
-def fit_seconds(arguments: Sequence[str]) -> float:
-    """Seconds of a step of ``awconv fit``, after some to warm up."""
-    clock = _Clock()
+def fit_seconds(training: Training) -> float:
+    """Seconds of a step of ``awconv fit``."""
+    clock = _Clock(training)
     with tempfile.TemporaryDirectory() as folder:
-        built = _built(arguments, folder)
+        built = _built(training.arguments, folder, training.all_steps)
         built.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
         with (Path(folder) / "shown").open("w") as shown, redirect_stdout(shown):
-            built.trainer.fit(built.model, datamodule=built.datamodule)
-    return (clock.ended - clock.begun) / _STEPS
+            built.trainer.fit(built.model, datamodule=training.data)
+    return (clock.ended - clock.begun) / training.steps
 
 
-def bare_seconds(arguments: Sequence[str]) -> float:
+def bare_seconds(training: Training) -> float:
     """Seconds of a step of a loop of one's own."""
     with tempfile.TemporaryDirectory() as folder:
-        built = _built(arguments, folder)
-    device = built.trainer.strategy.root_device
-    task, data = built.model.to(device), built.datamodule
+        built = _built(training.arguments, folder, training.all_steps)
+    device, data = built.trainer.strategy.root_device, training.data
+    data.trainer = built.trainer  # which says where the data go
+    task = built.model.to(device)
     network = task.network.to(memory_format=task.memory_format).train()
     if task.compiles:
         network.compile(mode=None if task.compiles is True else task.compiles)
     optimizer = task.optimization.make_optimizer(network, fused=device.type == "cuda")
     schedule = LambdaLR(optimizer, task.optimization.schedule(len(data.train_dataloader()), 10**9))
     begun = 0.0
-    for step, (images, targets) in enumerate(_batches(data, _WARM_UP + _STEPS)):
-        if step == _WARM_UP:
+    for step, (images, targets) in enumerate(_batches(data, training.all_steps)):
+        if step == training.warm_up:
             begun = _now(device)
         images = data.augment(images.to(device, non_blocking=True), step)
-        loss = F.cross_entropy(network(task.normalised(images)), targets.to(device, non_blocking=True))
+        with built.trainer.precision_plugin.forward_context():
+            loss = F.cross_entropy(network(task.normalised(images)), targets.to(device, non_blocking=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return (_now(device) - begun) / _STEPS
+    return (_now(device) - begun) / training.steps
 
 
-def _built(arguments: Sequence[str], folder: str) -> TrainingCLI:
+def _built(arguments: Sequence[str], folder: str, steps: int = 1) -> TrainingCLI:
     return Recipe.parse(
         [
             *arguments,
             "--model.warmup_epochs=0",
-            f"--trainer.max_steps={_WARM_UP + _STEPS}",
+            f"--trainer.max_steps={steps}",
             "--trainer.max_epochs=10000",
             "--trainer.limit_val_batches=0",
             "--trainer.num_sanity_val_steps=0",
@@ -112,18 +136,22 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(arguments: Sequence[str], rounds: int) -> dict[str, Any]:
+def measure(arguments: Sequence[str], rounds: int, warm_up: int = 20, steps: int = 150) -> dict[str, Any]:
     """The step of ``awconv fit`` relative to the bare loop's: median, least and largest over the rounds.
 
     Args:
         arguments: of ``awconv fit``.
         rounds: how often each is run, in turn.
+        warm_up: steps that are not timed.
+        steps: those that are.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(arguments, _built(arguments, folder).datamodule, warm_up, steps)
     sides = {"bare": bare_seconds, "fit": fit_seconds}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in sorted(sides, reverse=bool(turn % 2)):
-            seconds[name].append(sides[name](arguments))
+            seconds[name].append(sides[name](training))
     each = [fit / bare for fit, bare in zip(seconds["fit"], seconds["bare"], strict=True)]
     return {
         "ratio": {"median": median(each), "low": min(each), "high": max(each)},

@@ -78,13 +78,10 @@ def _size(ratio: dict[str, Any]) -> str:
 def _training(figures: dict[str, Any]) -> str:
     if "together" in figures:
         return f"{figures['together']:,.0f} images/s, a step {1e3 * figures['step_seconds']:.1f} ms"
-    parts = [
-        f"{way} {figures[way]['images_per_second']:,.0f} images/s, a step {1e3 * figures[way]['step_seconds']:.1f} ms, "
-        f"of Python {1e3 * figures[way]['host_seconds']:.1f} ms"
-        for way in ("plain", "aw")
-        if way in figures
-    ]
-    return "; ".join(parts)
+    if "ratio" not in figures:
+        return ""
+    ratio, seconds = figures["ratio"], figures["step_seconds"]
+    return f"{ratio['median']:.2f} of the bare loop's {1e3 * seconds['bare']:.1f} ms"
 
 
 _SAID = {"tests": _tests, "layers": _layers, "networks": _networks, "training": _training}
