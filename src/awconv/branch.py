@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awconv.activation import ACTIVATIONS, START, Activation, Start, find_start, make_activation, value_and_slope
 from awconv.branch_spec import BranchSpec, MakePool, NormLayer
-from awconv.ops.average_pool import average_pool
-from awconv.ops.branch import attend
+from awconv.ops.average_pool import average_pool, pool_beside, pools_beside
+from awconv.ops.branch import attend, unwatched
 from awconv.ops.branch_operators import attend_compiled
 from awconv.ops.problem import product
-from awconv.ops.tracing import compiling
+from awconv.ops.tracing import compiling, eager
 from awconv.relative import BaseBranch
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -126,8 +127,8 @@ class AttentionBranch(BaseBranch):
             attended = attend_compiled(self.modules_in_turn(), attention, self.attention_size, constant, gain)
         if attended is not None:
             return attended
-        attention = self.act1(self.norm1(self.conv1(attention)))
-        attention = self.act2(self.norm2(self.conv2(attention)))
+        attention = self.act1(self.norm1(_pointwise(self.conv1, attention)))
+        attention = self.act2(self.norm2(_pointwise(self.conv2, attention)))
         if self.relative_to is not None and (constant, gain) != (0, 1):
             attention = (attention - self.relative_to) / gain  # the buffer: torch.fx keeps it in state dicts, then
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
@@ -206,6 +207,34 @@ class AttentionBranch(BaseBranch):
         super().__setstate__(state)
         if "pool" not in self._modules:
             self.__dict__.setdefault("pool", None)  # pickled before there was one
+
+
+def attended(branch: BaseBranch, input: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of an input, and a tensor equal to the input, which what uses the map must take in its place.
+
+    On a GPU the pooling's gradient is then added to that of the tensor's only other use in place.
+    """
+    if not takes_pooled(branch, input) or not pools_beside(input, branch.attention_size[2:]):
+        return input, branch(input)
+    passed, pooled = pool_beside(input, branch.attention_size[2:])
+    return passed, branch(passed, pooled)
+
+
+def takes_pooled(branch: BaseBranch, input: Any) -> bool:
+    """Whether a branch may get what was pooled for it: nothing watches what comes in, and torch.fx does not trace."""
+    of_library = isinstance(input, Tensor) and type(branch) is AttentionBranch
+    return of_library and branch.pool is None and unwatched((branch,))
+
+
+def _pointwise(conv: Any, pooled: Tensor) -> Tensor:
+    """A pointwise convolution; of a single position it is a linear layer, which a CPU runs in a tenth of the time."""
+    if isinstance(pooled, Tensor) and pooled.device.type == "cpu" and type(conv) in _CONV.values() and eager(pooled):
+        one = product(pooled.shape[2:]) == 1 and conv.weight.dtype == pooled.dtype and conv.groups == 1
+        if one and unwatched((conv,)):
+            output = F.linear(pooled.flatten(1), conv.weight.flatten(1), conv.bias)
+            return output.reshape(*output.shape, *pooled.shape[2:])
+    convolved: Tensor = conv(pooled)
+    return convolved
 
 
 def _made_pool(pool: MakePool, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:

@@ -82,8 +82,9 @@ def convert(
             the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm in one group (for LayerNorm
             and InstanceNorm too); BatchNorm where it has none.
         **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation``,
-            ``residual``, ``pool`` and ``branch``, as for :class:`awconv.AWConv2d`. :class:`awconv.BranchSpec` says what
-            ``branch`` gets and returns; one module that it returns for several layers is shared by them.
+            ``residual``, ``input_gain``, ``pool`` and ``branch``, as for :class:`awconv.AWConv2d`.
+            :class:`awconv.BranchSpec` says what ``branch`` gets and returns; one module that it returns for several
+            layers is shared by them.
 
     Returns:
         The model; a new layer if the model is itself a convolution.
@@ -176,13 +177,14 @@ def _start_as_identity(model: nn.Module, counterparts: Mapping[nn.Module, AWConv
     names = {module: name for name, module in model.named_modules()}
     started: set[BaseBranch] = set()  # layers may share one
     for old, layer in counterparts.items():
-        if layer.attention in started:
-            continue
-        started.add(layer.attention)
-        try:
-            layer.attention.start_as_identity()
-        except ValueError as error:
-            raise ValueError(f"convert: layer {names[old]!r}: {error}") from error
+        for branch in layer.branches():
+            if branch in started:
+                continue
+            started.add(branch)
+            try:
+                branch.start_as_identity()
+            except ValueError as error:
+                raise ValueError(f"convert: layer {names[old]!r}: {error}") from error
 
 
 def _replaced(model: nn.Module, counterparts: Mapping[nn.Module, nn.Module]) -> nn.Module:

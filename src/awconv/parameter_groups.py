@@ -91,4 +91,4 @@ def branch_parameters(model: nn.Module) -> set[nn.Parameter]:
         648
     """
     layers = (module for module in model.modules() if isinstance(module, AW_LAYERS))
-    return {parameter for layer in layers for parameter in layer.attention.parameters()}
+    return {parameter for layer in layers for branch in layer.branches() for parameter in branch.parameters()}

@@ -30,7 +30,8 @@ def convolutions(model: nn.Module) -> dict[str, Convolution]:
 
 def parts_of_branches(model: nn.Module) -> set[nn.Module]:
     """The modules in the attention branches of a model."""
-    return {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
+    branches = {branch for layer in model.modules() if isinstance(layer, AW_LAYERS) for branch in layer.branches()}
+    return {part for branch in branches for part in branch.modules()}
 
 
 def is_spatial(module: Convolution) -> bool:

@@ -33,7 +33,7 @@ class LayerSummary:
         layer: its kind and sizes.
         converted: whether it is an AW-convolution.
         reason: why not; empty for an AW-convolution.
-        parameters: of its branch.
+        parameters: of its branch; of both, with a gain over input channels.
         operations: multiply-adds that the attention adds for the inputs; None without inputs.
         relative_to: the constant attention that the branch started as by identity, to which its map is relative; None
             for a branch of the paper's form, and for a convolution without one.
@@ -122,7 +122,8 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
 
     Operations are multiply-adds of convolutions, linear layers and matrix products. Norms, activations and pooling are
     not counted, as is usual. An AW-convolution adds those of its branch and the multiplications by the attention: of
-    each sample's weights or of each tap's partial products, whichever are fewer. A branch that several layers share
+    each sample's weights or of each tap's partial products, whichever are fewer. A gain over input channels adds those
+    of its branch and a multiplication of each value of the input. A branch that several layers share
     counts its parameters in the first of them, and its multiply-adds in each.
 
     Args:
@@ -166,8 +167,10 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
 def _aw_layer(name: str, layer: _AWConv, operations: int | None, counted: dict[nn.Parameter, str]) -> LayerSummary:
     """An AW-convolution; its branch's parameters are added to those that are counted, with the layer that does."""
     parameters = set(layer.attention.parameters())
-    new = parameters - counted.keys()
-    shares = next((counted[parameter] for parameter in layer.attention.parameters()), None) if not new else None
+    shares = None
+    if counted.keys() >= parameters:
+        shares = next((counted[parameter] for parameter in layer.attention.parameters()), None)
+    new = {parameter for branch in layer.branches() for parameter in branch.parameters()} - counted.keys()
     counted.update(dict.fromkeys(new, name))
     start = layer.attention.start
     return LayerSummary(
@@ -226,6 +229,9 @@ def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], in_branches
     _, in_blocks, *taps = layer.attention.attention_size
     positions = math.prod(output.shape[-dims:])
     scaling = min(layer.weight.numel(), layer.out_channels * in_blocks * math.prod(taps) * positions)
+    if layer.input_attention is not None:
+        branch += _of_branch(layer.input_attention, batch, in_branches)
+        scaling += math.prod(batch.shape[1:])
     added[name] = added.get(name, 0) + branch + batch.shape[0] * scaling
     return output
 
