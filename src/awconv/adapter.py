@@ -18,7 +18,6 @@ from awconv.branch import AttentionBranch
 from awconv.convert import ATTENTION_ARGUMENTS
 from awconv.layers import AW_LAYERS
 from awconv.relative import BaseBranch
-from awconv.selection import parts_of_branches
 from awconv.train_only import head_parameters, is_held, norms_with_statistics, unwrapped
 from awconv.version import __version__
 
@@ -248,7 +247,8 @@ def _trained_names(model: nn.Module) -> set[str]:
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     for name, layer in _layers_of(model, names).items():
         names |= _names_below(layer, name)
-    moving = {norm for norm in norms_with_statistics(model) - parts_of_branches(model) if not is_held(norm)}
+    whole = {part for layer in _layers(model).values() for branch in layer.branches() for part in branch.modules()}
+    moving = {norm for norm in norms_with_statistics(model) - whole if not is_held(norm)}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in moving:
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}

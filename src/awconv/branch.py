@@ -117,8 +117,7 @@ class AttentionBranch(BaseBranch):
         """
         out_blocks, in_blocks, *kernel = self.attention_size
         attention: Tensor = self._pool(input, kernel) if pooled is None else pooled
-        if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
-            _check_statistics(attention)
+        check_batch_statistics((self.norm1, self.norm2), attention, "AW-convolution")
         constant, gain = self.relation()
         attended = None
         if not compiling():
@@ -127,8 +126,8 @@ class AttentionBranch(BaseBranch):
             attended = attend_compiled(self.modules_in_turn(), attention, self.attention_size, constant, gain)
         if attended is not None:
             return attended
-        attention = self.act1(self.norm1(_pointwise(self.conv1, attention)))
-        attention = self.act2(self.norm2(_pointwise(self.conv2, attention)))
+        attention = self.act1(self.norm1(pointwise(self.conv1, attention)))
+        attention = self.act2(self.norm2(pointwise(self.conv2, attention)))
         if self.relative_to is not None and (constant, gain) != (0, 1):
             attention = (attention - self.relative_to) / gain  # the buffer: torch.fx keeps it in state dicts, then
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
@@ -226,7 +225,7 @@ def takes_pooled(branch: BaseBranch, input: Any) -> bool:
     return of_library and branch.pool is None and unwatched((branch,))
 
 
-def _pointwise(conv: Any, pooled: Tensor) -> Tensor:
+def pointwise(conv: Any, pooled: Tensor) -> Tensor:
     """A pointwise convolution; of a single position it is a linear layer, which a CPU runs in a tenth of the time."""
     if isinstance(pooled, Tensor) and pooled.device.type == "cpu" and type(conv) in _CONV.values() and eager(pooled):
         one = product(pooled.shape[2:]) == 1 and conv.weight.dtype == pooled.dtype and conv.groups == 1
@@ -253,10 +252,22 @@ def _takes_batch_statistics(norm: nn.Module) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _check_statistics(pooled: Tensor) -> None:
+def check_batch_statistics(norms: Sequence[nn.Module], pooled: Tensor, layer: str) -> None:
+    """Raises a ValueError if a norm would take batch statistics of one value a channel.
+
+    Args:
+        norms: of a branch.
+        pooled: what comes into it.
+        layer: what the branch is of, for the message.
+    """
+    if any(_takes_batch_statistics(norm) for norm in norms):
+        _check_statistics(pooled, layer)
+
+
+def _check_statistics(pooled: Tensor, layer: str) -> None:
     if product((pooled.shape[0], *pooled.shape[2:])) == 1:
         raise ValueError(
-            "AW-convolution: the attention branch cannot take batch statistics of one value a channel: its "
+            f"{layer}: the attention branch cannot take batch statistics of one value a channel: its "
             f"input has batch size 1 and is pooled to {tuple(pooled.shape[2:])}. Train with at least 2 samples "
             "a batch, call .eval() on the norm layers, or give the layer another norm_layer, such as "
             "functools.partial(nn.GroupNorm, 1)"

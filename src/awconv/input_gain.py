@@ -9,9 +9,9 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from awconv.branch import AttentionBranch, attended, takes_pooled
+from awconv.branch import AttentionBranch, takes_pooled
 from awconv.branch_spec import BranchSpec
-from awconv.ops.channel_gain import differentiates, mean_beside, scale
+from awconv.ops.channel_gain import pooled_globally, scale
 from awconv.relative import BaseBranch
 
 
@@ -33,16 +33,15 @@ def scaled(input: Tensor, branch: BaseBranch) -> Tensor:
         branch: gives the map g, shape (N, 1, C1, 1, ...); the gain is 1 + g, or g without the residual form.
     """
     unit = unit_of(branch)
-    if takes_pooled(branch, input) and differentiates(input):
-        passed, mean = mean_beside(input)
-        return _times(passed, branch(passed, mean), unit)
-    input, gain = attended(branch, input)
-    return _times(input, gain, unit)
+    if not takes_pooled(branch, input):
+        return _times(input, branch(input), unit)
+    passed, pooled = pooled_globally(input)
+    return _times(passed, branch(passed, pooled), unit)
 
 
 def _times(input: Tensor, attention: Tensor, unit: int) -> Tensor:
     gain = attention.squeeze(1).to(torch.promote_types(attention.dtype, input.dtype))  # autocast's maps are coarse
-    return scale(input, (gain + unit if unit else gain).to(input.dtype))
+    return scale(input, gain + unit if unit else gain)
 
 
 torch.fx.wrap("_times")  # it depends on dtypes, which torch.fx does not know

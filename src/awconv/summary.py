@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from awconv.branch import AttentionBranch
 from awconv.convert import obstacle, weight_owners
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
+from awconv.odconv import ODConv2d
 from awconv.ops.algorithm import CONV
 from awconv.relative import BaseBranch
 from awconv.selection import convolutions, is_spatial, stem
@@ -33,7 +34,7 @@ class LayerSummary:
         layer: its kind and sizes.
         converted: whether it is an AW-convolution.
         reason: why not; empty for an AW-convolution.
-        parameters: of its branch; of both, with a gain over input channels.
+        parameters: of its branch; of both, with a gain over input channels; of the attention of an ODConv.
         operations: multiply-adds that the attention adds for the inputs; None without inputs.
         relative_to: the constant attention that the branch started as by identity, to which its map is relative; None
             for a branch of the paper's form, and for a convolution without one.
@@ -92,7 +93,8 @@ class Summary:
     def __str__(self) -> str:
         rows = []
         for layer in self.layers:
-            added = (f"{layer.parameters:,}", _thousands(layer.operations)) if layer.converted else ("", "")
+            own = layer.converted or layer.parameters
+            added = (f"{layer.parameters:,}", _thousands(layer.operations)) if own else ("", "")
             rows.append((layer.name, layer.layer, *added, _remark(layer)))
         added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
         share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
@@ -156,7 +158,9 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
             operations = None if inputs is None else added.get(name, 0)
             layers.append(_aw_layer(name, module, operations, counted))
         elif name in reasons:
-            layers.append(LayerSummary(name, _described(module), False, reasons[name], 0, None))
+            peer = module.attention if isinstance(module, ODConv2d) else nn.Identity()
+            parameters = sum(parameter.numel() for parameter in peer.parameters())
+            layers.append(LayerSummary(name, _described(module), False, reasons[name], parameters, added.get(name)))
     return Summary(
         layers=tuple(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
@@ -213,6 +217,8 @@ def _operations(model: nn.Module, inputs: Any) -> tuple[int, dict[str, int]]:
     for name, layer in plain.named_modules():
         if isinstance(layer, AW_LAYERS):
             layer.forward = partial(_plain_forward, layer, name, added, in_branches)  # type: ignore[method-assign]
+        elif isinstance(layer, ODConv2d):
+            layer.forward = partial(_plain_forward_of_peer, layer, name, added)  # type: ignore[method-assign]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         plain(*inputs if isinstance(inputs, tuple) else (inputs,))
@@ -221,9 +227,7 @@ def _operations(model: nn.Module, inputs: Any) -> tuple[int, dict[str, int]]:
 
 def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], in_branches: list[int], input: Tensor) -> Tensor:
     """The layer's plain convolution, which leaves a note of what the attention would have cost."""
-    dims = len(layer.kernel_size)
-    padded, padding = layer._pad(input)
-    output: Tensor = CONV[dims](padded, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+    output, dims = _convolved(layer, input), len(layer.kernel_size)
     batch = input if input.dim() == dims + 2 else input[None]
     branch = _of_branch(layer.attention, batch, in_branches)
     _, in_blocks, *taps = layer.attention.attention_size
@@ -233,6 +237,26 @@ def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], in_branches
         branch += _of_branch(layer.input_attention, batch, in_branches)
         scaling += math.prod(batch.shape[1:])
     added[name] = added.get(name, 0) + branch + batch.shape[0] * scaling
+    return output
+
+
+def _plain_forward_of_peer(layer: ODConv2d, name: str, added: dict[str, int], input: Tensor) -> Tensor:
+    """The same of an ODConv."""
+    output, batch = _convolved(layer, input), input if input.dim() == 4 else input[None]
+    attention = layer.attention
+    own = [part.weight.numel() for part in attention.modules() if isinstance(part, nn.Conv2d)]
+    taps = (
+        math.prod(layer.kernel_size) if attention.spatial_head is not None else int(attention.filter_head is not None)
+    )
+    scaling = min(layer.weight.numel(), layer.out_channels * taps * math.prod(output.shape[-2:]))
+    added[name] = added.get(name, 0) + batch.shape[0] * (sum(own) + scaling + math.prod(batch.shape[1:]))
+    return output
+
+
+def _convolved(layer: _AWConv | ODConv2d, input: Tensor) -> Tensor:
+    padded, padding = layer._pad(input)
+    geometry = (layer.stride, padding, layer.dilation, layer.groups)
+    output: Tensor = CONV[len(layer.kernel_size)](padded, layer.weight, layer.bias, *geometry)
     return output
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from awconv.extras import require
-from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.odconv import WITH_BRANCHES
 
 
 def halved(proto: Any) -> Any:
@@ -72,7 +72,7 @@ def quantized(proto: Any, scopes: Mapping[str, str], network: nn.Module, batches
 
 def _kept(proto: Any, scopes: Mapping[str, str], network: nn.Module) -> list[str]:
     """The names of the nodes that are not quantized."""
-    layers = {name: m for name, m in network.named_modules() if isinstance(m, AWConv1d | AWConv2d | AWConv3d)}
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, WITH_BRANCHES)}
     branches = {f"{name}.{branch}" for name in layers for branch in ("attention", "input_attention")}
     constants = {tensor.name for tensor in proto.graph.initializer}
     kept = []

@@ -12,6 +12,7 @@ from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
+from awconv.odconv import ODAttention
 from awconv.relative import BaseBranch
 from awconv.train_only import head_parameters
 
@@ -221,8 +222,10 @@ def _read_for(
         {key for key in keys if key not in heads and not key.endswith(_NOT_COMPARED)} for keys in (state, own)
     )
     branches = _names_below(_branches(network), expected)
-    if converted and found.isdisjoint(branches):
-        expected -= branches
+    peers = [name for name, module in network.named_modules() if isinstance(module, ODAttention)]
+    with_peers = branches | _names_below(peers, expected)
+    if converted and found.isdisjoint(with_peers):
+        expected -= with_peers
     gains = _names_below(filter(_is_of_gain, _branches(network)), expected)
     if found != expected:
         differing = sorted(found ^ expected)

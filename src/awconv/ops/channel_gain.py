@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awconv.ops.average_pool import average_pool, pool_beside, pools_beside
 from awconv.ops.problem import product
 from awconv.ops.tracing import eager, in_forward_mode
 
@@ -25,8 +26,20 @@ def mean_beside(input: Tensor) -> tuple[Tensor, Tensor]:
     return passed, mean
 
 
+def pooled_globally(input: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor equal to the input, which :func:`scale` must take in its place, and the mean of each channel, shape
+    (N, C, 1, ...)."""
+    ones = (1,) * (input.dim() - 2)
+    if differentiates(input):
+        return mean_beside(input)
+    if pools_beside(input, ones):
+        return pool_beside(input, ones)
+    return input, average_pool(input, ones)
+
+
 def scale(input: Tensor, gain: Tensor) -> Tensor:
-    """An input, shape (N, C, \\*size), times a gain of the same dtype, shape (N, C, 1, ...)."""
+    """An input, shape (N, C, \\*size), times a gain, shape (N, C, 1, ...), in the input's dtype."""
+    gain = gain.to(input.dtype)
     if not differentiates(input) or not eager(gain):
         return input * gain
     scaled: Tensor = _Scale.apply(input, gain)
