@@ -21,11 +21,10 @@ from awconv import AWConv1d, AWConv2d, AWConv3d, BranchSpec
 from awconv.compare.ablation import arms
 from awconv.explain.maps import aw_layers, gain_name, maps_and_gains
 from awconv.explain.measure import _kernel
-from awconv.explain.worth import logits_of, zero
+from awconv.explain.worth import logits_of, mean_of, zero
 from awconv.fold_layers import gathered
 from awconv.fuse import FusedBranch
 from awconv.models.pretrained import completed_by_identity
-from awconv.ops.channel_gain import mean_beside, scale
 from tests.networks import moved, network
 
 LAYERS = {1: AWConv1d, 2: AWConv2d, 3: AWConv3d}
@@ -112,18 +111,6 @@ def test_the_gradients_are_those_of_finite_differences(residual: bool) -> None:
         return output
 
     assert torch.autograd.gradcheck(call, (input, *layer.parameters()))
-
-
-def test_the_node_of_the_scaling_has_two_derivatives() -> None:
-    input = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
-    factor = torch.randn(2, 3, 1, 1, dtype=torch.float64, requires_grad=True)
-
-    def call(input: Tensor, factor: Tensor) -> Tensor:
-        passed, mean = mean_beside(input * 1)
-        return scale(passed, mean.tanh() + factor)
-
-    assert torch.autograd.gradcheck(call, (input, factor))
-    assert torch.autograd.gradgradcheck(call, (input, factor))
 
 
 def test_training_leaves_the_tensors_of_others_as_they_were() -> None:
@@ -256,6 +243,17 @@ def test_explanations_count_the_gain_and_their_maps_leave_it_out() -> None:
     channel = 4 + kernel.input  # channel 5 is of the second group, whose inputs are 4 to 7
     factor = (1 + both["2.2"][image, 5, 0]) * (1 + both[gain_name("2.2")][image, 0, channel, 0, 0])
     torch.testing.assert_close(kernel.effective, layer.weight.detach()[5, kernel.input] * factor)
+
+
+def test_what_a_layer_is_worth_is_measured_with_the_means_of_both() -> None:
+    layer = moved(AWConv2d(6, 4, 3, groups=2, input_gain=True))
+    model, images = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(5, 6, 7, 7)
+    means = {name: maps.mean(0, keepdim=True) for name, maps in maps_and_gains(model, aw_layers(model), images).items()}
+    changed = logits_of(model, [images], aw_layers(model), mean_of(means, "0", gain_name("0")))
+    of_input = means["0.input_attention"].reshape(2, 1, 3).expand(2, 2, 3).reshape(4, 3, 1, 1)
+    weight = layer.weight * (1 + means["0"][0]) * (1 + of_input)
+    plain = F.conv2d(images, weight, layer.bias, groups=2).mean((2, 3))
+    torch.testing.assert_close(changed, plain.detach(), rtol=1e-4, atol=1e-4)  # single precision, in another order
 
 
 def test_adapters_hold_the_gain_and_those_of_before_still_load(tmp_path: Path) -> None:

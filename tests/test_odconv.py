@@ -262,7 +262,7 @@ def test_a_network_learns_the_digits() -> None:
     losses = []
     for _ in range(15):
         loss = F.cross_entropy(model(images), targets)
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
