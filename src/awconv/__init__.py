@@ -13,6 +13,7 @@ from awconv.fold import fold
 from awconv.fuse import fuse
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.load import Loaded, load
+from awconv.odconv import ODConv2d
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, use_algorithm
 from awconv.parameter_groups import parameter_groups
 from awconv.revert import revert
@@ -26,6 +27,7 @@ __all__ = [
     "AWConv3d",
     "BranchSpec",
     "Loaded",
+    "ODConv2d",
     "Summary",
     "__version__",
     "adapter_state_dict",

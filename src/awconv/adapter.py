@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from awconv.branch import AttentionBranch
 from awconv.convert import ATTENTION_ARGUMENTS
 from awconv.layers import AW_LAYERS
-from awconv.selection import parts_of_branches
+from awconv.relative import BaseBranch
 from awconv.train_only import head_parameters, is_held, norms_with_statistics, unwrapped
 from awconv.version import __version__
 
@@ -220,8 +220,11 @@ def fingerprint(model: nn.Module, adapter: Iterable[str]) -> str:
     """
     left_out = set(adapter)
     for name, layer in _layers(model).items():
-        if layer.attention.is_identity() or not left_out.isdisjoint(_names_below(layer, name)):
+        if not left_out.isdisjoint(_names_below(layer, name)):
             left_out |= _names_below(layer, name)
+        for prefix, branch in _branches(layer, name).items():
+            if branch.is_identity():
+                left_out |= {prefix + key for key in branch.state_dict()}
     return _digest(
         {
             name: tensor
@@ -244,7 +247,8 @@ def _trained_names(model: nn.Module) -> set[str]:
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     for name, layer in _layers_of(model, names).items():
         names |= _names_below(layer, name)
-    moving = {norm for norm in norms_with_statistics(model) - parts_of_branches(model) if not is_held(norm)}
+    whole = {part for layer in _layers(model).values() for branch in layer.branches() for part in branch.modules()}
+    moving = {norm for norm in norms_with_statistics(model) - whole if not is_held(norm)}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in moving:
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
@@ -260,23 +264,28 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _layers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """The AW-convolutions of whose branch an adapter has something, by name."""
+    """The AW-convolutions of whose branches an adapter has something, by name."""
     there = set(names)
     return {name: layer for name, layer in _layers(model).items() if not there.isdisjoint(_names_below(layer, name))}
 
 
 def _names_below(layer: Any, name: str) -> set[str]:
-    """The names of a branch's tensors, in the state dict of its network."""
-    return {_below(name, key) for key in layer.attention.state_dict()}
+    """The names of the tensors of a layer's branches, in the state dict of its network."""
+    return {prefix + key for prefix, branch in _branches(layer, name).items() for key in branch.state_dict()}
 
 
-def _below(layer: str, key: str) -> str:
-    return f"{layer}.attention.{key}" if layer else f"attention.{key}"
+def _branches(layer: Any, name: str) -> dict[str, BaseBranch]:
+    """The branches of a layer, by what their tensors' names begin with."""
+    layer_prefix = f"{name}." if name else ""
+    named = zip(("attention", "input_attention"), layer.branches(), strict=False)
+    return {f"{layer_prefix}{own}.": branch for own, branch in named}
 
 
 def _arguments(layer: Any) -> dict[str, Any]:
     """What decides a branch's computation and not the names and shapes of its tensors."""
     arguments = {argument: getattr(layer, argument) for argument in ATTENTION_ARGUMENTS}
+    if not arguments["input_gain"]:
+        del arguments["input_gain"]  # which earlier adapters do not tell
     branch = layer.attention
     if not isinstance(branch, AttentionBranch):
         return arguments | {"branch": type(branch.branch).__qualname__}
@@ -323,23 +332,25 @@ def _refuse_plain(name: str) -> NoReturn:
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raises a ValueError for a tensor that does not fit, or is missing from a branch."""
     there, layers = _tensors(model), _layers_of(model, tensors)
+    branches: dict[str, Any]
     lost = [name for name in tensors if name not in there]
     for name, layer in layers.items():
-        start, whole = _below(name, "relative_to"), _names_below(layer, name)
-        missing = sorted(whole - set(tensors) - {start})
+        branches = {f"{prefix}relative_to": branch for prefix, branch in _branches(layer, name).items()}
+        missing = sorted(_names_below(layer, name) - set(tensors) - branches.keys())
         if missing:
             raise ValueError(
                 f"load_adapter: the adapter lacks {', '.join(missing[:4])} of the model's attention branches; convert "
                 "the base with the same arguments as then"
             )
-        known = layer.attention.start
-        if start in tensors and known is not None and tensors[start].tolist() != known.attention:
-            raise ValueError(
-                f"load_adapter: {start} is {tensors[start].tolist()} in the adapter, and the model's branch, of "
-                f"another activation or form, starts at {known.attention:g}; convert the base with the "
-                "same arguments as then"
-            )
-        lost = [name for name in lost if name != start]  # the branch takes the adapter's form
+        for start, branch in branches.items():
+            known = branch.start
+            if start in tensors and known is not None and tensors[start].tolist() != known.attention:
+                raise ValueError(
+                    f"load_adapter: {start} is {tensors[start].tolist()} in the adapter, and the model's branch, of "
+                    f"another activation or form, starts at {known.attention:g}; convert the base with the "
+                    "same arguments as then"
+                )
+        lost = [name for name in lost if name not in branches]  # a branch takes the adapter's form
     if lost:
         _refuse_names(lost, layers)
     for name, tensor in there.items():

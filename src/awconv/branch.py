@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awconv.activation import ACTIVATIONS, START, Activation, Start, find_start, make_activation, value_and_slope
 from awconv.branch_spec import BranchSpec, MakePool, NormLayer
-from awconv.ops.average_pool import average_pool
-from awconv.ops.branch import attend
+from awconv.ops.average_pool import average_pool, pool_beside, pools_beside
+from awconv.ops.branch import attend, unwatched
 from awconv.ops.branch_operators import attend_compiled
 from awconv.ops.problem import product
-from awconv.ops.tracing import compiling
+from awconv.ops.tracing import compiling, eager
 from awconv.relative import BaseBranch
 
 _CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -116,8 +117,7 @@ class AttentionBranch(BaseBranch):
         """
         out_blocks, in_blocks, *kernel = self.attention_size
         attention: Tensor = self._pool(input, kernel) if pooled is None else pooled
-        if _takes_batch_statistics(self.norm1) or _takes_batch_statistics(self.norm2):
-            _check_statistics(attention)
+        check_batch_statistics((self.norm1, self.norm2), attention, "AW-convolution")
         constant, gain = self.relation()
         attended = None
         if not compiling():
@@ -126,8 +126,8 @@ class AttentionBranch(BaseBranch):
             attended = attend_compiled(self.modules_in_turn(), attention, self.attention_size, constant, gain)
         if attended is not None:
             return attended
-        attention = self.act1(self.norm1(self.conv1(attention)))
-        attention = self.act2(self.norm2(self.conv2(attention)))
+        attention = self.act1(self.norm1(pointwise(self.conv1, attention)))
+        attention = self.act2(self.norm2(pointwise(self.conv2, attention)))
         if self.relative_to is not None and (constant, gain) != (0, 1):
             attention = (attention - self.relative_to) / gain  # the buffer: torch.fx keeps it in state dicts, then
         return attention.reshape(-1, out_blocks, in_blocks, *kernel)
@@ -208,6 +208,34 @@ class AttentionBranch(BaseBranch):
             self.__dict__.setdefault("pool", None)  # pickled before there was one
 
 
+def attended(branch: BaseBranch, input: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of an input, and a tensor equal to the input, which what uses the map must take in its place.
+
+    On a GPU the pooling's gradient is then added to that of the tensor's only other use in place.
+    """
+    if not takes_pooled(branch, input) or not pools_beside(input, branch.attention_size[2:]):
+        return input, branch(input)
+    passed, pooled = pool_beside(input, branch.attention_size[2:])
+    return passed, branch(passed, pooled)
+
+
+def takes_pooled(branch: BaseBranch, input: Any) -> bool:
+    """Whether a branch may get what was pooled for it: nothing watches what comes in, and torch.fx does not trace."""
+    of_library = isinstance(input, Tensor) and type(branch) is AttentionBranch
+    return of_library and branch.pool is None and unwatched((branch,))
+
+
+def pointwise(conv: Any, pooled: Tensor) -> Tensor:
+    """A pointwise convolution; of a single position it is a linear layer, which a CPU runs in a tenth of the time."""
+    if isinstance(pooled, Tensor) and pooled.device.type == "cpu" and type(conv) in _CONV.values() and eager(pooled):
+        one = product(pooled.shape[2:]) == 1 and conv.weight.dtype == pooled.dtype and conv.groups == 1
+        if one and unwatched((conv,)):
+            output = F.linear(pooled.flatten(1), conv.weight.flatten(1), conv.bias)
+            return output.reshape(*output.shape, *pooled.shape[2:])
+    convolved: Tensor = conv(pooled)
+    return convolved
+
+
 def _made_pool(pool: MakePool, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     made = pool(size)
     if not callable(made):
@@ -224,10 +252,22 @@ def _takes_batch_statistics(norm: nn.Module) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _check_statistics(pooled: Tensor) -> None:
+def check_batch_statistics(norms: Sequence[nn.Module], pooled: Tensor, layer: str) -> None:
+    """Raises a ValueError if a norm would take batch statistics of one value a channel.
+
+    Args:
+        norms: of a branch.
+        pooled: what comes into it.
+        layer: what the branch is of, for the message.
+    """
+    if any(_takes_batch_statistics(norm) for norm in norms):
+        _check_statistics(pooled, layer)
+
+
+def _check_statistics(pooled: Tensor, layer: str) -> None:
     if product((pooled.shape[0], *pooled.shape[2:])) == 1:
         raise ValueError(
-            "AW-convolution: the attention branch cannot take batch statistics of one value a channel: its "
+            f"{layer}: the attention branch cannot take batch statistics of one value a channel: its "
             f"input has batch size 1 and is pooled to {tuple(pooled.shape[2:])}. Train with at least 2 samples "
             "a batch, call .eval() on the norm layers, or give the layer another norm_layer, such as "
             "functools.partial(nn.GroupNorm, 1)"

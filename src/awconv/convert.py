@@ -1,4 +1,4 @@
-"""Any CNN to its AW version, by replacing convolutions with their AW counterparts."""
+"""Any CNN to its AW version, by replacing convolutions with their AW counterparts, or with a peer's."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from awconv.branch_spec import BranchSpec, NormLayer, check_make_branch
 from awconv.custom_branch import BranchesOfNetwork
 from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
+from awconv.odconv import ODConv2d
 from awconv.relative import BaseBranch, refuse_fused
 from awconv.selection import Convolution, Selection, choose, convolutions, nothing_selected, parts_of_branches
 
@@ -31,6 +32,7 @@ COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv3d: AWConv3d,
     Conv2dSame: AWConv2dSame,
 }
+_KINDS: dict[str, Mapping[type[nn.Module], type[nn.Module]]] = {"aw": COUNTERPARTS, "odconv": {nn.Conv2d: ODConv2d}}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS = (
     "_forward_hooks",
@@ -53,6 +55,7 @@ def convert(
     *,
     init: Literal["fresh", "identity"] = "fresh",
     norm_layer: NormLayer | Literal["match"] | None = "match",
+    layer: Literal["aw", "odconv"] = "aw",
     **arguments: Any,
 ) -> nn.Module:
     """Replaces convolutions of a model by AW-convolutions, in place.
@@ -81,9 +84,12 @@ def convert(
         norm_layer: the branch's norm: called with a number of channels, None for none, or ``"match"`` for the kind that
             the model has most of: BatchNorm, SyncBatchNorm, FrozenBatchNorm2d, or GroupNorm in one group (for LayerNorm
             and InstanceNorm too); BatchNorm where it has none.
+        layer: ``"aw"``, or ``"odconv"`` for a peer from the literature, :class:`awconv.ODConv2d`, in the place of
+            two-dimensional convolutions. It starts at random, and takes ``reduction`` alone of the arguments below.
         **arguments: ``reduction``, ``in_expansion``, ``out_expansion``, ``kernel_expansion``, ``activation``,
-            ``residual``, ``pool`` and ``branch``, as for :class:`awconv.AWConv2d`. :class:`awconv.BranchSpec` says what
-            ``branch`` gets and returns; one module that it returns for several layers is shared by them.
+            ``residual``, ``input_gain``, ``pool`` and ``branch``, as for :class:`awconv.AWConv2d`.
+            :class:`awconv.BranchSpec` says what ``branch`` gets and returns; one module that it returns for several
+            layers is shared by them.
 
     Returns:
         The model; a new layer if the model is itself a convolution.
@@ -105,7 +111,9 @@ def convert(
         True
     """
     _check_arguments(model, init, norm_layer, arguments)
-    counterparts = _counterparts(model, select, norm_layer, arguments)
+    if layer != "aw":
+        _check_peer(layer, init, arguments)
+    counterparts = _counterparts(model, select, norm_layer, layer, arguments)
     if init == "identity":
         _start_as_identity(model, counterparts)
     return _replaced(model, counterparts)
@@ -129,7 +137,7 @@ def _check_arguments(
     refuse_fused(model, "convert")
     unknown = [name for name in arguments if name not in ATTENTION_ARGUMENTS + _MAKERS]
     if unknown:
-        known = ("select", "init", "norm_layer", *ATTENTION_ARGUMENTS, *_MAKERS)
+        known = ("select", "init", "norm_layer", "layer", *ATTENTION_ARGUMENTS, *_MAKERS)
         raise TypeError(f"convert: there is no argument {', '.join(unknown)}; there are {', '.join(known)}")
     if init not in ("fresh", "identity"):
         raise ValueError(f"convert: init must be 'fresh' or 'identity', got {init!r}")
@@ -141,30 +149,48 @@ def _check_arguments(
     check_make_branch("convert", arguments.get("branch"))
 
 
+def _check_peer(layer: str, init: str, arguments: dict[str, Any]) -> None:
+    if layer not in _KINDS:
+        raise ValueError(f"convert: layer must be 'aw' or 'odconv', got {layer!r}")
+    if init != "fresh":
+        raise ValueError(
+            "convert: layer='odconv' takes init='fresh' alone: an ODConv has no constant to start from that would "
+            "leave a network as it is. layer='aw' has"
+        )
+    others = [name for name in arguments if name != "reduction"]
+    if others:
+        raise TypeError(
+            f"convert: layer='odconv' takes reduction, select and norm_layer alone, got {', '.join(others)}. Leave it "
+            "out, or convert with layer='aw'"
+        )
+
+
 def _counterparts(
     model: nn.Module,
     select: Selection | Sequence[Selection] | None,
     norm_layer: NormLayer | Literal["match"] | None,
+    layer: str,
     arguments: dict[str, Any],
-) -> dict[nn.Module, AWConv1d | AWConv2d | AWConv3d]:
+) -> dict[nn.Module, Any]:
     """The new layers, by the convolutions that they replace."""
     candidates = convolutions(model)
     chosen = choose(model, candidates, select)
     owners = weight_owners(model)
-    obstacles = {name: obstacle(module, owners) for name, module in chosen.items()}
+    kinds = _KINDS[layer]
+    obstacles = {name: obstacle(module, owners, kinds) for name, module in chosen.items()}
     if all(obstacles.values()):
         raise ValueError(nothing_selected(model, candidates, obstacles, select))
     kind = _most_common_norm(model)
     branch = arguments.pop("branch", None)
     branches = None if branch is None else BranchesOfNetwork(branch)
-    counterparts: dict[nn.Module, AWConv1d | AWConv2d | AWConv3d] = {}
+    counterparts: dict[nn.Module, Any] = {}
     for name, old in chosen.items():
         if obstacles[name]:
             _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
         else:
             norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
-            make = None if branches is None else functools.partial(_named_branch, branches, name)
-            counterparts[old] = _counterpart(name, old, norm_layer=norm, branch=make, **arguments)
+            made = {} if branches is None else {"branch": functools.partial(_named_branch, branches, name)}
+            counterparts[old] = _counterpart(name, old, kinds, norm_layer=norm, **made, **arguments)
     return counterparts
 
 
@@ -176,13 +202,14 @@ def _start_as_identity(model: nn.Module, counterparts: Mapping[nn.Module, AWConv
     names = {module: name for name, module in model.named_modules()}
     started: set[BaseBranch] = set()  # layers may share one
     for old, layer in counterparts.items():
-        if layer.attention in started:
-            continue
-        started.add(layer.attention)
-        try:
-            layer.attention.start_as_identity()
-        except ValueError as error:
-            raise ValueError(f"convert: layer {names[old]!r}: {error}") from error
+        for branch in layer.branches():
+            if branch in started:
+                continue
+            started.add(branch)
+            try:
+                branch.start_as_identity()
+            except ValueError as error:
+                raise ValueError(f"convert: layer {names[old]!r}: {error}") from error
 
 
 def _replaced(model: nn.Module, counterparts: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -232,8 +259,8 @@ def raises_for_attention(value: object) -> bool:
 
 def _lose_attention(name: str, *arguments: Any, **options: Any) -> NoReturn:
     raise ValueError(
-        f"{name}() would make a plain convolution of AW-convolutions, and lose their attention. Fold the plain network "
-        "first (with timm.utils.reparameterize_model, for one), then call awconv.convert"
+        f"{name}() would make a plain convolution of convolutions with attention, and lose that. Fold the plain "
+        "network first (with timm.utils.reparameterize_model, for one), then call awconv.convert"
     )
 
 
@@ -247,13 +274,20 @@ def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     return owners
 
 
-def obstacle(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str | None:
+def obstacle(
+    module: Convolution,
+    owners: dict[nn.Parameter, list[str]],
+    kinds: Mapping[type[nn.Module], type[nn.Module]] = COUNTERPARTS,
+) -> str | None:
     """Why a convolution cannot be converted exactly; None if it can.
 
     Args:
         module: the convolution.
         owners: of its model, by :func:`weight_owners`.
+        kinds: the layers that there are for each class of convolutions.
     """
+    if isinstance(module, ODConv2d):
+        return "it is an ODConv2d, which has attention of its own"
     if isinstance(module, LazyModuleMixin):
         return f"{type(module).__name__} is not initialised; call the model once"
     if is_parametrized(module):
@@ -266,6 +300,8 @@ def obstacle(module: Convolution, owners: dict[nn.Parameter, list[str]]) -> str 
         return f"its weights are {module.weight.dtype}"
     if _plain_kind(module) is None:
         return f"{type(module).__name__} computes something of its own"
+    if _plain_kind(module) not in kinds:
+        return f"there is no such layer for {type(module).__name__}, only for {', '.join(k.__name__ for k in kinds)}"
     expected = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     if tuple(module.weight.shape) != expected:
         return f"its weight has shape {tuple(module.weight.shape)}, and its arguments say {expected}"
@@ -307,10 +343,12 @@ def arguments_of(layer: Convolution) -> tuple[Any, ...]:
     )
 
 
-def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AWConv2d | AWConv3d:
+def _counterpart(
+    name: str, old: Convolution, kinds: Mapping[type[nn.Module], type[nn.Module]], **arguments: Any
+) -> nn.Module:
     plain = _plain_kind(old)
     assert plain is not None  # which would be an obstacle
-    kind: Any = COUNTERPARTS[plain]
+    kind: Any = kinds[plain]
     try:
         new = kind(
             *arguments_of(old),
@@ -324,7 +362,7 @@ def _counterpart(name: str, old: Convolution, **arguments: Any) -> AWConv1d | AW
     new.weight = old.weight
     new.bias = old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice  # made when the old layer was
-    counterpart: AWConv1d | AWConv2d | AWConv3d = new.train(old.training)
+    counterpart: nn.Module = new.train(old.training)
     return counterpart
 
 

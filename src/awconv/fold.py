@@ -107,7 +107,8 @@ def fold(model: nn.Module, data: Iterable[Any], max_drop: float = 0.1) -> FoldRe
     """Makes plain convolutions of the AW-convolutions of a classifier whose attention matters least, in place.
 
     A folded layer has the weights K (1 + mean A), where the mean is over the images of the data (K mean A in the form
-    without residual, and the relative map of ``init="identity"`` in its own form, K (1 + mean A')). That is exact where
+    without residual, and the relative map of ``init="identity"`` in its own form, K (1 + mean A')). A gain
+    over input channels is part of it: each weight is multiplied by the mean of (1 + A) (1 + g). That is exact where
     the attention is the same for every image, and keeps what it says of channels and taps. Bias, padding, dtype,
     ``requires_grad`` and training mode stay.
 

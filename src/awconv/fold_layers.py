@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awconv.input_gain import weight_gain
 from awconv.layers import AWConv1d, AWConv2d, AWConv3d
 from awconv.moments import Moments
 from awconv.ops.naive import expand
@@ -20,6 +21,8 @@ AWConv = AWConv1d | AWConv2d | AWConv3d
 class GainStatistics:
     """The gain of an AW-convolution, before Expand, over all that it was given: what its weights are multiplied with.
 
+    A gain over input channels counts: each value is then the product of two.
+
     Sums are float64. A layer that runs several times for an image counts each time.
 
     Args:
@@ -28,16 +31,22 @@ class GainStatistics:
     """
 
     def __init__(self, name: str, layer: AWConv) -> None:
-        self.name = name
-        self._residual = layer.residual or layer.attention.relative
+        self.name, self.layer = name, layer
         self._moments = Moments()
 
-    def add(self, attention: Tensor) -> None:
-        """Adds the attention maps of a batch, shape (N, C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw)."""
-        self._moments.add(attention.detach().cpu().double() + (1 if self._residual else 0))
+    def add(self, batch: Tensor) -> None:
+        """Adds the gains of a batch of inputs, shape (N, C1, \\*size)."""
+        of_input = self.layer.input_attention
+        attention = self.layer.attention(self.layer.scale_input(batch))
+        if of_input is None:
+            self._moments.add(weight_gain(self.layer, attention))
+        else:  # one value for each weight, so that those of a whole batch would take much memory
+            for one, of_one in zip(attention.split(1), of_input(batch).split(1), strict=True):
+                self._moments.add(weight_gain(self.layer, one, of_one))
 
     def mean(self) -> Tensor:
-        """The mean gain, float64, shape (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw).
+        """The mean gain, float64, shape (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw); shape (C2, C1/groups, h/r_hw,
+        w/r_hw) with a gain over input channels.
 
         Raises:
             ValueError: the layer did not run.
@@ -78,7 +87,7 @@ def _adding_to(statistics: GainStatistics) -> Any:
     def hook(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         input: Tensor = arguments[0] if arguments else options["input"]
         batch = input[None] if input.dim() == len(layer.kernel_size) + 1 else input
-        statistics.add(layer.attention(batch))
+        statistics.add(batch)
 
     return hook
 
@@ -88,7 +97,7 @@ def folded_layer(layer: AWConv, gain: Tensor) -> nn.Module:
 
     Args:
         layer: the layer, whose bias is shared.
-        gain: before Expand, float64, shape (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw).
+        gain: before Expand, float64, shape (C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw), or with finer blocks.
 
     Returns:
         The layer; its weights are computed in float64 and rounded to the old ones' dtype.

@@ -136,12 +136,13 @@ def _without_norm(norm: nn.Module) -> nn.Module:
 
 def _fuse_branches(model: nn.Module) -> None:
     fused: dict[nn.Module, FusedBranch] = {}  # layers may share one
-    for layer in model.modules():
-        branch = layer.attention if isinstance(layer, AW_LAYERS) else None
-        if isinstance(branch, AttentionBranch) and _is_fusible(branch):
-            if branch not in fused:
-                fused[branch] = FusedBranch(branch)
-            layer.attention = fused[branch]
+    for layer in [module for module in model.modules() if isinstance(module, AW_LAYERS)]:
+        for branch in layer.branches():
+            if isinstance(branch, AttentionBranch) and _is_fusible(branch):
+                if branch not in fused:
+                    fused[branch] = FusedBranch(branch)
+                name = "attention" if branch is layer.attention else "input_attention"
+                setattr(layer, name, fused[branch])
 
 
 def _is_fusible(branch: AttentionBranch) -> bool:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -13,12 +12,12 @@ from timm.layers import pad_same
 from torch import Tensor, nn
 
 from awconv.activation import Activation
-from awconv.branch import AttentionBranch
+from awconv.branch import AttentionBranch, attended
 from awconv.branch_spec import BranchSpec, MakeBranch, MakePool, NormLayer, check_make_branch
 from awconv.custom_branch import is_part_of_custom_branch, make_custom_branch
+from awconv.input_gain import gain_branch, scaled
+from awconv.load_messages import warn_of_branches
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
-from awconv.ops.average_pool import pool_beside, pools_beside
-from awconv.ops.branch import unwatched
 from awconv.ops.layer import run_layer
 from awconv.ops.layer_operators import run_layer_compiled
 from awconv.ops.problem import SPATIAL_NAMES
@@ -29,7 +28,6 @@ __all__ = ["AW_LAYERS", "AWConv1d", "AWConv2d", "AWConv2dSame", "AWConv3d", "Att
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _AW_CONV = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
-_log = logging.getLogger(__name__)
 
 
 class _AWConvNd(nn.modules.conv._ConvNd):
@@ -53,6 +51,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         kernel_expansion: int = 1,
         activation: Activation = "sigmoid",
         residual: bool = True,
+        input_gain: bool = False,
         norm_layer: NormLayer | Literal["batch"] | None = "batch",
         pool: MakePool | None = None,
         branch: MakeBranch | None = None,
@@ -82,13 +81,19 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             norm_layer = BATCH_NORMS[len(self.kernel_size)]
         spec = self._spec(reduction, activation, residual, norm_layer, pool)
         check_make_branch(type(self).__name__, branch)
+        if input_gain not in (True, False):
+            raise ValueError(f"{type(self).__name__}: input_gain must be True or False, got {input_gain!r}")
+        self.input_attention: BaseBranch | None = None
         with self.weight.device:  # whatever the default device is now
             self.attention = AttentionBranch.of(spec) if branch is None else make_custom_branch(branch, spec)
+            if input_gain:
+                self.input_attention = gain_branch(spec)
         self.activation = _name(activation, self.attention)
-        if any(parameter.dtype != self.weight.dtype for parameter in self.attention.parameters()):
-            self.attention.to(self.weight.dtype)  # which FakeTensorMode refuses even where it changes nothing
-        if any(parameter.device != self.weight.device for parameter in self.attention.parameters()):
-            self.attention.to(self.weight.device)  # of a module that was there before
+        for made in self.branches():
+            if any(parameter.dtype != self.weight.dtype for parameter in made.parameters()):
+                made.to(self.weight.dtype)  # which FakeTensorMode refuses even where it changes nothing
+            if any(parameter.device != self.weight.device for parameter in made.parameters()):
+                made.to(self.weight.device)  # of a module that was there before
 
     def _spec(self, *arguments: Any) -> BranchSpec:
         return BranchSpec(
@@ -114,21 +119,41 @@ class _AWConvNd(nn.modules.conv._ConvNd):
             ),
         ]
 
+    @property
+    def input_gain(self) -> bool:
+        """Whether the layer has a gain over input channels."""
+        return self.input_attention is not None
+
+    def branches(self) -> tuple[BaseBranch, ...]:
+        """``attention``, and ``input_attention`` where there is one."""
+        return (self.attention,) if self.input_attention is None else (self.attention, self.input_attention)
+
+    def is_identity(self) -> bool:
+        """Whether the layer computes what the plain convolution with its weights does, for every input."""
+        return all(branch.is_identity() for branch in self.branches())
+
+    def scale_input(self, batch: Tensor) -> Tensor:
+        """What the convolution and ``attention`` get of a batch, shape (N, C1, \\*size): the batch times its gain."""
+        return batch if self.input_attention is None else scaled(batch, self.input_attention)
+
     def forward(self, input: Tensor) -> Tensor:
         """Shape (N, C1, \\*size) to (N, C2, \\*out_size); the batch axis may be missing, as for nn.Conv.
 
         Raises:
             ValueError: the input does not have ``in_channels`` channels or the right number of axes.
         """
+        if self.input_attention is None:
+            return self._without_gain(input)
+        batch = _as_batch(input, type(self).__name__, self.in_channels, len(self.kernel_size))
+        return _without_batch_like(self._without_gain(self.scale_input(batch)), input)
+
+    def _without_gain(self, input: Tensor) -> Tensor:
+        """The layer behind its gain over input channels."""
         whole = self._run_whole(input)
         if whole is not None:
             return whole
         batch = _as_batch(input, type(self).__name__, self.in_channels, len(self.kernel_size))
-        if _pools_beside(self.attention, batch):
-            batch, pooled = pool_beside(batch, self.attention.attention_size[2:])
-            attention = self.attention(batch, pooled)
-        else:
-            attention = self.attention(batch)
+        batch, attention = attended(self.attention, batch)
         batch, padding = self._pad(batch)
         output = _convolve(
             batch,
@@ -177,16 +202,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         *lists: list[str],
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
-        plain = f"{prefix}weight" in state_dict and not any(key.startswith(f"{prefix}attention.") for key in state_dict)
-        told = any("attention." in key for key in missing_keys)  # of another layer of the network that is being loaded
-        if plain and not told and not self.attention.is_identity():
-            _log.warning(
-                "plain weights were loaded into AW-convolutions (the first is %r), whose branches keep what they were: "
-                "the network computes with weight * (1 + a), not with these weights. To start from what the plain "
-                'network computes, convert it with awconv.convert(network, init="identity"), before or after its '
-                "weights are loaded",
-                prefix.rstrip("."),
-            )
+        warn_of_branches(self, state_dict, prefix, missing_keys)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
         """The input with the padding that the operator does not know, and the padding that is left to it."""
@@ -196,6 +212,8 @@ class _AWConvNd(nn.modules.conv._ConvNd):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "input_attention" not in self._modules:
+            self.__dict__.setdefault("input_attention", None)  # pickled before there was one
         if isinstance(self.attention, AttentionBranch):
             self.attention.activation, self.attention.residual = self.activation, self.residual  # old pickles lack them
 
@@ -203,6 +221,7 @@ class _AWConvNd(nn.modules.conv._ConvNd):
         attention = (
             f", reduction={self.reduction}, in_expansion={self.in_expansion}, out_expansion={self.out_expansion}, "
             f"kernel_expansion={self.kernel_expansion}, activation={self.activation!r}, residual={self.residual}"
+            f"{', input_gain=True' if self.input_gain else ''}"
         )
         return f"{super().extra_repr()}{attention}{', init=identity' if self.attention.relative else ''}"
 
@@ -213,17 +232,6 @@ def _as_batch(input: Tensor, layer: str, in_channels: int, dims: int) -> Tensor:
         expected = f"(N, {in_channels}, {', '.join(SPATIAL_NAMES[dims])})"
         raise ValueError(f"{layer}: input must have shape {expected}, got {tuple(input.shape)}")
     return batch
-
-
-def _pools_beside(branch: BaseBranch, input: Any) -> bool:
-    """Whether a branch may get what was pooled for it: nothing watches what comes in, and torch.fx does not trace."""
-    return (
-        isinstance(input, Tensor)
-        and type(branch) is AttentionBranch
-        and branch.pool is None
-        and unwatched((branch,))
-        and pools_beside(input, branch.attention_size[2:])
-    )
 
 
 def _convolve(input: Tensor, weight: Tensor, *arguments: Any, residual: bool) -> Tensor:
@@ -253,9 +261,7 @@ def _blocks(name: str, argument: str, expansion: int, axis: str, size: int) -> i
 
 
 class AWConv1d(_AWConvNd, nn.Conv1d):
-    """An AW-convolution over sequences, in the place of ``nn.Conv1d``.
-
-    Its arguments and all else are as in :class:`AWConv2d`.
+    """An AW-convolution over sequences, in the place of ``nn.Conv1d``. All else is as in :class:`AWConv2d`.
 
     Shape:
         Input (N, C1, L) or (C1, L), output (N, C2, L') or (C2, L').
@@ -271,7 +277,8 @@ class AWConv1d(_AWConvNd, nn.Conv1d):
 class AWConv2d(_AWConvNd, nn.Conv2d):
     """An AW-convolution, in the place of ``nn.Conv2d``.
 
-    ``O[n] = conv(I[n], K + A[n] * K) + bias``. The attention map A has the shape of the weights K. The branch
+    ``O[n] = conv(I[n], K + A[n] * K) + bias``; with ``input_gain``, ``O[n] = conv((1 + g[n]) * I[n], K + A[n] * K) +
+    bias``. The attention map A has the shape of the weights K. The branch
     ``attention`` (:class:`AttentionBranch`) computes it from each sample; ``layer.attention(input)`` is the map before
     Expand. ``weight`` and ``bias`` have the names of ``nn.Conv2d``, whose state dict loads with ``strict=False``, but
     the layer computes with ``weight * (1 + a)``. Therefore:
@@ -283,9 +290,9 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
       RepViT) would lose the attention. Fold first, then convert. A norm after the layer may be folded into it.
     - LoRA that is merged into ``weight`` would be multiplied by 1 + a, too. peft refuses the layer as a target, and
       the convolutions of branches, whose names targets may match: a ValueError of ``get_peft_model`` says what to do.
-      Its adapters on other layers of a converted network work and merge (``exclude_modules=r".*\\.attention\\..*"``),
-      and ``modules_to_save=["attention"]`` trains the branches beside them. The layer cannot notice libraries that
-      replace its ``forward``, such as LyCORIS; do not merge their adapters into it.
+      Its adapters on other layers work and merge (``exclude_modules=r".*\\.(input_)?attention\\..*"``), and
+      ``modules_to_save=["attention"]`` trains the branches beside them. The layer cannot notice libraries that replace
+      its ``forward``, such as LyCORIS; do not merge their adapters into it.
 
     Args:
         in_channels: C1.
@@ -299,6 +306,9 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
         activation: the end of the branch: ``"sigmoid"``, ``"tanh"`` or ``"relu"``; a module, of which each branch gets
             a copy; or what makes one when it is called without arguments, such as ``nn.Hardsigmoid``.
         residual: weights K + A * K if true, A * K otherwise.
+        input_gain: whether the input is scaled first, by 1 + g for each sample and channel (g if not ``residual``). A
+            second :class:`AttentionBranch`, ``input_attention``, gives g, shape (N, 1, C1, 1, 1), from the mean of each
+            channel; ``pool`` and ``branch`` are not for it. The map is ``layer.attention(layer.scale_input(input))``.
         norm_layer: the branch's norms: ``"batch"``, something called with a number of channels, such as
             ``nn.BatchNorm2d``, or None for none.
         pool: how the branch pools its input: called with the size (h/r_hw, w/r_hw), it returns a module or a function
@@ -321,6 +331,8 @@ class AWConv2d(_AWConvNd, nn.Conv2d):
         torch.Size([4, 32, 8, 8])
         >>> layer.attention(input).shape  # a value for each sample, output channel and tap
         torch.Size([4, 32, 1, 3, 3])
+        >>> AWConv2d(16, 32, 3, input_gain=True).input_attention(input).shape  # one for each input channel
+        torch.Size([4, 1, 16, 1, 1])
     """
 
 
@@ -375,7 +387,7 @@ def _refuse_adapter(module: nn.Module, name: str, child: nn.Module | None) -> No
     if of_branch and isinstance(getattr(child, "base_layer", None), nn.Module):
         raise ValueError(
             f"{_qualified_name(child)} would adapt {name} of an attention branch, which its targets match by name. "
-            r'Build the network anew and leave branches out, exclude_modules=r".*\.attention\..*", or '
+            r'Build the network anew and leave branches out, exclude_modules=r".*\.(input_)?attention\..*", or '
             'train them whole, modules_to_save=["attention"]'
         )
 

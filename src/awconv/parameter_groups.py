@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from awconv.layers import AW_LAYERS
+from awconv.odconv import WITH_BRANCHES
 from awconv.relative import refuse_fused
 from awconv.train_only import head_parameters, unwrapped
 
@@ -64,7 +64,7 @@ def parameter_groups(
         raise ValueError(
             f"parameter_groups: {type(model).__name__} has no AW-convolution; convert it first (awconv.convert)"
         )
-    weights: Any = {module.weight for module in model.modules() if isinstance(module, AW_LAYERS)}
+    weights: Any = {module.weight for module in model.modules() if isinstance(module, WITH_BRANCHES)}
     heads = set()
     if head is not None:
         heads = head_parameters(unwrapped(model))
@@ -82,7 +82,7 @@ def parameter_groups(
 
 
 def branch_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model's attention branches; none for a network without AW-convolutions.
+    """The parameters of a model's attention branches, those of ODConvs included; none for a network without.
 
     Examples:
         >>> import awconv
@@ -90,5 +90,5 @@ def branch_parameters(model: nn.Module) -> set[nn.Parameter]:
         >>> sum(parameter.numel() for parameter in branch_parameters(awconv.AWConv2d(64, 64, 3)))
         648
     """
-    layers = (module for module in model.modules() if isinstance(module, AW_LAYERS))
-    return {parameter for layer in layers for parameter in layer.attention.parameters()}
+    layers = (module for module in model.modules() if isinstance(module, WITH_BRANCHES))
+    return {parameter for layer in layers for branch in layer.branches() for parameter in branch.parameters()}

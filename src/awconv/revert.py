@@ -46,7 +46,7 @@ def revert(model: nn.Module, *, drop_attention: bool = False) -> nn.Module:
         ['Conv2d', 'Conv2d']
     """
     layers = replaceable_layers(model, "revert")
-    learned = [name for name, layer in layers.items() if not layer.attention.is_identity()]
+    learned = [name for name, layer in layers.items() if not layer.is_identity()]
     if not drop_attention:
         refuse_fused(model, "revert")
     if learned and not drop_attention:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from awconv.layers import AW_LAYERS
+from awconv.odconv import WITH_BRANCHES
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Predicate = Callable[[str, nn.Module], bool]
@@ -29,8 +30,10 @@ def convolutions(model: nn.Module) -> dict[str, Convolution]:
 
 
 def parts_of_branches(model: nn.Module) -> set[nn.Module]:
-    """The modules in the attention branches of a model."""
-    return {part for layer in model.modules() if isinstance(layer, AW_LAYERS) for part in layer.attention.modules()}
+    """The modules in the attention branches of a model, those of ODConvs included."""
+    layers = (module for module in model.modules() if isinstance(module, WITH_BRANCHES))
+    branches: set[nn.Module] = {branch for layer in layers for branch in layer.branches()}
+    return {part for branch in branches for part in branch.modules()}
 
 
 def is_spatial(module: Convolution) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from awconv.branch import AttentionBranch
 from awconv.convert import obstacle, weight_owners
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
+from awconv.odconv import ODConv2d
 from awconv.ops.algorithm import CONV
 from awconv.relative import BaseBranch
 from awconv.selection import convolutions, is_spatial, stem
@@ -33,7 +34,7 @@ class LayerSummary:
         layer: its kind and sizes.
         converted: whether it is an AW-convolution.
         reason: why not; empty for an AW-convolution.
-        parameters: of its branch.
+        parameters: of its branch; of both, with a gain over input channels; of the attention of an ODConv.
         operations: multiply-adds that the attention adds for the inputs; None without inputs.
         relative_to: the constant attention that the branch started as by identity, to which its map is relative; None
             for a branch of the paper's form, and for a convolution without one.
@@ -92,7 +93,8 @@ class Summary:
     def __str__(self) -> str:
         rows = []
         for layer in self.layers:
-            added = (f"{layer.parameters:,}", _thousands(layer.operations)) if layer.converted else ("", "")
+            own = layer.converted or layer.parameters
+            added = (f"{layer.parameters:,}", _thousands(layer.operations)) if own else ("", "")
             rows.append((layer.name, layer.layer, *added, _remark(layer)))
         added = (f"{self.parameters_added:,}", _thousands(self.operations_added))
         share = f"{self.parameters_added / max(1, self.parameters - self.parameters_added):+.2%} of parameters"
@@ -122,7 +124,8 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
 
     Operations are multiply-adds of convolutions, linear layers and matrix products. Norms, activations and pooling are
     not counted, as is usual. An AW-convolution adds those of its branch and the multiplications by the attention: of
-    each sample's weights or of each tap's partial products, whichever are fewer. A branch that several layers share
+    each sample's weights or of each tap's partial products, whichever are fewer. A gain over input channels adds those
+    of its branch and a multiplication of each value of the input. A branch that several layers share
     counts its parameters in the first of them, and its multiply-adds in each.
 
     Args:
@@ -155,7 +158,9 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
             operations = None if inputs is None else added.get(name, 0)
             layers.append(_aw_layer(name, module, operations, counted))
         elif name in reasons:
-            layers.append(LayerSummary(name, _described(module), False, reasons[name], 0, None))
+            peer = module.attention if isinstance(module, ODConv2d) else nn.Identity()
+            parameters = sum(parameter.numel() for parameter in peer.parameters())
+            layers.append(LayerSummary(name, _described(module), False, reasons[name], parameters, added.get(name)))
     return Summary(
         layers=tuple(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
@@ -166,8 +171,10 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
 def _aw_layer(name: str, layer: _AWConv, operations: int | None, counted: dict[nn.Parameter, str]) -> LayerSummary:
     """An AW-convolution; its branch's parameters are added to those that are counted, with the layer that does."""
     parameters = set(layer.attention.parameters())
-    new = parameters - counted.keys()
-    shares = next((counted[parameter] for parameter in layer.attention.parameters()), None) if not new else None
+    shares = None
+    if counted.keys() >= parameters:
+        shares = next((counted[parameter] for parameter in layer.attention.parameters()), None)
+    new = {parameter for branch in layer.branches() for parameter in branch.parameters()} - counted.keys()
     counted.update(dict.fromkeys(new, name))
     start = layer.attention.start
     return LayerSummary(
@@ -210,6 +217,8 @@ def _operations(model: nn.Module, inputs: Any) -> tuple[int, dict[str, int]]:
     for name, layer in plain.named_modules():
         if isinstance(layer, AW_LAYERS):
             layer.forward = partial(_plain_forward, layer, name, added, in_branches)  # type: ignore[method-assign]
+        elif isinstance(layer, ODConv2d):
+            layer.forward = partial(_plain_forward_of_peer, layer, name, added)  # type: ignore[method-assign]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         plain(*inputs if isinstance(inputs, tuple) else (inputs,))
@@ -218,15 +227,36 @@ def _operations(model: nn.Module, inputs: Any) -> tuple[int, dict[str, int]]:
 
 def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], in_branches: list[int], input: Tensor) -> Tensor:
     """The layer's plain convolution, which leaves a note of what the attention would have cost."""
-    dims = len(layer.kernel_size)
-    padded, padding = layer._pad(input)
-    output: Tensor = CONV[dims](padded, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+    output, dims = _convolved(layer, input), len(layer.kernel_size)
     batch = input if input.dim() == dims + 2 else input[None]
     branch = _of_branch(layer.attention, batch, in_branches)
     _, in_blocks, *taps = layer.attention.attention_size
     positions = math.prod(output.shape[-dims:])
     scaling = min(layer.weight.numel(), layer.out_channels * in_blocks * math.prod(taps) * positions)
+    if layer.input_attention is not None:
+        branch += _of_branch(layer.input_attention, batch, in_branches)
+        scaling += math.prod(batch.shape[1:])
     added[name] = added.get(name, 0) + branch + batch.shape[0] * scaling
+    return output
+
+
+def _plain_forward_of_peer(layer: ODConv2d, name: str, added: dict[str, int], input: Tensor) -> Tensor:
+    """The same of an ODConv."""
+    output, batch = _convolved(layer, input), input if input.dim() == 4 else input[None]
+    attention = layer.attention
+    own = [part.weight.numel() for part in attention.modules() if isinstance(part, nn.Conv2d)]
+    taps = (
+        math.prod(layer.kernel_size) if attention.spatial_head is not None else int(attention.filter_head is not None)
+    )
+    scaling = min(layer.weight.numel(), layer.out_channels * taps * math.prod(output.shape[-2:]))
+    added[name] = added.get(name, 0) + batch.shape[0] * (sum(own) + scaling + math.prod(batch.shape[1:]))
+    return output
+
+
+def _convolved(layer: _AWConv | ODConv2d, input: Tensor) -> Tensor:
+    padded, padding = layer._pad(input)
+    geometry = (layer.stride, padding, layer.dilation, layer.groups)
+    output: Tensor = CONV[len(layer.kernel_size)](padded, layer.weight, layer.bias, *geometry)
     return output
 
 

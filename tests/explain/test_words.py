@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from awconv.explain.words import _alone, _together, percent, significant
+from awconv.explain.words import _alone, _together, percent, sentences, significant
 from awconv.explain.worth import Worth
 
 
@@ -28,6 +28,26 @@ def test_a_layer_that_does_harm_is_not_called_worth_anything() -> None:
     assert "No single layer's attention is worth anything" in said
     assert "that of a \N{MINUS SIGN}6.00 points, that of b \N{MINUS SIGN}7.60 points" in said
     assert _alone(measured(a=(30, 0, 1e-6), b=(40, 2, 1e-6))).endswith("each one's is more than noise.")
+
+
+def test_gains_over_input_channels_are_told_apart_from_maps() -> None:
+    def said(*layers: tuple[float, float | None]) -> str:
+        found = [
+            SimpleNamespace(
+                name=f"layer{number}",
+                worth=Worth(500, 4),
+                input_variation=of_input,
+                statistics=SimpleNamespace(variation=lambda of_map=of_map: of_map),
+            )
+            for number, (of_map, of_input) in enumerate(layers)
+        ]
+        return " ".join(sentences(SimpleNamespace(layers=found, without={"mean": Worth(500, 9)}), SimpleNamespace()))  # type: ignore[arg-type]
+
+    both = said((0.2, 0.03), (0.1, 0.05))
+    assert "Gains over input channels change the weights by 3 % to 5 % beside" in both
+    assert "Gains" not in said((0.2, None))
+    assert "does not depend on the image" in said((0.0, None), (0.0, 0.0))
+    assert "does not depend on the image" not in said((0.0, 0.1))
 
 
 @pytest.mark.parametrize(("loss", "word"), [(0.2, "0.200 ± 0.100 lower"), (-0.2, "0.200 ± 0.100 higher")])

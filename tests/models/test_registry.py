@@ -63,13 +63,16 @@ def test_every_network_with_attention_has_its_baseline() -> None:
     for name, baseline in BASELINES.items():
         assert timm.is_model(name)
         assert timm.is_model(baseline)
-        assert baseline in (name.removeprefix(prefix) for prefix in ("aw_", "se", "cbam", "eca", "aa_", "se_", "cbam_"))
+        assert baseline in (
+            name.removeprefix(prefix) for prefix in ("aw_", "od_", "se", "cbam", "eca", "aa_", "se_", "cbam_")
+        )
         assert len(baseline) < len(name)
 
 
 def test_a_networks_variants_are_found_by_their_scheme() -> None:
     assert variants("resnet50") == {
         "aw": "aw_resnet50",
+        "od": "od_resnet50",
         "se": "seresnet50",
         "aw_se": "aw_seresnet50",
         "cbam": "cbamresnet50",

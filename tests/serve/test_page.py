@@ -141,6 +141,17 @@ class TestGains:
         assert gains.reach == 0
         assert "the image moves no weight" in sections.attention(gains)
 
+    def test_a_gain_over_input_channels_is_said_to_be_left_out(self) -> None:
+        still = Gains("layer", torch.ones(4, 1, 3, 3), 1, 1.0, True, input_gain=True)
+        moving = Gains("layer", torch.rand(4, 1, 3, 3), 1, 0.5, False, input_gain=True)
+        for gains in (still, moving):
+            assert "gain over input channels, by which they are multiplied too, is not shown" in sections.attention(
+                gains
+            )
+        assert "the image moves no weight" not in sections.attention(still)
+        without = Gains("layer", torch.rand(4, 1, 3, 3), 1, 0.5, False)
+        assert "input channels, by which" not in sections.attention(without)
+
     def test_most_moved_channels_are_those_farthest_from_the_neutral_gain(self) -> None:
         values = torch.ones(5, 2, 3, 3)
         values[1] += 0.1

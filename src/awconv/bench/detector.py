@@ -111,7 +111,8 @@ def matched_detectors(
     aw.load_state_dict(aw.state_dict() | plain.state_dict())  # its own branches, and nothing else of it
     for layer in aw.modules():
         if isinstance(layer, AW_LAYERS):
-            layer.attention.start_as_identity()
+            for branch in layer.branches():
+                branch.start_as_identity()
     return {"plain": plain, "aw": aw}
 
 

@@ -144,7 +144,7 @@ def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[s
     if "se" in rivals and squeezed is not None:
         result["se"] = timm.create_model(squeezed), None
     if "condconv" in rivals:
-        places = [place.rpartition(".")[0] for place, part in aw.named_modules() if isinstance(part, AttentionBranch)]
+        places = [place for place, part in aw.named_modules() if isinstance(part, AW_LAYERS)]
         result["condconv"] = with_condconv(plain, places), None
     if "aw, per_sample" in rivals:
         result["aw, per_sample"] = _aw(name), "per_sample"

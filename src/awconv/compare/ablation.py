@@ -18,7 +18,8 @@ from awconv.layers import AW_LAYERS
 
 _CHOICES = (
     "reduction=4 reduction=8 in_expansion=1 out_expansion=2 kernel_expansion=3 activation=tanh activation=relu "
-    "residual=false norm_layer=none init=identity branch_lr_factor=0.1 branch_lr_factor=3 branch_weight_decay=0"
+    "residual=false input_gain=true norm_layer=none init=identity branch_lr_factor=0.1 branch_lr_factor=3 "
+    "branch_weight_decay=0"
 )
 
 _LAYER = (*ATTENTION_ARGUMENTS, "norm_layer", "select", "init")

@@ -108,9 +108,10 @@ def ablate(
     Args:
         recipe: a YAML file for ``awconv fit``.
         vary: changes, tried one at a time, with commas between them: arguments of the layer such as ``reduction=4``,
-            ``in_expansion=1``, ``activation=tanh``, ``residual=false``, ``norm_layer=none``; ``select=layer3.*`` for
-            the layers with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for their optimisation. Join
-            changes by ``+`` to try them at once: ``reduction=4+activation=tanh``. The default is some of each kind.
+            ``in_expansion=1``, ``activation=tanh``, ``residual=false``, ``input_gain=true``, ``norm_layer=none``;
+            ``select=layer3.*`` for the layers with AW; ``branch_lr_factor=0.1`` and ``branch_weight_decay=0`` for
+            their optimisation. Join changes by ``+`` to try them at once: ``reduction=4+activation=tanh``. The default
+            is some of each kind.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/RECIPE_ablation`` by default.
         jobs: how many runs are trained side by side, in processes that share the device.

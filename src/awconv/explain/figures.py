@@ -65,6 +65,7 @@ def _layer(layer: Layer, images: Images, classes: Sequence[str]) -> dict[str, An
         layer=layer.name,
         weights=list(layer.shape),
         variation=found.variation(),
+        input_variation=layer.input_variation,
         variance=found.variance(),
         pattern=dict(mean=mean, over_images=over_images, over_channels=over_channels),
         channel_deviations=_plain(found.channel_deviations()),

@@ -46,6 +46,11 @@ class LayerSections:
         variance = found.variance()
         whole = sum(variance.values())
         facts = [f"changes its weights by {percent(found.variation())}"]
+        if layer.input_variation is not None:
+            facts = [
+                f"its map changes its weights by {percent(found.variation())}",
+                f"its gain over input channels changes them by {percent(layer.input_variation)}",
+            ]
         if layer.worth.points is None:
             facts.append(f"decides {layer.worth.changed} of {layer.worth.images} predictions")
         else:

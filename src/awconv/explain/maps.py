@@ -26,7 +26,8 @@ def attention_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
     of each module, hooks, parameters and statistics of norms. A compiled network runs eagerly, a fused one
     (:func:`awconv.fuse`) as it is. Of one in ``DataParallel`` or ``DistributedDataParallel``, the network inside runs.
 
-    A map is what the layer computes with, before Expand: A of K + A * K in the paper's form. In a network that was
+    A map is that of the layer's ``attention``; gains over input channels (``input_gain``) are not among them. It is
+    what the layer computes with, before Expand: A of K + A * K in the paper's form. In a network that was
     converted with ``init="identity"`` it is relative to the constant a0 that the branch started as (A' of
     :class:`awconv.layers.AttentionBranch`), so that 0 means "as the plain network did", and the weights are
     K (1 + A').
@@ -62,19 +63,30 @@ def attention_maps(model: nn.Module, images: Any) -> dict[str, Tensor]:
             f"attention_maps: {type(network).__name__} has no AW-convolution, so it has no attention maps; "
             'awconv.convert(model, init="identity") gives it some, which a training moves'
         )
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    found = {name: maps for name, maps in maps_and_gains(network, layers, images).items() if name in layers}
+    if not found:
+        raise ValueError(
+            f"attention_maps: none of the {len(layers)} AW-convolutions of {type(network).__name__} ran in evaluation "
+            f"mode, the first of which is {next(iter(layers))!r}"
+        )
+    return found
+
+
+def maps_and_gains(network: nn.Module, layers: Mapping[str, AWConv], images: Any) -> dict[str, Tensor]:
+    """The maps of images by the name of their layer, and those of gains over input channels by :func:`gain_name`."""
+    found: dict[str, list[Tensor]] = {key: [] for name in layers for key in (name, gain_name(name))}
 
     def keep(name: str, maps: Tensor) -> None:
         found[name].append(maps.detach())
 
     with running(network), torch.no_grad(), seeing_maps(layers, keep):
         network(on_device_of(network, images))
-    if not any(found.values()):
-        raise ValueError(
-            f"attention_maps: none of the {len(layers)} AW-convolutions of {type(network).__name__} ran in evaluation "
-            f"mode, the first of which is {next(iter(layers))!r}"
-        )
     return {name: maps[0] if len(maps) == 1 else torch.cat(maps) for name, maps in found.items() if maps}
+
+
+def gain_name(layer: str) -> str:
+    """By which the maps of a layer's gain over input channels go: the name of their branch in the network."""
+    return f"{layer}.input_attention" if layer else "input_attention"
 
 
 def unwrapped(model: nn.Module, function: str) -> nn.Module:
@@ -128,13 +140,16 @@ def seeing_maps(layers: Mapping[str, AWConv], see: See) -> Iterator[None]:
 
     Args:
         layers: by name; they may share branches.
-        see: called with a layer's name and the maps that its branch made; what it returns, if not None, is what the
-            layer computes with.
+        see: called with a layer's name and the maps that its branch made, or with :func:`gain_name` and the maps of
+            its gain over input channels; what it returns, if not None, is what the layer computes with.
     """
     within: list[str] = []  # the names of the layers whose forwards run now, the innermost last
 
     def show(branch: nn.Module, arguments: Any, maps: Tensor) -> Tensor | None:
         return see(within[-1], maps) if within else None  # else somebody calls the branch alone
+
+    def show_gain(branch: nn.Module, arguments: Any, maps: Tensor) -> Tensor | None:
+        return see(gain_name(within[-1]), maps) if within else None
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
@@ -143,6 +158,9 @@ def seeing_maps(layers: Mapping[str, AWConv], see: See) -> Iterator[None]:
             hooks.callback(layer.register_forward_hook(leave, always_call=True).remove)
         for branch in {layer.attention: None for layer in layers.values()}:
             hooks.callback(branch.register_forward_hook(show).remove)
+        for of_gain in {layer.input_attention: None for layer in layers.values()}:
+            if of_gain is not None:
+                hooks.callback(of_gain.register_forward_hook(show_gain).remove)
         yield
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from awconv.explain.images import Images
-from awconv.explain.maps import AWConv, attention_maps, aw_layers
+from awconv.explain.maps import AWConv, aw_layers, gain_name, maps_and_gains
 from awconv.explain.statistics import LayerStatistics, effective_kernel
 from awconv.explain.worth import Change, Worth, adjusted, another_images, logits_of, mean_of, zero
+from awconv.input_gain import unit_of
+from awconv.relative import BaseBranch
 from awconv.tasks import ClassificationTask
 
 WITHOUT = {
@@ -30,7 +32,7 @@ class Kernel:
         image: the index of the image that makes it.
         input: the input channel, of those of a group.
         static: K, by tap; shape of the kernel.
-        effective: K (1 + A), or K A in the form without residual.
+        effective: K (1 + A), or K A in the form without residual; times the gain over input channels, if there is one.
     """
 
     image: int
@@ -66,6 +68,8 @@ class Layer:
         channels: those that move most.
         worth: of its maps beside their mean.
         p_value: of a difference at least as large by chance, adjusted for the number of layers; None without labels.
+        input_variation: how much its gain over input channels varies between images, as the variation of the
+            statistics; None for a layer without one. Worth counts that gain, and statistics do not.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Layer:
     channels: list[Channel]
     worth: Worth
     p_value: float | None
+    input_variation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,10 +138,11 @@ def measure(name: str, task: ClassificationTask, images: Images, batch_size: int
     layers = {name: layer for name, layer in layers.items() if name in statistics}
     if not layers:
         return Measured(name, logits, right, [], {}, before)
-    means = {name: _as_map(one.mean(), layers[name]) for name, one in statistics.items()}
+    branches = _branches(layers)
+    means = {key: one.mean().reshape(1, *branches[key].attention_size) for key, one in statistics.items()}
     changes: dict[str, Change] = dict(zip(WITHOUT, (mean_of(means), another_images, zero), strict=True))
     after = {key: predicted(change) for key, change in changes.items()}
-    alone = [Worth.of(logits, predicted(mean_of(means, name)), targets) for name in layers]
+    alone = [Worth.of(logits, predicted(mean_of(means, name, gain_name(name))), targets) for name in layers]
     known = adjusted([p for worth in alone if (p := worth.p_value()) is not None])
     p_values: Sequence[float | None] = known or [None] * len(alone)
     channels = _channels(task, images, layers, statistics, batch_size, shown)
@@ -146,6 +152,7 @@ def measure(name: str, task: ClassificationTask, images: Images, batch_size: int
             tuple(layer.weight.shape),
             tuple(layer.attention.attention_size[2:]),
             *(statistics[name], channels[name], worth, p_value),
+            statistics[gain_name(name)].variation() if layer.input_gain else None,
         )
         for (name, layer), worth, p_value in zip(layers.items(), alone, p_values, strict=True)
     ]
@@ -158,6 +165,7 @@ def _gathered(
 ) -> tuple[dict[str, LayerStatistics], Tensor]:
     """The statistics of the layers that run, and the logits."""
     found: dict[str, LayerStatistics] = {}
+    branches = _branches(layers)
     current: list[range] = []
 
     def see(name: str, maps: Tensor) -> None:
@@ -167,7 +175,7 @@ def _gathered(
                 f"the layer {name!r} makes {len(maps)} maps of {len(part)} images, so that a map is no image's; "
                 "awconv.attention_maps gives such maps"
             )
-        statistics = found.setdefault(name, LayerStatistics(unit_of(layers[name]), keep))
+        statistics = found.setdefault(name, LayerStatistics(unit_of(branches[name]), keep))
         statistics.add(maps, part, None if images.targets is None else images.targets[part.start : part.stop])
 
     def batches() -> Iterable[Tensor]:
@@ -176,16 +184,14 @@ def _gathered(
             yield task.normalised(images.pixels[part.start : part.stop].to(task.device))
 
     logits = logits_of(task.evaluated, batches(), layers, see)
-    return {name: found[name] for name in layers if name in found}, logits
+    return {name: found[name] for name in branches if name in found}, logits
 
 
-def unit_of(layer: AWConv) -> int:
-    """What is added to a layer's map to get the gain of its weights."""
-    return 1 if layer.residual or layer.attention.relative else 0
-
-
-def _as_map(mean: Tensor, layer: AWConv) -> Tensor:
-    return mean.reshape(1, *layer.attention.attention_size)
+def _branches(layers: dict[str, AWConv]) -> dict[str, BaseBranch]:
+    """The branches of layers, by what their maps go by."""
+    found = {name: layer.attention for name, layer in layers.items()}
+    gains = {gain_name(name): layer.input_attention for name, layer in layers.items()}
+    return found | {name: branch for name, branch in gains.items() if branch is not None}
 
 
 def _channels(
@@ -198,8 +204,8 @@ def _channels(
 ) -> dict[str, list[Channel]]:
     """The channels of each layer that move most, with their kernels for the images that move them most."""
     numbers = {
-        name: one.channel_deviations().argsort(descending=True, stable=True)[:shown].tolist()
-        for name, one in statistics.items()
+        name: statistics[name].channel_deviations().argsort(descending=True, stable=True)[:shown].tolist()
+        for name in layers
     }
     wanted = {
         (name, number, up): statistics[name].extremes(number, up).images[0]
@@ -211,21 +217,26 @@ def _channels(
     kernels: dict[tuple[str, int, bool], Kernel] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        maps = attention_maps(task.evaluated, task.normalised(images.pixels[batch].to(task.device)))
+        maps = maps_and_gains(task.evaluated, layers, task.normalised(images.pixels[batch].to(task.device)))
         for (name, number, up), image in wanted.items():
             if image in batch:
-                kernels[name, number, up] = _kernel(layers[name], maps[name][batch.index(image)], number, image)
+                own = {key: maps[key][batch.index(image)] for key in (name, gain_name(name)) if key in maps}
+                kernels[name, number, up] = _kernel(layers[name], own[name], own.get(gain_name(name)), number, image)
     return {
         name: [Channel(number, kernels[name, number, True], kernels[name, number, False]) for number in of_layer]
         for name, of_layer in numbers.items()
     }
 
 
-def _kernel(layer: AWConv, attention: Tensor, number: int, image: int) -> Kernel:
+def _kernel(layer: AWConv, attention: Tensor, of_input: Tensor | None, number: int, image: int) -> Kernel:
     weight = layer.weight.detach()
     channel = number * (len(weight) // attention.shape[0])  # the first of those that share the attention
     input = int(weight[channel].flatten(1).norm(dim=1).argmax())
-    static, effective = effective_kernel(weight, attention, unit_of(layer), channel, input)
+    static, effective = effective_kernel(weight, attention, unit_of(layer.attention), channel, input)
+    if of_input is not None and layer.input_attention is not None:
+        group = channel // (len(weight) // layer.groups)
+        gain = of_input.flatten()[group * weight.shape[1] + input] + unit_of(layer.input_attention)
+        effective = effective * gain
     return Kernel(image, input, *(one.float().cpu() for one in (static, effective)))
 
 

@@ -45,7 +45,8 @@ def share(value: float) -> str:
 def sentences(measured: Measured, images: Images) -> list[str]:
     """Where attention acts, and what it is worth."""
     most = max(measured.layers, key=lambda layer: layer.statistics.variation())
-    if not most.statistics.variation():
+    gains = [layer.input_variation for layer in measured.layers if layer.input_variation is not None]
+    if not most.statistics.variation() and not any(gains):
         return [
             "Attention does not depend on the image in any layer: every image has the same weights, as in a plain "
             "network."
@@ -56,6 +57,11 @@ def sentences(measured: Measured, images: Images) -> list[str]:
         f"{percent(most.statistics.variation())} (root mean square)"
     )
     acts += "." if least is most else f", and least in {least.name}, by {percent(least.statistics.variation())}."
+    if gains:
+        acts += (
+            f" These figures, and the patterns, are of the maps alone. Gains over input channels change the weights by "
+            f"{percent(min(gains))} to {percent(max(gains))} beside; what attention is worth counts them."
+        )
     together = measured.without["mean"]
     if together.points is None:
         return [acts, _decided(measured, together)]

@@ -124,8 +124,9 @@ def mean_of(means: Mapping[str, Tensor], *names: str) -> Change:
     """Puts the mean map in the place of each image's.
 
     Args:
-        means: by layer, shape (1, C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw), as the layer computes.
-        *names: of the layers; none given are all.
+        means: by layer, shape (1, C2/r_C2, (C1/groups)/r_C1, h/r_hw, w/r_hw), as the layer computes; of gains over
+            input channels, by the names that these go by.
+        *names: of the layers and gains; none given are all.
     """
 
     def change(name: str, maps: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from awconv.extras import require
-from awconv.layers import AWConv1d, AWConv2d, AWConv3d
+from awconv.odconv import WITH_BRANCHES
 
 
 def halved(proto: Any) -> Any:
@@ -28,8 +28,8 @@ def quantized(proto: Any, scopes: Mapping[str, str], network: nn.Module, batches
     """The model with weights and activations of 8 bits (QDQ): weights signed, for each output channel; activations
     unsigned, in the range that they have on the given batches.
 
-    Of an AW-convolution, only the convolutions with constant weights are quantized. Its attention branch and the
-    products with the gain cost little, and an error in a gain is one in a whole channel. Logits stay as they are.
+    Of an AW-convolution, only the convolutions with constant weights are quantized. Its attention branches and the
+    products with the gains cost little, and an error in a gain is one in a whole channel. Logits stay as they are.
 
     Args:
         proto: the model.
@@ -72,8 +72,8 @@ def quantized(proto: Any, scopes: Mapping[str, str], network: nn.Module, batches
 
 def _kept(proto: Any, scopes: Mapping[str, str], network: nn.Module) -> list[str]:
     """The names of the nodes that are not quantized."""
-    layers = {name: m for name, m in network.named_modules() if isinstance(m, AWConv1d | AWConv2d | AWConv3d)}
-    branches = {f"{name}.attention" for name in layers}
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, WITH_BRANCHES)}
+    branches = {f"{name}.{branch}" for name in layers for branch in ("attention", "input_attention")}
     constants = {tensor.name for tensor in proto.graph.initializer}
     kept = []
     for node in proto.graph.node:

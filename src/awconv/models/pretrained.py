@@ -12,6 +12,7 @@ from timm.models import adapt_input_conv, load_state_dict
 from torch import Tensor, nn
 
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
+from awconv.odconv import ODAttention
 from awconv.relative import BaseBranch
 from awconv.train_only import head_parameters
 
@@ -108,15 +109,26 @@ def completed_by_identity(state: Mapping[str, Tensor], network: nn.Module) -> di
     """
     own = network.state_dict()
     completed = dict(state)
-    for kind in _STARTS_AS_IDENTITY:
-        modules: dict[str, Any] = {name: module for name, module in network.named_modules() if isinstance(module, kind)}
+    for modules in _of_each_kind(network):
         names = _names_below(modules, own)
         if state.keys().isdisjoint(names) and all(module.is_identity() for module in modules.values()):
             completed |= {name: own[name] for name in names}
     return completed
 
 
-_STARTS_AS_IDENTITY = (BaseBranch, IdentitySqueezeExcite)
+def _of_each_kind(network: nn.Module) -> list[dict[str, Any]]:
+    """What may start as the identity, by name: attention, gains over input channels, squeeze-and-excitation."""
+    found: dict[str, dict[str, Any]] = {"attention": {}, "input_attention": {}, "se": {}}
+    for name, module in network.named_modules():
+        if isinstance(module, BaseBranch):
+            found["input_attention" if _is_of_gain(name) else "attention"][name] = module
+        elif isinstance(module, IdentitySqueezeExcite):
+            found["se"][name] = module
+    return list(found.values())
+
+
+def _is_of_gain(branch: str) -> bool:
+    return branch.rpartition(".")[2] == "input_attention"
 
 
 def _names_below(modules: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -210,27 +222,30 @@ def _read_for(
         {key for key in keys if key not in heads and not key.endswith(_NOT_COMPARED)} for keys in (state, own)
     )
     branches = _names_below(_branches(network), expected)
-    if converted and found.isdisjoint(branches):
-        expected -= branches
+    peers = [name for name, module in network.named_modules() if isinstance(module, ODAttention)]
+    with_peers = branches | _names_below(peers, expected)
+    if converted and found.isdisjoint(with_peers):
+        expected -= with_peers
+    gains = _names_below(filter(_is_of_gain, _branches(network)), expected)
     if found != expected:
         differing = sorted(found ^ expected)
         raise ValueError(
             f"{file} does not hold the weights of {name}: {len(differing)} names differ, such as "
-            f"{', '.join(differing[:4])}{_hint(found, expected, branches)}"
+            f"{', '.join(differing[:4])}{_hint(found, expected, (branches, gains))}"
         )
     told = heads or set(own)  # where no classifier is known, all must fit, and the last matrix gives the logits
     logits = [len(state[key]) for key in own if key in told and key in state and state[key].dim() > 1]
     return state, logits[-1] if logits else None
 
 
-def _hint(found: set[str], expected: set[str], branches: set[str]) -> str:
-    """What may be the reason that names differ."""
-    if found < expected and expected - found == branches:
+def _hint(found: set[str], expected: set[str], branches: tuple[set[str], set[str]]) -> str:
+    """What may be the reason that names differ; the names of all branches are given, and those of gains alone."""
+    if found < expected and expected - found in branches:
         return (
             "; attention that starts as the identity needs none: the network_args "
             "{'aw_args': {'init': 'identity'}} make it so"
         )
-    if expected < found and all(".attention." in key for key in found - expected):
+    if expected < found and all("attention." in key for key in found - expected):
         return "; the file is of a converted network: give the same --model.convert, such as {init: identity}"
     return ""
 

@@ -1,5 +1,6 @@
 """Our models under timm's names: after ``import awconv``, ``timm.create_model("aw_resnet50")``.
 
+``ODCONV`` names those that also come with a peer of AW in its layers: ``timm.create_model("od_resnet18")``.
 ``SPECS`` is the table of what there is. Each network in it has an AW version, called ``aw_`` and its name: the network
 after :func:`awconv.convert`, whose arguments it takes in ``aw_args``, a dictionary:
 ``timm.create_model("aw_resnet50", aw_args=dict(reduction=8))``.
@@ -205,6 +206,8 @@ SPECS = (
     Spec("cbam_wide_resnet28_10_cifar", _WIDE_RESNET, baseline="wide_resnet28_10_cifar", scheme="cbam"),
 )
 
+ODCONV = ("resnet18", "resnet50", "resnet8_cifar", "resnet20_cifar", "resnet56_cifar")
+
 BASELINES: dict[str, str] = {}
 """Each network with attention and the same without: ``aw_seresnet50`` has ``seresnet50``, and that ``resnet50``."""
 _VARIANTS: dict[str, dict[str, str]] = {}
@@ -278,7 +281,23 @@ def _register_spec(spec: Spec, builds: Mapping[str, Callable[..., nn.Module]]) -
         return convert_layers(plain, **({"select": family.select} | family.aw_args | (aw_args or {})))
 
     _register(aw, build_aw, family.cfg, paper="2108.08205", **family.features)
+    if spec.name in ODCONV:
+        _register_odconv(spec)
     return build
+
+
+def _register_odconv(spec: Spec) -> None:
+    """Registers a network with ODConv in the layers that AW takes; ``od_args`` are arguments of ``convert``."""
+    name, select = f"od_{spec.name}", spec.family.select
+    _VARIANTS[spec.name]["od"] = name
+    BASELINES[name] = spec.name
+
+    def build(*args: Any, od_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+        plain = timm.create_model(spec.name, *args, **kwargs)
+        arguments: dict[str, Any] = {"select": select, "layer": "odconv"} | (od_args or {})
+        return convert_layers(plain, **arguments)
+
+    _register(name, build, spec.family.cfg, paper="2209.07947", **spec.family.features)
 
 
 CONVERTED = "awconv_converted"

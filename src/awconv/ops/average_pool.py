@@ -36,7 +36,7 @@ _STAGES = 4  # of a pipeline of loads
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     r"""Adaptive average pooling in one pass over the input: by C code on a CPU, by a Triton kernel on a GPU, or as a
-    product with a small matrix.
+    product with a small matrix. A single bin is a mean on a CPU.
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
     device (pytorch issue 50198). Sums are kept in single precision at least. A number that is not finite spoils the
@@ -52,6 +52,8 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     Returns:
         Shape (N, C, \*output_size), with its channels last on a GPU where those of the input are.
     """
+    if max(output_size) == 1 and input.device.type == "cpu" and not exporting():
+        return input.mean(list(range(2, input.dim())), keepdim=True)
     if has_kernel(input, output_size):
         if not (input.requires_grad and torch.is_grad_enabled()) and eager(input):
             return _KERNELS[input.device.type](input, list(output_size))

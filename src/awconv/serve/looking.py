@@ -16,7 +16,7 @@ from awconv.tasks import ClassificationTask
 
 @dataclass(frozen=True)
 class Gains:
-    """What a layer's weights are multiplied by for an image.
+    """What a layer's weights are multiplied by for an image, by its map.
 
     Attributes:
         layer: its name.
@@ -25,6 +25,7 @@ class Gains:
         neutral: the gain to compare with: 1, what the plain network has, where the map is relative to its start; else
             the mean of the layer's gains.
         is_relative: whether the map is relative to its start.
+        input_gain: whether the layer also has a gain over input channels, which the values leave out.
     """
 
     layer: str
@@ -32,6 +33,7 @@ class Gains:
     out_expansion: int
     neutral: float
     is_relative: bool
+    input_gain: bool = False
 
     @property
     def reach(self) -> float:
@@ -85,7 +87,7 @@ def look(task: ClassificationTask, image: Tensor, label: str, layers: Collection
             relative = bool(layer.attention.relative)
             values = attention[0].detach().float().cpu() + (1 if layer.residual or relative else 0)
             neutral = 1.0 if relative else float(values.mean())
-            gains.append(Gains(name, values, layer.out_expansion, neutral, relative))
+            gains.append(Gains(name, values, layer.out_expansion, neutral, relative, layer.input_gain))
     return Looks(heat, gains)
 
 

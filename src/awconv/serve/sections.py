@@ -100,6 +100,9 @@ def places(label: str, seen: Image.Image, heated: Image.Image | None) -> str:
     return f'<h3>Where it finds {escape(label)}</h3><div class="pictures">{figures}</div>'
 
 
+_STILL = "the image moves no weight of this layer."
+
+
 def attention(gains: Gains) -> str:
     """A layer's map, and the kernels that it moves most."""
     blocks, in_blocks, *kernel = gains.values.shape
@@ -112,8 +115,11 @@ def attention(gains: Gains) -> str:
         f"{blocks * gains.out_expansion} output channels{of}, kernel {'x'.join(map(str, kernel))}. Each weight is "
         f"multiplied by a gain; this image's go from {low:.3f} to {high:.3f}."
     )
+    if gains.input_gain:
+        text += " The layer's gain over input channels, by which they are multiplied too, is not shown."
     if gains.reach == 0:
-        return f"{title}<p>{text} All are {gains.neutral:g}: the image moves no weight of this layer.</p>"
+        still = "the map moves no weight of this layer." if gains.input_gain else _STILL
+        return f"{title}<p>{text} All are {gains.neutral:g}: {still}</p>"
     values = gains.rows()
     pixels = _coloured(values, gains).mul(255).round().to(torch.uint8).numpy()
     height = min(_CELL * len(values), _TALLEST)
