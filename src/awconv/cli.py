@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,6 +51,7 @@ class Command:
         takes_data: takes ``data``, the class and the arguments of a data set, given as for ``awconv fit``.
         needs_data: whether these must be given.
         says_command: pass the whole command line as ``command``.
+        says_begun: pass the time at which the command began as ``begun``: to import its libraries takes seconds.
     """
 
     summary: str
@@ -61,19 +63,20 @@ class Command:
     takes_data: bool = False
     needs_data: bool = True
     says_command: bool = False
+    says_begun: bool = False
 
     def run(self, name: str, arguments: Sequence[str]) -> int:
         """Parses and calls."""
+        given: dict[str, Any] = {"begun": time.monotonic()} if self.says_begun else {}
         function = imported(self.function)
         parser = make_parser(prog=f"awconv {name}", description=first_line(function))
         parser.add_argument("--config", action="config", help="a YAML file of arguments")
-        given: dict[str, Any] = {}
         if self.passes_on:
             parser.epilog = (
                 f"Arguments of awconv fit for every run follow --, as in: awconv {name} ... -- --trainer.max_epochs=5"
             )
             end = arguments.index("--") if "--" in arguments else len(arguments)
-            given = {"overrides": list(arguments[end + 1 :])}
+            given |= {"overrides": list(arguments[end + 1 :])}
         if self.passes_on or self.says_command:
             given["command"] = shlex.join(["awconv", name, *arguments])
         if self.passes_on:
@@ -170,12 +173,14 @@ COMMANDS: dict[str, Command] = {
         "awconv.compare:compare",
         _RECIPE,
         passes_on=True,
+        says_begun=True,
     ),
     "ablate": Command(
         "compare settings of the attention branch on the validation split",
         "awconv.compare:ablate",
         _RECIPE,
         passes_on=True,
+        says_begun=True,
     ),
     "publish": Command(
         "write a finished run's weights or adapter with a model card",
@@ -257,8 +262,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command and its arguments; those of the process by default.
 
     Returns:
-        The exit status: 0 for success, 1 for an error or a broken image, 2 for arguments that cannot be parsed, 130
-        after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0 for success, 1 for an error or a broken image, 2 for arguments that cannot be parsed, 124
+        after a time limit, 130 after Ctrl-C, 143 after SIGTERM.
     """
     command, *arguments = (sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):

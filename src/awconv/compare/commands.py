@@ -44,6 +44,7 @@ def compare(
     time_limit: str | None = None,
     overrides: Sequence[str] = (),
     command: str = "",
+    begun: float | None = None,
 ) -> int:
     """Trains variants of a recipe over the same seeds and compares them.
 
@@ -68,6 +69,7 @@ def compare(
             in time; once a seed is complete, only seeds that all variants can finish. The same command goes on.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
+        begun: when the time limit began, by ``time.monotonic``; now by default.
 
     Returns:
         The exit status: 0, 1 if a run failed, 124 if the time limit left runs out, 130 after Ctrl-C, 143 after SIGTERM.
@@ -78,7 +80,7 @@ def compare(
         ValueError: the recipe names no network, a variant is unknown or given twice, there is nothing to run, a record
             has other settings, the data have no images to choose by, or the comparison itself sets an override.
     """
-    limit, tuning = _limit(time_limit), Tuning.parse(tune, tune_epochs)
+    limit, tuning = _limit(time_limit, begun), Tuning.parse(tune, tune_epochs)
     check_overrides(overrides)
     base = read_base(recipe, overrides).network
     changes = [find_change(base, variant) for variant in _listed(variants)]
@@ -105,6 +107,7 @@ def ablate(
     time_limit: str | None = None,
     overrides: Sequence[str] = (),
     command: str = "",
+    begun: float | None = None,
 ) -> int:
     """Compares settings of a recipe's attention branch on the validation split.
 
@@ -127,6 +130,7 @@ def ablate(
             in time; once a seed is complete, only seeds that all variants can finish. The same command goes on.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
+        begun: when the time limit began, by ``time.monotonic``; now by default.
 
     Returns:
         The exit status, as of :func:`compare`.
@@ -137,7 +141,7 @@ def ablate(
         ValueError: a change is unknown, the data have no validation split, a record has other settings, or the
             comparison itself sets an override.
     """
-    limit, tuning = _limit(time_limit), Tuning.parse(tune, tune_epochs)
+    limit, tuning = _limit(time_limit, begun), Tuning.parse(tune, tune_epochs)
     check_overrides(overrides)
     base = read_base(recipe, overrides)
     network, conversion = base.network, base.conversion
@@ -219,8 +223,8 @@ def _data(comparison: Comparison) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-def _limit(text: str | None) -> TimeLimit:
-    return TimeLimit() if text is None else TimeLimit(parse_duration(text))
+def _limit(text: str | None, begun: float | None) -> TimeLimit:
+    return TimeLimit() if text is None else TimeLimit(parse_duration(text), begun)
 
 
 def _print(text: str) -> None:

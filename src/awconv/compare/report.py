@@ -12,7 +12,7 @@ from statistics import mean
 
 from awconv.compare.record import Record
 from awconv.compare.summaries import Difference, TimeRatio, VariantSummary, summarise
-from awconv.compare.tuned import Tuned, shown
+from awconv.compare.tuned import Tuned, epochs, shown
 from awconv.tables import Table
 
 
@@ -91,10 +91,10 @@ def _note(summaries: Sequence[VariantSummary], tuned: Sequence[str], on_held_out
             "common seeds."
         )
     if tuned:
-        epochs = max(summary.tuned_epochs for summary in summaries)
+        longest = max(summary.tuned_epochs for summary in summaries)
         parts.append(
             f"{' and '.join(tuned)}: of the values that were tried, the best for each variant on the held-out images, "
-            f"with seed 0, after {epochs} epochs."
+            f"with seed 0, after {epochs(longest)}."
         )
         if on_held_out:
             parts.append("The scores are of these images, too, and so a little too high.")

@@ -47,13 +47,16 @@ class TimeLimit:
     """Says how much time is left.
 
     Args:
-        seconds: all that there is, from now on.
+        seconds: all that there is.
+        begun: when it began, by the clock; now by default.
         clock: gives the time, in seconds.
     """
 
-    def __init__(self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, seconds: float = math.inf, begun: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.seconds = seconds
-        self._clock, self._begun = clock, clock()
+        self._clock, self._begun = clock, clock() if begun is None else begun
 
     @property
     def is_set(self) -> bool:

@@ -15,6 +15,11 @@ def shown(value: float) -> str:
     return f"{value:.12g}"
 
 
+def epochs(count: int) -> str:
+    """A number of epochs, in words."""
+    return "1 epoch" if count == 1 else f"{count} epochs"
+
+
 def trial(variant: str, name: str, value: float) -> str:
     """The name of a variant's trial."""
     return f"{variant}-{name}={shown(value)}"
@@ -93,10 +98,11 @@ class Tuned:
             for variant, by_value in self.scores.items()
         ]
         headings = ("variant", *(f"{self.name} = {shown(value)}" for value in values), "taken")
-        note = (
-            f"{self.metric}, %, on the held-out images, with seed 0, after {self.epochs} epochs; empty: the run failed."
+        note = f"Scores ({self.metric}, %) on the held-out images, with seed 0, after {epochs(self.epochs)}"
+        failed = any(None in by_value.values() for by_value in self.scores.values())
+        return Table(
+            headings, rows, alignment="l", note=f"{note}; empty: the run has not finished." if failed else note
         )
-        return Table(headings, rows, alignment="l", note=note[0].upper() + note[1:])
 
     def content(self) -> dict[str, Any]:
         """As plain values, for JSON."""

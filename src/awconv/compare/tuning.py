@@ -16,9 +16,7 @@ from awconv.usage import UsageError
 from awconv.yaml_files import read_recipe
 
 FOLDER = "tune"  # of the trials, in that of the comparison
-_FORM = (
-    "tune must be NAME=VALUE,VALUE,... with an argument of the task and two numbers or more, such as lr=0.05,0.1,0.2"
-)
+_FORM = "it must be NAME=VALUE,VALUE,... with an argument of the task and two numbers or more, such as lr=0.05,0.1,0.2"
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,13 @@ class Tuning:
         name, _, listed = text.strip().partition("=")
         name = name.removeprefix("--").removeprefix("model.")
         if not all(part.isidentifier() for part in name.split(".")):
-            raise UsageError(f"{_FORM}, got {text!r}")
+            raise UsageError(f"tune cannot be {text!r}: {_FORM}")
         try:
             values = [float(value) for value in listed.split(",")]
         except ValueError:
-            raise UsageError(f"{_FORM}, got {text!r}") from None
+            raise UsageError(f"tune cannot be {text!r}: {_FORM}") from None
         if not all(map(math.isfinite, values)) or len(values) < 2:
-            raise UsageError(f"{_FORM}, got {text!r}")
+            raise UsageError(f"tune cannot be {text!r}: {_FORM}")
         if len(set(map(shown, values))) < len(values):
             raise UsageError(f"the values of tune must differ, got {text!r}")
         return cls(name, tuple(sorted(values)), epochs)
@@ -99,8 +97,7 @@ class Tuning:
         """One run for each variant and value, with seed 0, tested on the held-out images.
 
         Raises:
-            UsageError: the task has no such argument, or does not take a value.
-            ValueError: a value is out of the argument's range.
+            UsageError: the task has no such argument, the argument is no number, or a value is out of its range.
         """
         length = [] if self.epochs is None else [f"--trainer.max_epochs={self.epochs}"]
         variants = []
@@ -108,13 +105,20 @@ class Tuning:
             for value in self.values:
                 named = replace(self.set(change, value), name=trial(change.name, self.name, value))
                 variant = named.apply(recipe, [*overrides, *length])
-                _check_range(variant)
+                self._check_value(variant)
                 variants.append(replace(variant, trial_of=change.name))
         return Comparison(tuple(variants), 1, folder / FOLDER, "val", jobs)
 
-
-def _check_range(variant: Variant) -> None:
-    given = variant.recipe.settings.content["model"]
-    known: dict[str, Any] = {one.name: given.get(one.name) for one in fields(Optimization)}
-    known |= {"decay_epochs": tuple(known["decay_epochs"] or ()), "optimizer_args": known["optimizer_args"] or {}}
-    Optimization(**known)
+    def _check_value(self, variant: Variant) -> None:
+        """Raises a UsageError if the argument is no number, or the variant's value is out of its range."""
+        given: Any = variant.recipe.settings.content["model"]
+        known: dict[str, Any] = {one.name: given.get(one.name) for one in fields(Optimization)}
+        known |= {"decay_epochs": tuple(known["decay_epochs"] or ()), "optimizer_args": known["optimizer_args"] or {}}
+        for part in self.name.split("."):
+            given = given.get(part) if isinstance(given, dict) else None
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            raise UsageError(f"tune takes an argument that is a number, and model.{self.name} is none; {_FORM}")
+        try:
+            Optimization(**known)
+        except ValueError as error:
+            raise UsageError(f"tune: {error}") from error
