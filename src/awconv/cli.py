@@ -26,6 +26,7 @@ from awconv.command_parser import (
 )
 from awconv.extras import require
 from awconv.own_code import import_own, taken_out
+from awconv.process_age import process_age
 from awconv.terminal import say
 from awconv.usage import UsageError, expanded, is_text
 from awconv.version import __version__
@@ -51,7 +52,7 @@ class Command:
         takes_data: takes ``data``, the class and the arguments of a data set, given as for ``awconv fit``.
         needs_data: whether these must be given.
         says_command: pass the whole command line as ``command``.
-        says_begun: pass the time at which the command began as ``begun``: to import its libraries takes seconds.
+        says_begun: pass the time at which the command began as ``begun``.
     """
 
     summary: str
@@ -65,9 +66,9 @@ class Command:
     says_command: bool = False
     says_begun: bool = False
 
-    def run(self, name: str, arguments: Sequence[str]) -> int:
+    def run(self, name: str, arguments: Sequence[str], begun: float) -> int:
         """Parses and calls."""
-        given: dict[str, Any] = {"begun": time.monotonic()} if self.says_begun else {}
+        given: dict[str, Any] = {"begun": begun} if self.says_begun else {}
         function = imported(self.function)
         parser = make_parser(prog=f"awconv {name}", description=first_line(function))
         parser.add_argument("--config", action="config", help="a YAML file of arguments")
@@ -103,7 +104,7 @@ class Benchmark(Command):
 
     subjects: tuple[tuple[str, Positional | None], ...] = ()
 
-    def run(self, name: str, arguments: Sequence[str]) -> int:
+    def run(self, name: str, arguments: Sequence[str], begun: float) -> int:
         """Parses and calls."""
         parser = make_parser(prog=f"awconv {name}", description=self.summary)
         subcommands = parser.add_subcommands(dest="subject")
@@ -121,7 +122,7 @@ class Benchmark(Command):
 class Training(Command):
     """A command of Lightning's command line."""
 
-    def run(self, name: str, arguments: Sequence[str]) -> int:
+    def run(self, name: str, arguments: Sequence[str], begun: float) -> int:
         """Prints the short help, or hands the arguments on."""
         if {"-h", "--help"}.intersection(arguments):
             require("lightning", extra="train")
@@ -265,6 +266,7 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for an error or a broken image, 2 for arguments that cannot be parsed, 124
         after a time limit, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    begun = time.monotonic() - (process_age() if args is None else 0.0)  # to import the libraries has taken seconds
     command, *arguments = (sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
         print(USAGE, end="")
@@ -283,7 +285,7 @@ def main(args: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
         arguments = [_renamed(command, argument) for argument in arguments]
-        status = COMMANDS[command].run(command, _with_imports(command, arguments))
+        status = COMMANDS[command].run(command, _with_imports(command, arguments), begun)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # as when `head` has read enough
