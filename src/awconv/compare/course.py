@@ -13,7 +13,7 @@ from awconv.compare.schedule import Planned, Took, expected_seconds, last_end, n
 from awconv.compare.time_limit import TimeLimit
 from awconv.training.checkpoints import find_last, read_checkpoint
 
-_ENOUGH = 0.1  # of a run, from which the rest is estimated
+_ENOUGH = 0.03  # of a run, from which the rest is estimated
 
 
 class _Running:
