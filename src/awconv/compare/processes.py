@@ -13,9 +13,10 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from awconv.compare.comparison import Comparison, Run
 from awconv.compare.cores import usable_cores
@@ -198,11 +199,13 @@ class SideBySide:
         """
         until = time.monotonic() + patience
         processes = [*self._idle, *((connection, process) for connection, (process, _) in self._busy.items())]
-        for _, process in processes:
-            process.terminate()
+        while any(process.is_alive() for _, process in processes) and time.monotonic() < until:
+            for _, process in processes:
+                process.terminate()  # again and again: Lightning loses a signal that comes between two of its loops
+            wait([process.sentinel for _, process in processes if process.is_alive()], timeout=_LOOK)
         for connection, process in processes:
-            process.join(max(0.0, until - time.monotonic()))
             process.kill()
+            process.join()
             connection.close()
         self._busy.clear()
         self._idle.clear()
@@ -227,15 +230,24 @@ def _work(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, terminated)  # to which Lightning adds its own handler, and ours of a training
     opened = OpenedData()
     while True:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a run there is nothing to keep
         try:
             work: _Work = connection.recv()
         except EOFError:  # the main process is gone
             return
         run = next(run for run in work.comparison.runs if run.name == work.name)
         connection.send(_train(work, run, opened, _News(connection)))
+
+
+def terminated(*_: Any) -> None:
+    """Handles SIGTERM where no training does.
+
+    Raises:
+        SIGTERMException: always.
+    """
+    raise SIGTERMException
 
 
 def _end_with_the_parent() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -17,7 +16,7 @@ from rich.console import Console
 from awconv import terminal
 from awconv.compare.comparison import Comparison, Run
 from awconv.compare.course import Course
-from awconv.compare.processes import InTurn, SideBySide, Trainer
+from awconv.compare.processes import InTurn, SideBySide, Trainer, terminated
 from awconv.compare.progress import ProgressLine
 from awconv.compare.record import Record, TestSplit
 from awconv.compare.report import table, write_report
@@ -170,15 +169,11 @@ def _interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(*_: Any) -> None:
-    raise SIGTERMException
 
 
 class _Session:
