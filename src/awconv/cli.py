@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,6 +26,7 @@ from awconv.command_parser import (
 )
 from awconv.extras import require
 from awconv.own_code import import_own, taken_out
+from awconv.process_age import process_age
 from awconv.terminal import say
 from awconv.usage import UsageError, expanded, is_text
 from awconv.version import __version__
@@ -50,6 +52,7 @@ class Command:
         takes_data: takes ``data``, the class and the arguments of a data set, given as for ``awconv fit``.
         needs_data: whether these must be given.
         says_command: pass the whole command line as ``command``.
+        says_begun: pass the time at which the command began as ``begun``.
     """
 
     summary: str
@@ -61,19 +64,20 @@ class Command:
     takes_data: bool = False
     needs_data: bool = True
     says_command: bool = False
+    says_begun: bool = False
 
-    def run(self, name: str, arguments: Sequence[str]) -> int:
+    def run(self, name: str, arguments: Sequence[str], begun: float) -> int:
         """Parses and calls."""
+        given: dict[str, Any] = {"begun": begun} if self.says_begun else {}
         function = imported(self.function)
         parser = make_parser(prog=f"awconv {name}", description=first_line(function))
         parser.add_argument("--config", action="config", help="a YAML file of arguments")
-        given: dict[str, Any] = {}
         if self.passes_on:
             parser.epilog = (
                 f"Arguments of awconv fit for every run follow --, as in: awconv {name} ... -- --trainer.max_epochs=5"
             )
             end = arguments.index("--") if "--" in arguments else len(arguments)
-            given = {"overrides": list(arguments[end + 1 :])}
+            given |= {"overrides": list(arguments[end + 1 :])}
         if self.passes_on or self.says_command:
             given["command"] = shlex.join(["awconv", name, *arguments])
         if self.passes_on:
@@ -100,7 +104,7 @@ class Benchmark(Command):
 
     subjects: tuple[tuple[str, Positional | None], ...] = ()
 
-    def run(self, name: str, arguments: Sequence[str]) -> int:
+    def run(self, name: str, arguments: Sequence[str], begun: float) -> int:
         """Parses and calls."""
         parser = make_parser(prog=f"awconv {name}", description=self.summary)
         subcommands = parser.add_subcommands(dest="subject")
@@ -118,7 +122,7 @@ class Benchmark(Command):
 class Training(Command):
     """A command of Lightning's command line."""
 
-    def run(self, name: str, arguments: Sequence[str]) -> int:
+    def run(self, name: str, arguments: Sequence[str], begun: float) -> int:
         """Prints the short help, or hands the arguments on."""
         if {"-h", "--help"}.intersection(arguments):
             require("lightning", extra="train")
@@ -170,12 +174,14 @@ COMMANDS: dict[str, Command] = {
         "awconv.compare:compare",
         _RECIPE,
         passes_on=True,
+        says_begun=True,
     ),
     "ablate": Command(
         "compare settings of the attention branch on the validation split",
         "awconv.compare:ablate",
         _RECIPE,
         passes_on=True,
+        says_begun=True,
     ),
     "publish": Command(
         "write a finished run's weights or adapter with a model card",
@@ -257,9 +263,10 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command and its arguments; those of the process by default.
 
     Returns:
-        The exit status: 0 for success, 1 for an error or a broken image, 2 for arguments that cannot be parsed, 130
-        after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0 for success, 1 for an error or a broken image, 2 for arguments that cannot be parsed, 124
+        after a time limit, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    begun = time.monotonic() - (process_age() if args is None else 0.0)  # to import the libraries has taken seconds
     command, *arguments = (sys.argv[1:] if args is None else args) or [""]
     if command in ("", "-h", "--help"):
         print(USAGE, end="")
@@ -278,7 +285,7 @@ def main(args: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _end) if _is_main_thread() else None
     try:
         arguments = [_renamed(command, argument) for argument in arguments]
-        status = COMMANDS[command].run(command, _with_imports(command, arguments))
+        status = COMMANDS[command].run(command, _with_imports(command, arguments), begun)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # as when `head` has read enough

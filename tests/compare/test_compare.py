@@ -21,7 +21,8 @@ from PIL import Image
 from awconv.compare import compare
 from awconv.compare.comparison import Comparison, Run
 from awconv.compare.record import Record
-from awconv.compare.train import OpenedData, train
+from awconv.compare.shared_data import OpenedData
+from awconv.compare.train import train
 from awconv.compare.variants import Change
 from awconv.training.recipe import Recipe
 

@@ -40,7 +40,7 @@ def recipe(folder: Path, epochs: int) -> Path:
 
 def test_the_last_run_has_the_threads_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores are divided by the runs that go side by side, and not by those that are missing."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(import_module("awconv.compare.processes"), "usable_cores", lambda: 6)
     path = recipe(tmp_path, epochs=1)
     assert compare(path, "plain,aw", seeds=1, out=tmp_path, jobs=2) == 0
     first = json.loads((tmp_path / "aw-seed0.json").read_text())
@@ -78,7 +78,7 @@ def test_an_interrupted_run_keeps_its_threads(tmp_path: Path) -> None:
 
 
 def test_a_second_comparison_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("awconv.compare.commands"), "locked", lambda folder: locked(folder, seconds=0))
+    monkeypatch.setattr(import_module("awconv.compare.session"), "locked", lambda folder: locked(folder, seconds=0))
     out = tmp_path / "out"
     with (
         locked(out),

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from awconv import terminal
 from awconv.compare.ablation import arms, choices
-from awconv.compare.comparison import Comparison, Run
-from awconv.compare.processes import train_in_turn, train_side_by_side
+from awconv.compare.comparison import Comparison
 from awconv.compare.record import Record, TestSplit
-from awconv.compare.report import table, write_report
+from awconv.compare.session import Plan, run_plan
 from awconv.compare.summaries import summarise
+from awconv.compare.time_limit import TimeLimit, parse_duration
+from awconv.compare.tuning import Tuning
 from awconv.compare.variants import check_overrides, find_change, read_base
 from awconv.extras import require
 from awconv.models import variants as variants_of
-from awconv.training.lock import locked
 from awconv.training.quiet import quiet_lightning
 from awconv.training.settings import data_of
 
@@ -44,8 +39,12 @@ def compare(
     out: Path | None = None,
     jobs: int = 1,
     split: TestSplit = "test",
+    tune: str | None = None,
+    tune_epochs: int | None = None,
+    time_limit: str | None = None,
     overrides: Sequence[str] = (),
     command: str = "",
+    begun: float | None = None,
 ) -> int:
     """Trains variants of a recipe over the same seeds and compares them.
 
@@ -62,17 +61,26 @@ def compare(
         out: the folder of the report; ``runs/RECIPE`` by default.
         jobs: how many runs are trained side by side, in processes that share the device.
         split: the split to test on. Make choices on ``val``, before you look at ``test``.
+        tune: a setting to choose first, and the values to try, such as ``lr=0.05,0.1,0.2,0.4``: an argument of the task
+            (``lr``, ``weight_decay``, ``branch_lr_factor``, ...). Every variant is trained with each value, with seed
+            0, and takes the one that is best on the held-out images for all its seeds.
+        tune_epochs: number of epochs of these runs; the recipe's by default.
+        time_limit: how long the command may take: ``90s``, ``9m``, ``1h30m``, or seconds. Only runs start that will end
+            in time; once a seed is complete, only seeds that all variants can finish. The same command goes on.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
+        begun: when the time limit began, by ``time.monotonic``; now by default.
 
     Returns:
-        The exit status: 0, 1 if a run failed, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0, 1 if a run failed, 124 if the time limit left runs out, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         FileNotFoundError: the recipe or a variant is missing.
+        UsageError: ``tune`` or ``time_limit`` cannot be read, or something else sets the same setting.
         ValueError: the recipe names no network, a variant is unknown or given twice, there is nothing to run, a record
-            has other settings, or the comparison itself sets an override.
+            has other settings, the data have no images to choose by, or the comparison itself sets an override.
     """
+    limit, tuning = _limit(time_limit, begun), Tuning.parse(tune, tune_epochs)
     check_overrides(overrides)
     base = read_base(recipe, overrides).network
     changes = [find_change(base, variant) for variant in _listed(variants)]
@@ -81,14 +89,10 @@ def compare(
         raise ValueError(f"variants must name at least one, such as plain,aw, got {variants!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
-    comparison = Comparison(
-        tuple(change.apply(recipe, overrides) for change in changes),
-        seeds,
-        out if out is not None else Path("runs") / recipe.stem,
-        split,
-        jobs,
-    )
-    return _run(comparison, f"{base}: {' against '.join(names)} on {_data(comparison)} ({recipe.stem})", command)
+    folder = out if out is not None else Path("runs") / recipe.stem
+    plan = Plan(recipe, changes, overrides, seeds, folder, split, jobs, tuning, limit)
+    named = f"{base}: {' against '.join(names)}"
+    return run_plan(plan, lambda comparison: f"{named} on {_data(comparison)} ({recipe.stem})", command)
 
 
 @quiet_lightning()
@@ -98,8 +102,12 @@ def ablate(
     seeds: int = 3,
     out: Path | None = None,
     jobs: int = 1,
+    tune: str | None = None,
+    tune_epochs: int | None = None,
+    time_limit: str | None = None,
     overrides: Sequence[str] = (),
     command: str = "",
+    begun: float | None = None,
 ) -> int:
     """Compares settings of a recipe's attention branch on the validation split.
 
@@ -115,17 +123,26 @@ def ablate(
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/RECIPE_ablation`` by default.
         jobs: how many runs are trained side by side, in processes that share the device.
+        tune: a setting to choose first, and the values to try, such as ``lr=0.05,0.1,0.2,0.4``: an argument of the task
+            (``lr``, ``weight_decay``, ``branch_lr_factor``, ...). Every variant is trained with each value, with seed
+            0, and takes the one that is best on the held-out images for all its seeds.
+        tune_epochs: number of epochs of these runs; the recipe's by default.
+        time_limit: how long the command may take: ``90s``, ``9m``, ``1h30m``, or seconds. Only runs start that will end
+            in time; once a seed is complete, only seeds that all variants can finish. The same command goes on.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
+        begun: when the time limit began, by ``time.monotonic``; now by default.
 
     Returns:
         The exit status, as of :func:`compare`.
 
     Raises:
         FileNotFoundError: the recipe is missing.
+        UsageError: as of :func:`compare`.
         ValueError: a change is unknown, the data have no validation split, a record has other settings, or the
             comparison itself sets an override.
     """
+    limit, tuning = _limit(time_limit, begun), Tuning.parse(tune, tune_epochs)
     check_overrides(overrides)
     base = read_base(recipe, overrides)
     network, conversion = base.network, base.conversion
@@ -133,14 +150,10 @@ def ablate(
         aw = variants_of(network).get("aw")
         network, conversion = (network, {}) if aw is None else (aw, None)
     changes = arms(network, choices(network) if vary is None else _listed(vary), base.network_args, conversion)
-    comparison = Comparison(
-        tuple(change.apply(recipe, overrides) for change in changes),
-        seeds,
-        out if out is not None else Path("runs") / f"{recipe.stem}_ablation",
-        "val",
-        jobs,
-    )
-    return _run(comparison, f"{network}: choices for the branch on {_data(comparison)} ({recipe.stem})", command)
+    folder = out if out is not None else Path("runs") / f"{recipe.stem}_ablation"
+    plan = Plan(recipe, changes, overrides, seeds, folder, "val", jobs, tuning, limit)
+    named = f"{network}: choices for the branch"
+    return run_plan(plan, lambda comparison: f"{named} on {_data(comparison)} ({recipe.stem})", command)
 
 
 def demo(
@@ -167,13 +180,13 @@ def demo(
     from awconv.explain.folder import check_folder
 
     check_folder(out / "explain")
-    _print(terminal.console(), _TASK)
+    _print(_TASK)
     jobs = min(2, torch.get_num_threads())
     status = compare(_DEMO_RECIPE, seeds=seeds, out=out, jobs=jobs, overrides=overrides, command=command)
     if status != 0 or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return status
     records = [Record.load(out / f"{variant}-seed{seed}.json") for seed in range(seeds) for variant in ("plain", "aw")]
-    _print(terminal.console(), _verdict(records))
+    _print(_verdict(records))
     attended, plain = (str(out / f"{variant}-seed0") for variant in ("aw", "plain"))
     return explain(attended, out / "explain", split="test", images=1440, compare=plain, command=command)
 
@@ -211,77 +224,9 @@ def _data(comparison: Comparison) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-def _run(comparison: Comparison, title: str, command: str) -> int:
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]  # of processes that train together
-    console = terminal.console() if first else Console(quiet=True)
-    with locked(comparison.folder) if first else nullcontext():
-        status, records = _train_all(comparison, console)
-        if records and first:
-            order = [variant.name for variant in comparison.variants]
-            records.sort(key=lambda record: (record.seed, order.index(record.variant)))
-            console.print(table(records, title).rich())
-            console.print(f"Report: {write_report(records, comparison.folder, title, command)}", markup=False)
-    return status
+def _limit(text: str | None, begun: float | None) -> TimeLimit:
+    return TimeLimit() if text is None else TimeLimit(parse_duration(text), begun)
 
 
-def _train_all(comparison: Comparison, console: Console) -> tuple[int, list[Record]]:
-    runs, folder = comparison.runs, comparison.folder
-    finished = {run.name: record for run in runs if (record := comparison.finished(run)) is not None}
-    records = list(finished.values())
-    if records:
-        _print(console, f"{len(records)} of {len(runs)} runs are finished already, in {folder}")
-    missing = [run for run in runs if run.name not in finished]
-    train = train_in_turn if comparison.jobs == 1 else train_side_by_side
-    failures: list[tuple[Run, str]] = []
-    stopped = 0
-    with _Bar(console, len(missing)) as bar:
-        try:
-            with closing(train(comparison, missing, bar.advance_run)) as results:
-                for run, result in results:
-                    if isinstance(result, Record):
-                        records.append(result)
-                        score = f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
-                        _print(console, f"{run.name}: {score}")
-                    else:
-                        failures.append((run, result))
-        except (KeyboardInterrupt, SIGTERMException) as error:
-            stopped = 130 if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM
-            kept = f"{len(records)} finished runs are kept in {folder}"
-            _print(console, f"Interrupted; {kept}, and the same command goes on")
-    for run, reason in failures:
-        terminal.say(*f"awconv: run {run.name} failed: {reason}".splitlines())
-    return stopped or (1 if failures else 0), records
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
-
-
-class _Bar(Progress):
-    """One bar for all runs."""
-
-    def __init__(self, console: Console, runs: int) -> None:
-        super().__init__(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._bar = self.add_task("", total=runs)
-        self._done: dict[str, float] = {}
-
-    def advance_run(self, run: Run, epochs: float, of: int) -> None:
-        """Shows the progress of a run.
-
-        Args:
-            run: the run.
-            epochs: epochs done so far.
-            of: number of all epochs.
-        """
-        self._done[run.name] = epochs / of
-        epoch = min(int(epochs) + 1, of)
-        self.update(self._bar, description=f"{run.name}, epoch {epoch}/{of}", completed=sum(self._done.values()))
+def _print(text: str) -> None:
+    terminal.console().print(text, markup=False, highlight=False)

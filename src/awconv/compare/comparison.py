@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -104,4 +104,7 @@ class Comparison:
         changed = [name for name, digest in recipe.own_code.items() if record.versions.get(name, digest) != digest]
         if changed:
             say(f"{file}: {', '.join(changed)} has changed since this run was trained; remove the file to train anew")
+        variant = run.variant
+        if variant.tuned:  # it may have been trained with this value before it was chosen
+            record = replace(record, tuned=dict(variant.tuned), tuned_epochs=variant.tuned_epochs)
         return record

@@ -6,161 +6,248 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
-from functools import partial
+import time
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from awconv.compare.comparison import Comparison, Run
+from awconv.compare.cores import usable_cores
+from awconv.compare.course import Course
 from awconv.compare.record import Record
-from awconv.compare.train import OpenedData, train
+from awconv.compare.shared_data import DataError, OpenedData, SharedData
+from awconv.compare.time_limit import TimeLimit, TimeOverError
+from awconv.compare.train import train
 from awconv.training.quiet import quiet_lightning
 
 Results = Generator[tuple[Run, Record | str], None, None]
-OnProgress = Callable[[Run, float, int], None]
-_PATIENCE = 60  # seconds in which a run that is stopped may write its checkpoint
+_PATIENCE = 60.0  # seconds in which a run that is stopped may write its checkpoint
+_NEWS = 0.25  # seconds between two messages of a run
+_LOOK = 1.0  # seconds between two looks at the clock
 
 
-def train_in_turn(comparison: Comparison, runs: Sequence[Run], on_progress: OnProgress) -> Results:
-    """Trains runs one after the other.
+class Trainer(Protocol):
+    """Trains runs."""
 
-    Args:
-        comparison: that they belong to.
-        runs: the missing ones.
-        on_progress: called with a run, the epochs done so far and the number of all epochs.
+    def train(self, course: Course, on_change: Callable[[], None]) -> Results:
+        """Trains the runs that a course gives, until it gives none or the time is over.
 
-    Yields:
-        Each run with its record, or with a message why it failed.
+        Args:
+            course: of the runs.
+            on_change: called when a run gets on.
+
+        Yields:
+            Each run with its record, or with a message why it failed, as they finish.
+        """
+        ...
+
+
+class InTurn:
+    """Trains runs one after the other, in this process."""
+
+    def __init__(self) -> None:
+        self._opened = OpenedData()
+
+    def train(self, course: Course, on_change: Callable[[], None]) -> Results:
+        """As :meth:`Trainer.train`."""
+        threads = torch.get_num_threads()
+        try:
+            while (run := course.next()) is not None:
+                course.begin(run)
+                result = self._train(course, run, threads, on_change)
+                course.finish(run, result)
+                yield run, result
+        except TimeOverError:
+            course.running.clear()
+        finally:
+            torch.set_num_threads(threads)  # a run goes on with those of its checkpoint
+
+    def _train(self, course: Course, run: Run, threads: int, on_change: Callable[[], None]) -> Record | str:
+        def on_progress(epochs: float, of: int) -> None:
+            course.progress(run, epochs, of)
+            on_change()
+
+        limit = course.limit if course.limit.is_set else None
+        return _train(_Work(course.comparison, run.name, threads, None), run, self._opened, on_progress, limit)
+
+
+class _Work(NamedTuple):
+    """What a process is to do.
+
+    Attributes:
+        comparison: that the run belongs to.
+        name: of the run.
+        threads: number of threads; a resumed run has its own.
+        decoded: the folder of its decoded data, or None.
     """
-    opened, threads = OpenedData(), torch.get_num_threads()
-    try:
-        for run in runs:
-            yield run, _train(comparison, run, opened, threads, partial(on_progress, run))
-    finally:
-        torch.set_num_threads(threads)  # a run goes on with those of its checkpoint
+
+    comparison: Comparison
+    name: str
+    threads: int
+    decoded: Path | None
 
 
 def _train(
-    comparison: Comparison, run: Run, opened: OpenedData, threads: int, on_progress: Callable[[float, int], None]
+    work: _Work,
+    run: Run,
+    opened: OpenedData,
+    on_progress: Callable[[float, int], None],
+    limit: TimeLimit | None = None,
 ) -> Record | str:
-    """Trains a run with a number of threads; a resumed run has its own."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(work.threads)
     try:
-        return train(comparison, run, opened, on_progress)
+        return train(work.comparison, run, opened, on_progress, limit, work.decoded)
+    except TimeOverError:
+        raise
     except Exception as error:  # a user's, or of any library below; the other runs go on
         return f"{type(error).__name__}: {error}"
 
 
-def train_side_by_side(comparison: Comparison, runs: Sequence[Run], on_progress: OnProgress) -> Results:
-    """Trains runs in processes, each with its share of the cores. The processes end with this one.
+class SideBySide:
+    """Trains runs in processes, each with its share of the cores. They end with this one.
 
     Args:
-        comparison: that they belong to; ``jobs`` is the number of processes.
-        runs: the missing ones.
-        on_progress: as for :func:`train_in_turn`.
-
-    Yields:
-        Each run with its record, or with a message why it failed, as they finish.
-    """
-    pool = _Pool(comparison, runs)
-    before = signal.signal(signal.SIGTERM, _terminate) if _is_main_thread() else None
-    try:
-        for _ in range(min(comparison.jobs, len(runs))):
-            pool.start()
-        while pool.working:
-            for connection in wait(list(pool.working)):
-                assert isinstance(connection, Connection)
-                run = pool.working[connection][1]
-                try:
-                    message = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    yield run, f"its process ended with status {pool.replace(connection)}"
-                    continue
-                if isinstance(message, tuple):
-                    on_progress(run, *message)
-                    continue
-                yield run, message
-                pool.begin(connection)
-    finally:
-        pool.end()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-class _Pool:
-    """Processes that train runs.
-
-    Attributes:
-        working: the process and its run at the other end of each connection.
+        shared: decodes their data.
     """
 
-    def __init__(self, comparison: Comparison, runs: Sequence[Run]) -> None:
-        self.working: dict[Connection, tuple[BaseProcess, Run]] = {}
-        self._comparison = comparison
-        self._waiting = list(reversed(runs))
+    def __init__(self, shared: SharedData) -> None:
+        self._shared = shared
         self._context = multiprocessing.get_context("spawn")  # a fork would share the state of threads and of CUDA
+        self._idle: list[tuple[Connection, BaseProcess]] = []
+        self._busy: dict[Connection, tuple[BaseProcess, Run]] = {}
+
+    def train(self, course: Course, on_change: Callable[[], None]) -> Results:
+        """As :meth:`Trainer.train`; ``on_change`` is called every second, too."""
+        jobs = course.comparison.jobs
         # By all runs, not by the missing ones: the number of threads must not depend on an interruption.
-        self._threads = max(1, (os.cpu_count() or 1) // comparison.jobs)
+        threads = max(1, usable_cores() // jobs)
+        for _ in range(len(self._idle), min(jobs, len(course.waiting))):
+            self._start()  # they import while this process decodes
+        while True:
+            while (run := course.next()) is not None:
+                course.begin(run)
+                try:
+                    decoded = self._shared.of(run.variant.recipe)
+                except DataError as error:
+                    course.finish(run, str(error))
+                    yield run, str(error)
+                else:
+                    self._begin(run, _Work(course.comparison, run.name, threads, decoded))
+            if not self._busy:
+                return
+            left = course.limit.left
+            if left <= 0:
+                self.end(course.limit.total_left)
+                course.running.clear()
+                return
+            for connection in wait(list(self._busy), timeout=min(_LOOK, left)):
+                assert isinstance(connection, Connection)
+                if (ended := self._receive(connection, course)) is not None:
+                    course.finish(*ended)
+                    yield ended
+            on_change()
 
-    def start(self) -> None:
-        """Starts a process with the next run."""
+    def _start(self) -> None:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._comparison, self._threads))
-        process.start()
-        theirs.close()
-        self.working[ours] = process, self._waiting[-1]
-        self.begin(ours)
+        process = self._context.Process(target=_work, args=(theirs,))
+        resource_tracker.ensure_running()  # to start it would unblock signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the process, while it imports, too
+        try:
+            process.start()
+            theirs.close()
+            self._idle.append((ours, process))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def begin(self, connection: Connection) -> None:
-        """Gives a process the next run, or ends the process if there is none."""
-        process = self.working[connection][0]
-        if self._waiting:
-            run = self._waiting.pop()
-            self.working[connection] = process, run
-            connection.send(run.name)
-        else:
-            del self.working[connection]
-            connection.send(None)
+    def _begin(self, run: Run, work: _Work) -> None:
+        if not self._idle:
+            self._start()
+        connection, process = self._idle.pop(0)
+        self._busy[connection] = process, run
+        with suppress(BrokenPipeError):  # it has died, which is found when it is listened to
+            connection.send(work)
+
+    def _receive(self, connection: Connection, course: Course) -> tuple[Run, Record | str] | None:
+        """Takes a message of a process: the end of its run, or None for news of it."""
+        process, run = self._busy[connection]
+        try:
+            message = connection.recv()
+        except (EOFError, ConnectionResetError):
+            del self._busy[connection]
+            connection.close()
             process.join()
+            return run, f"its process ended with status {process.exitcode}"
+        if isinstance(message, tuple):
+            course.progress(run, *message)
+            return None
+        del self._busy[connection]
+        self._idle.append((connection, process))
+        return run, message
 
-    def replace(self, connection: Connection) -> int | None:
-        """Starts a process in the place of one that died, if a run is left; returns the dead one's status."""
-        process, _ = self.working.pop(connection)
-        process.join()
-        if self._waiting:
-            self.start()
-        return process.exitcode
+    def end(self, patience: float = _PATIENCE) -> None:
+        """Ends the processes. Runs write checkpoints.
 
-    def end(self) -> None:
-        """Ends the processes that still work; their runs write checkpoints."""
-        for process, _ in self.working.values():
-            process.terminate()
-        for process, _ in self.working.values():
-            process.join(_PATIENCE)
+        Args:
+            patience: seconds that they may take for it.
+        """
+        until = time.monotonic() + patience
+        processes = [*self._idle, *((connection, process) for connection, (process, _) in self._busy.items())]
+        while any(process.is_alive() for _, process in processes) and time.monotonic() < until:
+            for _, process in processes:
+                process.terminate()  # again and again: Lightning loses a signal that comes between two of its loops
+            wait([process.sentinel for _, process in processes if process.is_alive()], timeout=_LOOK)
+        for connection, process in processes:
             process.kill()
+            process.join()
+            connection.close()
+        self._busy.clear()
+        self._idle.clear()
 
 
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()  # which alone may handle signals
+class _News:
+    """Sends news of a run, not too often: each interrupts the main process."""
 
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._sent = connection, 0.0
 
-def _terminate(*_: Any) -> None:
-    raise SIGTERMException
+    def __call__(self, epochs: float, of: int) -> None:
+        now = time.monotonic()
+        if now - self._sent >= _NEWS:
+            self._connection.send((epochs, of))
+            self._sent = now
 
 
 @quiet_lightning()
-def _work(connection: Connection, comparison: Comparison, threads: int) -> None:
-    """Trains the runs whose names the main process sends, until it sends None."""
+def _work(connection: Connection) -> None:
+    """Trains the runs that the main process sends, until it ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    opened, by_name = OpenedData(), {run.name: run for run in comparison.runs}
-    while (name := connection.recv()) is not None:
-        run = by_name[name]
-        connection.send(_train(comparison, run, opened, threads, lambda epochs, of: connection.send((epochs, of))))
+    signal.signal(signal.SIGTERM, terminated)  # to which Lightning adds its own handler, and ours of a training
+    opened = OpenedData()
+    while True:
+        try:
+            work: _Work = connection.recv()
+        except EOFError:  # the main process is gone
+            return
+        run = next(run for run in work.comparison.runs if run.name == work.name)
+        connection.send(_train(work, run, opened, _News(connection)))
+
+
+def terminated(*_: Any) -> None:
+    """Handles SIGTERM where no training does.
+
+    Raises:
+        SIGTERMException: always.
+    """
+    raise SIGTERMException
 
 
 def _end_with_the_parent() -> None:

@@ -47,6 +47,10 @@ class Record:
         jobs: how many runs shared the device.
         metric: name of the score: ``"accuracy"``, or ``"box AP"`` (COCO's).
         figures: other figures by name, such as ``AP50``, from 0 to 1; negative if there is nothing to evaluate.
+        seconds: that the run took with data, evaluations and checkpoints, over all interruptions; None in records of
+            versions that did not measure it.
+        tuned: the value of each setting that was chosen for this variant on held-out images, such as ``lr``.
+        tuned_epochs: number of epochs of the runs by which it was chosen.
     """
 
     variant: str
@@ -62,6 +66,9 @@ class Record:
     jobs: int = 1
     metric: str = "accuracy"
     figures: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    tuned: dict[str, float] = field(default_factory=dict)
+    tuned_epochs: int = 0
 
     @property
     def seconds_per_epoch(self) -> float:

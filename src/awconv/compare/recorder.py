@@ -30,6 +30,7 @@ class Recorder(pl.Callback):
     Attributes:
         epochs: the learning curve.
         device: type of the device, such as ``"cuda"``.
+        seconds: that all of the run has taken, before interruptions too.
     """
 
     state_key = "_Recorder"  # in checkpoints
@@ -38,10 +39,16 @@ class Recorder(pl.Callback):
         self.epochs: list[EpochRecord] = []
         self.device = "cpu"
         self._on_progress = on_progress
+        self._made = time.perf_counter()
+        self._before = 0.0  # seconds until the checkpoint that the run goes on from
         self._begun = 0.0
         self._seconds = 0.0  # in this epoch, and before an interruption of it
         self._losses: list[Tensor] = []
         self._score: float | None = None  # of an evaluation in this epoch
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._made
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seconds, self._losses, self._score = 0.0, [], None
@@ -82,12 +89,14 @@ class Recorder(pl.Callback):
         return {
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "seconds": self._seconds,
+            "all_seconds": self.seconds,
             "losses": [loss.item() for loss in self._losses],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs = [EpochRecord(**epoch) for epoch in state_dict["epochs"]]
         self._seconds = state_dict["seconds"]
+        self._before = state_dict.get("all_seconds", 0.0)  # versions before did not measure it
         self._losses = [torch.tensor(loss) for loss in state_dict["losses"]]
 
 

@@ -12,37 +12,49 @@ from statistics import mean
 
 from awconv.compare.record import Record
 from awconv.compare.summaries import Difference, TimeRatio, VariantSummary, summarise
+from awconv.compare.tuned import Tuned, epochs, shown
 from awconv.tables import Table
 
 
-def table(records: Sequence[Record], title: str = "") -> Table:
-    """A row for each variant. All records have the same metric."""
+def table(records: Sequence[Record], title: str = "", left_out: Sequence[str] = ()) -> Table:
+    """A row for each variant. All records have the same metric.
+
+    Args:
+        records: of the runs.
+        title: stands above.
+        left_out: names of finished runs of seeds that not all variants have; the note says so.
+    """
     summaries = summarise(records)
+    tuned = sorted({name for summary in summaries for name in summary.tuned})
     headings = (
         "variant",
         "network",
         "parameters",
         "multiply-adds, M",
+        *tuned,
         f"{summaries[0].metric}, %",
         *summaries[0].figures,
         "seeds",
         "paired difference (95 % interval)",
         "time ratio",
     )
-    return Table(headings, [_cells(summary) for summary in summaries], title=title, note=_note(summaries))
+    rows = [_cells(summary, tuned) for summary in summaries]
+    on_held_out = any(record.test_split == "val" for record in records)
+    return Table(headings, rows, title=title, note=_note(summaries, tuned, on_held_out, left_out))
 
 
 FEW_SEEDS = 3  # fewer are marked
 _FEW, _CONSTANT = "†", "‡"
 
 
-def _cells(summary: VariantSummary) -> tuple[str, ...]:
+def _cells(summary: VariantSummary, tuned: Sequence[str]) -> tuple[str, ...]:
     spread = "" if summary.spread is None else f" ± {summary.spread:.2f}"
     return (
         summary.variant,
         summary.network,
         f"{summary.parameters:,}",
         "" if summary.operations is None else f"{summary.operations / 1e6:,.2f}",
+        *(shown(summary.tuned[name]) if name in summary.tuned else "" for name in tuned),
         f"{summary.score:.2f}{spread}",
         *("" if value is None else f"{value:.2f}" for value in summary.figures.values()),
         f"{summary.seeds} {_FEW}" if summary.seeds < FEW_SEEDS else str(summary.seeds),
@@ -62,8 +74,8 @@ def _ratio(ratio: TimeRatio) -> str:
     return f"{ratio.median:.2f}{spread}"
 
 
-def _note(summaries: Sequence[VariantSummary]) -> str:
-    """What the marks mean that the rows have."""
+def _note(summaries: Sequence[VariantSummary], tuned: Sequence[str], on_held_out: bool, left_out: Sequence[str]) -> str:
+    """What the marks mean that the rows have, how settings were chosen, and what is not in the table."""
     differences = [summary.difference for summary in summaries if summary.difference is not None]
     parts = []
     if min(one.seeds for group in (summaries, differences) for one in group) < FEW_SEEDS:
@@ -77,6 +89,19 @@ def _note(summaries: Sequence[VariantSummary]) -> str:
         parts.append(
             "No time ratio where runs were trained side by side, with other versions, devices or threads, or without "
             "common seeds."
+        )
+    if tuned:
+        longest = max(summary.tuned_epochs for summary in summaries)
+        parts.append(
+            f"{' and '.join(tuned)}: of the values that were tried, the best for each variant on the held-out images, "
+            f"with seed 0, after {epochs(longest)}."
+        )
+        if on_held_out:
+            parts.append("The scores are of these images, too, and so a little too high.")
+    if left_out:
+        parts.append(
+            f"Left out: {', '.join(left_out)}, since not all variants have finished these seeds. The records are kept, "
+            "and count when they have."
         )
     return " ".join(parts)
 
@@ -113,8 +138,23 @@ def with_tables(text: str, root: Path) -> str:
     return _GENERATED.sub(made, text)
 
 
-def write_report(records: Sequence[Record], folder: Path, title: str, command: str) -> Path:
+def write_report(
+    records: Sequence[Record],
+    folder: Path,
+    title: str,
+    command: str,
+    left_out: Sequence[str] = (),
+    tuned: Tuned | None = None,
+) -> Path:
     """Writes ``results.json``, ``table.md``, ``curves.svg`` and ``index.html``.
+
+    Args:
+        records: of the runs.
+        folder: of the files.
+        title: of the page.
+        command: what the user typed.
+        left_out: as for :func:`table`.
+        tuned: how a setting was chosen for each variant.
 
     Returns:
         The page.
@@ -126,13 +166,15 @@ def write_report(records: Sequence[Record], folder: Path, title: str, command: s
         "command": command,
         "summary": [asdict(summary) for summary in summarise(records)],
         "runs": [asdict(record) for record in records],
+        **({"left_out": list(left_out)} if left_out else {}),
+        **({} if tuned is None else {"tuning": tuned.content()}),
     }
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "table.md").write_text(table(records).markdown())
+    (folder / "table.md").write_text(table(records, left_out=left_out).markdown())
     with matplotlib.rc_context({"text.parse_math": False}):  # a name may hold dollars
         _plot(records, folder / "curves.svg")
     page = folder / "index.html"
-    page.write_text(_page(records, title, command))
+    page.write_text(_page(records, title, command, left_out, tuned))
     return page
 
 
@@ -190,7 +232,7 @@ code { background: #f3f3f3; padding: .15rem .35rem; border-radius: .25rem }
 """
 
 
-def _page(records: Sequence[Record], title: str, command: str) -> str:
+def _page(records: Sequence[Record], title: str, command: str, left_out: Sequence[str], tuned: Tuned | None) -> str:
     each_run = Table(
         ("variant", "seed", f"{records[0].metric}, %", "s/epoch"),
         [(one.variant, str(one.seed), f"{100 * one.score:.2f}", f"{one.seconds_per_epoch:.2f}") for one in records],
@@ -203,15 +245,20 @@ def _page(records: Sequence[Record], title: str, command: str) -> str:
 <body>
 <h1>{html.escape(title)}</h1>
 <p><code>{html.escape(command)}</code></p>
-{table(records).html()}
+{table(records, left_out=left_out).html()}
 <p class="note">Score: {html.escape(records[0].metric)} of the network after the last epoch on {tested_on}; mean and
 standard deviation over the seeds. Difference: in percentage points, between runs of the same seed; the interval is
 Student's for the mean. Time: median epoch of training, without evaluation; the ratio is to the first variant's run of
 the same seed: the median over the seeds, and the least and the largest.</p>
 <img src="curves.svg" alt="Learning curves: training loss and validation figure by epoch, for each variant">
-<h2>Each run</h2>
+{"" if tuned is None else _tuning_section(tuned)}<h2>Each run</h2>
 {each_run.html()}
 <p class="note">All settings and curves: <a href="results.json">results.json</a>. {html.escape(versions)}.</p>
 </body>
 </html>
 """
+
+
+def _tuning_section(tuned: Tuned) -> str:
+    hints = "".join(f'<p class="note">{html.escape(hint[0].upper() + hint[1:])}.</p>\n' for hint in tuned.hints)
+    return f"<h2>The choice of {html.escape(tuned.name)}</h2>\n{tuned.table().html()}\n{hints}"

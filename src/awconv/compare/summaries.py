@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import mean, median, stdev
 
 from awconv.compare.differences import PairedDifference, paired
@@ -55,6 +55,9 @@ class VariantSummary:
         seconds_per_epoch: median over the runs.
         ratio: of the runs' times to those of the first variant; None where they cannot be compared, since runs were
             trained side by side or with other versions, devices or threads, and without common seeds.
+        tuned: the values of settings that were chosen for this variant on held-out images; those alone that all its
+            runs have in common.
+        tuned_epochs: number of epochs of the runs by which they were chosen.
     """
 
     variant: str
@@ -69,6 +72,8 @@ class VariantSummary:
     difference: Difference | None
     seconds_per_epoch: float
     ratio: TimeRatio | None
+    tuned: dict[str, float] = field(default_factory=dict)
+    tuned_epochs: int = 0
 
 
 def summarise(records: Sequence[Record]) -> list[VariantSummary]:
@@ -95,9 +100,17 @@ def summarise(records: Sequence[Record]) -> list[VariantSummary]:
                 difference=None if baseline == variant else paired_difference(group, by_variant[baseline]),
                 seconds_per_epoch=median(record.seconds_per_epoch for record in group),
                 ratio=_time_ratio(group, first),
+                tuned=dict(sorted(set.intersection(*(set(record.tuned.items()) for record in group)))),
+                tuned_epochs=max(record.tuned_epochs for record in group),
             )
         )
     return summaries
+
+
+def complete_seeds(records: Sequence[Record], variants: Collection[str]) -> list[Record]:
+    """The records of the seeds for which all variants have one; all records if there is no such seed."""
+    there = {(record.variant, record.seed) for record in records}
+    return [one for one in records if all((variant, one.seed) in there for variant in variants)] or list(records)
 
 
 def _figures(records: Sequence[Record]) -> dict[str, float | None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,40 +11,26 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from awconv.compare.comparison import Comparison, Run
-from awconv.compare.record import Record, TestSplit
+from awconv.compare.record import Record
 from awconv.compare.recorder import Progress, Recorder
-from awconv.data import DataModule
+from awconv.compare.shared_data import OpenedData
+from awconv.compare.time_limit import StopInTime, TimeLimit, TimeOverError
 from awconv.summary import summary
-from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.training.class_report import ClassReport
 from awconv.training.recipe import Recipe
 from awconv.training.same import SameSettings
+from awconv.training.stop import StopOnSigterm
 from awconv.version import __version__
 
 
-class OpenedData:
-    """Data sets that runs share, so that each is decoded once."""
-
-    def __init__(self) -> None:
-        self._opened: dict[str, DataModule] = {}
-
-    def of(self, recipe: Recipe, built: TrainingCLI, split: TestSplit) -> DataModule:
-        """The data of an earlier run with the same settings, or else the run's own.
-
-        Raises:
-            ValueError: there is nothing to test on.
-        """
-        key = json.dumps(recipe.settings.content["data"], sort_keys=True)
-        data = self._opened.setdefault(key, built.datamodule)
-        if data.dataset(split) is None:
-            splits = {"test": "neither a test nor a validation split", "val": "no validation split"}
-            raise ValueError(f"the data have {splits[split]}; hold one out with data.val_fraction")
-        return data
-
-
 def train(
-    comparison: Comparison, run: Run, opened: OpenedData, on_progress: Progress = lambda epochs, of: None
+    comparison: Comparison,
+    run: Run,
+    opened: OpenedData,
+    on_progress: Progress = lambda epochs, of: None,
+    limit: TimeLimit | None = None,
+    decoded: Path | None = None,
 ) -> Record:
     """Trains the network, resuming an interrupted run, tests it after the last epoch and writes the record.
 
@@ -53,25 +39,32 @@ def train(
         run: the run.
         opened: the data sets of other runs, to share.
         on_progress: called after each batch with the epochs done so far and the number of all epochs.
+        limit: ends the run when its time is over.
+        decoded: the folder of data that were decoded for it, as of :meth:`OpenedData.of`.
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
         SIGTERMException: SIGTERM came.
+        TimeOverError: the time is over, and a checkpoint is written.
         ValueError: there is nothing to test on, or an interrupted run had other settings.
     """
+    recorder = Recorder(on_progress)
     recipe, split = comparison.recipe(run), comparison.split
     built = recipe.build()
-    model, trainer, data = built.model, built.trainer, opened.of(recipe, built, split)
-    recorder = Recorder(on_progress)
+    model, trainer, data = built.model, built.trainer, opened.of(recipe, built, split, decoded)
     callbacks = [one for one in trainer.callbacks if not isinstance(one, ClassReport)]  # type: ignore[attr-defined]
-    trainer.callbacks = [recorder, *callbacks]  # type: ignore[attr-defined]  # it is before checkpoints are written
+    (stop,) = (one for one in callbacks if isinstance(one, StopOnSigterm))
+    ours = [recorder, *([] if limit is None else [StopInTime(limit, stop)])]
+    trainer.callbacks = [*ours, *callbacks]  # type: ignore[attr-defined]  # they are before checkpoints are written
     try:
         interrupted = _interrupted(comparison, run, recipe)
         with built.naming(interrupted):
             trainer.fit(model, datamodule=data, ckpt_path=interrupted)
         evaluate = trainer.test if split == "test" else trainer.validate
         (metrics,) = evaluate(model, datamodule=data, verbose=False)
-    except SIGTERMException:
+    except SIGTERMException as error:
+        if stop.asked and not stop.received:
+            raise TimeOverError from error
         raise
     except SystemExit as error:
         if trainer.interrupted:
@@ -92,6 +85,9 @@ def train(
         jobs=comparison.jobs,
         metric=model.score_name,
         figures={name: metrics[f"{split}/{name}"] for name in model.further_figures},
+        seconds=recorder.seconds,
+        tuned=dict(run.variant.tuned),
+        tuned_epochs=run.variant.tuned_epochs,
     )
     if trainer.is_global_zero:
         record.save(comparison.file(run))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
@@ -28,10 +28,21 @@ class Variant:
     Attributes:
         name: such as ``"aw"``.
         recipe: the recipe with the changes.
+        tuned: the value of each setting that was chosen for this variant.
+        tuned_epochs: number of epochs of the runs by which it was chosen.
+        trial_of: the variant that this one tries a setting for; empty if it tries none.
     """
 
     name: str
     recipe: Recipe
+    tuned: Mapping[str, float] = field(default_factory=dict)
+    tuned_epochs: int = 0
+    trial_of: str = ""
+
+    @property
+    def family(self) -> str:
+        """The name of the variant whose runs take as long for each epoch."""
+        return self.trial_of or self.name
 
 
 @dataclass(frozen=True)

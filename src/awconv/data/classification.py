@@ -177,10 +177,25 @@ class ImageDataModule(DataModule):
             self._datasets[split] = self._load(source, indices, split)
         return self._datasets[split]
 
+    def adopt(self, split: Split, decoded: InMemoryImages) -> None:
+        """Takes a split that another process has decoded for a data set with the same settings.
+
+        Args:
+            split: the split; ``"val"``, too, where it takes the place of a test split.
+            decoded: its images.
+        """
+        self._datasets[split] = decoded
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split, held out or of its own. Decodes nothing."""
+        return "val" in self._datasets or bool(self._select("val")[1])
+
     @property
     def test_split(self) -> Split:
         """The split to test on: ``"test"``, or ``"val"`` if the data set has no test split."""
-        return "val" if self._source("test") is None else "test"
+        there = "test" in self._datasets or self._source("test") is not None
+        return "test" if there else "val"
 
     def _source(self, split: Split) -> LabelledImages | None:
         if split not in self._sources:

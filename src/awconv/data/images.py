@@ -310,6 +310,18 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
         if not decoded.all():
             self.images, self.targets = self.images[decoded], targets[decoded]
 
+    @classmethod
+    def of(cls, images: Tensor, targets: Tensor) -> InMemoryImages:
+        """A data set of images that are decoded already.
+
+        Args:
+            images: uint8, shape (N, channels, size, size).
+            targets: int64, shape (N,).
+        """
+        made = cls.__new__(cls)
+        made.images, made.targets = images, targets
+        return made
+
     def __len__(self) -> int:
         return len(self.targets)
 

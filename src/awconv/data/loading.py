@@ -83,6 +83,11 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         """
 
     @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split, held out or of its own."""
+        return self.dataset("val") is not None
+
+    @property
     @abc.abstractmethod
     def test_split(self) -> Split:
         """The split to test on: ``"test"``, or ``"val"`` if the data set has no test split."""

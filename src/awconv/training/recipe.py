@@ -61,6 +61,13 @@ class Recipe:
         return None if given is None else dict(given)
 
     @property
+    def epochs(self) -> int | None:
+        """The number of epochs; None if something else may end the training before."""
+        trainer = self._config.trainer
+        ends_otherwise = trainer.max_steps not in (None, -1) or trainer.max_time is not None
+        return trainer.max_epochs if not ends_otherwise and (trainer.max_epochs or 0) > 0 else None
+
+    @property
     def own_code(self) -> dict[str, str]:
         """The SHA-256 of the files with networks of one's own, by their names."""
         return import_own(as_names(self._config.get("import")))

@@ -35,14 +35,21 @@ class StopOnSigterm(pl.Callback):
 
     Attributes:
         agreed: whether all processes know that this is their last step.
+        asked: whether somebody else than a signal has asked for the end.
+        received: whether SIGTERM came.
     """
 
     def __init__(self) -> None:
         self.agreed = False
-        self._received = False
+        self.asked = False
+        self.received = False
         self._over = threading.Event()
         self._trainer: pl.Trainer | None = None
         self._group: Any = None
+
+    def ask(self) -> None:
+        """Ends the training after the current step, as SIGTERM does, but lets it take its time."""
+        self.asked = True
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
@@ -67,9 +74,9 @@ class StopOnSigterm(pl.Callback):
             signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received:
+        if self.received:
             return
-        self._received = True
+        self.received = True
         assert self._trainer is not None
         launcher = self._trainer.strategy.launcher
         if launcher is not None and hasattr(launcher, "kill"):
@@ -94,9 +101,9 @@ class StopOnSigterm(pl.Callback):
     ) -> None:
         if not ends_step(trainer, batch_idx):
             return  # only a step of the optimizer brings all processes to the same place
-        self.agreed = self._received
+        self.agreed = self.received or self.asked
         if trainer.world_size > 1:
-            flag = torch.tensor(int(self._received))
+            flag = torch.tensor(int(self.agreed))
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group)
             self.agreed = bool(flag)
 
