@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from awconv.data import ImageDataModule
-from awconv.data.images import InMemoryImages
+from awconv.data.datasets import InMemoryImages
 from awconv.data.loading import Split
 from awconv.data.order import ALONE, EvaluationBatches
 from awconv.fold import FoldReport

@@ -20,7 +20,7 @@ from awconv.cli import main
 from awconv.compare import shared_data as module
 from awconv.compare.cores import usable_cores
 from awconv.compare.shared_data import DataError, OpenedData, shared_data
-from awconv.data.images import InMemoryImages
+from awconv.data.datasets import InMemoryImages
 from awconv.training.recipe import Recipe
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import timm
 
 from awconv.compare import ablate, compare
-from awconv.compare.ablation import arms, choices
+from awconv.compare.ablation import arms, choices, find_variant
 from awconv.compare.record import Record
 from awconv.compare.variants import Change, find_change, read_base
+from awconv.training.recipe import Recipe
 from tests.compare.test_compare import tiny
 
 
@@ -32,13 +34,50 @@ def test_a_variant_is_an_attention_of_the_network_or_another_network(base: str, 
 
 
 def test_a_variant_that_does_not_exist_is_named() -> None:
-    message = (
-        "there is no variant 'best' of resnet20_cifar; there are plain, aw, se, aw_se, cbam, aw_cbam, any other network"
-    )
+    message = "there is no variant 'best' of resnet20_cifar; there are plain, aw, od, se, aw_se, cbam, aw_cbam, any "
     with pytest.raises(ValueError, match=message):
         find_change("resnet20_cifar", "best")
     with pytest.raises(FileNotFoundError, match=r"variant none\.yaml is not a file; expected YAML with what differs"):
         find_change("resnet20_cifar", "none.yaml")
+
+
+def base_of(tmp_path: Path, network: str, *overrides: str) -> Recipe:
+    return read_base(tiny(tmp_path), [f"--model.network={network}", *overrides])
+
+
+def test_changes_of_the_branch_follow_a_variant_and_a_plus(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "resnet8_cifar", "--model.network_args={aw_args: {activation: tanh}}")
+    found = find_variant(base, "aw+input_gain=true+branch_lr_factor=2")
+    arguments = {"aw_args": {"activation": "tanh", "input_gain": True}}
+    assert found == Change(
+        "aw+input_gain=true+branch_lr_factor=2",
+        network="aw_resnet8_cifar",
+        arguments=("--model.branch_lr_factor=2", f"--model.network_args={json.dumps(arguments)}"),
+    )
+    assert find_variant(base, "aw_se+reduction=8").network == "aw_seresnet8_cifar"
+    converted = base_of(tmp_path, "test_resnet")
+    assert find_variant(converted, "aw+reduction=8").arguments == ('--model.convert={"reduction": 8}',)
+    assert find_variant(converted, "aw+select=layer4.*").name == "aw+select=layer4.all"
+    given = base_of(tmp_path, "test_resnet", "--model.convert={init: identity}")
+    assert find_variant(given, "plain+reduction=8").arguments == (
+        '--model.convert={"init": "identity", "reduction": 8}',
+    )
+    for plain in ("plain", "aw", "se", "resnet18"):
+        assert find_variant(base, plain) == find_change("resnet8_cifar", plain)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("plain+reduction=8", r"plain has no attention branch that reduction=8 could change; aw\+reduction=8 is AW"),
+        ("se+reduction=8", "se has no attention branch"),
+        ("aw+depth=3", "a change must be NAME=VALUE with a name of .*reduction.*, got 'depth=3'"),
+        ("best+reduction=8", "there is no variant 'best' of resnet8_cifar"),
+    ],
+)
+def test_changes_that_cannot_be_are_named(tmp_path: Path, given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_variant(base_of(tmp_path, "resnet8_cifar"), given)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from awconv.data import Cifar10, Cifar100, Digits, ImageFolder
 from awconv.data.augment import shift
-from awconv.data.images import InMemoryImages, TransformedImages
+from awconv.data.datasets import InMemoryImages, TransformedImages
 from tests.data.samples import DIGITS, digit, write_tree
 
 

@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 
 from awconv.data import BrokenImageError, Cifar10, ImageFolder, Parquet, WebDataset
-from awconv.data.images import InMemoryImages, TransformedImages
+from awconv.data.datasets import InMemoryImages, TransformedImages
 from tests.data.samples import digit, png, write_tar, write_tree
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,9 +12,10 @@ import timm
 import torch
 import yaml
 
-from awconv.compare.variants import Change
+from awconv.compare.variants import Change, find_change
 from awconv.convert import ATTENTION_ARGUMENTS, convert
 from awconv.layers import AW_LAYERS
+from awconv.training.recipe import Recipe
 
 _CHOICES = (
     "reduction=4 reduction=8 in_expansion=1 out_expansion=2 kernel_expansion=3 activation=tanh activation=relu "
@@ -59,6 +60,30 @@ def arms(
         Change("default", network=network, arguments=branch.arguments({})),
         *(_arm(branch, change) for change in changes),
     ]
+
+
+def find_variant(base: Recipe, given: str) -> Change:
+    """What a variant changes, given its name.
+
+    Args:
+        base: the recipe.
+        given: as for :func:`awconv.compare.variants.find_change`, or with changes of the attention branch after a plus,
+            such as ``"aw+reduction=8"`` or ``"aw+input_gain=true+reduction=8"``.
+
+    Raises:
+        FileNotFoundError: a YAML file is missing.
+        ValueError: there is no such network, it has no attention branch, or a change is unknown.
+    """
+    name, plus, change = given.partition("+")
+    if not plus or given.endswith((".yaml", ".yml")):
+        return find_change(base.network, given)
+    found = find_change(base.network, name)
+    network = found.network or base.network
+    conversion = base.conversion if name == "plain" else {} if found.arguments else None
+    if found.overlay is not None or (conversion is None and not network.startswith("aw_")):
+        raise ValueError(f"{name} has no attention branch that {change} could change; aw+{change} is AW with it")
+    branch = _Branch(network, base.network_args, conversion)
+    return replace(_arm(branch, change), name=_file_name(given))
 
 
 @dataclass(frozen=True)
@@ -113,7 +138,11 @@ def _arm(branch: _Branch, change: str) -> Change:
         else:
             changes[name] = None if text == "none" else _value(part, text)
     arguments += branch.arguments(changes)
-    return Change(change.replace("*", "all").replace("/", "_"), network=branch.network, arguments=tuple(arguments))
+    return Change(_file_name(change), network=branch.network, arguments=tuple(arguments))
+
+
+def _file_name(change: str) -> str:
+    return change.replace("*", "all").replace("/", "_")
 
 
 def _value(change: str, text: str) -> Any:

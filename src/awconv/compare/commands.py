@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from awconv import terminal
-from awconv.compare.ablation import arms, choices
+from awconv.compare.ablation import arms, choices, find_variant
 from awconv.compare.comparison import Comparison
 from awconv.compare.record import Record, TestSplit
 from awconv.compare.session import Plan, run_plan
 from awconv.compare.summaries import summarise
 from awconv.compare.time_limit import TimeLimit, parse_duration
 from awconv.compare.tuning import Tuning
-from awconv.compare.variants import check_overrides, find_change, read_base
+from awconv.compare.variants import check_overrides, read_base
 from awconv.extras import require
 from awconv.models import variants as variants_of
 from awconv.training.quiet import quiet_lightning
@@ -55,8 +55,8 @@ def compare(
     Args:
         recipe: a YAML file for ``awconv fit``.
         variants: with commas between them: ``plain`` is the recipe's network, ``aw``, ``se`` or ``aw_se`` the same
-            network with that attention, a network of timm by its name, and ``FILE.yaml`` the recipe with that file
-            laid over it.
+            network with that attention, ``aw+reduction=8`` with changes of its branch as ``awconv ablate`` takes
+            them, a network of timm by its name, and ``FILE.yaml`` the recipe with that file laid over it.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/RECIPE`` by default.
         jobs: how many runs are trained side by side, in processes that share the device.
@@ -82,8 +82,8 @@ def compare(
     """
     limit, tuning = _limit(time_limit, begun), Tuning.parse(tune, tune_epochs)
     check_overrides(overrides)
-    base = read_base(recipe, overrides).network
-    changes = [find_change(base, variant) for variant in _listed(variants)]
+    base = read_base(recipe, overrides)
+    changes = [find_variant(base, variant) for variant in _listed(variants)]
     names = [change.name for change in changes]
     if not names:
         raise ValueError(f"variants must name at least one, such as plain,aw, got {variants!r}")
@@ -91,7 +91,7 @@ def compare(
         raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
     folder = out if out is not None else Path("runs") / recipe.stem
     plan = Plan(recipe, changes, overrides, seeds, folder, split, jobs, tuning, limit)
-    named = f"{base}: {' against '.join(names)}"
+    named = f"{base.network}: {' against '.join(names)}"
     return run_plan(plan, lambda comparison: f"{named} on {_data(comparison)} ({recipe.stem})", command)
 
 

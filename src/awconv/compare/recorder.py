@@ -65,7 +65,7 @@ class Recorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # which Lightning divides by
+        self._losses.append(outputs["loss"].detach())
         batches = trainer.num_training_batches
         if batch_idx + 1 == batches:
             _synchronize(pl_module)
@@ -77,9 +77,10 @@ class Recorder(pl.Callback):
         self._score = None if score is None else score.item()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        losses = torch.stack(self._losses).double()
         self.epochs.append(
             EpochRecord(
-                train_loss=torch.stack(self._losses).double().mean().item(),
+                train_loss=losses.mean().item() * trainer.accumulate_grad_batches,  # which Lightning divides by
                 val_score=self._score,
                 seconds=self._seconds,
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from awconv.compare.record import TestSplit
 from awconv.data import DataModule, ImageDataModule
-from awconv.data.images import InMemoryImages
+from awconv.data.datasets import InMemoryImages
 from awconv.data.loading import Split
 from awconv.terminal import say
 from awconv.training import TrainingCLI

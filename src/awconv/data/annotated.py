@@ -13,8 +13,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from awconv.data.boxes import Annotated
+from awconv.data.datasets import log_skipped
 from awconv.data.files import Files
-from awconv.data.images import MAX_PIXELS, BrokenImageError, check_bytes, log_skipped, read_image
+from awconv.data.images import MAX_PIXELS, BrokenImageError, check_bytes, read_image
 from awconv.data.order import Draw, derive_seed, seed_all
 
 Target = dict[str, Tensor]

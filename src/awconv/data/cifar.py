@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from awconv.data.classification import ImageDataModule
-from awconv.data.images import ArrayImages
+from awconv.data.datasets import ArrayImages
 from awconv.data.loading import Split
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.roles import Role

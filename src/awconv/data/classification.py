@@ -15,13 +15,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from awconv.data.augment import mirror, shift
-from awconv.data.images import (
-    MAX_PIXELS,
-    BrokenImageError,
-    InMemoryImages,
-    LabelledImages,
-    TransformedImages,
-)
+from awconv.data.datasets import InMemoryImages, LabelledImages, TransformedImages
+from awconv.data.images import MAX_PIXELS, BrokenImageError
 from awconv.data.labels import checked_names
 from awconv.data.loading import DataModule, Split
 from awconv.data.order import chunks_of

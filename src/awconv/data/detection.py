@@ -21,15 +21,9 @@ from torchvision.transforms import v2
 
 from awconv.data.annotated import AnnotatedImages, Target, check_size
 from awconv.data.boxes import LEAST, Annotated, BoxSummary, clean
+from awconv.data.datasets import log_skipped
 from awconv.data.files import Files, composed
-from awconv.data.images import (
-    ENDINGS,
-    MAX_PIXELS,
-    BrokenImageError,
-    check_bytes,
-    log_skipped,
-    read_header,
-)
+from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, check_bytes, read_header
 from awconv.data.loading import DataModule, Split
 from awconv.roles import Role
 from awconv.terminal import printable

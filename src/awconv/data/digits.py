@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from awconv.data.classification import ImageDataModule
-from awconv.data.images import ArrayImages
+from awconv.data.datasets import ArrayImages
 from awconv.data.loading import Split
 
 _TEST_IMAGES = 360

@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from awconv.data.classification import ImageDataModule
+from awconv.data.datasets import ArrayImages
 from awconv.data.digits import grey_digits
-from awconv.data.images import ArrayImages
 from awconv.data.loading import Split
 
 Vary = Literal["contrast", "scale", "clutter", "all"]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from awconv.data import BrokenImageError, ImageDataModule, to_uint8
 from awconv.data.classification import IN_MEMORY_BYTES
-from awconv.data.images import InMemoryImages, read_image
+from awconv.data.datasets import InMemoryImages
+from awconv.data.images import read_image
 from awconv.data.loading import Split
 from awconv.tasks import ClassificationTask
 from awconv.terminal import say
