@@ -154,7 +154,7 @@ def test_a_broken_image_is_named_and_the_rest_goes_on(
             ["fit", "--model.network=resnet8_cifar", "--model.pretrained=true", "--trainer.logger=false"],
             "no pretrained weights for resnet8_cifar (True): No pretrained weights exist",
         ),
-        (["models", "--filter=vit*"], "no model matches 'vit*'; there are aw_resnet18, aw_resnet34"),
+        (["models", "--filter=vit*"], "no model matches 'vit*'; there are aw_resnet18, od_resnet18"),
         (
             ["validate", "--model.network=aw_resnet8_cifar.digits", "--model.pretrained=true", "--data.val_fraction=0"],
             "the data have no val split to evaluate on; name one, or give data.val_fraction",

@@ -137,7 +137,7 @@ def _check_arguments(
     refuse_fused(model, "convert")
     unknown = [name for name in arguments if name not in ATTENTION_ARGUMENTS + _MAKERS]
     if unknown:
-        known = ("select", "init", "norm_layer", "layer", *ATTENTION_ARGUMENTS, *_MAKERS)
+        known = ("select", "init", "norm_layer", *ATTENTION_ARGUMENTS, *_MAKERS, "layer")
         raise TypeError(f"convert: there is no argument {', '.join(unknown)}; there are {', '.join(known)}")
     if init not in ("fresh", "identity"):
         raise ValueError(f"convert: init must be 'fresh' or 'identity', got {init!r}")
@@ -259,7 +259,7 @@ def raises_for_attention(value: object) -> bool:
 
 def _lose_attention(name: str, *arguments: Any, **options: Any) -> NoReturn:
     raise ValueError(
-        f"{name}() would make a plain convolution of convolutions with attention, and lose that. Fold the plain "
+        f"{name}() would make a plain convolution of layers with attention, and lose their attention. Fold the plain "
         "network first (with timm.utils.reparameterize_model, for one), then call awconv.convert"
     )
 
