@@ -95,7 +95,7 @@ def test_many_runs_are_counted_on_a_line_of_the_terminal(comparison: Comparison)
             course.begin(run)
             course.progress(run, 5.0, 10)
         line.update(now=True)
-    assert "0 of 8 runs done, 4 running" in file.getvalue()
+    assert "0 of 8 done, 4 running" in file.getvalue()
     assert "25 %" in file.getvalue()
 
 

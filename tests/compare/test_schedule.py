@@ -41,6 +41,16 @@ def test_once_a_seed_is_complete_a_seed_is_begun_only_if_all_its_runs_can_end() 
     assert name(next_run(runs(10, 20), [], complete=True, left=20, jobs=2)) == "run0"  # side by side
 
 
+def test_beside_the_first_seed_another_one_is_begun_only_if_all_its_runs_can_end() -> None:
+    first = [Planned("a0", 0, 10.0), Planned("b0", 0, 10.0)]
+    second = [Planned("a1", 1, 10.0), Planned("b1", 1, 10.0)]
+    assert next_run(second, first, complete=False, left=19, jobs=3) is None  # its second run would start after 10
+    assert name(next_run(second, first, complete=False, left=20, jobs=3)) == "a1"
+    assert name(next_run(second, first, complete=False, left=10, jobs=4)) == "a1"
+    unknown = runs(None, None, None, None)
+    assert name(next_run(unknown[2:], unknown[:2], complete=False, left=1, jobs=3)) == "run2"
+
+
 def test_a_seed_waits_for_the_workers_that_are_busy() -> None:
     busy = [Planned("busy", 0, 15.0)]
     assert next_run(runs(10, 20), busy, complete=True, left=25, jobs=2) is None  # 20 seconds from 10 or from 15

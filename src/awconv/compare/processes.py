@@ -198,6 +198,8 @@ class SideBySide:
             patience: seconds that they may take for it.
         """
         until = time.monotonic() + patience
+        for _, process in self._idle:
+            process.kill()  # there is nothing to keep
         processes = [*self._idle, *((connection, process) for connection, (process, _) in self._busy.items())]
         while any(process.is_alive() for _, process in processes) and time.monotonic() < until:
             for _, process in processes:
@@ -232,13 +234,15 @@ def _work(connection: Connection) -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, terminated)  # to which Lightning adds its own handler, and ours of a training
     opened = OpenedData()
-    while True:
-        try:
+    try:
+        while True:
             work: _Work = connection.recv()
-        except EOFError:  # the main process is gone
-            return
-        run = next(run for run in work.comparison.runs if run.name == work.name)
-        connection.send(_train(work, run, opened, _News(connection)))
+            run = next(run for run in work.comparison.runs if run.name == work.name)
+            connection.send(_train(work, run, opened, _News(connection)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the main process is gone
+        return
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # another one may come
 
 
 def terminated(*_: Any) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from awconv.compare.course import Course
 from awconv.terminal import printable
 
-_NAMED = 2  # runs that are named; more are counted
+_NAMED = {True: 1, False: 2}  # runs that are named on a terminal, and elsewhere; more are counted
 _REDRAW = 0.2  # seconds, on a terminal
 _LINE = 30.0  # seconds between two lines elsewhere
 
@@ -33,12 +34,15 @@ class ProgressLine:
     ) -> None:
         self._course, self._what, self._clock, self._console = course, what, clock, console
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)
+            ),  # cut if need be
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}", markup=False),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=1.0, left="")
@@ -74,8 +78,9 @@ class ProgressLine:
         course = self._course
         running = [f"{name} (epoch {run.epoch}/{run.epochs})" for name, run in course.running.items() if run.epochs]
         starting = len(course.running) - len(running)
-        names = running if len(running) <= _NAMED and not starting else [f"{len(course.running)} running"]
-        done = f"{self._what}{course.done} of {course.total} runs done"
+        few = len(running) <= _NAMED[self._console.is_terminal] and not starting
+        names = running if few else [f"{len(course.running)} running"]
+        done = f"{self._what}{course.done} of {course.total} {'' if self._console.is_terminal else 'runs '}done"
         return printable(", ".join([done, *names] if course.running else [done]))
 
 

@@ -104,8 +104,8 @@ def next_run(
 ) -> Planned | None:
     """The run to start now, if one of the workers is free; None if no run can end in time.
 
-    Until a seed is complete, a run starts if it can end in time, or if nothing is known. From then on, it starts only
-    if all runs of its seed can end in time, so that the time goes into seeds that all variants have.
+    A seed is begun only if all its runs can end in time, so that the time goes into seeds that all variants have. As
+    long as none is complete, the runs of the first one start if each can end in time. What is not known fits.
 
     Args:
         waiting: the runs that have not started, in the order in which they should.
@@ -117,8 +117,9 @@ def next_run(
     if left <= 0 or len(running) >= jobs:
         return None
     busy = [run.seconds or 0.0 for run in running]
+    first = min((run.seed for run in (*waiting, *running)), default=0)
     for run in waiting:
-        if not complete:
+        if run.seed == first and not complete:
             needed, beside = [run], []
         else:
             needed = [one for one in waiting if one.seed == run.seed]
