@@ -11,7 +11,7 @@ TORCH := $(call oldest,torch)
 TORCHVISION := $(call oldest,torchvision)
 OLDEST := build/torch-$(TORCH)
 
-.PHONY: demo test test-oldest campaign gpu lint format docs package clean
+.PHONY: demo test test-oldest campaign gpu evidence lint format docs package clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
@@ -32,6 +32,10 @@ campaign: $(INSTALLED)
 # What it costs on this machine's GPU, and whether it is right there: at most SECONDS, results under build/gpu.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --seconds $(SECONDS) $(OPTIONS)
+
+# The full schedules of docs/experiments.md, on this machine's GPU: at most SECONDS, and again to go on.
+evidence:
+	$(PYTHON) benchmarks/evidence.py --seconds $(SECONDS) $(OPTIONS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
