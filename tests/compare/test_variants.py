@@ -33,7 +33,7 @@ def test_a_variant_is_an_attention_of_the_network_or_another_network(base: str, 
 
 def test_a_variant_that_does_not_exist_is_named() -> None:
     message = (
-        "there is no variant 'best' of resnet20_cifar; there are plain, aw, se, aw_se, cbam, aw_cbam, any other network"
+        "there is no variant 'best' of resnet20_cifar; there are plain, aw, od, se, aw_se, cbam, aw_cbam, any other"
     )
     with pytest.raises(ValueError, match=message):
         find_change("resnet20_cifar", "best")
