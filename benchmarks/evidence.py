@@ -102,7 +102,7 @@ def main() -> int:
             command = experiment.command(name, arguments, left)
             _bring(ROOT / "results" / name, arguments.out / name)
             print(shlex.join(command), flush=True)
-            status = max(status, _run(command, arguments, end + _TO_END))
+            status = max(status, abs(_run(command, arguments, end + _TO_END)))
     return status
 
 
@@ -124,6 +124,8 @@ def _parse() -> argparse.Namespace:
     if arguments.seconds <= _TO_END:
         parser.error(f"--seconds must be more than {_TO_END:g}, got {arguments.seconds:g}")
     arguments.archive = arguments.archive or arguments.out / "records.tgz"
+    arguments.archive = arguments.archive.resolve()
+    arguments.archive.parent.mkdir(parents=True, exist_ok=True)
     arguments.data, arguments.out = arguments.data.resolve(), arguments.out.resolve()
     return arguments
 
@@ -151,7 +153,11 @@ def _run(command: list[str], arguments: argparse.Namespace, end: float) -> int:
             time.sleep(_LOOK)
             packed = _pack(out, arguments.archive, packed)
     finally:
-        process.kill()
+        process.terminate()  # runs write checkpoints
+        try:
+            process.wait(_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
     _pack(out, arguments.archive, packed)
     return process.wait()
 

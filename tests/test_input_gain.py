@@ -267,11 +267,13 @@ def test_adapters_hold_the_gain_and_those_of_before_still_load(tmp_path: Path) -
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(other.eval()(images), model(images))
     without = awconv.convert(copy.deepcopy(base), init="identity")
-    with pytest.raises(ValueError, match=r"has input_gain=True, and the model's input_gain=None; .*input_gain=True\)"):
+    with pytest.raises(ValueError, match=r"has input_gain=True, and the model's input_gain=False; .*input_gain=True\)"):
         awconv.load_adapter(without, tmp_path / "gain.safetensors")
     awconv.train_only(without, "branch")
     awconv.save_adapter(without, tmp_path / "plain.safetensors")
     assert b"input_gain" not in (tmp_path / "plain.safetensors").read_bytes()  # as in files of earlier versions
+    with pytest.raises(ValueError, match=r"input_gain=False, and the model's input_gain=True; .*, input_gain=False\)"):
+        awconv.load_adapter(other, tmp_path / "plain.safetensors")
 
 
 def test_weights_without_the_gain_are_completed_by_identity_and_told_of_else(caplog: pytest.LogCaptureFixture) -> None:
@@ -303,3 +305,12 @@ def test_other_branches_and_pools_are_of_the_map_alone() -> None:
 def test_an_ablation_varies_the_gain() -> None:
     *_, change = arms("aw_resnet8_cifar", ["input_gain=true"])
     assert change.arguments == ('--model.network_args={"aw_args": {"input_gain": true}}',)
+
+
+def test_an_activation_for_the_maps_channels_alone_is_refused() -> None:
+    message = (
+        r"AWConv2d\(8, 12\): with input_gain, activation must take the gain's 8 channels as well as the map's; PReLU"
+    )
+    with pytest.raises(ValueError, match=message):
+        AWConv2d(8, 12, 3, activation=nn.PReLU(12), input_gain=True)
+    AWConv2d(8, 12, 3, activation=nn.PReLU(), input_gain=True)

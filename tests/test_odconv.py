@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import awconv
 from awconv import ODConv2d
+from awconv.bench.model import competitors
 from awconv.models import BASELINES, variants
 from awconv.models.pretrained import load_weights
 from awconv.odconv import ODAttention
@@ -268,3 +269,17 @@ def test_a_network_learns_the_digits() -> None:
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
     assert model.layer1[0].conv1.attention.spatial_head.bias.any()
+
+
+def test_plain_weights_in_it_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    network, plain = (timm.create_model(name) for name in ("od_resnet8_cifar", "resnet8_cifar"))
+    network.load_state_dict(network.state_dict())
+    assert not caplog.messages
+    network.load_state_dict(plain.state_dict(), strict=False)
+    (message,) = caplog.messages
+    assert message.startswith("plain weights were loaded into ODConvs (the first is 'layer1.0.conv1'), which multiply")
+
+
+def test_it_is_not_converted_again_to_be_timed() -> None:
+    with pytest.raises(ValueError, match="od_resnet8_cifar has ODConvs; this compares AW networks"):
+        competitors("od_resnet8_cifar", "auto")

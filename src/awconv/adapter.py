@@ -310,7 +310,7 @@ def _check_branches(model: nn.Module, metadata: Mapping[str, str]) -> None:
     for name, arguments in told.items():
         if name not in there:
             _refuse_plain(name)
-        own = _arguments(there[name])
+        own, arguments = ({"input_gain": False} | one for one in (_arguments(there[name]), arguments))
         differing = {key: arguments.get(key) for key in own | arguments if own.get(key) != arguments.get(key)}
         if differing:
             now = ", ".join(f"{key}={own.get(key)!r}" for key in differing)

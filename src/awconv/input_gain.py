@@ -20,9 +20,18 @@ def gain_branch(spec: BranchSpec) -> AttentionBranch:
 
     Args:
         spec: of the layer's own branch.
+
+    Raises:
+        ValueError: the activation takes other channels than those of the input.
     """
     ones = (1,) * len(spec.kernel_size)
-    return AttentionBranch.of(replace(spec, attention_size=(1, spec.in_channels, *ones), pool=None))
+    try:
+        return AttentionBranch.of(replace(spec, attention_size=(1, spec.in_channels, *ones), pool=None))
+    except RuntimeError as error:  # of the activation, which is tried
+        raise ValueError(
+            f"{spec.describe_layer()}: with input_gain, activation must take the gain's {spec.in_channels} channels as "
+            f"well as the map's; {spec.activation} does not ({error}). Give one without parameters for channels"
+        ) from error
 
 
 def scaled(input: Tensor, branch: BaseBranch) -> Tensor:

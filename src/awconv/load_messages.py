@@ -1,4 +1,4 @@
-"""What AW-convolutions say of weights that were loaded into them and leave a branch out."""
+"""What layers with attention say of weights that were loaded into them and leave it out."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ def warn_of_branches(layer: Any, state_dict: Mapping[str, Any], prefix: str, mis
         _log.warning(_WITHOUT_GAIN, prefix.rstrip("."))
 
 
+def warn_of_gains(state_dict: Mapping[str, Any], prefix: str, missing_keys: Sequence[str]) -> None:
+    """Logs a warning if plain weights were loaded into an ODConv; its arguments are as in :func:`warn_of_branches`."""
+    told = any("attention." in key for key in missing_keys if not key.startswith(f"{prefix}attention."))
+    has_gains = any(key.startswith(f"{prefix}attention.") for key in state_dict)
+    if f"{prefix}weight" in state_dict and not has_gains and not told:
+        _log.warning(_WITHOUT_GAINS, prefix.rstrip("."))
+
+
+_WITHOUT_GAINS = (
+    "plain weights were loaded into ODConvs (the first is %r), which multiply them by gains of about an eighth: the "
+    "network computes something else than the plain one. An ODConv has no start by identity: train it from scratch, or "
+    'convert with awconv.convert(network, layer="aw", init="identity")'
+)
 _PLAIN = (
     "plain weights were loaded into AW-convolutions (the first is %r), whose branches keep what they were: "
     "the network computes with weight * (1 + a), not with these weights. To start from what the plain "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from awconv.branch import check_batch_statistics, pointwise
 from awconv.branch_spec import NormLayer
 from awconv.layers import AW_LAYERS, _as_batch, _convolve, _without_batch_like
+from awconv.load_messages import warn_of_gains
 from awconv.ops.algorithm import CONV
 from awconv.ops.channel_gain import pooled_globally, scale
 
@@ -162,6 +163,10 @@ class ODConv2d(nn.Conv2d):
     def branches(self) -> tuple[nn.Module, ...]:
         """``attention``: what an optimiser takes for an attention branch."""
         return (self.attention,)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        warn_of_gains(state_dict, prefix, missing_keys=arguments[2])
 
     def forward(self, input: Tensor) -> Tensor:
         """Shape (N, C1, H, W) to (N, C2, H', W'); the batch axis may be missing, as for nn.Conv2d.

@@ -50,7 +50,7 @@ def test_every_variant_of_an_experiment_can_be_trained_and_tuned(
     changes = [find_variant(base, variant) for variant in experiment.variants.split(",")]
     assert changes[0].name == "plain"
     assert tuning is not None
-    tuning.check(changes, overrides)
+    tuning.check(changes, Path(command[4]), overrides)
     for change in changes:
         settings = change.apply(Path(command[4]), overrides).recipe.settings
         assert issubclass(settings.data, ImageDataModule)

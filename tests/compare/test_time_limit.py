@@ -10,9 +10,11 @@ import pytest
 from awconv.cli import main
 from awconv.compare.comparison import Comparison, Run
 from awconv.compare.course import Course
+from awconv.compare.record import EpochRecord, Record
 from awconv.compare.schedule import Took
 from awconv.compare.session import Plan, run_plan
 from awconv.compare.shared_data import OpenedData
+from awconv.compare.summaries import complete_seeds
 from awconv.compare.time_limit import TimeLimit, TimeOverError, parse_duration
 from awconv.compare.train import train
 from awconv.compare.variants import Change
@@ -72,7 +74,7 @@ def test_a_run_stops_after_the_step_in_which_its_time_is_over_and_goes_on_to_the
 
     # Over after two of the three steps of the first epoch.
     with pytest.raises(TimeOverError):
-        train(stopped, run, data, count, TimeLimit(1, clock=lambda: float(batches >= 2)))
+        train(stopped, run, data, count, TimeLimit(10, clock=lambda: 10.0 * (batches >= 2)))
     assert batches == 2
     last = find_last(stopped.checkpoints(run))
     assert last is not None
@@ -139,11 +141,22 @@ def test_the_rest_of_an_interrupted_run_is_shorter(tmp_path: Path) -> None:
         batches += 1
 
     with pytest.raises(TimeOverError):  # in the third epoch
-        train(comparison, comparison.runs[0], OpenedData(), count, TimeLimit(1, clock=lambda: float(batches >= 7)))
+        train(comparison, comparison.runs[0], OpenedData(), count, TimeLimit(10, clock=lambda: 10.0 * (batches >= 7)))
     took = {"plain": [Took(epochs=4, seconds=10.0, per_epoch=2.0)]}
     course = Course(comparison, [], TimeLimit(1000, clock=lambda: 0.0), took)
     # Two of four epochs are left of one run, and all of the other; a tenth is in reserve.
     assert course.seconds_left == pytest.approx(1.1 * (10 - 2 * 2) + 1.1 * 10)
+
+
+def test_a_variant_without_any_record_takes_no_seed_from_the_others() -> None:
+    there = [_record("plain", 0), _record("aw", 0), _record("plain", 1)]
+    assert complete_seeds(there, ["plain", "aw", "lost"]) == there[:2]
+    assert complete_seeds(there, ["plain", "lost"]) == there
+    assert complete_seeds(there[2:], ["plain", "aw"]) == there[2:]
+
+
+def _record(variant: str, seed: int) -> Record:
+    return Record(variant, "resnet8_cifar", seed, 1, "test", 0.5, [EpochRecord(1.0, None, 1.0)], {}, {})
 
 
 def test_the_age_of_this_process_is_that_of_its_modules_and_more() -> None:

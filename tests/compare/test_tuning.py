@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from awconv.cli import main
+from awconv.compare import processes
+from awconv.compare.comparison import Comparison, Run
 from awconv.compare.record import Record
 from awconv.compare.report import table, with_tables
 from awconv.compare.tuned import Tuned
@@ -76,7 +79,7 @@ def test_failed_trials_leave_the_best_of_the_others_and_a_variant_without_any_is
     assert main([*command, "--tune=lr=0.05,1e18", "--tune_epochs=1", "--", "--trainer.max_epochs=1"]) == 1
     printed = capsys.readouterr()
     assert "run plain-lr=1e+18-seed0 failed" in printed.err
-    assert "broken left out: none of the runs by which to choose has finished" in printed.err
+    assert "broken left out, since runs by which to choose have failed; the same command tries them" in printed.err
     assert "largest tried" not in printed.out  # the larger one was tried
     assert {name: run.tuned for name, run in records(out).items()} == {"plain-seed0": {"lr": 0.05}}
     report = json.loads((out / "results.json").read_text())["tuning"]
@@ -122,7 +125,11 @@ def test_a_setting_that_is_set_twice_is_refused(tmp_path: Path, capsys: pytest.C
     overlay.write_text("model: {lr: 0.5}")
     out = f"--out={tmp_path / 'out'}"
     assert main(["compare", str(path), out, "--tune=lr=0.1,0.2", "--", "--model.lr=0.3"]) == 2
-    assert "--model.lr cannot be given beside --tune=lr=..." in capsys.readouterr().err
+    message = "model.lr cannot be given for the runs beside --tune=lr=..."
+    assert message in capsys.readouterr().err
+    for override in (f"--config={overlay}", '--model={"lr": 0.5}'):
+        assert main(["compare", str(path), out, "--tune=lr=0.1,0.2", "--", override]) == 2
+        assert message in capsys.readouterr().err
     assert main(["compare", str(path), out, f"--variants=plain,{overlay}", "--tune=lr=0.1,0.2"]) == 2
     assert "variant fast sets model.lr itself" in capsys.readouterr().err
     assert main(["ablate", str(path), out, "--vary=branch_lr_factor=3", "--tune=branch_lr_factor=1,2"]) == 2
@@ -150,6 +157,28 @@ def test_the_smaller_of_equal_values_is_taken_and_the_ends_of_the_list_are_named
         "the best of lr for se is the smallest tried, 0.1",
     ]
     assert tuned.table().rows[2:] == [("se", "90.00", "60.00", "", "0.1"), ("lost", "", "", "", "none")]
+
+
+def test_a_trial_that_an_accident_ended_leaves_its_variant_without_a_choice_until_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = processes.train
+
+    def train(comparison: Comparison, run: Run, *arguments: Any) -> Record:
+        if run.name == "plain-lr=0.1-seed0":
+            raise MemoryError("none is left")
+        return trained(comparison, run, *arguments)
+
+    monkeypatch.setattr(processes, "train", train)
+    out = tmp_path / "out"
+    command = ["compare", str(recipe(tmp_path)), "--variants=plain,aw", f"--out={out}", "--seeds=1"]
+    command += ["--tune=lr=0.001,0.1", "--tune_epochs=1", "--", "--trainer.max_epochs=1"]
+    assert main(command) == 1
+    assert "plain left out, since runs by which to choose have failed" in capsys.readouterr().err
+    assert set(records(out)) == {"aw-seed0"}
+    monkeypatch.setattr(processes, "train", trained)
+    assert main(command) == 0
+    assert set(records(out)) == {"aw-seed0", "plain-seed0"}
 
 
 def test_names_and_values_are_read_in_any_form() -> None:

@@ -75,3 +75,31 @@ def test_a_bar_and_a_profiler_of_the_users_are_kept(tmp_path: Path) -> None:
     )
     assert type(cli.trainer.progress_bar_callback) is TQDMProgressBar
     assert isinstance(cli.trainer.profiler, SimpleProfiler)  # type: ignore[attr-defined]
+
+
+class Losses(pl.Callback):
+    """Reads the epoch's loss as users do."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.read: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        self.steps.append(arguments[2]["loss"].item())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.read.append((trainer.callback_metrics["train/loss"].item(), sum(self.steps) / len(self.steps)))
+        self.steps = []
+
+
+def test_callbacks_of_users_find_the_loss_of_the_epoch_that_ends(tmp_path: Path) -> None:
+    cli = built(
+        tmp_path,
+        "--trainer.enable_progress_bar=false",
+        "--trainer.limit_train_batches=3",
+        "--trainer.callbacks+=tests.training.test_lean.Losses",
+    )
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    (losses,) = (one for one in cli.trainer.callbacks if isinstance(one, Losses))  # type: ignore[attr-defined]
+    assert [found for found, _ in losses.read] == pytest.approx([mean for _, mean in losses.read], rel=1e-6)
+    assert len(losses.read) == 3  # of 3, 3 and 1 steps

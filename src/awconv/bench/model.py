@@ -137,6 +137,8 @@ def competitors(name: str, algorithm: str, rivals: Sequence[str] = ()) -> dict[s
         algorithm: that it uses.
         rivals: some of ``RIVALS``; SE is left out where there is no such network.
     """
+    if name.startswith("od_") and name in BASELINES:
+        raise ValueError(f"{name} has ODConvs; this compares AW networks with plain ones: give aw_{BASELINES[name]}")
     baseline = BASELINES[name] if name.startswith("aw_") and name in BASELINES else name
     plain, aw = timm.create_model(baseline), _aw(name)
     result: dict[str, tuple[nn.Module, str | None]] = {"plain": (plain, None), "aw": (aw, algorithm)}

@@ -30,6 +30,7 @@ from awconv.training.quiet import quiet_lightning
 Results = Generator[tuple[Run, Record | str], None, None]
 _PATIENCE = 60.0  # seconds in which a run that is stopped may write its checkpoint
 _NEWS = 0.25  # seconds between two messages of a run
+_TO_IMPORT = 5.0  # seconds that a new process takes before it can train
 _LOOK = 1.0  # seconds between two looks at the clock
 
 
@@ -128,7 +129,7 @@ class SideBySide:
         jobs = course.comparison.jobs
         # By all runs, not by the missing ones: the number of threads must not depend on an interruption.
         threads = max(1, usable_cores() // jobs)
-        for _ in range(len(self._idle), min(jobs, len(course.waiting))):
+        for _ in range(len(self._idle), min(jobs, len(course.waiting)) if course.limit.left > _TO_IMPORT else 0):
             self._start()  # they import while this process decodes
         while True:
             while (run := course.next()) is not None:

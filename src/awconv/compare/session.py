@@ -29,6 +29,7 @@ from awconv.compare.tuning import Tuning
 from awconv.compare.variants import Change, Variant
 from awconv.training import TrainingCLI
 from awconv.training.lock import locked
+from awconv.training.watch import DivergedError
 
 _NAMED = 6  # runs that a message names
 
@@ -75,7 +76,7 @@ class Plan:
         """The runs by which the setting is chosen; None if there is none to choose."""
         if self.tuning is None:
             return None
-        self.tuning.check(self.changes, self.overrides)
+        self.tuning.check(self.changes, self.recipe, self.overrides)
         return self.tuning.trials(self.changes, self.recipe, self.overrides, self.folder, self.jobs)
 
 
@@ -248,7 +249,11 @@ class _Session:
         if not ended.records:
             return None
         names = [change.name for change in self._plan.changes]
-        tuned = Tuned.of(tuning.name, tuning.values, names, ended.records)
+        # A loss that is no number is the value's fault; a process that was killed, or memory that ran out, is not.
+        unsure = {
+            run.variant.trial_of for run, reason in ended.failures if not reason.startswith(DivergedError.__name__)
+        }
+        tuned = Tuned.of(tuning.name, tuning.values, names, ended.records, unsure)
         self._console.print(tuned.table().rich())
         for hint in tuned.hints if not ended.missing else ():
             self._print(hint[0].upper() + hint[1:])
@@ -259,7 +264,10 @@ class _Session:
         best = {} if tuned is None else tuned.best
         lost = [change.name for change in self._plan.changes if change.name not in best]
         if lost:
-            terminal.say(f"awconv: {', '.join(lost)} left out: none of the runs by which to choose has finished")
+            terminal.say(
+                f"awconv: {', '.join(lost)} left out, since runs by which to choose have failed; the same command "
+                "tries them again"
+            )
         return bool(lost)
 
     def _say_end(self, ended: _Ended, missing: Sequence[Run]) -> None:

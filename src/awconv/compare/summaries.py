@@ -108,9 +108,10 @@ def summarise(records: Sequence[Record]) -> list[VariantSummary]:
 
 
 def complete_seeds(records: Sequence[Record], variants: Collection[str]) -> list[Record]:
-    """The records of the seeds for which all variants have one; all records if there is no such seed."""
+    """The records of the seeds for which all variants have one that have any; all records if there is no such seed."""
     there = {(record.variant, record.seed) for record in records}
-    return [one for one in records if all((variant, one.seed) in there for variant in variants)] or list(records)
+    some = {record.variant for record in records}.intersection(variants)
+    return [one for one in records if all((variant, one.seed) in there for variant in some)] or list(records)
 
 
 def _figures(records: Sequence[Record]) -> dict[str, float | None]:

@@ -15,8 +15,8 @@ from awconv.usage import UsageError
 
 STATUS = 124  # of a comparison that the limit has cut short: that of timeout(1)
 _PARTS = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?")
-_SECONDS = 8.0  # of the limit that are kept for checkpoints and the report
-_SHARE = 0.1  # or this share of a short one
+_MOST, _LEAST = 8.0, 3.0  # seconds of the limit that are kept for checkpoints, the report and the processes' end
+_SHARE = 0.1  # of the limit, between these two
 
 
 class TimeOverError(Exception):
@@ -71,7 +71,7 @@ class TimeLimit:
     @property
     def left(self) -> float:
         """Seconds in which runs can be trained: until the limit, but for those that checkpoints and the report need."""
-        return self.total_left - min(_SECONDS, _SHARE * self.seconds)
+        return self.total_left - min(_MOST, max(_LEAST, _SHARE * self.seconds))
 
 
 class StopInTime(pl.Callback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +34,24 @@ class Tuned:
         epochs: number of epochs of the trials.
         metric: name of the score.
         scores: on the held-out images, from 0 to 1, by variant and value; None where a trial failed.
+        unsure: variants without a choice: one of their trials failed by an accident that says nothing about its value.
     """
 
     name: str
     epochs: int
     metric: str
     scores: Mapping[str, Mapping[float, float | None]]
+    unsure: Collection[str] = ()
 
     @classmethod
-    def of(cls, name: str, values: Sequence[float], variants: Sequence[str], records: Sequence[Record]) -> Tuned:
+    def of(
+        cls,
+        name: str,
+        values: Sequence[float],
+        variants: Sequence[str],
+        records: Sequence[Record],
+        unsure: Collection[str] = (),
+    ) -> Tuned:
         """What some trials have found.
 
         Args:
@@ -50,16 +59,18 @@ class Tuned:
             values: that were tried.
             variants: names of the variants.
             records: of the trials that have finished; at least one.
+            unsure: variants that shall have no choice.
         """
         by_name = {record.variant: record.score for record in records}
         scores = {
             variant: {value: by_name.get(trial(variant, name, value)) for value in values} for variant in variants
         }
-        return cls(name, max(len(one.epochs) for one in records), records[0].metric, scores)
+        return cls(name, max(len(one.epochs) for one in records), records[0].metric, scores, unsure)
 
     @property
     def best(self) -> dict[str, float]:
-        """The value with the best score, by variant; the smaller one of equals. Variants without a score are left out.
+        """The value with the best score, by variant; the smaller one of equals. Left out are variants without a score,
+        and those of ``unsure``.
 
         Example:
             >>> Tuned("lr", 5, "accuracy", {"aw": {0.1: 0.7, 0.2: 0.8, 0.4: 0.8}}).best
@@ -68,7 +79,7 @@ class Tuned:
         best = {}
         for variant, by_value in self.scores.items():
             found = [(score, -value) for value, score in by_value.items() if score is not None]
-            if found:
+            if found and variant not in self.unsure:
                 best[variant] = -max(found)[1]
         return best
 
@@ -82,7 +93,7 @@ class Tuned:
                 end = shown(of(self.scores[names[0]]))
                 said.append(
                     f"the best of {self.name} for {' and '.join(names)} is the {which} tried, {end}: a {more} one may "
-                    f"be better; try {more} ones, too"
+                    f"be better; try {more} ones, too, with another --out"
                 )
         return said
 

@@ -12,6 +12,7 @@ from awconv.compare.comparison import Comparison
 from awconv.compare.tuned import shown, trial
 from awconv.compare.variants import Change, Variant
 from awconv.tasks.optimization import Optimization
+from awconv.training.recipe import Recipe
 from awconv.usage import UsageError
 from awconv.yaml_files import read_recipe
 
@@ -64,20 +65,19 @@ class Tuning:
             raise UsageError(f"the values of tune must differ, got {text!r}")
         return cls(name, tuple(sorted(values)), epochs)
 
-    def check(self, changes: Sequence[Change], overrides: Sequence[str]) -> None:
+    def check(self, changes: Sequence[Change], recipe: Path, overrides: Sequence[str]) -> None:
         """Refuses what would set the same setting again.
 
         Raises:
             UsageError: an override or a variant sets it.
         """
-        if self._is_set_by(overrides):
+        if self._is_set_by(overrides) or self._value(recipe, overrides) != self._value(recipe):
             raise UsageError(
-                f"--model.{self.name} cannot be given beside --tune={self.name}=..., which sets it; leave one out"
+                f"model.{self.name} cannot be given for the runs beside --tune={self.name}=..., which sets it; "
+                "leave one out"
             )
         for change in changes:
-            laid = {} if change.overlay is None else read_recipe(change.overlay).get("model") or {}
-            for part in self.name.split("."):
-                laid = laid.get(part) if isinstance(laid, dict) else None
+            laid = None if change.overlay is None else self._of(read_recipe(change.overlay).get("model"))
             if laid is not None or self._is_set_by(change.arguments):
                 raise UsageError(
                     f"variant {change.name} sets model.{self.name} itself, which --tune={self.name}=... would replace; "
@@ -86,6 +86,18 @@ class Tuning:
 
     def _is_set_by(self, arguments: Sequence[str]) -> bool:
         return any(argument.partition("=")[0] == f"--model.{self.name}" for argument in arguments)
+
+    def _value(self, recipe: Path, overrides: Sequence[str] = ()) -> Any:
+        """The value in a recipe, which overrides may set in files, too; None if they are needed to make sense of it."""
+        try:
+            return self._of(Recipe.parse([f"--config={recipe}", *overrides]).settings.content["model"])
+        except (UsageError, ValueError):
+            return None
+
+    def _of(self, model: Any) -> Any:
+        for part in self.name.split("."):
+            model = model.get(part) if isinstance(model, dict) else None
+        return model
 
     def set(self, change: Change, value: float) -> Change:
         """A change that also sets a value."""
@@ -114,8 +126,7 @@ class Tuning:
         given: Any = variant.recipe.settings.content["model"]
         known: dict[str, Any] = {one.name: given.get(one.name) for one in fields(Optimization)}
         known |= {"decay_epochs": tuple(known["decay_epochs"] or ()), "optimizer_args": known["optimizer_args"] or {}}
-        for part in self.name.split("."):
-            given = given.get(part) if isinstance(given, dict) else None
+        given = self._of(given)
         if isinstance(given, bool) or not isinstance(given, int | float):
             raise UsageError(f"tune takes an argument that is a number, and model.{self.name} is none; {_FORM}")
         try:

@@ -148,7 +148,14 @@ class Task(pl.LightningModule):
         self.losses.clear()
 
     def on_train_epoch_end(self) -> None:
-        """Logs the means of the epoch's losses, over all processes."""
+        self.log_losses()
+
+    def log_losses(self) -> None:
+        """Logs the means of the epoch's losses, over all processes, if that was not done yet.
+
+        Lightning calls callbacks before the task, and those of users may look for ``train/loss``: a callback before
+        them (:class:`awconv.training.watch.EpochLosses`) asks for it.
+        """
         for name, mean in self.losses.take().items():
             value = torch.tensor(mean, device=self.device)
             self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)

@@ -42,7 +42,7 @@ from awconv.training.of_checkpoint import take_network, take_preprocessing
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
 from awconv.training.stop import StopOnSigterm
-from awconv.training.watch import Bar, FiniteTraining, Pace, newest_checkpoint
+from awconv.training.watch import Bar, EpochLosses, FiniteTraining, Pace, newest_checkpoint
 from awconv.usage import Strict, UsageError
 from awconv.yaml_files import bounded_yaml
 
@@ -200,11 +200,10 @@ class TrainingCLI(LightningCLI):
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
         self._same = SameSettings(settings_of(self._task, self._parser(self.subcommand), now))
-        stop = StopOnSigterm()
-        self._pace = Pace()
-        callbacks = [*_as_list(config.get("callbacks")), self._same, SameThreads(), FiniteTraining(), self._pace, stop]
-        callbacks.append(SkipEmptyHooks())
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        stop, self._pace, given = StopOnSigterm(), Pace(), _as_list(config.get("callbacks"))
+        watching = [self._same, SameThreads(), FiniteTraining(), self._pace, stop, SkipEmptyHooks()]
+        callbacks = [EpochLosses(), *given, *watching]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(Bar())
         if config.get("profiler") is None:
             kwargs["profiler"] = NoProfiler()

@@ -96,6 +96,13 @@ def _path(callback: Any) -> Any:
     return getattr(callback, "path", None) or getattr(callback, "best_model_path", None)
 
 
+class EpochLosses(pl.Callback):
+    """Logs the losses of an epoch, for the callbacks that come after this one."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.log_losses()
+
+
 class Bar(RichProgressBar):
     """Lightning's bar, brought up to date a few times a second, not after each step and a hundred times a second."""
 
