@@ -167,12 +167,14 @@ def test_ctrl_c_while_settings_are_chosen_side_by_side_leaves_nothing_broken(
             press(*children, os.getpid())
 
     thread = threading.Thread(target=user)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     thread.start()
     try:
         status = main([*command, "--jobs=2"])
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
     printed = capfd.readouterr()
     assert status == 130
     assert "Interrupted; " in printed.out
