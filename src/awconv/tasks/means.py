@@ -14,7 +14,7 @@ class EpochMeans:
     """Means over the images of an epoch of figures that each step has.
 
     A step's figures are kept where they are: no operation runs on the device, and nothing waits for it. Lightning's
-    own ``log`` takes a tenth of a small network's step for each figure.
+    own ``log`` takes Python's time in each step, for each figure.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Takes out of Lightning's step what does nothing: a tenth of a small network's step and more."""
+"""Takes out of Lightning's step what does nothing, and yet costs a small network some percent of it."""
 
 from __future__ import annotations
 
