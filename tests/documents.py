@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _EXAMPLE = re.compile(
-    r"(?:^<!-- (?P<mark>not run|output varies): (?P<reason>[^\n]*) -->\n+)?"
+    r"(?:^<!-- (?P<mark>not run|output varies|needs): (?P<reason>[^\n]*) -->\n+)?"
     r"^```(?P<language>\w+)\n(?P<text>.*?)^```$",
     flags=re.DOTALL | re.MULTILINE,
 )
@@ -20,7 +20,8 @@ _EXAMPLE = re.compile(
 class Example:
     """A block of code of a page.
 
-    A line ``<!-- not run: reason -->`` before it says that tests cannot run it. What a Python block prints may stand
+    A line ``<!-- not run: reason -->`` before it says that tests cannot run it, and ``<!-- needs: module, other -->``
+    that they run it where these modules can be imported. What a Python block prints may stand
     below it, in a block of the language ``text``; ``<!-- output varies: reason -->`` before that says that it depends
     on the machine.
 
@@ -30,6 +31,7 @@ class Example:
         language: such as ``python`` or ``bash``.
         text: the code.
         skipped: why it is not run, or None.
+        needs: the modules without which it is not run.
         output: what it prints, or None if the page does not say so or it varies.
     """
 
@@ -38,6 +40,7 @@ class Example:
     language: str
     text: str
     skipped: str | None = None
+    needs: tuple[str, ...] = ()
     output: str | None = None
 
     @property
@@ -63,6 +66,7 @@ def examples(page: Path, language: str) -> list[Example]:
                 language=language,
                 text=block["text"],
                 skipped=block["reason"] if block["mark"] == "not run" else None,
+                needs=tuple(re.findall(r"[\w.]+", block["reason"])) if block["mark"] == "needs" else (),
                 output=output,
             )
         )
