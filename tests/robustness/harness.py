@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,15 @@ MEMORY = 2 * 2**30  # bytes
 _ADDRESSES = 6 * 2**30  # more than the process has: what allocates without end fails, and the machine goes on
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect")
 _CRASHED, _STARTED = 70, 71
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def folder_of_this_process() -> Path:
+    """A new folder, which is removed when this process ends."""
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="awconv-robustness-"))
+    return Path(_KEPT[-1].name)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from awconv.cli import main
 from tests.robustness.commands import FIT
-from tests.robustness.harness import Case
+from tests.robustness.harness import Case, folder_of_this_process
 from tests.robustness.weights import trained
 
 _HUGE = ("1" + "0" * 9, "1" + "0" * 12, "1" + "0" * 30, "9" * 400, "9" * 5000)
@@ -61,7 +60,7 @@ _NETWORKS = (
 @functools.cache
 def compared() -> Path:
     """The folder of a finished comparison of one run."""
-    root = Path(tempfile.mkdtemp(prefix="awconv-robustness-"))
+    root = folder_of_this_process()
     overrides = ["--trainer.max_epochs=1", *FIT[2:6]]
     recipe = str(Path(__file__).parents[2] / "recipes" / "digits.yaml")
     assert main(["compare", recipe, "--seeds=1", f"--out={root}", "--", *overrides]) == 0

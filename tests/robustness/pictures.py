@@ -7,7 +7,6 @@ import io
 import os
 import random
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from awconv.tasks import DetectionTask
-from tests.robustness.harness import Case
+from tests.robustness.harness import Case, folder_of_this_process
 from tests.robustness.weights import trained
 
 FORMATS = {
@@ -51,7 +50,7 @@ def detector() -> Path:
     task = DetectionTask(["cat", "dog"], [1, 2], network="resnet8_cifar", min_size=32, max_size=64)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.strategy.connect(task)
-    path = Path(tempfile.mkdtemp(prefix="awconv-robustness-")) / "detector.ckpt"
+    path = folder_of_this_process() / "detector.ckpt"
     trainer.save_checkpoint(path)
     return path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import pickle
 import random
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from safetensors.torch import save_file
 from awconv.cli import main
 from awconv.training.checkpoints import find_last
 from tests.robustness.commands import FIT, places, something_was_trained
-from tests.robustness.harness import Case
+from tests.robustness.harness import Case, folder_of_this_process
 
 
 @functools.cache
 def trained() -> Path:
     """A checkpoint of a classifier of the digits, trained for a moment."""
-    root = Path(tempfile.mkdtemp(prefix="awconv-robustness-"))
+    root = folder_of_this_process()
     assert main([*FIT, f"--trainer.default_root_dir={root}"]) == 0
     last = find_last(root)
     assert last is not None

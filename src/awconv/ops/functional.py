@@ -40,9 +40,10 @@ def _aw_conv(
         output = problem.with_unseeing(chosen.run(problem, input, weight, attention))
         if bias is not None:
             output = output + bias.unflatten(0, (-1,) + (1,) * dims)
-    channels_last = _CHANNELS_LAST.get(dims)
-    if channels_last and input.is_contiguous(memory_format=channels_last) and not input.is_contiguous():
-        output = output.contiguous(memory_format=channels_last)
+    if dims in _CHANNELS_LAST and not tracing.is_batched(input):
+        channels_last = _CHANNELS_LAST[dims]
+        if input.is_contiguous(memory_format=channels_last) and not input.is_contiguous():
+            output = output.contiguous(memory_format=channels_last)
     return output
 
 

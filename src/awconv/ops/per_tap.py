@@ -79,7 +79,12 @@ class _PerTap(torch.autograd.Function):
         for taps in _taps_at_once(problem, input):
             partials = _partials(problem, weights[taps], _columns(problem, padded, taps)).to(_sum_dtype(input))
             for partial, scale in zip(partials, gain[taps].to(partials.dtype), strict=True):
-                output = partial * scale if output is None else output.addcmul_(partial, scale)
+                if output is None:
+                    output = partial * scale
+                elif tracing.is_batched(output):  # vmap runs addcmul_ for one problem after another
+                    output.add_(partial * scale)
+                else:
+                    output.addcmul_(partial, scale)
         assert output is not None
         # A copy, since torch 2.11 compiles a forward that returns what it added to in place to a gradient of zeros
         # (pytorch/pytorch#180642).

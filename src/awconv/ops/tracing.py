@@ -87,6 +87,12 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether ``vmap`` is adding an axis to a tensor: it has no strides to ask for. Compiled code has no such tensors,
+    since Dynamo traces what ``vmap`` calls as well."""
+    return not compiling() and torch._C._functorch.is_batchedtensor(tensor)
+
+
 def in_forward_mode() -> bool:
     """Whether derivatives are being taken in forward mode. Compiled code has none."""
     return not compiling() and torch.autograd.forward_ad._current_level >= 0
