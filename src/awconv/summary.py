@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from awconv.branch import AttentionBranch
+from awconv import layer_costs
 from awconv.convert import obstacle, weight_owners
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 from awconv.odconv import ODConv2d
 from awconv.ops.algorithm import CONV
-from awconv.relative import BaseBranch
 from awconv.selection import convolutions, is_spatial, stem
 from awconv.tables import Table
 
@@ -215,61 +213,30 @@ def _operations(model: nn.Module, inputs: Any) -> tuple[int, dict[str, int]]:
     added: dict[str, int] = {}
     in_branches: list[int] = []  # which the counter of the whole network counts, too
     for name, layer in plain.named_modules():
-        if isinstance(layer, AW_LAYERS):
+        if isinstance(layer, (*AW_LAYERS, ODConv2d)):
             layer.forward = partial(_plain_forward, layer, name, added, in_branches)  # type: ignore[method-assign]
-        elif isinstance(layer, ODConv2d):
-            layer.forward = partial(_plain_forward_of_peer, layer, name, added)  # type: ignore[method-assign]
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         plain(*inputs if isinstance(inputs, tuple) else (inputs,))
     return counter.get_total_flops() // 2 - sum(in_branches), added
 
 
-def _plain_forward(layer: _AWConv, name: str, added: dict[str, int], in_branches: list[int], input: Tensor) -> Tensor:
+def _plain_forward(
+    layer: layer_costs.Layer, name: str, added: dict[str, int], in_branches: list[int], input: Tensor
+) -> Tensor:
     """The layer's plain convolution, which leaves a note of what the attention would have cost."""
-    output, dims = _convolved(layer, input), len(layer.kernel_size)
-    batch = input if input.dim() == dims + 2 else input[None]
-    branch = _of_branch(layer.attention, batch, in_branches)
-    _, in_blocks, *taps = layer.attention.attention_size
-    positions = math.prod(output.shape[-dims:])
-    scaling = min(layer.weight.numel(), layer.out_channels * in_blocks * math.prod(taps) * positions)
-    if layer.input_attention is not None:
-        branch += _of_branch(layer.input_attention, batch, in_branches)
-        scaling += math.prod(batch.shape[1:])
-    added[name] = added.get(name, 0) + branch + batch.shape[0] * scaling
+    output = _convolved(layer, input)
+    operations, seen = layer_costs.added(layer, input, output)
+    added[name] = added.get(name, 0) + operations
+    in_branches.append(seen)
     return output
 
 
-def _plain_forward_of_peer(layer: ODConv2d, name: str, added: dict[str, int], input: Tensor) -> Tensor:
-    """The same of an ODConv."""
-    output, batch = _convolved(layer, input), input if input.dim() == 4 else input[None]
-    attention = layer.attention
-    own = [part.weight.numel() for part in attention.modules() if isinstance(part, nn.Conv2d)]
-    taps = (
-        math.prod(layer.kernel_size) if attention.spatial_head is not None else int(attention.filter_head is not None)
-    )
-    scaling = min(layer.weight.numel(), layer.out_channels * taps * math.prod(output.shape[-2:]))
-    added[name] = added.get(name, 0) + batch.shape[0] * (sum(own) + scaling + math.prod(batch.shape[1:]))
-    return output
-
-
-def _convolved(layer: _AWConv | ODConv2d, input: Tensor) -> Tensor:
+def _convolved(layer: layer_costs.Layer, input: Tensor) -> Tensor:
     padded, padding = layer._pad(input)
     geometry = (layer.stride, padding, layer.dilation, layer.groups)
     output: Tensor = CONV[len(layer.kernel_size)](padded, layer.weight, layer.bias, *geometry)
     return output
-
-
-def _of_branch(branch: BaseBranch, input: Tensor, in_branches: list[int]) -> int:
-    """Multiply-adds of a branch; what the counter of the whole network counts of them is added to the list."""
-    if type(branch) is AttentionBranch:  # not counted: where pooling is a product with a matrix, it would be, too
-        taps = math.prod(branch.attention_size[2:])
-        return input.shape[0] * taps * (branch.conv1.weight.numel() + branch.conv2.weight.numel())
-    counter = FlopCounterMode(display=False)
-    with counter:
-        branch(input)
-    in_branches.append(counter.get_total_flops() // 2)
-    return in_branches[-1]
 
 
 def _thousands(number: int | None) -> str:

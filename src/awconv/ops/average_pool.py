@@ -59,6 +59,9 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
             return _KERNELS[input.device.type](input, list(output_size))
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
         return pooled
+    if input.device.type == "meta" and not compiling() and not exporting():
+        shapes: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
+        return shapes
     if input.device.type == "cpu" and not compiling() and not exporting():
         return _by_slices(input, output_size)
     return _by_matrices(input, output_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,10 +23,23 @@ def compiling_bytecode() -> bool:
     return torch.compiler.is_dynamo_compiling()
 
 
+_as_called: ContextVar[bool] = ContextVar("awconv.traced_as_called", default=False)
+
+
+@contextmanager
+def traced_as_called() -> Iterator[None]:
+    """Inside, ``torch.jit.trace`` records what a call runs: it looks at the graph, and nobody else runs it."""
+    token = _as_called.set(True)
+    try:
+        yield
+    finally:
+        _as_called.reset(token)
+
+
 def exporting() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` is at work: others will run the graph, and know PyTorch's own
     operators."""
-    return _in_export() or jit_tracing()
+    return _in_export() or (jit_tracing() and not _as_called.get())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
