@@ -3,7 +3,7 @@
 Importing it registers the AW models with timm.
 """
 
-from awconv import models
+from awconv import models, other_adapters  # noqa: F401 - the second one registers a check
 from awconv.adapter import adapter_state_dict, load_adapter, save_adapter
 from awconv.branch_spec import BranchSpec
 from awconv.check_optimizer import check_optimizer
@@ -16,7 +16,7 @@ from awconv.load import Loaded, load
 from awconv.odconv import ODConv2d
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d, use_algorithm
 from awconv.parameter_groups import parameter_groups
-from awconv.revert import revert
+from awconv.revert import is_converted, revert
 from awconv.summary import Summary, summary
 from awconv.train_only import train_only
 from awconv.version import __version__
@@ -39,6 +39,7 @@ __all__ = [
     "convert",
     "fold",
     "fuse",
+    "is_converted",
     "load",
     "load_adapter",
     "models",

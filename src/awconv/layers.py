@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from awconv.activation import Activation
 from awconv.branch import AttentionBranch, attended
 from awconv.branch_spec import BranchSpec, MakeBranch, MakePool, NormLayer, check_make_branch
-from awconv.custom_branch import is_part_of_custom_branch, make_custom_branch
+from awconv.custom_branch import make_custom_branch
+from awconv.exchange import Exchangeable
 from awconv.input_gain import gain_branch, scaled
 from awconv.load_messages import warn_of_branches
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
@@ -30,7 +31,7 @@ BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _AW_CONV = {1: aw_conv1d, 2: aw_conv2d, 3: aw_conv3d}
 
 
-class _AWConvNd(nn.modules.conv._ConvNd):
+class _AWConvNd(Exchangeable, nn.modules.conv._ConvNd):
     """What AWConv1d, AWConv2d and AWConv3d share: the branch beside the weights of the convolution they derive from."""
 
     def __init__(
@@ -365,35 +366,3 @@ class AWConv3d(_AWConvNd, nn.Conv3d):
 
 
 AW_LAYERS = (AWConv1d, AWConv2d, AWConv3d)
-
-
-def _refuse_adapter(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Refuses what peft puts around a convolution, with the convolution as its ``base_layer``.
-
-    A layer is not told that it becomes a part of another module, so that this is called of every module that becomes
-    one.
-
-    Raises:
-        ValueError: the convolution is an AW layer, or belongs to a branch.
-    """
-    if name == "base_layer" and isinstance(child, AW_LAYERS):
-        raise ValueError(
-            f"{_qualified_name(module)} cannot adapt an {type(child).__name__}: merged into the weights, the adapter "
-            "would be multiplied by the attention. Build the network anew and target other layers (exclude_modules), "
-            "train the branches instead (awconv.train_only), or adapt the plain network, merge, and then convert it "
-            '(awconv.convert(network, init="identity"))'
-        )
-    of_branch = isinstance(module, BaseBranch) or is_part_of_custom_branch(module)
-    if of_branch and isinstance(getattr(child, "base_layer", None), nn.Module):
-        raise ValueError(
-            f"{_qualified_name(child)} would adapt {name} of an attention branch, which its targets match by name. "
-            r'Build the network anew and leave branches out, exclude_modules=r".*\.(input_)?attention\..*", or '
-            'train them whole, modules_to_save=["attention"]'
-        )
-
-
-def _qualified_name(module: nn.Module | None) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-torch.nn.modules.module.register_module_module_registration_hook(_refuse_adapter)

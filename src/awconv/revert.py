@@ -1,4 +1,4 @@
-"""Undoes a conversion: AW-convolutions back to plain ones."""
+"""Whether a model was converted, and back: AW-convolutions to plain ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,28 @@ from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 from awconv.relative import refuse_fused
 
 _PLAIN = {counterpart: plain for plain, counterpart in COUNTERPARTS.items()}
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether a model has AW-convolutions, or is one. :func:`awconv.summary` lists them.
+
+    Raises:
+        TypeError: the model is no module.
+
+    Examples:
+        >>> import torch
+        >>> import awconv
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3))
+        >>> awconv.is_converted(model), awconv.is_converted(awconv.convert(model))
+        (False, True)
+    """
+    _check_module(model, "is_converted")
+    return any(isinstance(module, AW_LAYERS) for module in model.modules())
+
+
+def _check_module(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {model!r}")
 
 
 def revert(model: nn.Module, *, drop_attention: bool = False) -> nn.Module:
@@ -75,8 +97,7 @@ def replaceable_layers(model: nn.Module, function: str) -> dict[str, AWConv1d | 
         TypeError: the model is no module.
         ValueError: it has no AW-convolution, or a layer has hooks, is parametrised or is of a class of its own.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model must be an nn.Module, got {model!r}")
+    _check_module(model, function)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AW_LAYERS)}
     if not layers:
         raise ValueError(f"{function}: {type(model).__name__} has no AW-convolution, so there is nothing to {function}")
