@@ -11,13 +11,18 @@ TORCH := $(call oldest,torch)
 TORCHVISION := $(call oldest,torchvision)
 OLDEST := build/torch-$(TORCH)
 
-.PHONY: demo test test-oldest campaign gpu evidence lint format docs package clean
+.PHONY: demo test yolo test-oldest campaign gpu evidence lint format docs package clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
 
 test: $(INSTALLED)
 	$(VENV)/bin/pytest -n auto --maxprocesses 4
+
+# Ultralytics is under AGPL-3.0, and so no dependency of any kind: this installs it into .venv and tests awconv with it.
+yolo: $(INSTALLED)
+	$(VENV)/bin/pip install --quiet --no-compile --no-deps ultralytics ultralytics-thop polars polars-runtime-32
+	$(VENV)/bin/pytest -n auto --maxprocesses 2 tests/integrations tests/test_docs.py -k 'yolo or flop'
 
 # The tests in another environment, with PyTorch of another release. Triton before 3.7 runs no kernel with NumPy 2.4.
 test-oldest:
@@ -60,10 +65,11 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build awconv-demo
 
+# pip would compile all of what it installs, a minute and 0.5 GB, for the fifth that is imported.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "awconv needs Python 3.10 or later, got $$($(PYTHON) --version); name one with make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV): a few minutes and 6 GB, most of it PyTorch"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
