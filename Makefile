@@ -65,7 +65,7 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build awconv-demo
 
-# pip would compile all of what it installs, a minute and 0.5 GB, for the fifth that is imported.
+# pip would compile all that it installs, a minute and 0.5 GB; Python compiles what is imported.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "awconv needs Python 3.10 or later, got $$($(PYTHON) --version); name one with make PYTHON=python3.12"; exit 1; }
