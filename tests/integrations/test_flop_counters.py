@@ -77,12 +77,15 @@ def test_ptflops(kind: str) -> None:
             assert count(model, "aten") - count(plain(), "aten") == added(model)
 
 
-def test_fvcore() -> None:
-    fvcore = pytest.importorskip("fvcore.nn")
+@pytest.mark.parametrize(
+    ("library", "analyser"), [("fvcore.nn", "FlopCountAnalysis"), ("mmengine.analysis", "FlopAnalyzer")]
+)
+def test_fvcore_and_mmengine(library: str, analyser: str) -> None:
+    module = pytest.importorskip(library)
     images, model = torch.zeros(1, *SIZE), converted("the paper's")
 
     def counts(model: nn.Module) -> Any:
-        analysis = fvcore.FlopCountAnalysis(model, images).unsupported_ops_warnings(False)
+        analysis = getattr(module, analyser)(model, (images,)).unsupported_ops_warnings(False)
         return count_by_fvcore(analysis.uncalled_modules_warnings(False))
 
     before, after = counts(plain()), counts(model)
