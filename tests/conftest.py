@@ -27,6 +27,10 @@ torch.backends.cudnn.allow_tf32 = False
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic mode needs on CUDA
+# Before Ultralytics is imported: it would write below the home folder, download, and install.
+os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(__file__).parent.parent / "build" / "ultralytics"))
+os.environ.setdefault("YOLO_OFFLINE", "1")
+os.environ.setdefault("YOLO_AUTOINSTALL", "0")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "inductor"))
 
 

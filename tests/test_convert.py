@@ -14,7 +14,7 @@ from timm.layers import ScaledStdConv2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from awconv import AWConv1d, AWConv2d, AWConv3d, convert
+from awconv import AWConv1d, AWConv2d, AWConv3d, convert, revert
 from tests.networks import converted, kinds, network
 
 
@@ -294,3 +294,13 @@ def test_a_network_that_is_converted_already_says_so() -> None:
         ValueError, match=r"no convolution of .* it has 'conv1' .* 6 others are AW-convolutions already"
     ):
         convert(model, lambda name, layer: False)
+
+
+def test_attributes_that_a_user_put_on_a_layer_stay_on_it_there_and_back() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].f, model[1].type, model[1].reduction = -1, "a layer of a YAML", "not the branch's"
+    convert(model, init="identity")
+    assert (model[1].f, model[1].type, model[1].reduction) == (-1, "a layer of a YAML", 16)
+    plain = revert(model)[1]
+    assert (plain.f, plain.type) == (-1, "a layer of a YAML")
+    assert vars(plain).keys() - vars(nn.Conv2d(4, 4, 3)).keys() == {"f", "type"}

@@ -110,3 +110,27 @@ def test_lora_beside_a_layer_is_exact_and_merged_before_conversion() -> None:
     merged.merge()
     convert(merged, "base_layer", init="identity")
     torch.testing.assert_close(merged(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fuse_convs_that_adds_kernels_is_an_error_too() -> None:
+    class Added(nn.Module):
+        """A kernel and a smaller one, until they are one kernel."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.small = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def fuse_convs(self) -> None:
+            self.conv.weight.data[..., 1:2, 1:2] += self.small.weight.data
+
+    model = convert(nn.Sequential(Added()), "0.conv")
+    before = model[0].conv.weight.clone()
+    with pytest.raises(ValueError, match=r"Added\.fuse_convs\(\) would make"):
+        model[0].fuse_convs()
+    assert torch.equal(model[0].conv.weight, before)
+
+
+def test_a_network_that_was_pickled_by_an_earlier_version_still_refuses() -> None:
+    method = b"cawconv.convert\n_lose_attention\n."  # the pickle of a function is its name
+    with pytest.raises(ValueError, match=r"Block\.fuse\(\) would make"):
+        pickle.loads(method)("Block.fuse")

@@ -17,6 +17,7 @@ import pytest
 
 from awconv.cli import main
 from tests.documents import PAGES, ROOT, Example, commands, examples
+from tests.kept import kept_settings
 
 PYTHON = [example for page in PAGES for example in examples(page, "python")]
 COMMANDS = sorted({command for page in PAGES for command in commands(page) if command.startswith("awconv ")})
@@ -33,16 +34,17 @@ def pages_of(blocks: list[Example]) -> list[str]:
 
 
 @pytest.fixture
-def _keeps_log_levels() -> Iterator[None]:
-    """A page may show how to log more."""
+def _keeps_settings() -> Iterator[None]:
+    """A page may show how to log more, or use a library that changes what holds for the whole process."""
     loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     before = [(logger, logger.level) for logger in loggers]
-    yield
+    with kept_settings():
+        yield
     for logger, level in before:
         logger.setLevel(level)
 
 
-@pytest.mark.usefixtures("_keeps_log_levels")
+@pytest.mark.usefixtures("_keeps_settings")
 @pytest.mark.parametrize("page", pages_of([example for example in PYTHON if not example.skipped]))
 def test_the_python_examples_of_a_page_run_in_order(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from timm.layers import Conv2dSame
@@ -21,6 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from awconv.branch_spec import BranchSpec, NormLayer, check_make_branch
 from awconv.custom_branch import BranchesOfNetwork
+from awconv.folding import _lose_attention, keep_attention  # noqa: F401 - pickles of earlier versions name the first
 from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
 from awconv.odconv import ODConv2d
 from awconv.relative import BaseBranch, refuse_fused
@@ -44,8 +45,6 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-# Methods without arguments that make one plain convolution of several layers: timm's, RepVGG's, RepLKNet's, peft's.
-_FOLDING = ("reparameterize", "fuse", "switch_to_deploy", "merge_kernel", "merge")
 _log = logging.getLogger(__name__)
 
 
@@ -66,10 +65,13 @@ def convert(
     parametrised or shared weight. :func:`awconv.summary` lists them all.
 
     RepVGG, MobileOne, RepViT and FastViT fold several layers into one plain convolution, which would lose the
-    attention. After the conversion their methods (``reparameterize``, ``fuse``, ``switch_to_deploy``, ``merge_kernel``
-    and ``merge``, without arguments) raise a ValueError. Fold first, then convert. If a convolution is converted by
-    itself (``block.conv = convert(block.conv)``), the methods of its parents cannot be found: convert the whole network
-    and select the layer by its name instead.
+    attention. After the conversion their methods (``reparameterize``, ``fuse``, ``fuse_convs``, ``switch_to_deploy``,
+    ``merge_kernel`` and ``merge``, without arguments) raise a ValueError. Fold first, then convert. The ``fuse`` of a
+    YOLO of Ultralytics folds norms, which keeps the attention, and works. If a convolution is converted by itself
+    (``block.conv = convert(block.conv)``), the methods of its parents cannot be found: convert the whole network and
+    select the layer by its name instead.
+
+    Attributes that someone has put on a convolution stay on its AW layer.
 
     Args:
         model: any module.
@@ -216,52 +218,12 @@ def _replaced(model: nn.Module, counterparts: Mapping[nn.Module, nn.Module]) -> 
     """The model with its layers' counterparts in their places, or its own counterpart."""
     if model in counterparts:
         return counterparts[model]
-    _refuse_folding(model, set(counterparts))
+    keep_attention(model, set(counterparts))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in counterparts:
                 parent._modules[name] = counterparts[child]
     return model
-
-
-def _refuse_folding(model: nn.Module, replaced: set[nn.Module]) -> None:
-    """Makes an error of each method that would fold a replaced convolution below its module into a plain one."""
-    refused = set()
-    for module in model.modules():
-        methods = [method for method in _FOLDING if _is_called_without_arguments(module, method)]
-        if methods and not replaced.isdisjoint(module.modules()):
-            for method in methods:
-                name = f"{type(module).__name__}.{method}"
-                setattr(module, method, functools.partial(_lose_attention, name))  # stays in copies and pickles
-                refused.add(f"{name}()")
-    if refused:
-        _log.warning(
-            "convert: %s would lose the attention, and now raises an error; to fold a network, do it before conversion",
-            ", ".join(sorted(refused)),
-        )
-
-
-def _is_called_without_arguments(module: nn.Module, method: str) -> bool:
-    function = getattr(type(module), method, None)
-    if not inspect.isfunction(function):
-        return False
-    try:
-        inspect.signature(function).bind(module)
-    except TypeError:  # something else of that name, which forward may call
-        return False
-    return True
-
-
-def raises_for_attention(value: object) -> bool:
-    """Whether an attribute of a module is the error that conversion made of a method that folds layers."""
-    return isinstance(value, functools.partial) and value.func is _lose_attention
-
-
-def _lose_attention(name: str, *arguments: Any, **options: Any) -> NoReturn:
-    raise ValueError(
-        f"{name}() would make a plain convolution of layers with attention, and lose their attention. Fold the plain "
-        "network first (with timm.utils.reparameterize_model, for one), then call awconv.convert"
-    )
 
 
 def weight_owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -362,6 +324,7 @@ def _counterpart(
     new.weight = old.weight
     new.bias = old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice  # made when the old layer was
+    vars(new).update({name: value for name, value in vars(old).items() if name not in vars(new)})  # a user's own
     counterpart: nn.Module = new.train(old.training)
     return counterpart
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from awconv.convert import COUNTERPARTS, arguments_of, has_hooks, raises_for_attention
+from awconv.convert import ATTENTION_ARGUMENTS, COUNTERPARTS, arguments_of, has_hooks
+from awconv.folding import keeps_attention
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 from awconv.relative import refuse_fused
 
@@ -125,6 +126,8 @@ def plain_layer(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
     new.padding_mode = old.padding_mode
     new.weight, new.bias = old.weight, old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice
+    own = {*vars(new), *ATTENTION_ARGUMENTS, "input_attention"}
+    vars(new).update({name: value for name, value in vars(old).items() if name not in own})  # a user's own
     plain: nn.Module = new.train(old.training)
     return plain
 
@@ -138,10 +141,10 @@ def replace_layers(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]
 
 
 def restore_folding(model: nn.Module) -> None:
-    """Lets methods that fold layers work again, which :func:`awconv.convert` made errors of, in modules that have no
+    """Lets methods that fold layers work again, which :func:`awconv.convert` changed, in modules that have no
     AW-convolution below them any more."""
     for module in model.modules():
-        refused = [name for name, value in vars(module).items() if raises_for_attention(value)]
-        if refused and not any(isinstance(part, AW_LAYERS) for part in module.modules()):
-            for name in refused:
+        changed = [name for name, value in vars(module).items() if keeps_attention(value)]
+        if changed and not any(isinstance(part, AW_LAYERS) for part in module.modules()):
+            for name in changed:
                 delattr(module, name)
