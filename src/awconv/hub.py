@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from awconv.models.published import ADAPTER, CONFIG, FILE, PICKLED
 
 _PREFIXES = ("hf-hub:", "hf_hub:")  # timm's
-_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 
 
 def is_on_hub(source: str | os.PathLike[str]) -> bool:
