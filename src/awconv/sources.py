@@ -24,6 +24,7 @@ from awconv.terminal import say
 from awconv.training.checkpoints import find_last, read_checkpoint
 
 _CONFIG_BYTES = 2**24
+_CHANNELS = 4096  # of images, at most: more than any have
 _MODES = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")  # of resizing, torchvision's and Pillow's
 
 
@@ -103,7 +104,7 @@ def _published(folder: Path) -> ClassificationTask:
     verify(weights)
     network, arguments = config["architecture"], dict(config.get("model_args") or {})
     cfg = _for_channels(config["pretrained_cfg"], arguments.pop("in_chans", None))
-    cfg |= {name: config[name] for name in ("num_classes", "label_names") if name in config}
+    cfg = {name: config[name] for name in ("num_classes", "label_names") if name in config} | cfg
     arguments.pop("num_classes", None)
     convert = None
     if network == CONVERTED:
@@ -113,12 +114,13 @@ def _published(folder: Path) -> ClassificationTask:
     return _classifier(network, str(weights), cfg, arguments, convert, named=str(folder))
 
 
-def _for_channels(cfg: Mapping[str, Any], channels: int | None) -> dict[str, Any]:
+def _for_channels(cfg: Mapping[str, Any], channels: Any) -> dict[str, Any]:
     """timm's configuration for images of other channels: it then takes one mean and one deviation for all."""
-    size = cfg.get("input_size")
-    if channels is None or not isinstance(size, list) or len(size) != 3 or size[0] == channels:
+    size: Any = cfg.get("input_size")
+    if not isinstance(channels, int) or not 1 <= channels <= _CHANNELS or not _are(int, size, 3) or size[0] == channels:
         return dict(cfg)
-    told = {name: cfg[name] for name in ("mean", "std") if isinstance(cfg.get(name), list) and cfg[name]}
+    given = {name: cfg.get(name) for name in ("mean", "std")}
+    told = {name: v for name, v in given.items() if isinstance(v, list) and v and _are(int | float, v, len(v))}
     means = {name: [sum(values) / len(values)] * channels for name, values in told.items()}
     return dict(cfg) | means | dict(input_size=[channels, *size[1:]])
 

@@ -115,7 +115,7 @@ def test_the_hub_reads_the_figures_of_a_card(folder: Path) -> None:
 
 @pytest.mark.parametrize("adapts", [False, True])
 def test_the_hub_learns_what_a_training_started_from(adapts: bool) -> None:
-    task = ClassificationTask(["a"], [3, 32, 32], [0.5] * 3, [0.5] * 3, network="resnet18", pretrained=True)
+    task = ClassificationTask(["a", "b"], [3, 32, 32], [0.5] * 3, [0.5] * 3, network="resnet18", pretrained=True)
     trained = Trained(task, "resnet18", 0, 1, {}, {"val": 0.25}, {}, "owner/photographs")
     told = ModelCard(card(trained, "resnet18.x", "photos: mine", None, "mit", "", adapts)).data
     assert told.base_model == "timm/resnet18.a1_in1k"
@@ -193,9 +193,9 @@ def test_texts_of_a_run_stay_texts_on_its_card(
     path.write_text(json.dumps(run))
     out = tmp_path / "\x1b[2J"
     assert main(["publish", str(path), "--tag=t", "--data=x", "--recipe=digits", f"--out={out}"]) == 0
-    card = (out / "aw_resnet8_cifar.t" / CARD).read_text()
-    assert r"torch &lt;script&gt;alert(1)&lt;/script&gt;\| # Heading\x1b]0;title\x07, " in card
-    assert "\n# Heading" not in card
+    written = (out / "aw_resnet8_cifar.t" / CARD).read_text()
+    assert r"torch &lt;script&gt;alert(1)&lt;/script&gt;\| # Heading\x1b]0;title\x07, " in written
+    assert "\n# Heading" not in written
     assert "\x1b" not in capsys.readouterr().out
 
 
