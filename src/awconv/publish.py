@@ -87,6 +87,7 @@ def publish(
     config = dict(
         **_architecture(trained.name, task),
         num_classes=len(task.classes),
+        label_names=task.classes,  # for transformers, which does not look into pretrained_cfg
         num_features=getattr(network, "num_features", None),
         pretrained_cfg=_pretrained_cfg(network, task, tag, license),
         sha256=sha256(weights),
@@ -102,11 +103,12 @@ def publish(
 
 
 def _architecture(name: str, task: ClassificationTask) -> dict[str, Any]:
-    """The network and its arguments, as timm's configurations have them."""
+    """The network and its arguments, as timm's configurations have them; transformers learns the channels from these."""
+    channels = dict(in_chans=task.input_size[0])
     if task.conversion is not None:
         arguments = dict(network=name, network_args=task.network_args, convert=task.conversion)
-        return dict(architecture=CONVERTED, model_args=arguments)
-    return dict(architecture=name) | (dict(model_args=task.network_args) if task.network_args else {})
+        return dict(architecture=CONVERTED, model_args=arguments | channels)
+    return dict(architecture=name, model_args=task.network_args | channels)
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
