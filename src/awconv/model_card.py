@@ -134,7 +134,7 @@ def loading(trained: Trained, name: str, recipe: str | None, folder: Path | None
     return f"""```python
 import awconv, timm
 
-loaded = awconv.load({source!r})  # loaded.network, loaded.classes, loaded.transform
+loaded = awconv.load({json.dumps(source, ensure_ascii=False)})  # loaded.network, loaded.classes, loaded.transform
 model = timm.create_model("{name if folder is None else f"local-dir:{folder}"}", pretrained=True)
 ```
 
