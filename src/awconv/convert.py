@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,19 +12,18 @@ from typing import Any, Literal
 import torch
 from timm.layers import Conv2dSame
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
-from torchvision.ops import FrozenBatchNorm2d
 
 from awconv.branch_spec import BranchSpec, NormLayer, check_make_branch
 from awconv.custom_branch import BranchesOfNetwork
 from awconv.folding import _lose_attention, keep_attention  # noqa: F401 - pickles of earlier versions name the first
-from awconv.layers import BATCH_NORMS, AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
+from awconv.layers import AWConv1d, AWConv2d, AWConv2dSame, AWConv3d
+from awconv.matching_norm import most_common_norm, norm_like
 from awconv.odconv import ODConv2d
+from awconv.rebuild import remember_conversion
 from awconv.relative import BaseBranch, refuse_fused
-from awconv.selection import Convolution, Selection, choose, convolutions, nothing_selected, parts_of_branches
+from awconv.selection import Convolution, Selection, choose, convolutions, nothing_selected
 
 COUNTERPARTS: dict[type[nn.Module], type[AWConv1d | AWConv2d | AWConv3d]] = {
     nn.Conv1d: AWConv1d,
@@ -62,7 +60,8 @@ def convert(
     The new layers keep the old ones' parameters (the same tensors, with their dtype, device and ``requires_grad``) and
     their training mode. A module that occurs in several places is replaced by one layer in all of them. A convolution
     that cannot be replaced exactly is left and logged: a subclass with a computation of its own, one with hooks, a
-    parametrised or shared weight. :func:`awconv.summary` lists them all.
+    parametrised or shared weight. :func:`awconv.summary` lists them all. Of a network of timm, ``save_for_hf`` and
+    ``push_to_hf_hub`` write what builds the converted network again.
 
     RepVGG, MobileOne, RepViT and FastViT fold several layers into one plain convolution, which would lose the
     attention. After the conversion their methods (``reparameterize``, ``fuse``, ``fuse_convs``, ``switch_to_deploy``,
@@ -112,13 +111,37 @@ def convert(
         >>> torch.allclose(model(input), before, atol=1e-5)
         True
     """
+    given = dict(init=init, norm_layer=norm_layer, layer=layer)
+    other = {name: value for name, value in given.items() if value != _DEFAULTS[name]} | arguments
+    converted, names = replace_convolutions(model, select, init, norm_layer, layer, **arguments)
+    remember_conversion(converted, names, other)
+    return converted
+
+
+def replace_convolutions(
+    model: nn.Module,
+    select: Selection | Sequence[Selection] | None = None,
+    init: Literal["fresh", "identity"] = "fresh",
+    norm_layer: NormLayer | Literal["match"] | None = "match",
+    layer: Literal["aw", "odconv"] = "aw",
+    **arguments: Any,
+) -> tuple[nn.Module, list[str]]:
+    """What :func:`convert` does, for who says in another way how the network is built again.
+
+    Returns:
+        The model, or a new layer, and the names of the convolutions that were replaced.
+    """
     _check_arguments(model, init, norm_layer, arguments)
     if layer != "aw":
         _check_peer(layer, init, arguments)
     counterparts = _counterparts(model, select, norm_layer, layer, arguments)
     if init == "identity":
         _start_as_identity(model, counterparts)
-    return _replaced(model, counterparts)
+    names = [name for name, module in model.named_modules() if module in counterparts]
+    return _replaced(model, counterparts), names
+
+
+_DEFAULTS = dict(init="fresh", norm_layer="match", layer="aw")
 
 
 # The layer's arguments that nothing but the attention has; a counterpart takes the others over from its convolution.
@@ -182,7 +205,7 @@ def _counterparts(
     obstacles = {name: obstacle(module, owners, kinds) for name, module in chosen.items()}
     if all(obstacles.values()):
         raise ValueError(nothing_selected(model, candidates, obstacles, select))
-    kind = _most_common_norm(model)
+    kind = most_common_norm(model)
     branch = arguments.pop("branch", None)
     branches = None if branch is None else BranchesOfNetwork(branch)
     counterparts: dict[nn.Module, Any] = {}
@@ -190,7 +213,7 @@ def _counterparts(
         if obstacles[name]:
             _log.warning("convert: %s is left as it is: %s", name, obstacles[name])
         else:
-            norm = _norm(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
+            norm = norm_like(kind, len(old.kernel_size)) if norm_layer == "match" else norm_layer
             made = {} if branches is None else {"branch": functools.partial(_named_branch, branches, name)}
             counterparts[old] = _counterpart(name, old, kinds, norm_layer=norm, **made, **arguments)
     return counterparts
@@ -327,36 +350,3 @@ def _counterpart(
     vars(new).update({name: value for name, value in vars(old).items() if name not in vars(new)})  # a user's own
     counterpart: nn.Module = new.train(old.training)
     return counterpart
-
-
-def _most_common_norm(model: nn.Module) -> str:
-    """The kind of norm that a model has most of: ``"batch"``, ``"sync"``, ``"group"`` or ``"frozen"``."""
-    branches = parts_of_branches(model)
-    kinds: Counter[str] = Counter()
-    for module in model.modules():
-        if module in branches:
-            continue
-        if isinstance(module, nn.SyncBatchNorm):
-            kinds["sync"] += 1
-        elif isinstance(module, _BatchNorm):
-            kinds["batch"] += 1
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm | _InstanceNorm):
-            kinds["group"] += 1
-        elif type(module).__name__.startswith("FrozenBatchNorm"):  # torchvision's, timm's, Detectron2's
-            kinds["frozen"] += 1
-    return kinds.most_common(1)[0][0] if kinds else "batch"
-
-
-# A branch has few channels, and a group of one loses what its channel says of the whole image.
-_ONE_GROUP = functools.partial(nn.GroupNorm, 1)
-
-
-def _norm(kind: str, dims: int) -> NormLayer:
-    if kind == "sync":
-        return nn.SyncBatchNorm
-    if kind == "group":
-        return _ONE_GROUP
-    if kind == "frozen" and dims == 2:
-        frozen: NormLayer = FrozenBatchNorm2d
-        return frozen
-    return BATCH_NORMS[dims]

@@ -55,8 +55,9 @@ def load(
 
     Args:
         source: a checkpoint of ``awconv fit`` or ``compare``; the folder of a training, whose newest checkpoint is
-            taken; what ``awconv publish`` wrote, a folder or an adapter; or a name with weights in timm, such as
-            ``"aw_resnet8_cifar.digits"`` or ``"resnet50"``.
+            taken; what ``awconv publish`` or timm's ``save_for_hf`` wrote, a folder or an adapter; a name with weights
+            in timm, such as ``"aw_resnet8_cifar.digits"`` or ``"resnet50"``; or a network on Hugging Face's hub,
+            ``"hf-hub:OWNER/NAME"`` or ``"hf-hub:OWNER/NAME@REVISION"``.
         pretrained: a file of weights: the base of an adapter, or those of a name, in the place of timm's.
         image_size: height and width for a classifier's images, in pixels, if not those that it was trained on.
 
@@ -64,7 +65,7 @@ def load(
         FileNotFoundError: there is no such file, folder or name; the message names similar names.
         ModuleNotFoundError: the extra is not installed.
         ValueError: the file is broken or something else, the weights belong to another network, the base is another
-            one, or the network does not take the size.
+            one, the network does not take the size, or the hub has no such network or cannot be reached.
 
     Examples:
         >>> import awconv

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ require("lightning", extra="train")
 
 from awconv.compare.record import Record
 from awconv.compare.recorder import recorded
+from awconv.model_card import Trained, adapting, card, loading
 from awconv.models.published import ADAPTER, CARD, CONFIG, FILE, WEIGHTS, sha256
-from awconv.models.registry import CONVERTED
-from awconv.own_code import imported_for
+from awconv.rebuild import CONVERTED
 from awconv.sources import load_task
-from awconv.tables import markdown_cell
 from awconv.tasks import ClassificationTask
 from awconv.tasks.adapted import described, load_adapted
 from awconv.tasks.task import FIGURES
@@ -33,36 +31,14 @@ from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.training.same import SameSettings
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A network to publish, and what its card says of the training.
-
-    Attributes:
-        task: with the weights.
-        name: of the network, without a tag.
-        seed: of the run.
-        epochs: that were trained.
-        versions: of awconv, torch, timm and Python, where they are known.
-        score: the accuracy, from 0 to 1, by the name of its split; empty if none was evaluated.
-        settings: of the training, dotted names and values as JSON; empty for a run with a recipe.
-    """
-
-    task: ClassificationTask
-    name: str
-    seed: int
-    epochs: int
-    versions: Mapping[str, str]
-    scores: Mapping[str, float]
-    settings: Mapping[str, str]
-
-    @property
-    def split(self) -> str:
-        """The split of the first score, on which the command of the card evaluates."""
-        return next(iter(self.scores), "test")
-
-
 def publish(
-    run: Path, tag: str, data: str, recipe: str | None = None, out: Path = Path("weights"), license: str = "apache-2.0"
+    run: Path,
+    tag: str,
+    data: str,
+    recipe: str | None = None,
+    out: Path = Path("weights"),
+    license: str = "apache-2.0",
+    dataset: str | None = None,
 ) -> int:
     """Writes a trained network's weights, their configuration and a model card.
 
@@ -82,6 +58,7 @@ def publish(
             data's settings are named without one.
         out: the folder in which the folder ``NETWORK.TAG`` is made.
         license: the weights' licence, an SPDX identifier.
+        dataset: the training data's id on the hub, OWNER/NAME, for the card's metadata; CIFAR's is known.
 
     Returns:
         The exit status, 0.
@@ -91,7 +68,10 @@ def publish(
         ValueError: the file is neither, the base of an adapter is not to be had, or a text does not fit into a card.
     """
     _check_texts(tag, license, data=data, **({} if recipe is None else {"recipe": recipe}))
+    if dataset is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset, re.ASCII):
+        raise ValueError(f"dataset must be a data set's id on the hub, such as uoft-cs/cifar10, got {dataset[:120]!r}")
     trained = _of_checkpoint(run) if run.suffix == ".ckpt" else _of_run(run, recipe)
+    trained = trained if dataset is None else replace(trained, dataset=dataset)
     _check_base(trained.task, run)
     task, name = trained.task, f"{trained.name}.{tag}"
     network: Any = task.evaluated.cpu()
@@ -107,6 +87,7 @@ def publish(
     config = dict(
         **_architecture(trained.name, task),
         num_classes=len(task.classes),
+        label_names=task.classes,  # for transformers, which does not look into pretrained_cfg
         num_features=getattr(network, "num_features", None),
         pretrained_cfg=_pretrained_cfg(network, task, tag, license),
         sha256=sha256(weights),
@@ -114,19 +95,20 @@ def publish(
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     packaged = out.resolve() == WEIGHTS.resolve()
     place = None if packaged else folder
-    how = _adapting(task, weights) if adapts else _loading(trained, name, recipe, place)
-    (folder / CARD).write_text(_card(trained, name, data, recipe, license, how))
+    how = adapting(task, weights) if adapts else loading(trained, name, recipe, place)
+    (folder / CARD).write_text(card(trained, name, data, recipe, license, how, adapts))
     said = [f"{split} accuracy {100 * score:.2f} %, " for split, score in list(trained.scores.items())[:1]]
     print(printable(f"{name}: {''.join(said)}in {folder}"))
     return 0
 
 
 def _architecture(name: str, task: ClassificationTask) -> dict[str, Any]:
-    """The network and its arguments, as timm's configurations have them."""
+    """The network and its arguments, as timm's configurations have them; transformers learns the channels from these."""
+    channels = dict(in_chans=task.input_size[0])
     if task.conversion is not None:
         arguments = dict(network=name, network_args=task.network_args, convert=task.conversion)
-        return dict(architecture=CONVERTED, model_args=arguments)
-    return dict(architecture=name) | (dict(model_args=task.network_args) if task.network_args else {})
+        return dict(architecture=CONVERTED, model_args=arguments | channels)
+    return dict(architecture=name, model_args=task.network_args | channels)
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +129,7 @@ def _check_texts(tag: str, license: str, **lines: str) -> None:
             raise ValueError(f"{name} must be one line of text, got {text[:120]!r}")
 
 
-def _of_run(run: Path, recipe: str | None) -> _Trained:
+def _of_run(run: Path, recipe: str | None) -> Trained:
     """The network of a run's record, of its last checkpoint.
 
     Raises:
@@ -179,10 +161,13 @@ def _of_run(run: Path, recipe: str | None) -> _Trained:
     validation = record.epochs[-1].val_score
     held_out = {} if validation is None or record.test_split == "val" else {"val": validation}
     scores = {record.test_split: record.score} | held_out
-    return _Trained(task, _untagged(record.network), record.seed, len(record.epochs), record.versions, scores, {})
+    dataset = _on_hub(record.recipe.get("data"))
+    return Trained(
+        task, _untagged(record.network), record.seed, len(record.epochs), record.versions, scores, {}, dataset
+    )
 
 
-def _of_checkpoint(path: Path) -> _Trained:
+def _of_checkpoint(path: Path) -> Trained:
     """The network of a checkpoint of ``awconv fit``.
 
     Raises:
@@ -193,7 +178,7 @@ def _of_checkpoint(path: Path) -> _Trained:
     task = _classifier(path)
     settings: dict[str, Any] = checkpoint["callbacks"].get(SameSettings.__qualname__, {}).get("settings", {})
     score = checkpoint.get(FIGURES, {}).get(f"val/{task.score}")
-    return _Trained(
+    return Trained(
         task,
         _untagged(task.network_name),
         int(settings.get("seed_everything", 0)),
@@ -201,7 +186,17 @@ def _of_checkpoint(path: Path) -> _Trained:
         {},
         {} if score is None else {"val": float(score)},
         settings,
+        _on_hub({"class_path": json.loads(settings.get("data.class_path", "null"))}),
     )
+
+
+def _on_hub(data: Any) -> str | None:
+    """The id on the hub of the data set that settings name, if it is known."""
+    name = data.get("class_path") if isinstance(data, dict) else None
+    return _ON_HUB.get(name) if isinstance(name, str) else None
+
+
+_ON_HUB = {"awconv.data.Cifar10": "uoft-cs/cifar10", "awconv.data.Cifar100": "uoft-cs/cifar100"}
 
 
 def _classifier(checkpoint: Path) -> ClassificationTask:
@@ -260,123 +255,3 @@ def _write_adapter(task: ClassificationTask, file: Path) -> None:
     except (ValueError, OSError):
         file.unlink()
         raise
-
-
-_SPLITS = {"test": "test", "val": "validation"}
-
-
-def _card(trained: _Trained, name: str, data: str, recipe: str | None, license: str, how: str) -> str:
-    """The model card. ``how`` says what there is, how it is loaded, and where its figure comes from."""
-    parameters = sum(parameter.numel() for parameter in trained.task.network.parameters() if parameter.requires_grad)
-    rows = [(f"{_SPLITS[split]} accuracy", f"{100 * score:.2f} %") for split, score in trained.scores.items()]
-    rows.append(("recipe", f"`{recipe}`, {trained.epochs} epochs, the network of the last one"))
-    if recipe is None:
-        rows[-1] = ("epochs", str(trained.epochs))
-    rows.append(("seed", str(trained.seed)))
-    if trained.versions:
-        rows.append(("made with", ", ".join(f"{key} {version}" for key, version in trained.versions.items())))
-    rows.append(("licence", license))
-    table = "\n".join(f"| {heading} | {markdown_cell(cell)} |" for heading, cell in rows)
-    converted = "" if trained.task.conversion is None else ", converted by awconv"
-    return f"""---
-license: {license}
-library_name: timm
-tags: [image-classification, timm, awconv]
----
-# {name}
-
-`{trained.name}`{converted}, {parameters:,} parameters trained on {data} by awconv, a library for
-[AW-convolution](https://arxiv.org/abs/2108.08205).
-
-| | |
-| --- | --- |
-{table}
-
-{how}"""
-
-
-def _loading(trained: _Trained, name: str, recipe: str | None, folder: Path | None) -> str:
-    """How whole weights are loaded and tested. ``folder`` is None for those that the package ships, loaded by name."""
-    source = name if folder is None else str(folder)
-    figure = "The first figure comes from" if trained.scores else "This evaluates it:"
-    return f"""```python
-import awconv, timm
-
-loaded = awconv.load({source!r})  # loaded.network, loaded.classes, loaded.transform
-model = timm.create_model("{name if folder is None else f"local-dir:{folder}"}", pretrained=True)
-```
-
-{figure}
-
-    {_command(trained, name, recipe, folder)}
-
-{_SPREAD if recipe is not None else _ALONE}{_SMALL if folder is None else ""}
-"""
-
-
-def _adapting(task: ClassificationTask, file: Path) -> str:
-    """How an adapter is put on its base."""
-    arguments = dict(pretrained=True, num_classes=len(task.classes), in_chans=task.input_size[0]) | task.network_args
-    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    base, imported, option = "timm's weights for it", "", ""
-    if isinstance(task.pretrained, str):
-        base, option = f"the weights `{task.pretrained}`", f" {shlex.quote(f'--pretrained={task.pretrained}')}"
-        imported = "from awconv.models.pretrained import weights_overlay\n"
-        given += f", pretrained_cfg_overlay=weights_overlay({task.network_name!r}, {task.pretrained!r})"
-    lines = [f"model = timm.create_model({task.network_name!r}{given})"]
-    if task.conversion is not None:
-        lines.append(f"awconv.convert(model, **{task.conversion!r})")
-    lines.append(f"awconv.load_adapter(model, {str(file)!r}).eval()")
-    code = "\n".join(lines)
-    return f"""`{file.name}` is an adapter: what was trained of the network on
-{base}. It {task.trained}.
-
-```python
-import awconv, timm
-{imported}
-{code}
-```
-
-The classes are `label_names` in `{CONFIG}`. This predicts images:
-
-    awconv predict {shlex.quote(f"--ckpt={file}")}{option} IMAGES
-
-{_SPREAD.replace("It", "The figure", 1)}
-"""
-
-
-_SPREAD = "It is that of one run; the comparison that the run belongs to shows the spread over seeds."
-_ALONE = "One run shows no spread: `awconv compare` trains several."
-_SMALL = (  # of those that the package ships
-    " A small network on small images: made\nfor tests and demonstrations, not for use on pictures of another kind."
-)
-
-
-def _command(trained: _Trained, name: str, recipe: str | None, folder: Path | None) -> str:
-    task, weights = trained.task, f"{name} --model.pretrained=true"
-    own = ",".join(imported_for(trained.name))
-    imported = f"{shlex.quote(f'--import={own}')} " if own else ""
-    if folder is not None:
-        weights = f"{trained.name} {shlex.quote(f'--model.pretrained={folder / FILE}')}"
-    for option, value in (("network_args", task.network_args), ("convert", task.conversion)):
-        if value or (option == "convert" and value is not None):
-            weights += f" {shlex.quote(f'--model.{option}={json.dumps(value)}')}"
-    config = (
-        f"{shlex.quote(f'--config={recipe}')} " if recipe and recipe.endswith((".yaml", ".yml")) else ""
-    )  # digits are the default
-    command = "validate" if trained.split == "val" else trained.split
-    return f"awconv {command} {imported}{config}{_data(trained)}--model.network={weights}"
-
-
-def _data(trained: _Trained) -> str:
-    """The arguments that name the data of a checkpoint's training."""
-    given = {name.removeprefix("data."): value for name, value in trained.settings.items() if name.startswith("data.")}
-    kind = json.loads(given.pop("class_path", '""')).rpartition(".")[2]
-    if not kind:
-        return ""
-    chosen = {name.removeprefix("init_args."): json.loads(value) for name, value in given.items()}
-    named = [shlex.quote(f"--data.{name}={chosen[name]}") for name in _DATA if name in chosen]
-    return " ".join([f"--data={kind}", *named, ""])
-
-
-_DATA = ("root", "train", "val", "test", "image_size", "crop_pct", "val_fraction", "split_seed")

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from awconv.convert import ATTENTION_ARGUMENTS, COUNTERPARTS, arguments_of, has_hooks
 from awconv.folding import keeps_attention
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
+from awconv.rebuild import forget_conversions
 from awconv.relative import refuse_fused
 
 _PLAIN = {counterpart: plain for plain, counterpart in COUNTERPARTS.items()}
@@ -84,6 +85,7 @@ def revert(model: nn.Module, *, drop_attention: bool = False) -> nn.Module:
         return plain[model]
     replace_layers(model, plain)
     restore_folding(model)
+    forget_conversions(model)
     return model
 
 

@@ -14,8 +14,9 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from awconv.adapter import is_adapter
-from awconv.models.published import ADAPTER, CONFIG, FILE, verify
-from awconv.models.registry import CONVERTED
+from awconv.hub import downloaded, is_on_hub
+from awconv.models.published import ADAPTER, CONFIG, FILE, PICKLED, verify
+from awconv.rebuild import CONVERTED
 from awconv.tasks import ClassificationTask, DetectionTask, Task
 from awconv.tasks.adapted import load_adapted
 from awconv.tasks.checks import check_network, near_networks
@@ -23,6 +24,7 @@ from awconv.terminal import say
 from awconv.training.checkpoints import find_last, read_checkpoint
 
 _CONFIG_BYTES = 2**24
+_CHANNELS = 4096  # of images, at most: more than any have
 _MODES = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")  # of resizing, torchvision's and Pillow's
 
 
@@ -32,15 +34,17 @@ def load_task(
     """Loads a trained network for prediction, in evaluation mode on the CPU.
 
     Args:
-        source: a checkpoint, the folder of a training, a folder or an adapter of ``awconv publish``, or a name with
-            weights in timm.
+        source: a checkpoint, the folder of a training, a folder or an adapter of ``awconv publish``, a folder of timm's
+            ``save_for_hf``, a name with weights in timm, or ``hf-hub:OWNER/NAME``.
         pretrained: the base of an adapter, or the weights of a name, a file.
         image_size: height and width of a classifier's images, if not those that it was trained on.
 
     Raises:
         FileNotFoundError: there is no such file, folder or name.
-        ValueError: it is broken or something else, the base is another one, or the network does not take the size.
+        ValueError: it is broken or something else, the base is another one, or the network does not take the size; or
+            the hub has no such repository, or cannot be reached.
     """
+    source = downloaded(source) if is_on_hub(source) else source
     path = Path(os.path.expanduser(source))
     base = None if pretrained is None else Path(os.path.expanduser(pretrained))
     folder = path if path.is_dir() else path.parent
@@ -94,17 +98,31 @@ def _checkpoint(path: Path) -> Task:
 def _published(folder: Path) -> ClassificationTask:
     """The classifier in a folder of ``awconv publish``, or another one in the layout of timm's."""
     config = _config(folder)
-    cfg = config["pretrained_cfg"]
-    weights = folder / FILE
-    if not weights.is_file():
+    weights = next((folder / name for name in (FILE, PICKLED) if (folder / name).is_file()), None)
+    if weights is None:
         raise FileNotFoundError(f"{folder} has no {FILE}, which its {CONFIG} describes")
     verify(weights)
     network, arguments = config["architecture"], dict(config.get("model_args") or {})
+    cfg = _for_channels(config["pretrained_cfg"], arguments.pop("in_chans", None))
+    cfg = {name: config[name] for name in ("num_classes", "label_names") if name in config} | cfg
+    arguments.pop("num_classes", None)
     convert = None
     if network == CONVERTED:
-        convert = arguments.get("convert")
-        network, arguments = arguments.get("network"), dict(arguments.get("network_args") or {})
+        convert = arguments.pop("convert", None)
+        network, own = arguments.pop("network", None), dict(arguments.pop("network_args", None) or {})
+        arguments = {name: value for name, value in own.items() if name not in ("in_chans", "num_classes")} | arguments
     return _classifier(network, str(weights), cfg, arguments, convert, named=str(folder))
+
+
+def _for_channels(cfg: Mapping[str, Any], channels: Any) -> dict[str, Any]:
+    """timm's configuration for images of other channels: it then takes one mean and one deviation for all."""
+    size: Any = cfg.get("input_size")
+    if not isinstance(channels, int) or not 1 <= channels <= _CHANNELS or not _are(int, size, 3) or size[0] == channels:
+        return dict(cfg)
+    given = {name: cfg.get(name) for name in ("mean", "std")}
+    told = {name: v for name, v in given.items() if isinstance(v, list) and v and _are(int | float, v, len(v))}
+    means = {name: [sum(values) / len(values)] * channels for name, values in told.items()}
+    return dict(cfg) | means | dict(input_size=[channels, *size[1:]])
 
 
 def _config(folder: Path) -> dict[str, Any]:

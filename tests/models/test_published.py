@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,9 +20,11 @@ import awconv.models.published as published
 from awconv import AWConv2d
 from awconv.cli import main
 from awconv.compare import compare
+from awconv.model_card import Trained, card, loading
 from awconv.models.published import CARD, CONFIG, FILE, WEIGHTS
 from awconv.publish import publish
-from awconv.tasks import DetectionTask
+from awconv.sources import load_task
+from awconv.tasks import ClassificationTask, DetectionTask
 from awconv.training import TrainingCLI
 
 FOLDERS = sorted(WEIGHTS.iterdir())
@@ -76,6 +79,51 @@ def test_a_network_without_a_tag_is_untouched_by_its_weights() -> None:
     model = timm.create_model("aw_resnet8_cifar")
     assert model.conv1.in_channels == 3
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_cards_are_those_that_publish_writes_now(folder: Path) -> None:
+    written = (folder / CARD).read_text()
+    cells = dict(re.findall(r"^\| ([a-z ]+) \| (.*) \|$", written, re.MULTILINE))
+    recipe, epochs = re.findall(r"`(.*)`, (\d+) epochs", cells["recipe"])[0]
+    versions = dict(entry.split(" ", 1) for entry in cells["made with"].split(", "))
+    scores = {short: float(cells[f"{split} accuracy"][:-2]) / 100 for short, split in SPLITS.items()}
+    task = load_task(folder)
+    assert isinstance(task, ClassificationTask)
+    name = folder.name.partition(".")[0]
+    trained = Trained(task, name, int(cells["seed"]), int(epochs), versions, scores, {})
+    (data,) = re.findall(r"parameters trained on (.*) by awconv, a library", written)
+    how = loading(trained, folder.name, recipe, None)
+    assert card(trained, folder.name, data, recipe, cells["licence"], how, adapts=False) == written
+
+
+SPLITS = {"test": "test", "val": "validation"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_hub_reads_the_figures_of_a_card(folder: Path) -> None:
+    told = ModelCard.load(folder / CARD).data
+    assert (told.license, told.library_name, told.pipeline_tag) == ("apache-2.0", "timm", "image-classification")
+    assert "awconv" in told.tags
+    of_test, of_validation = told.eval_results
+    assert (of_test.dataset_split, of_validation.dataset_split) == ("test", "validation")
+    assert of_test.task_type == "image-classification"
+    assert of_test.metric_type == "accuracy"
+    assert of_test.metric_value == pytest.approx(figure(folder) / 100, abs=1e-9)
+    assert told.datasets is None  # neither is a data set of the hub as it is there
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_the_hub_learns_what_a_training_started_from(adapts: bool) -> None:
+    task = ClassificationTask(["a", "b"], [3, 32, 32], [0.5] * 3, [0.5] * 3, network="resnet18", pretrained=True)
+    trained = Trained(task, "resnet18", 0, 1, {}, {"val": 0.25}, {}, "owner/photographs")
+    told = ModelCard(card(trained, "resnet18.x", "photos: mine", None, "mit", "", adapts)).data
+    assert told.base_model == "timm/resnet18.a1_in1k"
+    assert told.base_model_relation == ("adapter" if adapts else "finetune")
+    assert told.datasets == ["owner/photographs"]
+    (result,) = told.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("owner/photographs", "photos: mine")
+    assert (result.dataset_split, result.metric_value) == ("validation", 0.25)
 
 
 def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +193,9 @@ def test_texts_of_a_run_stay_texts_on_its_card(
     path.write_text(json.dumps(run))
     out = tmp_path / "\x1b[2J"
     assert main(["publish", str(path), "--tag=t", "--data=x", "--recipe=digits", f"--out={out}"]) == 0
-    card = (out / "aw_resnet8_cifar.t" / CARD).read_text()
-    assert r"torch &lt;script&gt;alert(1)&lt;/script&gt;\| # Heading\x1b]0;title\x07, " in card
-    assert "\n# Heading" not in card
+    written = (out / "aw_resnet8_cifar.t" / CARD).read_text()
+    assert r"torch &lt;script&gt;alert(1)&lt;/script&gt;\| # Heading\x1b]0;title\x07, " in written
+    assert "\n# Heading" not in written
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -173,6 +221,7 @@ def test_publishing_a_run(compared: Path, tmp_path: Path, capsys: pytest.Capture
         ("license", "mit\ntags: [x]"),
         ("data", "a\n---"),
         ("recipe", ""),
+        ("dataset", "photographs"),
     ):
         assert main(["publish", str(runs / "aw-seed0.json"), *arguments, f"--{name}={text}"]) == 1
         assert f"awconv publish: {name} must be " in capsys.readouterr().err
@@ -240,13 +289,15 @@ def test_the_command_of_a_checkpoints_card_gives_its_figure(
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     assert main(["publish", str(checkpoint), "--tag=t", "--data=the digits", "--out=my weights"]) == 0
     (folder,) = (tmp_path / "my weights").iterdir()
-    card = (folder / CARD).read_text()
-    found = re.search(r"\| validation accuracy \| ([\d.]+) %", card)
-    command = re.search(r"^    awconv (.*)$", card, re.MULTILINE)
+    written = (folder / CARD).read_text()
+    found = re.search(r"\| validation accuracy \| ([\d.]+) %", written)
+    command = re.search(r"^    awconv (.*)$", written, re.MULTILINE)
+    (result,) = ModelCard(written).data.eval_results
     assert found is not None
     assert command is not None
     cli = TrainingCLI([*shlex.split(command[1]), *QUIET], save_config=False)
     assert f"{100 * cli.trainer.callback_metrics['val/accuracy'].item():.2f}" == found[1]
+    assert f"{100 * result.metric_value:.2f}" == found[1]
 
 
 def test_a_detectors_checkpoint_is_not_published(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ class CifarNetwork(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images (timm's interface)."""
+        return self.conv1.in_channels
+
     def stem(self, x: Tensor) -> Tensor:
         """What comes before the stages."""
         raise NotImplementedError

@@ -13,6 +13,7 @@ from typing import Any
 
 WEIGHTS = Path(__file__).with_name("weights")
 FILE, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+PICKLED = "pytorch_model.bin"  # in the place of FILE, of timm's save_for_hf; read as data alone
 ADAPTER = "adapter.safetensors"  # in the place of FILE, where the rest of the network was frozen
 
 

@@ -22,13 +22,14 @@ from timm.layers import get_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from awconv.convert import convert as convert_layers
+from awconv.convert import replace_convolutions
 from awconv.models.cifar import CIFAR10_MEAN, CIFAR10_STD
 from awconv.models.cifar_resnet import CifarResNet
 from awconv.models.pretrained import completed_by_identity
 from awconv.models.published import published, verify
 from awconv.models.squeeze_excite import IdentitySqueezeExcite
 from awconv.models.wide_resnet import WideResNet
+from awconv.rebuild import CONVERTED
 
 
 def in_residual_stages(name: str, module: nn.Module) -> bool:
@@ -278,7 +279,8 @@ def _register_spec(spec: Spec, builds: Mapping[str, Callable[..., nn.Module]]) -
 
     def build_aw(*args: Any, aw_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         plain = timm.create_model(spec.name, *args, **kwargs)
-        return convert_layers(plain, **({"select": family.select} | family.aw_args | (aw_args or {})))
+        arguments: dict[str, Any] = {"select": family.select} | family.aw_args | (aw_args or {})
+        return replace_convolutions(plain, **arguments)[0]
 
     _register(aw, build_aw, family.cfg, paper="2108.08205", **family.features)
     if spec.name in ODCONV:
@@ -295,20 +297,16 @@ def _register_odconv(spec: Spec) -> None:
     def build(*args: Any, od_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
         plain = timm.create_model(spec.name, *args, **kwargs)
         arguments: dict[str, Any] = {"select": select, "layer": "odconv"} | (od_args or {})
-        return convert_layers(plain, **arguments)
+        return replace_convolutions(plain, **arguments)[0]
 
     _register(name, build, spec.family.cfg, paper="2209.07947", **spec.family.features)
-
-
-CONVERTED = "awconv_converted"
-"""A network of timm after :func:`awconv.convert`, as ``awconv publish`` names it in a configuration."""
 
 
 def _converted(
     *args: Any, network: str, network_args: dict[str, Any] | None = None, convert: dict[str, Any], **kwargs: Any
 ) -> nn.Module:
     arguments: dict[str, Any] = {**(network_args or {}), **kwargs}
-    return convert_layers(timm.create_model(network, *args, **arguments), **convert)
+    return replace_convolutions(timm.create_model(network, *args, **arguments), **convert)[0]
 
 
 _register(CONVERTED, _converted, _IMAGENET, paper="2108.08205")

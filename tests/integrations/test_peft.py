@@ -6,6 +6,7 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -208,3 +209,54 @@ def test_adapters_are_merged_before_the_conversion(library: Library) -> None:
     model = awconv.convert(merged, init="identity")
     assert isinstance(model[1].conv2, awconv.AWConv2d)
     torch.testing.assert_close(model.eval()(images), expected, rtol=1e-5, atol=1e-5)  # as above
+
+
+class TestSaved:
+    """Adapters and branches in a file of peft's, on a base that is there."""
+
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def model(self, state: dict[str, Tensor] | None = None, **arguments: Any) -> nn.Module:
+        network = timm.create_model("resnet8_cifar", num_classes=5)
+        network.load_state_dict(network.state_dict() if state is None else state)
+        return awconv.convert(network, "layer2.*", init="identity", **arguments)
+
+    def adapted(self, network: nn.Module) -> Any:
+        """After two steps."""
+        peft = pytest.importorskip("peft", reason="needs peft")
+        saved = ["attention", "input_attention", "fc"]
+        model = peft.get_peft_model(
+            network, peft.LoraConfig(target_modules=r"layer3\..*\.conv\d", modules_to_save=saved)
+        )
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        awconv.check_optimizer(model, optimizer)
+        for _ in range(2):
+            model.train()(self.images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.eval()
+
+    @pytest.mark.parametrize("input_gain", [False, True])
+    def test_with_held_norms_they_compute_the_same_and_leave_the_base(self, input_gain: bool, tmp_path: Path) -> None:
+        peft = pytest.importorskip("peft", reason="needs peft")
+        plain = timm.create_model("resnet8_cifar", num_classes=5).state_dict()
+        network = self.model(plain, input_gain=input_gain)
+        awconv.train_only(network, "branch", "head")
+        model = self.adapted(network)
+        model.save_pretrained(tmp_path)
+        base = self.model(plain, input_gain=input_gain).eval()
+        expected = base(self.images)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        assert torch.equal(loaded(self.images), model(self.images))
+        assert not torch.allclose(model(self.images), expected, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(model(self.images), expected)
+
+    def test_statistics_that_moved_are_not_in_the_file(self, tmp_path: Path) -> None:
+        """Why the page says that norms must be held."""
+        peft = pytest.importorskip("peft", reason="needs peft")
+        plain = timm.create_model("resnet8_cifar", num_classes=5).state_dict()
+        model = self.adapted(self.model(plain))
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(self.model(plain), tmp_path).eval()
+        assert not torch.allclose(loaded(self.images), model(self.images), atol=1e-3)

@@ -1,0 +1,88 @@
+"""Attributions of AW networks by Captum and pytorch-grad-cam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awconv import AWConv2d
+from awconv.explain import grad_cam
+from tests.networks import moved
+
+attr: Any = pytest.importorskip("captum.attr", reason="needs captum")
+LABELS = torch.tensor([3, 7])
+
+
+def network() -> nn.Module:
+    return moved(timm.create_model("aw_resnet8_cifar", in_chans=1))
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).gather(1, LABELS[:, None])[:, 0]
+
+
+def test_integrated_gradients_are_complete() -> None:
+    model, images = network(), torch.randn(2, 1, 16, 16)
+    baseline = torch.zeros_like(images)
+    difference = logits(model, images) - logits(model, baseline)
+    errors = []
+    for steps in (20, 500):
+        found = attr.IntegratedGradients(model).attribute(images, baseline, target=LABELS, n_steps=steps)
+        errors.append(((found.sum((1, 2, 3)) - difference) / difference).abs().max().item())
+    # The error of a sum for an integral, across the kinks of ReLU: it falls with the number of steps.
+    assert errors[1] < min(0.01, errors[0])
+
+
+def test_attributions_of_occlusion_are_differences_of_logits() -> None:
+    model, images = network(), torch.randn(2, 1, 8, 8)
+    found = attr.Occlusion(model).attribute(images, (1, 4, 4), target=LABELS, strides=(1, 4, 4), baselines=0)
+    for top in (0, 4):
+        for left in (0, 4):
+            covered = images.clone()
+            covered[:, :, top : top + 4, left : left + 4] = 0
+            expected = logits(model, images) - logits(model, covered)
+            # Other batch sizes add in another order.
+            torch.testing.assert_close(found[:, 0, top, left], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["layer2", "layer2.0.conv2"])
+def test_grad_cam_of_both_libraries_is_ours(name: str) -> None:
+    library: Any = pytest.importorskip("pytorch_grad_cam", reason="needs grad-cam")
+    model, images = network(), torch.randn(2, 1, 16, 16)
+    layer = model.get_submodule(name)
+    expected = grad_cam(model, images, LABELS, name)
+    raw = attr.LayerGradCam(model, layer).attribute(images, target=LABELS, relu_attributions=True).detach()
+    resized = F.interpolate(raw, (16, 16), mode="bilinear")[:, 0]
+    low, high = resized.amin((1, 2), keepdim=True), resized.amax((1, 2), keepdim=True)
+    # OpenCV, by which grad-cam resizes, adds in another order; and it divides by the maximum and 1e-7.
+    torch.testing.assert_close((resized - low) / (high - low), expected, rtol=0, atol=1e-4)
+    targets = [library.utils.model_targets.ClassifierOutputTarget(int(label)) for label in LABELS]
+    with library.GradCAM(model=model, target_layers=[layer]) as cam:
+        assert torch.equal(torch.from_numpy(cam(input_tensor=images, targets=targets)), expected)
+
+
+@pytest.mark.parametrize("method", ["ScoreCAM", "AblationCAM", "FullGrad", "EigenCAM"])
+def test_methods_that_hook_or_replace_layers_leave_the_network_as_it_was(method: str) -> None:
+    library: Any = pytest.importorskip("pytorch_grad_cam", reason="needs grad-cam")
+    model, images = network(), torch.randn(2, 1, 16, 16)
+    before, modules = model(images), list(model.modules())
+    targets = [library.utils.model_targets.ClassifierOutputTarget(int(label)) for label in LABELS]
+    with getattr(library, method)(model=model, target_layers=[model.layer2[0].conv2]) as cam:
+        heat = torch.from_numpy(cam(input_tensor=images, targets=targets))
+    assert heat.shape == (2, 16, 16)
+    assert heat.isfinite().all()
+    assert heat.max() > 0.99  # of an image with a place that speaks for its class
+    assert list(model.modules()) == modules
+    assert isinstance(model.layer2[0].conv2, AWConv2d)
+    assert torch.equal(model(images), before)
+
+
+def test_lrp_has_no_rule_for_the_end_of_a_branch() -> None:
+    with pytest.raises(TypeError, match="Sigmoid"):
+        attr.LRP(network()).attribute(torch.randn(2, 1, 8, 8), target=LABELS)
