@@ -82,7 +82,7 @@ def test_all_spatial_convolutions_but_the_stem_are_converted() -> None:
 
 
 @pytest.mark.parametrize("config", ["yolo11n", "yolo26n", "yolo26n-seg", "yolov9t", "yolov10s"])
-def test_a_converted_network_computes_the_same_and_fuses_exactly(config: str) -> None:
+def test_a_converted_network_computes_the_same_and_fuses_exactly(config: str, caplog: pytest.LogCaptureFixture) -> None:
     model, images = YOLO(f"{config}.yaml").model.double(), torch.rand(4, 3, 64, 64).double()
     with torch.no_grad():
         model.train()(images)  # statistics other than 0 and 1
@@ -101,7 +101,8 @@ def test_a_converted_network_computes_the_same_and_fuses_exactly(config: str) ->
             }
     assert len(aw_layers(fused)) > 30
     blocks = [module for module in fused.modules() if type(module).__name__ in ("RepConv", "RepVGGDW")]
-    assert bool(blocks) is (config in ("yolov9t", "yolov10s"))
+    assert bool(blocks) is (config in ("yolov9t", "yolov10s")) is ("now leaves its block as it is" in caplog.text)
+    assert "raises an error" not in caplog.text
     assert all(hasattr(block, "conv1") for block in blocks)  # the two kernels of each are still two
     awconv.revert(model, drop_attention=True).fuse(verbose=False)
     assert model.is_fused()
@@ -144,6 +145,9 @@ def test_the_trainer_trains_attention_on_coco128_where_the_plain_one_loses_it(tm
     assert losses["aw"][0] == pytest.approx(losses["plain"][0], rel=1e-5)  # the same start, seed and images
     assert losses["aw"][2:] != losses["plain"][2:]
     trained, averaged = training.trainer.model.state_dict(), training.trainer.ema.ema.state_dict()
+    decayed = {id(p) for g in training.trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    kernels = {id(p) for p in training.trainer.model.parameters() if p.ndim == 4}
+    assert decayed == kernels  # not norms and biases
     for name in aw_layers(training.model):
         if not name.startswith("model.23.cv2"):  # whose coarse levels may see no box
             for key in (f"{name}.weight", f"{name}.attention.norm2.weight"):
@@ -244,9 +248,10 @@ def test_a_checkpoint_predicts_validates_and_exports(tmp_path: Path, monkeypatch
     (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     # Boxes are of some 64 pixels; both add in float32, over some 60 layers.
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-3)
-    assert (YOLO(file).predict(str(tmp_path / "data" / "images" / "0.png"), imgsz=64, verbose=False))[
-        0
-    ].boxes is not None
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail):
+        session.run(None, {session.get_inputs()[0].name: torch.rand(1, 3, 96, 96).numpy()})
+    (result,) = YOLO(file).predict(str(tmp_path / "data" / "images" / "0.png"), imgsz=64, verbose=False)
+    assert result.orig_shape == (64, 64)
 
 
 ROWS = {
