@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/awconv demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/pytest -n auto --maxprocesses 4
+	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # Ultralytics is under AGPL-3.0, and so no dependency of any kind: this installs it into .venv and tests awconv with it.
 yolo: $(INSTALLED)

@@ -39,6 +39,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items:
+        place = _shared_fixture(item)
+        if place is not None:
+            item.add_marker(pytest.mark.xdist_group(place))
+
+
+def _shared_fixture(item: pytest.Item) -> str | None:
+    """The file or folder of a fixture that a test shares with others. With ``--dist loadgroup`` they run in one worker,
+    so that a server is started, and a network exported, once and not in each of them."""
+    found = getattr(item, "_fixtureinfo", None)
+    if found is None:
+        return None
+    last = [definitions[-1] for definitions in found.name2fixturedefs.values()]
+    places = [fixture.baseid for fixture in last if fixture.scope in ("module", "session")]
+    return min((place for place in places if place not in ("", "tests")), key=len, default=None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
