@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -145,6 +146,30 @@ def test_a_network_loses_half_its_channels_and_trains_on(name: str) -> None:
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.equal(loaded.eval()(inputs), model.eval()(inputs))
     assert before.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["resnet8_cifar", "aw_resnet8_cifar"])
+def test_in_cifar_networks_the_blocks_are_pruned_inside(name: str) -> None:
+    inputs = torch.randn(2, 3, 16, 16)
+    for inside in (False, True):
+        model = timm.create_model(name)
+        kept = [model.fc, model.conv1, *(block.conv2 for block in (model.layer1[0], model.layer2[0], model.layer3[0]))]
+        told = prunable(model) if name.startswith("aw_") else contextlib.nullcontext({})
+        with told as pruners:
+            tp.pruner.BasePruner(
+                model,
+                inputs,
+                tp.importance.MagnitudeImportance(),
+                pruning_ratio=0.5,
+                ignored_layers=kept if inside else [model.fc],
+                customized_pruners=pruners,
+            ).step()
+        if inside:
+            assert model(inputs).shape == (2, 10)
+            assert model.layer3[0].conv1.out_channels == 32
+        else:
+            with pytest.raises(RuntimeError, match="cannot be multiplied"):  # torch-pruning widens their shortcuts
+                model(inputs)
 
 
 def test_channels_of_small_weights_go_first() -> None:
