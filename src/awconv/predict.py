@@ -133,8 +133,8 @@ def source_of(ckpt: str | None, model: Path | None, option: str = "--ckpt") -> s
     if (ckpt is None) == (model is None):
         raise UsageError(
             f"missing: {option}: a checkpoint of awconv fit, compare or demo, or a training's folder; what publish "
-            "wrote; a name with weights in timm, such as resnet50, or on the hub, hf-hub:OWNER/NAME; or --model: a file of "
-            "awconv export"
+            "wrote; a name with weights in timm, such as resnet50, or on the hub, hf-hub:OWNER/NAME; or --model: a "
+            "file of awconv export"
             if ckpt is None
             else f"either {option} or --model names the network, got both"
         )
