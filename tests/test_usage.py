@@ -66,7 +66,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             "predict x.png",
             "missing: --ckpt: a checkpoint of awconv fit, compare or demo, or a training's folder; what publish wrote; "
-            "or a name with weights in timm, such as resnet50; or --model: a file of awconv export",
+            "a name with weights in timm, such as resnet50, or on the hub, hf-hub:OWNER/NAME; or --model: a file of "
+            "awconv export",
         ),
         ("publish run.json --tga=x", "there is no option --tga; near it: --tag"),
         ("demo --seeds=x", "seeds must be a whole number, got 'x'"),

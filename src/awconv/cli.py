@@ -191,7 +191,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "write a trained network for ONNX Runtime, OpenVINO or AOTInductor, and check it",
         "awconv.export:export",
-        Positional("source", "a checkpoint, a folder, an adapter or a name with weights in timm", type=str),
+        Positional(
+            "source", "a checkpoint, a folder, an adapter, or a name with weights in timm or on the hub", type=str
+        ),
     ),
     "fold": Command(
         "make plain convolutions of the layers whose attention matters least, on held-out images",

@@ -64,7 +64,7 @@ def predict(
     Args:
         images: image files, and folders to search for them. Each image is predicted once.
         ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or a training's folder; what ``publish`` wrote;
-            or a name with weights in timm, such as resnet50.
+            a name with weights in timm, such as resnet50; or a network on the hub, hf-hub:OWNER/NAME.
         format: a table, CSV, or JSON with ``predictions`` and ``failures``. CSV has a row for each image, of a detector
             for each object: class, score, x1, y1, x2, y2.
         top_k: how many classes of an image are given, the most probable first.
@@ -133,7 +133,8 @@ def source_of(ckpt: str | None, model: Path | None, option: str = "--ckpt") -> s
     if (ckpt is None) == (model is None):
         raise UsageError(
             f"missing: {option}: a checkpoint of awconv fit, compare or demo, or a training's folder; what publish "
-            "wrote; or a name with weights in timm, such as resnet50; or --model: a file of awconv export"
+            "wrote; a name with weights in timm, such as resnet50, or on the hub, hf-hub:OWNER/NAME; or --model: a "
+            "file of awconv export"
             if ckpt is None
             else f"either {option} or --model names the network, got both"
         )

@@ -103,7 +103,7 @@ def publish(
 
 
 def _architecture(name: str, task: ClassificationTask) -> dict[str, Any]:
-    """The network and its arguments, as timm's configurations have them; transformers learns the channels from these."""
+    """The network and its arguments, as timm's configurations have them; transformers learns channels from these."""
     channels = dict(in_chans=task.input_size[0])
     if task.conversion is not None:
         arguments = dict(network=name, network_args=task.network_args, convert=task.conversion)

@@ -45,8 +45,8 @@ def explain(
     accuracy and how classes differ. The network runs over them as many times as it has AW-convolutions, and four.
 
     Args:
-        ckpt: a checkpoint of ``awconv fit`` or ``compare``, a training's folder, what ``publish`` wrote, or a name with
-            weights in timm.
+        ckpt: a checkpoint of ``awconv fit`` or ``compare``, a training's folder, what ``publish`` wrote, a name with
+            weights in timm, or a network on the hub, hf-hub:OWNER/NAME.
         out: the folder to write, with index.html, explain.json and PNG files. A former explanation there is replaced,
             and nothing else.
         files: image files, and folders to search for them.

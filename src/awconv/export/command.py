@@ -82,7 +82,7 @@ def export(
 
     Args:
         source: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or a training's folder; what ``publish`` wrote;
-            or a name with weights in timm, such as resnet50.
+            a name with weights in timm, such as resnet50; or a network on the hub, hf-hub:OWNER/NAME.
         out: the file to write: .onnx, .xml (OpenVINO, with a .bin beside it, which is replaced, too) or .pt2
             (AOTInductor).
         format: of the file; its ending says it, too.

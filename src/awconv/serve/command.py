@@ -36,7 +36,7 @@ def serve(
 
     Args:
         ckpt: a checkpoint of ``awconv fit``, ``compare`` or ``demo``, or a training's folder; what ``publish`` wrote;
-            or a name with weights in timm, such as resnet50.
+            a name with weights in timm, such as resnet50; or a network on the hub, hf-hub:OWNER/NAME.
         model: a file of ``awconv export``, in the place of ckpt. A .pt2 is machine code, which runs.
         host: where it listens. The default is this machine alone. The server asks nobody for a password.
         port: where it listens; 0 takes a free one.
