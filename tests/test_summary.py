@@ -65,6 +65,17 @@ def test_blocks_of_input_channels_scale_more_partial_products() -> None:
     assert counted.operations == 9 * (32 * 4 + 4 * 16 * 4) + min(16 * 32 * 9, 16 * 4 * 9 * 16)
 
 
+def test_a_pool_of_ones_own_counts_what_it_does() -> None:
+    def pool(size: tuple[int, int]) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(size))
+
+    layer, image = AWConv2d(8, 4, 3, padding=1, pool=pool), torch.zeros(1, 8, 6, 6)
+    found = summary(nn.Sequential(layer), image)
+    of_pool, of_branch, scaling = 8 * 8 * 36, 9 * (8 * 4 + 4 * 4), min(8 * 4 * 9, 4 * 9 * 36)
+    assert found.converted[0].operations == of_pool + of_branch + scaling
+    assert found.operations == of_pool + of_branch + scaling + 8 * 4 * 9 * 36
+
+
 def test_the_network_is_not_changed() -> None:
     model = convert(timm.create_model("resnet8_cifar")).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,10 +33,10 @@ def added(layer: Layer, input: Tensor, output: Tensor) -> tuple[int, int]:
     """Multiply-adds that the attention of a layer adds: those of its branches, and the multiplications by what they
     give.
 
-    A branch of a user's own is run, to count what it does.
+    A branch or a pool of a user's own is run, to count what it does.
 
     Returns:
-        The number, and the part of it that a counter around this call has seen of such a branch.
+        The number, and the part of it that a counter around this call has seen of these.
     """
     if input.dim() < layer.weight.dim():
         input, output = input[None], output[None]
@@ -54,10 +56,16 @@ def added(layer: Layer, input: Tensor, output: Tensor) -> tuple[int, int]:
 
 
 def _branch(branch: BaseBranch, input: Tensor) -> tuple[int, int]:
-    if type(branch) is AttentionBranch:
-        pooled = (*input.shape[:2], *branch.attention_size[2:])
-        return pointwise_layers(pooled, branch.conv1.weight.shape, branch.conv2.weight.shape), 0
+    if type(branch) is not AttentionBranch:
+        seen = _counted(branch, input)
+        return seen, seen
+    pooled = (*input.shape[:2], *branch.attention_size[2:])
+    seen = 0 if branch.pool is None else _counted(branch.pool, input)
+    return pointwise_layers(pooled, branch.conv1.weight.shape, branch.conv2.weight.shape) + seen, seen
+
+
+def _counted(run: Callable[[Tensor], Tensor], input: Tensor) -> int:
     counter = FlopCounterMode(display=False)
     with counter:
-        branch(input)
-    return (counter.get_total_flops() // 2,) * 2
+        run(input)
+    return counter.get_total_flops() // 2

@@ -229,3 +229,35 @@ def test_after_an_error_the_layers_are_what_they_were() -> None:
         assert 1 / (type(model[2]) is AWConv2d)
     assert type(model[2]) is AWConv2d
     assert tp.pruner.function.prune_depthwise_conv_out_channels is by_default
+
+
+def test_a_copy_that_is_made_meanwhile_has_its_attention() -> None:
+    model, images = network().eval(), torch.randn(2, 3, 12, 12)
+    expected = model(images)
+    with prunable(model):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for copied in (*copies, model):
+        assert type(copied[2]) is AWConv2d
+        assert torch.equal(copied(images), expected)
+
+
+@pytest.mark.parametrize("activation", [lambda: nn.Softmax(1), lambda: nn.GroupNorm(1, 12, affine=False)])
+def test_an_activation_that_mixes_channels_is_refused(activation: Any) -> None:
+    model = awconv.convert(nn.Sequential(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3)), activation=activation)
+    with pytest.raises(ValueError, match="layer '1' has an activation that mixes channels"), prunable(model):
+        pass
+    assert type(model[1]) is AWConv2d
+
+
+def test_a_branch_of_several_layers_is_refused() -> None:
+    model = awconv.convert(nn.Sequential(*[nn.Conv2d(12, 12, 3) for _ in range(3)]), ["1", "2"])
+    model[2].attention = model[1].attention
+    with pytest.raises(ValueError, match="branch of layer '2' belongs to layer '1' too"), prunable(model):
+        pass
+
+
+def test_it_is_not_nested() -> None:
+    model = network()
+    with prunable(model), pytest.raises(ValueError, match="within a prunable already"), prunable(model):
+        pass
+    assert type(model[2]) is AWConv2d

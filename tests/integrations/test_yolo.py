@@ -297,9 +297,10 @@ def test_a_yaml_names_aw_blocks_and_every_training_builds_them_again(tmp_path: P
         ({"backbone": [[-1, 1, "AWConw", [8, 3, 2]]]}, r"there is no block 'Conw'"),
         (
             {"backbone": [*ROWS["backbone"][:2], [-1, 1, "AWSPPF", [8, 5]]]},
-            r"layer 2 of the YAML file, AWSPPF: .*no convolution",
+            r"layer 2 of the YAML file, AWSPPF: its convolutions all have a kernel of size 1, .* write SPPF",
         ),
         ({"awconv": {"reductoin": 8}}, r"layer 1 of the YAML file, AWConv: .*no argument reductoin"),
+        ({"awconv": {"select": "*"}}, r"must not hold select: the rows"),
         ({"awconv": "identity"}, r"must hold arguments of awconv.convert, got 'identity'"),
     ],
 )

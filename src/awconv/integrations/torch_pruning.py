@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 from awconv.branch import AttentionBranch
+from awconv.evaluation_mode import evaluation_mode
 from awconv.extras import require
 from awconv.layers import AW_LAYERS
 
@@ -33,8 +34,9 @@ def prunable(model: nn.Module) -> Iterator[dict[type[nn.Module], Any]]:
 
     Raises:
         ModuleNotFoundError: torch-pruning is not installed.
-        ValueError: a branch is one of a user's own, was fused, or has a pool, a norm or an activation whose channels
-            cannot be told apart. The network is left as it was.
+        ValueError: a branch is one of a user's own, was fused, belongs to several layers, or has a pool, a norm or an
+            activation whose channels cannot be told apart; or the network is within such a context already. The network
+            is left as it was.
 
     Examples:
         >>> import timm
@@ -50,8 +52,11 @@ def prunable(model: nn.Module) -> Iterator[dict[type[nn.Module], Any]]:
     """
     functions = require("torch_pruning", extra="integrations").pruner.function
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AW_LAYERS)}
+    if any(isinstance(layer, _Traced) for layer in layers.values()):
+        raise ValueError("prunable: the network is within a prunable already; use the pruners of that one")
+    shared = _shared_branches(layers)
     for name, layer in layers.items():
-        obstacle = next(filter(None, map(_obstacle, layer.branches())), None)
+        obstacle = shared.get(name) or next(filter(None, map(_obstacle, layer.branches())), None)
         if obstacle:
             raise ValueError(
                 f"prunable: the branch of layer {name!r} {obstacle}; prune the plain network, and convert it then"
@@ -88,6 +93,29 @@ class _Traced:
         output: Tensor = convolve(padded, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         return output
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are the layer, and not what runs while the context lasts."""
+        state: Any = super().__reduce_ex__(protocol)[2]
+        return _empty, (type(self).__bases__[1],), state
+
+
+def _empty(kind: type[nn.Module]) -> nn.Module:
+    """A module without a state, which pickle gives it."""
+    return kind.__new__(kind)
+
+
+def _shared_branches(layers: Mapping[str, Any]) -> dict[str, str]:
+    """The layers that share a branch, or a part of one, with another, and with which."""
+    owners: dict[nn.Parameter, str] = {}
+    shared = {}
+    for name, layer in layers.items():
+        for branch in layer.branches():
+            for parameter in branch.parameters():
+                owner = owners.setdefault(parameter, name)
+                if owner != name:
+                    shared[name] = f"belongs to layer {owner!r} too, whose channels are others"
+    return shared
+
 
 def _obstacle(branch: nn.Module) -> str | None:
     """Why the channels of a branch cannot be pruned; None if they can."""
@@ -99,7 +127,22 @@ def _obstacle(branch: nn.Module) -> str | None:
         return f"has a {type(branch.norm2).__name__}, which takes statistics of all channels together"
     if any(parameter.numel() > 1 for parameter in branch.act2.parameters()):
         return "has an activation with parameters for each channel"
+    if not _keeps_channels_apart(branch):
+        return f"has an activation that mixes channels, {branch.act2!r}"
     return None
+
+
+@torch.no_grad()
+def _keeps_channels_apart(branch: AttentionBranch) -> bool:
+    """Whether a change of one channel changes no other one behind the activation. It is tried."""
+    out_blocks, in_blocks, *taps = branch.attention_size
+    weight = branch.conv2.weight
+    before = torch.randn(1, out_blocks * in_blocks, *taps, dtype=weight.dtype, device=weight.device)
+    after = before.clone()
+    after[:, 0] += 1
+    with evaluation_mode(branch):
+        outputs = [branch.act2(value) for value in (before, after)]
+    return torch.equal(outputs[0][:, 1:], outputs[1][:, 1:])
 
 
 _POOLS = (

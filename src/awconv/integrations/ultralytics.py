@@ -20,7 +20,7 @@ from awconv.convert import ATTENTION_ARGUMENTS, arguments_of, convert
 from awconv.folding import keep_attention
 from awconv.layers import AW_LAYERS
 from awconv.revert import replace_layers
-from awconv.selection import is_spatial
+from awconv.selection import convolutions, is_spatial
 
 _log = logging.getLogger(__name__)
 
@@ -202,12 +202,21 @@ def _parse_model(parse: Any, tasks: Any, d: dict[str, Any], ch: int, *arguments:
     of_convert = d.get("awconv") or {}
     if not isinstance(of_convert, Mapping):
         raise TypeError(f"awconv: in the YAML file must hold arguments of awconv.convert, got {of_convert!r}")
+    if "select" in of_convert:
+        raise TypeError(
+            "awconv: in the YAML file must not hold select: the rows that name AW blocks say what to convert"
+        )
     names: dict[int, str] = {}
     for index, row in enumerate(d["backbone"] + d["head"]):
         if isinstance(row[2], str) and row[2].startswith("AW") and not hasattr(tasks, row[2]):
             names[index], row[2] = row[2], _block(tasks, row[2])
     layers, save = parse(d, ch, *arguments, **options)
     for index, name in names.items():
+        if not any(map(is_spatial, convolutions(layers[index]).values())):
+            raise ValueError(
+                f"layer {index} of the YAML file, {name}: its convolutions all have a kernel of size 1, which stays "
+                f"plain; write {name.removeprefix('AW')}"
+            )
         try:
             convert(layers[index], lambda name, module: is_spatial(module), **of_convert)
         except (TypeError, ValueError) as error:
