@@ -308,3 +308,19 @@ class TestConfigurationOfSomebodyElse:
         assert "is not the published file" in self.refused(folder, capsys)
         (folder / FILE).unlink()
         assert f"has no {FILE}" in self.refused(folder, capsys)
+
+
+@pytest.mark.parametrize("init", ["fresh", "identity"])
+def test_a_network_whose_attention_was_folded_away_is_no_converted_one(init: str, tmp_path: Path) -> None:
+    """What timm saved of it says that it has branches, and the file holds none."""
+    model = awconv.convert(timm.create_model("resnet8_cifar", num_classes=3), init=init)
+    for part in (model.layer1, model.layer2, model.layer3):
+        awconv.revert(part, drop_attention=True)
+    timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=True)
+    images = torch.randn(2, 3, 32, 32)
+    if init == "identity":  # branches that change nothing
+        loaded = awconv.load(tmp_path / "saved")
+        torch.testing.assert_close(loaded.network(images), model.eval()(images), rtol=1e-4, atol=1e-5)  # float32
+    else:
+        with pytest.raises(ValueError, match="does not hold the weights of resnet8_cifar"):
+            awconv.load(tmp_path / "saved")

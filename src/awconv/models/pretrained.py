@@ -175,7 +175,7 @@ def load_weights(network: nn.Module, name: str, file: str | Path, converted: boo
         network: the network.
         name: its name in messages.
         file: safetensors, a state dict of torch under the network's names, or a checkpoint.
-        converted: the network was converted after it was built: the file may be the plain network's.
+        converted: the network was converted after it was built, and will train: the file may be the plain network's.
 
     Returns:
         The file's number of classes; None if it has no classifier.

@@ -170,14 +170,15 @@ class ClassificationTask(Task):
         """Loads the pretrained weights into the network.
 
         Args:
-            whole: refuse weights of other classes, instead of starting with a classifier of zeros.
+            whole: nothing will be trained: refuse weights of other classes, and those of the plain network for
+                branches that start at random, instead of starting from them.
 
         Raises:
             FileNotFoundError: the file of weights is not there.
             ValueError: there are no such weights, they belong to another network, or a classifier of zeros would stay.
         """
         try:
-            network, classes = self._build_pretrained()
+            network, classes = self._build_pretrained(whole)
             of_others = classes != len(self.classes)
             if whole and of_others:
                 raise ValueError(f"they are of {classes} classes, the data of {len(self.classes)}")
@@ -194,11 +195,11 @@ class ClassificationTask(Task):
         if self.ema is not None:
             self.ema.module.load_state_dict(network.state_dict())  # its branches take the weights' form, too
 
-    def _build_pretrained(self) -> tuple[nn.Module, int | None]:
+    def _build_pretrained(self, whole: bool) -> tuple[nn.Module, int | None]:
         """The network with its pretrained weights, and their number of classes."""
         if isinstance(self.pretrained, str):
-            network = self._build()
-            return network, load_weights(network, self.network_name, self.pretrained, self.conversion is not None)
+            network, of_plain = self._build(), self.conversion is not None and not whole
+            return network, load_weights(network, self.network_name, self.pretrained, of_plain)
         network = self._build(pretrained=True)
         known: Any = network.pretrained_cfg
         return network, known.get("num_classes")
