@@ -304,3 +304,38 @@ def test_attributes_that_a_user_put_on_a_layer_stay_on_it_there_and_back() -> No
     plain = revert(model)[1]
     assert (plain.f, plain.type) == (-1, "a layer of a YAML")
     assert vars(plain).keys() - vars(nn.Conv2d(4, 4, 3)).keys() == {"f", "type"}
+
+
+class TestAttributesThatWouldShadow:
+    def test_a_layer_that_was_compiled_gets_its_attention(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+        model[1].compile(backend="eager")
+        convert(model)
+        model(torch.randn(4, 3, 9, 9)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model[1].attention.parameters())
+
+    def test_a_compiled_layer_is_plain_again_where_its_attention_is_dropped(self) -> None:
+        model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))).eval()
+        model[1].compile(backend="eager")
+        images = torch.randn(2, 8, 9, 9)
+        for layer in (model[1].to_conv(torch.zeros(8, 1, 3, 3)), revert(model, drop_attention=True)[1]):
+            assert torch.equal(layer(images), nn.functional.conv2d(images, layer.weight, layer.bias))
+
+    def test_a_forward_of_a_users_own_is_not_lost(self) -> None:
+        model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), init="identity")
+        forward = model[1].forward
+        model[1].forward = lambda input: 2 * forward(input)
+        with pytest.raises(ValueError, match="the layer '1' has a forward of its own"):
+            revert(model)
+        with pytest.raises(ValueError, match="has a forward of its own"):
+            model[1].to_conv()
+
+    @pytest.mark.parametrize("name", ["attention", "input_attention", "branches", "is_identity", "to_conv"])
+    def test_names_that_the_layer_uses_are_left_behind(self, name: str) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+        setattr(model[1], name, "a user's")
+        images = torch.randn(2, 3, 9, 9)
+        before = model(images)
+        convert(model, init="identity", input_gain=True)
+        torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-6)  # float32; another order of sums
+        assert model[1].is_identity()

@@ -324,3 +324,41 @@ def test_a_network_whose_attention_was_folded_away_is_no_converted_one(init: str
     else:
         with pytest.raises(ValueError, match="does not hold the weights of resnet8_cifar"):
             awconv.load(tmp_path / "saved")
+
+
+def test_a_network_that_was_folded_is_saved_as_what_it_is_or_not_at_all(tmp_path: Path) -> None:
+    images = torch.randn(4, 3, 32, 32)
+    model = awconv.convert(timm.create_model("resnet8_cifar", num_classes=3)).eval()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    assert not awconv.fold(model, [(images, labels)], max_drop=100).kept
+    timm.models.save_for_hf(model, tmp_path / "whole", safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True).eval()
+    assert not awconv.is_converted(loaded)
+    assert torch.equal(loaded(images), model(images))
+
+    model = timm.create_model("aw_resnet8_cifar", num_classes=3).eval()
+    awconv.fold(model, [(images, labels)], max_drop=100)
+    with pytest.raises(ValueError, match="not serializable"):
+        timm.models.save_for_hf(model, tmp_path / "part", safe_serialization=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"pretrained_cfg": {"num_classes": 10**12}},
+            "num_classes must be a number from 1 to 1,000,000, got 1000000000000",
+        ),
+        ({"model_args": {"network_args": [1]}}, r"network_args must be names and values, got \[1\]"),
+    ],
+)
+def test_a_configuration_of_a_stranger_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = awconv.convert(timm.create_model("resnet8_cifar", num_classes=3), init="identity")
+    timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=True)
+    config = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    for part, values in change.items():
+        config[part] |= values
+    (tmp_path / "saved" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        awconv.load(tmp_path / "saved")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -65,12 +65,13 @@ def convert(
 
     RepVGG, MobileOne, RepViT and FastViT fold several layers into one plain convolution, which would lose the
     attention. After the conversion their methods (``reparameterize``, ``fuse``, ``fuse_convs``, ``switch_to_deploy``,
-    ``merge_kernel`` and ``merge``, without arguments) raise a ValueError. Fold first, then convert. The ``fuse`` of a
-    YOLO of Ultralytics folds norms, which keeps the attention, and works. If a convolution is converted by itself
-    (``block.conv = convert(block.conv)``), the methods of its parents cannot be found: convert the whole network and
-    select the layer by its name instead.
+    ``convert_to_deploy``, ``merge_kernel`` and ``merge``, without arguments) raise a ValueError. Fold first, then
+    convert. The ``fuse`` of a YOLO of Ultralytics folds norms, which keeps the attention, and works. If a convolution
+    is converted by itself (``block.conv = convert(block.conv)``), the methods of its parents cannot be found: convert
+    the whole network and select the layer by its name instead.
 
-    Attributes that someone has put on a convolution stay on its AW layer.
+    Attributes that someone has put on a convolution stay on its AW layer, but for private ones (a layer that was
+    compiled by itself must be compiled again) and those whose names the layer has a use for.
 
     Args:
         model: any module.
@@ -328,6 +329,18 @@ def arguments_of(layer: Convolution) -> tuple[Any, ...]:
     )
 
 
+def carry_attributes(old: nn.Module, new: nn.Module, but: Collection[str] = ()) -> None:
+    """Puts what someone has put on a layer on the one that takes its place.
+
+    Left out are private attributes, by which libraries run something in the place of the old layer's forward, names
+    that the new layer has a use for and the old one had not, and those named.
+    """
+    for name, value in vars(old).items():
+        used = name in vars(new) or (hasattr(new, name) and not hasattr(type(old), name))
+        if not (used or name.startswith("_") or name in but):
+            vars(new)[name] = value
+
+
 def _counterpart(
     name: str, old: Convolution, kinds: Mapping[type[nn.Module], type[nn.Module]], **arguments: Any
 ) -> nn.Module:
@@ -347,6 +360,6 @@ def _counterpart(
     new.weight = old.weight
     new.bias = old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice  # made when the old layer was
-    vars(new).update({name: value for name, value in vars(old).items() if name not in vars(new)})  # a user's own
+    carry_attributes(old, new)
     counterpart: nn.Module = new.train(old.training)
     return counterpart

@@ -28,7 +28,7 @@ class Exchangeable:
             **arguments: of the attention (``reduction``, ``activation``, ...), and ``norm_layer``.
 
         Raises:
-            TypeError: ``conv`` is of another kind, or an argument is unknown.
+            TypeError: ``conv`` is of another kind, this class is one of your own, or an argument is unknown.
             ValueError: it cannot be replaced exactly (hooks, parametrisations), or an argument does not fit it.
 
         Examples:
@@ -51,7 +51,7 @@ class Exchangeable:
         if not isinstance(layer, cls):
             raise TypeError(
                 f"{cls.__name__}.from_conv: the counterpart of a {type(conv).__name__} is an {type(layer).__name__}, "
-                f"not an {cls.__name__}; call {type(layer).__name__}.from_conv"
+                f"of which it makes no {cls.__name__}; call {type(layer).__name__}.from_conv, or build yours yourself"
             )
         return layer
 
@@ -69,7 +69,8 @@ class Exchangeable:
         Raises:
             TypeError: ``attention`` is no tensor.
             ValueError: it has another shape, or a number that is not finite; or there is none, and the layer is no
-                identity; or a gain over input channels has left the identity, which :func:`awconv.fold` can fold.
+                identity; or a gain over input channels has left the identity, which :func:`awconv.fold` can fold; or
+                the layer has hooks, is parametrised or is of a class of your own.
 
         Examples:
             >>> import torch
@@ -81,10 +82,11 @@ class Exchangeable:
         """
         from awconv.fold_layers import folded_layer  # which is made of layers
         from awconv.input_gain import unit_of
-        from awconv.revert import revert
+        from awconv.revert import replaceable_layers, revert
 
         layer = cast("AWConv2d", self)
         name = f"{type(self).__name__}.to_conv"
+        replaceable_layers(layer, name)
         if attention is None:
             if not layer.is_identity():
                 raise ValueError(

@@ -13,6 +13,7 @@ from torch import nn
 from awconv.evaluation_mode import evaluation_mode
 from awconv.fold_layers import AWConv, GainStatistics, folded_layer, gathered
 from awconv.fold_score import Score, check_data, evaluate
+from awconv.rebuild import forget_layers
 from awconv.revert import replace_layers, replaceable_layers, restore_folding
 from awconv.tables import Table
 
@@ -170,6 +171,8 @@ def fold(model: nn.Module, data: Iterable[Any], max_drop: float = 0.1) -> FoldRe
         replace_layers(model, {new: old for old, new in plain.items()})
         raise
     restore_folding(model)
+    if any(trial.folded for trial in trials):
+        forget_layers(model)
     return FoldReport(
         trials=tuple(trials),
         images=before.images,

@@ -11,7 +11,15 @@ from torch import nn
 
 # Methods without arguments that make one plain convolution of several layers: timm's, RepVGG's, RepLKNet's, peft's,
 # Ultralytics'.
-_FOLDING = ("reparameterize", "fuse", "fuse_convs", "switch_to_deploy", "merge_kernel", "merge")
+_FOLDING = (
+    "reparameterize",
+    "fuse",
+    "fuse_convs",
+    "switch_to_deploy",
+    "convert_to_deploy",
+    "merge_kernel",
+    "merge",
+)
 # Those that keep the attention: they scale output channels of K, and so of K (1 + A), by the norm behind it and make a
 # bias, as awconv.fuse does, or remove what inference does not run.
 _EXACT = {

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from awconv.layers import AW_LAYERS
+
 CONVERTED = "awconv_converted"
 """A network of timm after :func:`awconv.convert`, under the name that timm knows it by (awconv.models.registry)."""
 
@@ -43,6 +45,18 @@ def forget_conversions(model: nn.Module) -> None:
         if "network" not in arguments:
             return
         _describe(model, arguments["network"], dict(arguments.get("network_args") or {}))
+
+
+def forget_layers(model: nn.Module) -> None:
+    """Of a network some of whose AW-convolutions became plain ones in a way that no description has: lets timm refuse
+    to save it. Where none is left, the network is again what it was before its conversions."""
+    cfg, arguments = getattr(model, "pretrained_cfg", None), getattr(model, "_model_args", None)
+    if not isinstance(cfg, dict) or not isinstance(arguments, dict):
+        return
+    if cfg.get("architecture") == CONVERTED and not any(isinstance(module, AW_LAYERS) for module in model.modules()):
+        forget_conversions(model)
+    else:
+        _describe(model, cfg.get("architecture", ""), arguments | dict(folded=NotText("some of its layers")))
 
 
 class NotText:

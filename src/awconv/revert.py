@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from awconv.convert import ATTENTION_ARGUMENTS, COUNTERPARTS, arguments_of, has_hooks
+from awconv.convert import ATTENTION_ARGUMENTS, COUNTERPARTS, arguments_of, carry_attributes, has_hooks
 from awconv.folding import keeps_attention
 from awconv.layers import AW_LAYERS, AWConv1d, AWConv2d, AWConv3d
 from awconv.rebuild import forget_conversions
@@ -118,6 +118,8 @@ def _obstacle(layer: AWConv1d | AWConv2d | AWConv3d) -> str | None:
         return "is parametrised; remove the parametrisation (torch.nn.utils.parametrize.remove_parametrizations)"
     if has_hooks(layer):
         return "has hooks, which the plain convolution would lack; remove them"
+    if {"forward", "_conv_forward"} & vars(layer).keys():
+        return "has a forward of its own, which the plain convolution would lack; remove it"
     return None
 
 
@@ -128,8 +130,7 @@ def plain_layer(old: AWConv1d | AWConv2d | AWConv3d) -> nn.Module:
     new.padding_mode = old.padding_mode
     new.weight, new.bias = old.weight, old.bias
     new._reversed_padding_repeated_twice = old._reversed_padding_repeated_twice
-    own = {*vars(new), *ATTENTION_ARGUMENTS, "input_attention"}
-    vars(new).update({name: value for name, value in vars(old).items() if name not in own})  # a user's own
+    carry_attributes(old, new, but=(*ATTENTION_ARGUMENTS, "input_attention"))
     plain: nn.Module = new.train(old.training)
     return plain
 

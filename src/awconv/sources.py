@@ -24,6 +24,7 @@ from awconv.terminal import say
 from awconv.training.checkpoints import find_last, read_checkpoint
 
 _CONFIG_BYTES = 2**24
+_CLASSES = 1_000_000  # at most: more than any data set has
 _CHANNELS = 4096  # of images, at most: more than any have
 _MODES = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")  # of resizing, torchvision's and Pillow's
 
@@ -109,7 +110,9 @@ def _published(folder: Path) -> ClassificationTask:
     convert = None
     if network == CONVERTED:
         convert = arguments.pop("convert", None)
-        network, own = arguments.pop("network", None), dict(arguments.pop("network_args", None) or {})
+        network, own = arguments.pop("network", None), arguments.pop("network_args", None) or {}
+        if not isinstance(own, dict):
+            raise ValueError(f"{folder / CONFIG}: network_args must be names and values, got {own!r}")
         arguments = {name: value for name, value in own.items() if name not in ("in_chans", "num_classes")} | arguments
     return _classifier(network, str(weights), cfg, arguments, convert, named=str(folder))
 
@@ -117,7 +120,7 @@ def _published(folder: Path) -> ClassificationTask:
 def _for_channels(cfg: Mapping[str, Any], channels: Any) -> dict[str, Any]:
     """timm's configuration for images of other channels: it then takes one mean and one deviation for all."""
     size: Any = cfg.get("input_size")
-    if not isinstance(channels, int) or not 1 <= channels <= _CHANNELS or not _are(int, size, 3) or size[0] == channels:
+    if type(channels) is not int or not 1 <= channels <= _CHANNELS or not _are(int, size, 3) or size[0] == channels:
         return dict(cfg)
     given = {name: cfg.get(name) for name in ("mean", "std")}
     told = {name: v for name, v in given.items() if isinstance(v, list) and v and _are(int | float, v, len(v))}
@@ -196,7 +199,10 @@ def _check_cfg(cfg: Mapping[str, Any], named: str) -> None:
             raise ValueError(f"{named}: {name} must be a number for each of {size[0]} channels, got {values!r}")
     if not isinstance(names, list | tuple | None):
         raise ValueError(f"{named}: label_names must be a list of the classes' names, got {type(names).__name__}")
-    if not (names or cfg.get("num_classes")):
+    classes = cfg.get("num_classes")
+    if not names and classes and (type(classes) is not int or not 1 <= classes <= _CLASSES):
+        raise ValueError(f"{named}: num_classes must be a number from 1 to {_CLASSES:,}, got {classes!r}")
+    if not (names or classes):
         raise ValueError(f"{named} classifies nothing: its weights are of a network without classes")
     if mode not in _MODES:
         raise ValueError(f"{named}: interpolation must be one of {', '.join(_MODES)}, got {mode!r}")
