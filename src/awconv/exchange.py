@@ -47,7 +47,7 @@ class Exchangeable:
                 f"{cls.__name__}.from_conv: conv must be an nn.{plain.__name__}, got {type(conv).__name__}; "
                 "awconv.convert replaces convolutions inside of a network"
             )
-        layer = convert(conv, "", init=init, **{"norm_layer": "match"} | arguments)
+        layer = convert(conv, "", init=init, **arguments)
         if not isinstance(layer, cls):
             raise TypeError(
                 f"{cls.__name__}.from_conv: the counterpart of a {type(conv).__name__} is an {type(layer).__name__}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -149,3 +150,15 @@ def test_methods_that_hook_or_replace_layers_leave_the_network_as_it_was(method:
 def test_lrp_has_no_rule_for_the_end_of_a_branch() -> None:
     with pytest.raises(TypeError, match="Sigmoid"):
         attr.LRP(network()).attribute(torch.randn(2, 1, 8, 8), target=LABELS)
+
+
+def test_a_copy_that_is_made_meanwhile_is_the_network_itself() -> None:
+    model, images = network().eval(), torch.randn(3, 1, 16, 16)  # an odd batch, which the context refuses
+    expected = model(images)
+    with complete_products(model):
+        copied = copy.deepcopy(model)
+        with pytest.raises(ValueError, match="is within such a context already"), complete_products(model):
+            pass
+    for one in (copied, model):
+        assert type(one.layer1[0].conv1) is AWConv2d
+        assert torch.equal(one(images), expected)

@@ -258,6 +258,10 @@ def test_a_branch_of_several_layers_is_refused() -> None:
 
 def test_it_is_not_nested() -> None:
     model = network()
-    with prunable(model), pytest.raises(ValueError, match="within a prunable already"), prunable(model):
+    with (
+        prunable(model),
+        pytest.raises(ValueError, match="is within such a context already, as a TracedAWConv2d; leave"),
+        prunable(model),
+    ):
         pass
     assert type(model[2]) is AWConv2d

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awconv.input_gain import unit_of
+from awconv.integrations.stand_in import StandIn, made_class, refuse_nested, standing_in
 from awconv.layers import AW_LAYERS
 from awconv.ops import aw_conv1d, aw_conv2d, aw_conv3d
 
@@ -31,7 +32,8 @@ def complete_products(model: nn.Module) -> Iterator[None]:
         model: a network with AW-convolutions, in evaluation mode.
 
     Raises:
-        ValueError: the network has no AW-convolution, or a batch is of an odd size.
+        ValueError: the network has no AW-convolution, or is within such a context already, or a batch is of an odd
+            size.
 
     Examples:
         >>> import timm
@@ -41,22 +43,17 @@ def complete_products(model: nn.Module) -> Iterator[None]:
         >>> with complete_products(model):  # doctest: +SKIP
         ...     captum.attr.DeepLift(model).attribute(images, baselines, target=labels)
     """
-    classes = {layer: type(layer) for layer in model.modules() if isinstance(layer, AW_LAYERS)}
-    if not classes:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AW_LAYERS)}
+    refuse_nested(layers, "complete_products")
+    if not layers:
         raise ValueError(
             f"complete_products: {type(model).__name__} has no AW-convolution; Captum's rules are complete without it"
         )
-    made = {kind: type(f"Halfway{kind.__name__}", (_Halfway, kind), {}) for kind in set(classes.values())}
-    try:
-        for layer, kind in classes.items():
-            layer.__class__ = made[kind]
+    with standing_in({layer: made_class(_Halfway, type(layer)) for layer in layers.values()}):
         yield
-    finally:
-        for layer, kind in classes.items():
-            layer.__class__ = kind  # type: ignore[assignment]
 
 
-class _Halfway:
+class _Halfway(StandIn):
     """An AW layer whose gradients are those halfway between images and baselines."""
 
     def forward(self: Any, input: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from awconv.branch import AttentionBranch
 from awconv.evaluation_mode import evaluation_mode
 from awconv.extras import require
+from awconv.integrations.stand_in import StandIn, made_class, refuse_nested, standing_in
 from awconv.layers import AW_LAYERS
 
 
@@ -52,8 +53,7 @@ def prunable(model: nn.Module) -> Iterator[dict[type[nn.Module], Any]]:
     """
     functions = require("torch_pruning", extra="integrations").pruner.function
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AW_LAYERS)}
-    if any(isinstance(layer, _Traced) for layer in layers.values()):
-        raise ValueError("prunable: the network is within a prunable already; use the pruners of that one")
+    refuse_nested(layers, "prunable")
     shared = _shared_branches(layers)
     for name, layer in layers.items():
         obstacle = shared.get(name) or next(filter(None, map(_obstacle, layer.branches())), None)
@@ -61,29 +61,26 @@ def prunable(model: nn.Module) -> Iterator[dict[type[nn.Module], Any]]:
             raise ValueError(
                 f"prunable: the branch of layer {name!r} {obstacle}; prune the plain network, and convert it then"
             )
-    classes = {layer: type(layer) for layer in layers.values()}
+    classes: dict[nn.Module, type[nn.Module]] = {}
+    made: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
     pruners: dict[type[nn.Module], Any] = {}
-    traced: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
-    for layer, kind in classes.items():
-        depthwise = layer.groups == layer.out_channels > 1  # as torch-pruning tells them apart
-        if (kind, depthwise) not in traced:
-            made = type(f"Traced{kind.__name__}", (_Traced, kind), {})
-            traced[kind, depthwise] = made
-            pruners[made] = _pruner(functions, depthwise)
+    for layer in layers.values():
+        kind, depthwise = type(layer), layer.groups == layer.out_channels > 1  # as torch-pruning tells them apart
+        if (kind, depthwise) not in made:
+            made[kind, depthwise] = made_class(_Traced, kind)
+            pruners[made[kind, depthwise]] = _pruner(functions, depthwise)
+        classes[layer] = made[kind, depthwise]
     by_default = functions.prune_depthwise_conv_out_channels
     try:
         # What torch-pruning calls where a group starts at a depthwise layer, whatever customized_pruners say.
         functions.prune_depthwise_conv_out_channels = _pruner(functions, depthwise=True).prune_out_channels
-        for layer, kind in classes.items():
-            layer.__class__ = traced[kind, layer.groups == layer.out_channels > 1]  # type: ignore[assignment]
-        yield pruners
+        with standing_in(classes):
+            yield pruners
     finally:
         functions.prune_depthwise_conv_out_channels = by_default
-        for layer, kind in classes.items():
-            layer.__class__ = kind  # type: ignore[assignment]
 
 
-class _Traced:
+class _Traced(StandIn):
     """An AW layer that runs as the plain convolution that it derives from."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
@@ -92,16 +89,6 @@ class _Traced:
         convolve = getattr(torch.nn.functional, f"conv{len(self.kernel_size)}d")
         output: Tensor = convolve(padded, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         return output
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are the layer, and not what runs while the context lasts."""
-        state: Any = super().__reduce_ex__(protocol)[2]
-        return _empty, (type(self).__bases__[1],), state
-
-
-def _empty(kind: type[nn.Module]) -> nn.Module:
-    """A module without a state, which pickle gives it."""
-    return kind.__new__(kind)
 
 
 def _shared_branches(layers: Mapping[str, Any]) -> dict[str, str]:
