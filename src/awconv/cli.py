@@ -20,6 +20,7 @@ from awconv.command_parser import (
     add_arguments,
     first_line,
     imported,
+    made,
     make_parser,
     parse,
     positional_first,
@@ -91,7 +92,7 @@ class Command:
         add_arguments(parser, function, (self.positional, self.further), skip)
         parsed = parse(parser, arguments, f"awconv {name} ... -- " if self.passes_on else "")
         parsed.pop("config")
-        return function(**parsed, **given)
+        return function(**made(function, parsed), **given)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from awconv.extras import require
 from awconv.usage import Strict, UsageError, explained, subparsers
@@ -85,12 +85,38 @@ def parse(parser: Any, arguments: Sequence[str], passing_on: str = "") -> dict[s
 
     try:
         with bounded_yaml():
-            parsed: dict[str, Any] = parser.parse_args(list(arguments)).as_dict()
+            parsed: dict[str, Any] = parser.parse_args(with_values(parser, arguments)).as_dict()
     except UsageError as error:
         subject = f" {arguments[0]}" if arguments else ""
         inner = next((one for one in subparsers(parser) if subject and one.prog.endswith(subject)), parser)
         raise UsageError(explained(str(error), inner, arguments, passing_on)) from error
     return parsed
+
+
+def made(function: Callable[..., int], parsed: dict[str, Any]) -> dict[str, Any]:
+    """Parsed arguments of a function, with those that are dataclasses made of their values.
+
+    Raises:
+        UsageError: of a dataclass, for values out of their range.
+    """
+    hints = get_type_hints(function)
+    return {
+        name: hints[name](**value) if is_dataclass(hints.get(name)) and isinstance(value, dict) else value
+        for name, value in parsed.items()
+    }
+
+
+def with_values(parser: Any, arguments: Sequence[str]) -> list[str]:
+    """Arguments in which an option that is true or false, and stands alone, is true."""
+    known = {
+        name: option for one in (parser, *subparsers(parser)) for name, option in one._option_string_actions.items()
+    }
+    flags = {name for name, option in known.items() if getattr(option, "_typehint", None) is bool}
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in flags and after.lower() not in ("true", "false", "yes", "no") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 class AnyPath:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -12,8 +13,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from awconv import terminal
 from awconv.compare.ablation import arms, choices, find_variant
 from awconv.compare.comparison import Comparison
+from awconv.compare.plan import Plan
 from awconv.compare.record import Record, TestSplit
-from awconv.compare.session import Plan, run_plan
+from awconv.compare.session import run_plan
+from awconv.compare.slurm import SlurmOptions
+from awconv.compare.status import print_status
 from awconv.compare.summaries import summarise
 from awconv.compare.time_limit import TimeLimit, parse_duration
 from awconv.compare.tuning import Tuning
@@ -22,7 +26,10 @@ from awconv.extras import require
 from awconv.models import variants as variants_of
 from awconv.training.quiet import quiet_lightning
 from awconv.training.settings import data_of
+from awconv.usage import UsageError
 
+Launcher = Literal["local", "slurm"]
+_JOB = SlurmOptions()
 _DEMO_RECIPE = Path(__file__).with_name("digit_scenes.yaml")
 _TASK = """\
 The task: scanned digits in scenes of 24x24 pixels. From scene to scene the digit's size and place differ, whether it is
@@ -37,11 +44,14 @@ def compare(
     variants: str = "plain,aw",
     seeds: int = 3,
     out: Path | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     split: TestSplit = "test",
     tune: str | None = None,
     tune_epochs: int | None = None,
     time_limit: str | None = None,
+    launcher: Launcher = "local",
+    slurm: SlurmOptions = _JOB,
+    status: bool = False,
     overrides: Sequence[str] = (),
     command: str = "",
     begun: float | None = None,
@@ -59,7 +69,8 @@ def compare(
             them, a network of timm by its name, and ``FILE.yaml`` the recipe with that file laid over it.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/RECIPE`` by default.
-        jobs: how many runs are trained side by side, in processes that share the device.
+        jobs: how many runs are trained side by side, in processes that share the device, 1 by default; or how many jobs
+            may be in SLURM's queue, as many as there are runs by default.
         split: the split to test on. Make choices on ``val``, before you look at ``test``.
         tune: a setting to choose first, and the values to try, such as ``lr=0.05,0.1,0.2,0.4``: an argument of the task
             (``lr``, ``weight_decay``, ``branch_lr_factor``, ...). Every variant is trained with each value, with seed
@@ -67,6 +78,10 @@ def compare(
         tune_epochs: number of epochs of these runs; the recipe's by default.
         time_limit: how long the command may take: ``90s``, ``9m``, ``1h30m``, or seconds. Only runs start that will end
             in time; once a seed is complete, only seeds that all variants can finish. The same command goes on.
+        launcher: where the runs are trained: ``local``, or ``slurm`` for a job of SLURM each (extra ``slurm``). The
+            jobs need the folder and the data under the same names on every node.
+        slurm: what these jobs ask for.
+        status: only say which runs have finished, run, wait, have failed or are missing.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
         begun: when the time limit began, by ``time.monotonic``; now by default.
@@ -90,7 +105,9 @@ def compare(
     if len(set(names)) < len(names):
         raise ValueError(f"variants must have names of their own, got {', '.join(names)}")
     folder = out if out is not None else Path("runs") / recipe.stem
-    plan = Plan(recipe, changes, overrides, seeds, folder, split, jobs, tuning, limit)
+    plan = Plan(recipe, changes, overrides, seeds, folder, split, jobs, tuning, limit, _jobs_of(launcher, slurm, limit))
+    if status:
+        return print_status(plan)
     named = f"{base.network}: {' against '.join(names)}"
     return run_plan(plan, lambda comparison: f"{named} on {_data(comparison)} ({recipe.stem})", command)
 
@@ -101,10 +118,13 @@ def ablate(
     vary: str | None = None,
     seeds: int = 3,
     out: Path | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     tune: str | None = None,
     tune_epochs: int | None = None,
     time_limit: str | None = None,
+    launcher: Launcher = "local",
+    slurm: SlurmOptions = _JOB,
+    status: bool = False,
     overrides: Sequence[str] = (),
     command: str = "",
     begun: float | None = None,
@@ -122,13 +142,18 @@ def ablate(
             is some of each kind.
         seeds: number of seeds, counted from 0.
         out: the folder of the report; ``runs/RECIPE_ablation`` by default.
-        jobs: how many runs are trained side by side, in processes that share the device.
+        jobs: how many runs are trained side by side, in processes that share the device, 1 by default; or how many jobs
+            may be in SLURM's queue, as many as there are runs by default.
         tune: a setting to choose first, and the values to try, such as ``lr=0.05,0.1,0.2,0.4``: an argument of the task
             (``lr``, ``weight_decay``, ``branch_lr_factor``, ...). Every variant is trained with each value, with seed
             0, and takes the one that is best on the held-out images for all its seeds.
         tune_epochs: number of epochs of these runs; the recipe's by default.
         time_limit: how long the command may take: ``90s``, ``9m``, ``1h30m``, or seconds. Only runs start that will end
             in time; once a seed is complete, only seeds that all variants can finish. The same command goes on.
+        launcher: where the runs are trained: ``local``, or ``slurm`` for a job of SLURM each (extra ``slurm``). The
+            jobs need the folder and the data under the same names on every node.
+        slurm: what these jobs ask for.
+        status: only say which runs have finished, run, wait, have failed or are missing.
         overrides: further arguments for every run, as ``awconv fit`` takes them, such as ``--trainer.max_epochs=5``.
         command: what the user typed, for the report.
         begun: when the time limit began, by ``time.monotonic``; now by default.
@@ -151,7 +176,9 @@ def ablate(
         network, conversion = (network, {}) if aw is None else (aw, None)
     changes = arms(network, choices(network) if vary is None else _listed(vary), base.network_args, conversion)
     folder = out if out is not None else Path("runs") / f"{recipe.stem}_ablation"
-    plan = Plan(recipe, changes, overrides, seeds, folder, "val", jobs, tuning, limit)
+    plan = Plan(recipe, changes, overrides, seeds, folder, "val", jobs, tuning, limit, _jobs_of(launcher, slurm, limit))
+    if status:
+        return print_status(plan)
     named = f"{network}: choices for the branch"
     return run_plan(plan, lambda comparison: f"{named} on {_data(comparison)} ({recipe.stem})", command)
 
@@ -222,6 +249,19 @@ def _data(comparison: Comparison) -> str:
         kind = str(data["class_path"]).rpartition(".")[2]
         found.append(kind if folder is None else f"{kind} {folder.absolute().name}")
     return ", ".join(dict.fromkeys(found))
+
+
+def _jobs_of(launcher: Launcher, slurm: SlurmOptions, limit: TimeLimit) -> SlurmOptions | None:
+    """What the jobs of runs ask for; None to train the runs here."""
+    if launcher == "local":
+        if slurm != _JOB:
+            raise UsageError("the options slurm.* are those of jobs; give --launcher=slurm, too")
+        return None
+    if limit.is_set:
+        raise UsageError(
+            "time_limit is for runs that are trained here; jobs have --slurm.time, after which they are queued again"
+        )
+    return slurm
 
 
 def _limit(text: str | None, begun: float | None) -> TimeLimit:

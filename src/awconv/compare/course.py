@@ -77,7 +77,7 @@ class Course:
         self._took = {} if took is None else took
         done = {f"{record.variant}-seed{record.seed}" for record in records}
         self.waiting = [run for run in comparison.runs if run.name not in done]
-        self._trained = {run.name: _share_trained(comparison, run) for run in self.waiting if limit.is_set}
+        self._trained = {run.name: share_trained(comparison, run) for run in self.waiting if limit.is_set}
         self._families = {run.name: run.variant.family for run in comparison.runs}
         for record in records:
             self._add(record)
@@ -173,7 +173,7 @@ class Course:
         return expected_seconds(family, epochs, self._took)
 
 
-def _share_trained(comparison: Comparison, run: Run) -> float:
+def share_trained(comparison: Comparison, run: Run) -> float:
     """The share of an interrupted run's epochs that its checkpoints hold."""
     epochs, last = run.variant.recipe.epochs, find_last(comparison.checkpoints(run))
     return 0.0 if last is None or epochs is None else min(1.0, len(recorded(read_checkpoint(last))) / epochs)

@@ -49,6 +49,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def end(self) -> None:
+        """Ends what still runs, or leaves it to itself. Runs that are ended write checkpoints."""
+        ...
+
 
 class InTurn:
     """Trains runs one after the other, in this process."""
@@ -76,10 +80,13 @@ class InTurn:
             on_change()
 
         limit = course.limit if course.limit.is_set else None
-        return _train(_Work(course.comparison, run.name, threads, None), run, self._opened, on_progress, limit)
+        return try_to_train(Work(course.comparison, run.name, threads), self._opened, on_progress, limit)
+
+    def end(self) -> None:
+        """As :meth:`Trainer.end`; nothing runs any more."""
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """What a process is to do.
 
     Attributes:
@@ -92,19 +99,34 @@ class _Work(NamedTuple):
     comparison: Comparison
     name: str
     threads: int
-    decoded: Path | None
+    decoded: Path | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return next(run for run in self.comparison.runs if run.name == self.name)
 
 
-def _train(
-    work: _Work,
-    run: Run,
-    opened: OpenedData,
-    on_progress: Callable[[float, int], None],
-    limit: TimeLimit | None = None,
+def try_to_train(
+    work: Work, opened: OpenedData, on_progress: Callable[[float, int], None], limit: TimeLimit | None = None
 ) -> Record | str:
+    """Trains a run.
+
+    Args:
+        work: the run, and what it may use.
+        opened: the data sets of other runs, to share.
+        on_progress: called after each batch with the epochs done so far and the number of all epochs.
+        limit: ends the run when its time is over.
+
+    Returns:
+        The record, or why the run failed.
+
+    Raises:
+        TimeOverError: the time is over, and a checkpoint is written.
+    """
     torch.set_num_threads(work.threads)
     try:
-        return train(work.comparison, run, opened, on_progress, limit, work.decoded)
+        return train(work.comparison, work.run, opened, on_progress, limit, work.decoded)
     except TimeOverError:
         raise
     except Exception as error:  # a user's, or of any library below; the other runs go on
@@ -140,7 +162,7 @@ class SideBySide:
                     course.finish(run, str(error))
                     yield run, str(error)
                 else:
-                    self._begin(run, _Work(course.comparison, run.name, threads, decoded))
+                    self._begin(run, Work(course.comparison, run.name, threads, decoded))
             if not self._busy:
                 return
             left = course.limit.left
@@ -167,7 +189,7 @@ class SideBySide:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _begin(self, run: Run, work: _Work) -> None:
+    def _begin(self, run: Run, work: Work) -> None:
         if not self._idle:
             self._start()
         connection, process = self._idle.pop(0)
@@ -193,7 +215,7 @@ class SideBySide:
         return run, message
 
     def end(self, patience: float = _PATIENCE) -> None:
-        """Ends the processes. Runs write checkpoints.
+        """As :meth:`Trainer.end`: ends the processes.
 
         Args:
             patience: seconds that they may take for it.
@@ -237,9 +259,8 @@ def _work(connection: Connection) -> None:
     opened = OpenedData()
     try:
         while True:
-            work: _Work = connection.recv()
-            run = next(run for run in work.comparison.runs if run.name == work.name)
-            connection.send(_train(work, run, opened, _News(connection)))
+            work: Work = connection.recv()
+            connection.send(try_to_train(work, opened, _News(connection)))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the main process is gone
         return
     finally:

@@ -6,8 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -16,68 +15,23 @@ from rich.console import Console
 from awconv import terminal
 from awconv.compare.comparison import Comparison, Run
 from awconv.compare.course import Course
+from awconv.compare.plan import Plan
 from awconv.compare.processes import InTurn, SideBySide, Trainer, terminated
 from awconv.compare.progress import ProgressLine
-from awconv.compare.record import Record, TestSplit
+from awconv.compare.record import Record
 from awconv.compare.report import table, write_report
 from awconv.compare.schedule import Took
-from awconv.compare.shared_data import key_of, shared_data
+from awconv.compare.shared_data import SharedData, key_of, shared_data
+from awconv.compare.slurm import OnSlurm
 from awconv.compare.summaries import complete_seeds
 from awconv.compare.time_limit import STATUS, TimeLimit
 from awconv.compare.tuned import Tuned
-from awconv.compare.tuning import Tuning
-from awconv.compare.variants import Change, Variant
+from awconv.compare.variants import Variant
 from awconv.training import TrainingCLI
 from awconv.training.lock import locked
 from awconv.training.watch import DivergedError
 
 _NAMED = 6  # runs that a message names
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a command compares.
-
-    Attributes:
-        recipe: a YAML file for ``awconv fit``.
-        changes: one for each variant.
-        overrides: further arguments of all variants.
-        seeds: number of seeds, counted from 0.
-        folder: of the records, the checkpoints and the report.
-        split: the split to test on.
-        jobs: how many runs share the device.
-        tuning: a setting to choose first for each variant, or None.
-        limit: the time for all.
-    """
-
-    recipe: Path
-    changes: Sequence[Change]
-    overrides: Sequence[str]
-    seeds: int
-    folder: Path
-    split: TestSplit
-    jobs: int
-    tuning: Tuning | None = None
-    limit: TimeLimit = field(default_factory=TimeLimit)
-
-    def comparison(self, tuned: Tuned | None = None) -> Comparison:
-        """The runs to compare, with the chosen values where there are some; variants without one are left out."""
-        variants = []
-        for change in self.changes:
-            if tuned is None or self.tuning is None:
-                variants.append(change.apply(self.recipe, self.overrides))
-            elif change.name in tuned.best:
-                value = tuned.best[change.name]
-                variant = self.tuning.set(change, value).apply(self.recipe, self.overrides)
-                variants.append(replace(variant, tuned={tuned.name: value}, tuned_epochs=tuned.epochs))
-        return Comparison(tuple(variants), self.seeds, self.folder, self.split, self.jobs)
-
-    def trials(self) -> Comparison | None:
-        """The runs by which the setting is chosen; None if there is none to choose."""
-        if self.tuning is None:
-            return None
-        self.tuning.check(self.changes, self.recipe, self.overrides)
-        return self.tuning.trials(self.changes, self.recipe, self.overrides, self.folder, self.jobs)
 
 
 @dataclass
@@ -122,12 +76,17 @@ def run_plan(plan: Plan, title: Callable[[Comparison], str], command: str) -> in
         shared_data(plan.folder) if first else nullcontext() as shared,
     ):
         jobs = max(comparison.jobs, 1 if trials is None else trials.jobs)
-        trainer: Trainer = InTurn() if jobs == 1 or shared is None else SideBySide(shared)
+        trainer = _trainer(plan, jobs, shared)
         try:
             return _Session(plan, console, trainer, named, command, report=first).run(comparison, trials)
         finally:
-            if isinstance(trainer, SideBySide):
-                trainer.end()
+            trainer.end()
+
+
+def _trainer(plan: Plan, jobs: int, shared: SharedData | None) -> Trainer:
+    if plan.slurm is not None:
+        return OnSlurm(plan.slurm, plan.jobs, plan.folder)
+    return InTurn() if jobs == 1 or shared is None else SideBySide(shared)
 
 
 def _check(limit: TimeLimit, comparison: Comparison, trials: Comparison | None) -> None:
@@ -234,8 +193,7 @@ class _Session:
                             self._print(f"{run.name}: {score}")
             except (KeyboardInterrupt, SIGTERMException) as error:
                 status = 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
-                if isinstance(self._trainer, SideBySide):
-                    self._trainer.end()
+                self._trainer.end()
                 course.running.clear()
         for run in course.unfinished:  # it may have ended while others were waited for
             if (record := comparison.finished(run)) is not None:
@@ -244,16 +202,13 @@ class _Session:
         return _Ended(course.records, course.failures, missing, status or (STATUS if missing else 0))
 
     def _choose(self, ended: _Ended) -> Tuned | None:
-        tuning = self._plan.tuning
-        assert tuning is not None
-        if not ended.records:
-            return None
-        names = [change.name for change in self._plan.changes]
         # A loss that is no number is the value's fault; a process that was killed, or memory that ran out, is not.
         unsure = {
             run.variant.trial_of for run, reason in ended.failures if not reason.startswith(DivergedError.__name__)
         }
-        tuned = Tuned.of(tuning.name, tuning.values, names, ended.records, unsure)
+        tuned = self._plan.tuned(ended.records, unsure)
+        if tuned is None:
+            return None
         self._console.print(tuned.table().rich())
         for hint in tuned.hints if not ended.missing else ():
             self._print(hint[0].upper() + hint[1:])

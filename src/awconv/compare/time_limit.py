@@ -23,8 +23,12 @@ class TimeOverError(Exception):
     """The time is over; a run has written its checkpoint."""
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, name: str = "time_limit") -> float:
     """A duration in seconds: ``90s``, ``9m``, ``1h30m``, or a number of seconds.
+
+    Args:
+        text: the duration.
+        name: of the argument, for messages.
 
     Raises:
         UsageError: the text is something else, or no time.
@@ -38,7 +42,7 @@ def parse_duration(text: str) -> float:
     found = 3600 * hours + 60 * minutes + seconds
     if not 0 < found < math.inf:
         raise UsageError(
-            f"time_limit must be a duration above 0, such as 90s, 9m, 1h30m, or a number of seconds, got {text!r}"
+            f"{name} must be a duration above 0, such as 90s, 9m, 1h30m, or a number of seconds, got {text!r}"
         )
     return found
 
@@ -62,6 +66,10 @@ class TimeLimit:
     def is_set(self) -> bool:
         """Whether there is a limit at all."""
         return self.seconds < math.inf
+
+    def end(self) -> None:
+        """Nothing is left from now on."""
+        self.seconds = 0.0
 
     @property
     def total_left(self) -> float:

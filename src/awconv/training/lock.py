@@ -55,6 +55,21 @@ def locked(folder: Path, seconds: float = _SECONDS) -> Iterator[None]:
         lock.release()
 
 
+def in_use(folder: Path) -> str | None:
+    """Describes the process that has locked a folder; None if there is none."""
+    if not (folder / _OWNER).is_file():
+        return None
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:  # a file system without locks
+        return None
+    except Timeout:
+        return _described(folder / _OWNER)
+    lock.release()
+    return None
+
+
 def clear(folder: Path) -> None:
     """Removes half-written files of killed processes below a folder, except where another process works."""
     for parent in {partial.parent for partial in folder.rglob(f"*{PARTIAL}")}:

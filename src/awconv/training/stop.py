@@ -19,6 +19,7 @@ from torch import distributed
 
 STATUS = 128 + signal.SIGTERM
 _SECONDS = 8.0  # within which all ends well; schedulers kill after 10 seconds and more
+_SIGNALLED = 2  # what processes tell each other; 1 if somebody else asks for the end
 _WRITING_SECONDS = 60.0  # more, for a checkpoint that is being written
 
 
@@ -35,7 +36,7 @@ class StopOnSigterm(pl.Callback):
 
     Attributes:
         agreed: whether all processes know that this is their last step.
-        asked: whether somebody else than a signal has asked for the end.
+        asked: whether somebody else than a signal has asked for the end, in any process.
         received: whether SIGTERM came.
     """
 
@@ -103,9 +104,9 @@ class StopOnSigterm(pl.Callback):
             return  # only a step of the optimizer brings all processes to the same place
         self.agreed = self.received or self.asked
         if trainer.world_size > 1:
-            flag = torch.tensor(int(self.agreed))
+            flag = torch.tensor(_SIGNALLED if self.received else int(self.asked))
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group)
-            self.agreed = bool(flag)
+            self.agreed, self.asked = bool(flag), self.asked or flag.item() == 1
 
     # The callbacks that write checkpoints are called after this one, and so the training ends in the next hook.
     def on_train_batch_start(

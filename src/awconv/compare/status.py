@@ -1,0 +1,115 @@
+"""How far the runs of a comparison are, without training any."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+
+from awconv import terminal
+from awconv.compare.comparison import Comparison, Run
+from awconv.compare.course import share_trained
+from awconv.compare.plan import Plan
+from awconv.compare.record import Record
+from awconv.compare.slurm.queue import JobState, RunJobs, states
+from awconv.tables import Table
+from awconv.training.lock import in_use
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is said of a run.
+
+    Attributes:
+        run: its name.
+        state: in a word.
+        details: on the same line.
+        log: what its last job has left, below the table.
+    """
+
+    run: str
+    state: str
+    details: str = ""
+    log: list[str] = field(default_factory=list)
+
+
+def print_status(plan: Plan) -> int:
+    """Prints a table: which runs have finished, run, wait, have failed or are missing; and why a job failed.
+
+    Args:
+        plan: what is compared.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ValueError: the plan cannot be run, or a record has other settings.
+    """
+    comparison, trials = plan.comparison(), plan.trials()
+    found = _jobs([one for one in (trials, comparison) if one is not None])
+    lines: list[_Line] = []
+    if trials is not None:
+        lines += [_line(trials, run, found) for run in trials.runs]
+        records = [record for run in trials.runs if (record := trials.finished(run)) is not None]
+        tuned = plan.tuned(records) if len(records) == len(trials.runs) else None
+        if tuned is None:
+            lines += [_Line(run.name, "missing", f"{_tuned_name(plan)} is not chosen yet") for run in comparison.runs]
+        else:
+            comparison = plan.comparison(tuned)
+    if len(lines) < _count(trials) + len(comparison.runs):
+        lines += [_line(comparison, run, found) for run in comparison.runs]
+    done = sum(line.state == "finished" for line in lines)
+    owner = in_use(plan.folder)
+    note = f"{done} of {len(lines)} runs are finished, in {plan.folder}"
+    note += "" if owner is None else f"; a command works on them: {owner}"
+    Table(("run", "state", ""), [(line.run, line.state, line.details) for line in lines], "lll", note=note).print()
+    for line in lines:
+        terminal.console().print(
+            *map(terminal.printable, line.log), sep="\n", end="\n" if line.log else "", markup=False
+        )
+    return 0
+
+
+def _tuned_name(plan: Plan) -> str:
+    return "" if plan.tuning is None else plan.tuning.name
+
+
+def _count(trials: Comparison | None) -> int:
+    return 0 if trials is None else len(trials.runs)
+
+
+def _jobs(comparisons: list[Comparison]) -> dict[str, JobState]:
+    """What SLURM says of jobs, if there were any."""
+    submitted = any(RunJobs(one, run).last is not None for one in comparisons for run in one.runs)
+    return (states() or {}) if submitted and shutil.which("squeue") else {}
+
+
+def _line(comparison: Comparison, run: Run, found: dict[str, JobState]) -> _Line:
+    record = comparison.finished(run)
+    if record is not None:
+        return _Line(run.name, "finished", _score(record))
+    jobs = RunJobs(comparison, run)
+    job = jobs.last
+    state = None if job is None else found.get(job)
+    if job is not None and state is not None and state.is_live:
+        return _live(run, job, jobs, state)
+    trained = share_trained(comparison, run)
+    trained_part = f"{100 * trained:.0f} % trained" if trained else ""
+    if job is None:
+        return _Line(run.name, "interrupted", trained_part) if trained else _Line(run.name, "missing")
+    ended, reason = jobs.result(job)
+    how = "" if state is None else f" ({state.state.lower().replace('_', ' ')})"
+    details = ", ".join(filter(None, (f"job {job}{how}", trained_part)))
+    said = [f"{run.name}: {reason}"] if ended and reason is not None else []
+    return _Line(run.name, "failed", details, [*said, f"{run.name}: {jobs.log(job)} ends with", *jobs.tail(job)])
+
+
+def _live(run: Run, job: str, jobs: RunJobs, state: JobState) -> _Line:
+    if not state.runs:
+        return _Line(run.name, "waiting", f"job {job} ({state.reason})")
+    news = jobs.news()
+    epoch = "" if news is None else f", epoch {min(int(news[0]) + 1, news[1])}/{news[1]}"
+    return _Line(run.name, "running", f"job {job} on {state.nodes} for {state.elapsed}{epoch}")
+
+
+def _score(record: Record) -> str:
+    return f"{record.test_split} {record.metric} {100 * record.score:.2f} %"
