@@ -63,9 +63,14 @@ def slurm(folder: Path) -> Iterator[None]:
     with ExitStack() as daemons, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(configuration))
         patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
-        files = {"socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munged.seed"}
+        files = {
+            "socket": "munge.socket",
+            "pid-file": "munged.pid",
+            "log-file": "munged.log",
+            "seed-file": "munged.seed",
+        }
         options = [f"--{name}={folder / file}" for name, file in files.items()]
-        _start(daemons, folder, ["munged", "--foreground", "--force", f"--key-file={key}", *options])
+        _start(daemons, folder, ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *options])
         _start(daemons, folder, ["slurmctld", "-D"])
         for node in ("n0", "n1"):
             _start(daemons, folder, ["slurmd", "-D", "-N", node])

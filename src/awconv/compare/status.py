@@ -61,7 +61,8 @@ def print_status(plan: Plan) -> int:
     owner = in_use(plan.folder)
     note = f"{done} of {len(lines)} runs are finished, in {plan.folder}"
     note += "" if owner is None else f"; a command works on them: {owner}"
-    Table(("run", "state", ""), [(line.run, line.state, line.details) for line in lines], "lll", note=note).print()
+    Table(("run", "state", ""), [(line.run, line.state, line.details) for line in lines], "lll").print()
+    terminal.console().print(terminal.printable(note), markup=False, highlight=False)
     for line in lines:
         terminal.console().print(
             *map(terminal.printable, line.log), sep="\n", end="\n" if line.log else "", markup=False

@@ -100,9 +100,12 @@ class RunJobs:
 
     def is_same(self, job: str) -> bool:
         """Whether a job trains what this run is now."""
-        with open(self._folder / f"{job}_submitted.pkl", "rb") as file:
-            there: Job = pickle.load(file).function
-        (run,) = (run for run in there.comparison.runs if run.name == self._run.name)
+        try:
+            with open(self._folder / f"{job}_submitted.pkl", "rb") as file:
+                there: Job = pickle.load(file).function
+            (run,) = (run for run in there.comparison.runs if run.name == self._run.name)
+        except Exception:  # another version's classes differ in ways of their own
+            return False
         ours, theirs = (one.variant.recipe.settings.content for one in (self._run, run))
         return ours == theirs and there.comparison.split == self._comparison.split
 

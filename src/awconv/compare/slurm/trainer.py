@@ -108,7 +108,9 @@ class OnSlurm:
     def _take_up(self, course: Course) -> None:
         """Follows the jobs of an earlier command that wait or run, or have just ended."""
         last = {run.name: jobs for run in course.waiting if (jobs := RunJobs(course.comparison, run)).last is not None}
-        found = (states() or {}) if last else {}
+        found = states() if last else {}
+        if found is None:
+            raise ValueError("jobs of an earlier command may still run, and SLURM does not say; call this again later")
         for run in list(course.waiting):
             if run.name not in last:
                 continue
@@ -118,8 +120,8 @@ class OnSlurm:
                 continue
             if not jobs.is_same(job):
                 raise ValueError(
-                    f"job {job} trains {run.name} with other settings; end it with scancel {job}, or name another "
-                    "folder with --out"
+                    f"job {job} trains {run.name} with other settings, or was submitted by another version; end it "
+                    f"with scancel {job}, or name another folder with --out"
                 )
             self._followed[run.name] = _Followed(run, jobs, job, steps_trained(course.comparison, run), state=state)
         if self._followed:
