@@ -112,7 +112,7 @@ def with_values(parser: Any, arguments: Sequence[str]) -> list[str]:
         name: option for one in (parser, *subparsers(parser)) for name, option in one._option_string_actions.items()
     }
     flags = {name for name, option in known.items() if getattr(option, "_typehint", None) is bool}
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         f"{argument}=true" if argument in flags and after.lower() not in ("true", "false", "yes", "no") else argument
         for argument, after in zip(arguments, following, strict=True)

@@ -58,11 +58,14 @@ class Job:
         signal.signal(signal.SIGTERM, terminated)  # to which Lightning adds its own handler, and ours of a training
         _end_when_told(limit)
         work = Work(self.comparison, self.name, self.threads or _cores())
+        _ = work.run.variant.recipe.own_code  # imported: checkpoints of one's own networks are read below
         before = steps_trained(self.comparison, work.run)
         try:
             result = try_to_train(work, OpenedData(), self._news(), limit)
         except TimeOverError:
             result = _TOO_SHORT
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing more to write
         if isinstance(result, Record):
             return None
         # Another process of the run may have ended first, which is an error in this one.
