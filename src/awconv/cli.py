@@ -141,6 +141,7 @@ def _train(command: str, arguments: Sequence[str]) -> int:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from awconv.training import TrainingCLI
+    from awconv.training.notice import NoticeError
     from awconv.training.quiet import without_noise
 
     try:
@@ -148,6 +149,10 @@ def _train(command: str, arguments: Sequence[str]) -> int:
             TrainingCLI([command, *arguments], save_config=command == "fit")
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except NoticeError:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            say(f"awconv {command}: the time of the job is nearly over; {_GOES_ON}")
+        return _TERMINATED
     except SIGTERMException:
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # of processes that train together
             say(f"awconv {command}: stopped by SIGTERM; {_GOES_ON}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def until(met: Callable[[], Any], what: str, seconds: float = 120) -> Any:
 
 
 def call(*command: str) -> None:
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=120)
 
 
 def processes(folder: Path) -> list[int]:
@@ -204,13 +206,26 @@ def test_jobs_are_cancelled_where_that_is_asked_for(
 def test_a_training_of_two_nodes_is_one_job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # these nodes have names that no host has
     nodes = ["--trainer.num_nodes=2", "--trainer.strategy=ddp"]
-    overrides = ["--trainer.max_epochs=2", "--data.batch_size=32", *nodes, *own(recipe)]
+    overrides = ["--trainer.max_epochs=3", "--data.batch_size=32", *nodes, *own(recipe)]
     assert compare(recipe, "plain", 1, tmp_path / "out", launcher="slurm", slurm=OPTIONS, overrides=overrides) == 0
     logs = list((tmp_path / "out" / "slurm" / "plain-seed0").glob("*_log.out"))
     assert sorted(log.name.partition("_")[2] for log in logs) == ["0_log.out", "1_log.out"]
-    # awconv fit does the same, called by srun.
+    # awconv fit does the same, called by srun; told that the job's time is nearly over, it goes on in another one.
     fit = [sys.executable, "-m", "awconv", "fit", f"--config={recipe}", "--seed_everything=0", *overrides]
-    call("srun", "--nodes=2", "--ntasks-per-node=1", *fit, f"--trainer.default_root_dir={tmp_path / 'fit'}")
+    script, slow = tmp_path / "fit.sh", recipe.with_name("slow")
+    told = [f"--trainer.default_root_dir={tmp_path / 'fit'}", "--ckpt_path=last"]
+    script.write_text(f"#!/bin/sh\nsrun {shlex.join([*fit, *told])}\n")
+    log = tmp_path / "fit.log"
+    with ThreadPoolExecutor() as pool:
+        slow.touch()
+        sbatch = ("sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append")
+        job = pool.submit(call, *sbatch, f"--output={log}", str(script))
+        until(lambda: any((tmp_path / "fit").rglob("*.ckpt")), "the first epoch")
+        call("scancel", "--signal=USR1", "--name=fit.sh")
+        until(lambda: "the time of the job is nearly over; it is queued again" in log.read_text(), "to be queued again")
+        slow.unlink()
+        job.result()
+    assert re.search(r"going on from .*recent\.ckpt", log.read_text())
     one, other = (find_last(tmp_path / folder) for folder in ("out/plain-seed0", "fit"))
     assert one is not None
     assert other is not None

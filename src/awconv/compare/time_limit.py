@@ -67,10 +67,6 @@ class TimeLimit:
         """Whether there is a limit at all."""
         return self.seconds < math.inf
 
-    def end(self) -> None:
-        """Nothing is left from now on."""
-        self.seconds = 0.0
-
     @property
     def total_left(self) -> float:
         """Seconds until the limit."""

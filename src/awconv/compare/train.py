@@ -18,6 +18,7 @@ from awconv.compare.time_limit import StopInTime, TimeLimit, TimeOverError
 from awconv.summary import summary
 from awconv.training.checkpoints import find_last, read_checkpoint
 from awconv.training.class_report import ClassReport
+from awconv.training.notice import NoticeError
 from awconv.training.recipe import Recipe
 from awconv.training.same import SameSettings
 from awconv.training.stop import StopOnSigterm
@@ -43,6 +44,7 @@ def train(
         decoded: the folder of data that were decoded for it, as of :meth:`OpenedData.of`.
 
     Raises:
+        NoticeError: the time of the job of SLURM is nearly over, and a checkpoint is written.
         KeyboardInterrupt: the user pressed Ctrl-C, which Lightning makes a SystemExit of.
         SIGTERMException: SIGTERM came.
         TimeOverError: the time is over, and a checkpoint is written.
@@ -62,6 +64,8 @@ def train(
             trainer.fit(model, datamodule=data, ckpt_path=interrupted)
         evaluate = trainer.test if split == "test" else trainer.validate
         (metrics,) = evaluate(model, datamodule=data, verbose=False)
+    except NoticeError:
+        raise
     except SIGTERMException as error:
         if stop.asked and not stop.received:
             raise TimeOverError from error

@@ -38,6 +38,7 @@ from awconv.training.find_task import find_task
 from awconv.training.lean import NoProfiler, SkipEmptyHooks
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
+from awconv.training.notice import NoticeError, queue_again
 from awconv.training.of_checkpoint import take_network, take_preprocessing
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
@@ -140,7 +141,8 @@ class TrainingCLI(LightningCLI):
             _check_writable(root)
             for folder in folders:
                 clear(folder)
-        if config.ckpt_path == "last":
+        self._takes_last = config.ckpt_path == "last"
+        if self._takes_last:
             found = find_last(*folders)
             config.ckpt_path = None if found is None else str(found)
             if found is None and command == "fit":
@@ -244,9 +246,13 @@ class TrainingCLI(LightningCLI):
         try:
             with self.naming(self._get(self.config, "ckpt_path")):
                 super()._run_subcommand(subcommand)
-        except (SIGTERMException, SystemExit):  # which Lightning makes of Ctrl-C
+        except (SIGTERMException, SystemExit) as error:  # which Lightning makes of Ctrl-C
             if subcommand == "fit" and self._pace.batches:
                 self._say_what_is_next("stopped")
+            if isinstance(error, NoticeError) and self._takes_last and self._pace.batches:
+                if self.trainer.is_global_zero:
+                    say(f"awconv {subcommand}: the time of the job is nearly over; it is queued again")
+                queue_again()
             raise
         finally:
             if self._claimed is not None and self._pace.batches == 0:

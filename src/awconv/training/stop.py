@@ -1,4 +1,5 @@
-"""Stops on SIGTERM: soon, in all processes at the same step, with a checkpoint and without a traceback."""
+"""Stops on SIGTERM, or on SLURM's notice: soon, in all processes at the same step, with a checkpoint and without a
+traceback."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
+from awconv.training.notice import NoticeError, on_notice
+
 STATUS = 128 + signal.SIGTERM
 _SECONDS = 8.0  # within which all ends well; schedulers kill after 10 seconds and more
-_SIGNALLED = 2  # what processes tell each other; 1 if somebody else asks for the end
+_ASKED, _NOTICED, _RECEIVED = 1, 2, 3  # what processes tell each other
 _WRITING_SECONDS = 60.0  # more, for a checkpoint that is being written
 
 
@@ -32,17 +36,20 @@ def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 class StopOnSigterm(pl.Callback):
     """On SIGTERM, ends a training after the current step, and an evaluation at once.
 
-    Several processes agree on a step. Whatever takes longer than 8 seconds is cut off; the last checkpoint remains.
+    Several processes agree on a step. Whatever takes longer than 8 seconds is cut off; the last checkpoint remains. In
+    a job of SLURM, the notice that its time is nearly over ends a training likewise, without haste.
 
     Attributes:
         agreed: whether all processes know that this is their last step.
         asked: whether somebody else than a signal has asked for the end, in any process.
+        noticed: whether a notice came, in any process.
         received: whether SIGTERM came.
     """
 
     def __init__(self) -> None:
         self.agreed = False
         self.asked = False
+        self.noticed = False
         self.received = False
         self._over = threading.Event()
         self._trainer: pl.Trainer | None = None
@@ -51,6 +58,16 @@ class StopOnSigterm(pl.Callback):
     def ask(self) -> None:
         """Ends the training after the current step, as SIGTERM does, but lets it take its time."""
         self.asked = True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # Lightning's own checkpoint would win over all later ones
+        if stage == TrainerFn.FITTING:
+            on_notice(self._notice)
+
+    def _notice(self) -> None:
+        self.noticed = True
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
@@ -67,6 +84,18 @@ class StopOnSigterm(pl.Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
+
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._end_if_noticed()
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:  # else the epoch's checkpoint comes after it
+            self._end_if_noticed()
+
+    def _end_if_noticed(self) -> None:
+        """Ends an evaluation that follows a training."""
+        if self.noticed:
+            raise NoticeError
 
     def _listen(self, trainer: pl.Trainer) -> None:
         """Replaces Lightning's handler of SIGTERM, which waits for other processes."""
@@ -102,11 +131,14 @@ class StopOnSigterm(pl.Callback):
     ) -> None:
         if not ends_step(trainer, batch_idx):
             return  # only a step of the optimizer brings all processes to the same place
-        self.agreed = self.received or self.asked
+        reason = _RECEIVED if self.received else _NOTICED if self.noticed else int(self.asked)
         if trainer.world_size > 1:
-            flag = torch.tensor(_SIGNALLED if self.received else int(self.asked))
-            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self._group)
-            self.agreed, self.asked = bool(flag), self.asked or flag.item() == 1
+            reasons = torch.tensor(reason)
+            distributed.all_reduce(reasons, distributed.ReduceOp.MAX, group=self._group)
+            reason = int(reasons)
+        self.agreed = reason > 0
+        self.asked |= reason == _ASKED
+        self.noticed |= reason == _NOTICED
 
     # The callbacks that write checkpoints are called after this one, and so the training ends in the next hook.
     def on_train_batch_start(
@@ -122,7 +154,7 @@ class StopOnSigterm(pl.Callback):
 
     def _end_if_agreed(self) -> None:
         if self.agreed:
-            raise SIGTERMException
+            raise NoticeError if self.noticed and not self.received else SIGTERMException
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._over.set()

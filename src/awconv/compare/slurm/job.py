@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,8 @@ from awconv.compare.processes import Work, terminated, try_to_train
 from awconv.compare.record import Record
 from awconv.compare.recorder import Progress
 from awconv.compare.shared_data import OpenedData
-from awconv.compare.time_limit import TimeLimit, TimeOverError
 from awconv.training.checkpoints import find_last, read_checkpoint
+from awconv.training.notice import NoticeError, queue_again
 from awconv.training.quiet import quiet_lightning
 
 NEWS = "news.json"  # in the folder of a run's jobs: how far it is
@@ -31,8 +29,8 @@ _TOO_SHORT = "a job's time does not suffice for a step and a checkpoint; give a 
 class Job:
     """Trains a run; submitit calls it on a node.
 
-    SLURM tells a job some time before its end, by SIGUSR2. The run then writes a checkpoint after its next step, and
-    the job is queued again. On SIGTERM, of ``scancel`` or where a job with precedence takes its place, it writes a
+    SLURM sends a job a notice some time before its end. The run then writes a checkpoint after its next step, and the
+    job is queued again. On SIGTERM, of ``scancel`` or where a job with precedence takes its place, it writes a
     checkpoint and ends.
 
     Attributes:
@@ -54,24 +52,19 @@ class Job:
         Returns:
             None if there is a record, or else why the run failed.
         """
-        limit = TimeLimit()
         signal.signal(signal.SIGTERM, terminated)  # to which Lightning adds its own handler, and ours of a training
-        _end_when_told(limit)
         work = Work(self.comparison, self.name, self.threads or _cores())
         _ = work.run.variant.recipe.own_code  # imported: checkpoints of one's own networks are read below
         before = steps_trained(self.comparison, work.run)
         try:
-            result = try_to_train(work, OpenedData(), self._news(), limit)
-        except TimeOverError:
-            result = _TOO_SHORT
+            result = try_to_train(work, OpenedData(), self._news())
+        except NoticeError:
+            if steps_trained(self.comparison, work.run) > before:
+                queue_again()
+            return _TOO_SHORT
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing more to write
-        if isinstance(result, Record):
-            return None
-        # Another process of the run may have ended first, which is an error in this one.
-        if limit.left <= 0 and steps_trained(self.comparison, work.run) > before:
-            _queue_again()
-        return result
+        return None if isinstance(result, Record) else result
 
     def checkpoint(self) -> Any:
         """What submitit queues again if the job is told to end before it trains."""
@@ -80,7 +73,7 @@ class Job:
         return DelayedSubmission(self)
 
     def _news(self) -> Progress:
-        first, written = _is_first(), 0.0
+        first, written = os.environ.get("SLURM_PROCID", "0") == "0", 0.0
 
         def write(epochs: float, of: int) -> None:
             nonlocal written
@@ -100,40 +93,8 @@ def steps_trained(comparison: Comparison, run: Run) -> int:
     return 0 if last is None else int(read_checkpoint(last)["global_step"])
 
 
-def _end_when_told(limit: TimeLimit) -> None:
-    """Ends a limit on SIGUSR2.
-
-    SLURM sends it to all processes of a job, of which those that load data would die. They inherit that it is blocked.
-    """
-    told = {signal.SIGUSR2}
-    signal.signal(signal.SIGUSR2, lambda *_: limit.end())  # for libraries' threads, in which it is not blocked
-    signal.pthread_sigmask(signal.SIG_BLOCK, told)
-
-    def wait() -> None:
-        signal.sigwait(told)
-        limit.end()
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _cores() -> int:
     """The number of cores that this process may use: its share of the job's, where SLURM binds no process to them."""
     cores, processes = (os.environ.get(f"SLURM_{name}", "") for name in ("CPUS_ON_NODE", "NTASKS_PER_NODE"))
     share = int(cores) // int(processes or 1) if cores.isdigit() else usable_cores()
     return max(1, min(usable_cores(), share))
-
-
-def _is_first() -> bool:
-    """Whether this is the first one of a job's processes."""
-    return os.environ.get("SLURM_PROCID", "0") == "0"
-
-
-def _queue_again() -> None:
-    """Asks SLURM to run this job once more, which ends it.
-
-    Raises:
-        SystemExit: always.
-    """
-    if _is_first():
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=60)
-    raise SystemExit(0)
