@@ -29,6 +29,7 @@ from awconv.compare.tuned import Tuned
 from awconv.compare.variants import Variant
 from awconv.training import TrainingCLI
 from awconv.training.lock import locked
+from awconv.training.notice import NOTICES, in_job
 from awconv.training.watch import DivergedError
 
 _NAMED = 6  # runs that a message names
@@ -125,15 +126,20 @@ def _holds_out(variant: Variant) -> bool | None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Inside, SIGTERM raises a SIGTERMException, while data are decoded and processes are waited for, too."""
+    """Inside, SIGTERM raises a SIGTERMException, while data are decoded and processes are waited for, too.
+
+    So does the notice that the time of a job of SLURM is nearly over, if this runs in one.
+    """
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminated)
+    numbers = [signal.SIGTERM, *(NOTICES if in_job() else ())]
+    before = {number: signal.signal(number, terminated) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Session:

@@ -8,11 +8,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 # sbatch --signal=USR1@90 is Lightning's custom, USR2 submitit's.
-_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+NOTICES = frozenset({signal.SIGUSR1, signal.SIGUSR2}) if hasattr(signal, "SIGUSR1") else frozenset()
 _SECONDS = 5.0  # in which the first process of a job acts for all
 
 
@@ -25,23 +26,51 @@ def in_job() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
-def on_notice(act: Callable[[], None]) -> None:
-    """Calls a function, in another thread, when a notice comes. Does nothing outside of a job, and in a thread.
+class _Listener:
+    """Waits for a notice, in a thread.
 
     SLURM sends a signal to all processes of a job, of which those that load data would die. They inherit that it is
     blocked.
     """
-    if not in_job() or threading.current_thread() is not threading.main_thread():
-        return
-    for number in _SIGNALS:
-        signal.signal(number, lambda *_: act())  # for threads of libraries, in which it is not blocked
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
-    def wait() -> None:
-        signal.sigwait(_SIGNALS)
-        act()
+    def __init__(self) -> None:
+        self._came, self._act = False, _nothing
+        for number in NOTICES:
+            signal.signal(number, lambda *_: self._notice())  # for threads of libraries, in which it is not blocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+        threading.Thread(target=self._wait, daemon=True).start()
 
-    threading.Thread(target=wait, daemon=True).start()
+    def call(self, act: Callable[[], None]) -> None:
+        self._act = act
+        if self._came:
+            act()
+
+    def _wait(self) -> None:
+        while True:
+            signal.sigwait(NOTICES)
+            self._notice()
+
+    def _notice(self) -> None:
+        self._came = True
+        self._act()
+
+
+@cache
+def _listener() -> _Listener:
+    return _Listener()
+
+
+def _nothing() -> None:
+    pass
+
+
+def on_notice(act: Callable[[], None]) -> None:
+    """Calls a function, in another thread, when a notice comes, or at once if one came before.
+
+    It takes the place of an earlier one. Does nothing outside of a job, and in threads, which may handle no signals.
+    """
+    if in_job() and threading.current_thread() is threading.main_thread():
+        _listener().call(act)
 
 
 def queue_again() -> None:
