@@ -20,6 +20,7 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 SIZE = 64
+# Parts of them: an export takes seconds a layer.
 NETWORKS = ["aw_resnet50", "aw_mobilenetv2_100", "aw_seresnet50", "tf_efficientnet_lite0"]
 
 # What turns constants into constants, and is not a computation on the input's values.
@@ -28,13 +29,13 @@ RESHAPING = {"Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tran
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "aw_seresnet50":  # a block a stage: an export takes seconds a layer, and aw_resnet50 has all
-        return calibrated(timm.create_model(name, layers=(1, 1, 1, 1)))
-    if name.startswith("aw_"):
-        return calibrated(timm.create_model(name))
-    model = convert(timm.create_model(name), init="identity")  # the first blocks, with TensorFlow's padding
+    if "resnet50" in name:
+        return calibrated(timm.create_model(name, layers=(1, 2, 1, 1) if name == "aw_resnet50" else (1, 1, 1, 1)))
+    model = timm.create_model(name)
+    if not name.startswith("aw_"):
+        convert(model, init="identity")  # the padding is TensorFlow's
     return calibrated(
-        nn.Sequential(model.conv_stem, model.bn1, *model.blocks[:2], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        nn.Sequential(model.conv_stem, model.bn1, *model.blocks[:3], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     )
 
 

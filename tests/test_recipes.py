@@ -58,13 +58,15 @@ def test_a_recipe_trains_its_aw_network_for_two_steps(recipe: Path, photographs:
     network = content["model"]["network"]
     if not content["model"].get("pretrained"):
         network = find_change(network, "aw").network
-    # What the machine of the tests cannot do: the recipe's data, its batches, a file of weights and a GPU's precision.
+    # What the machine of the tests cannot do: the recipe's data, its batches and sizes, a file of weights and a GPU's
+    # precision.
+    size = min(content["data"]["init_args"].get("image_size", 32) // 2, 64)
     cli = TrainingCLI(
         [
             f"--config={recipe}",
             "--data=ImageFolder",
             f"--data.root={photographs}",
-            f"--data.image_size={content['data']['init_args'].get('image_size', 32)}",
+            f"--data.image_size={size}",
             "--data.batch_size=4",
             "--data.num_workers=0",
             f"--model.network={network}",

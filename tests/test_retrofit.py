@@ -56,10 +56,11 @@ def test_an_identity_conversion_keeps_the_logits_of_photographs(pretrained: nn.M
 def test_it_classifies_imagenets_photographs_as_before(pretrained: nn.Module, shared_data: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(shared_data / "imagenet-samples" / "samples.parquet")
-    images = prepared([Image.open(io.BytesIO(row["bytes"])) for row in table.column("image").to_pylist()])
+    rows = table.to_pylist()[::2]
+    images = prepared([Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows])
     classes = assert_the_same_predictions(pretrained, images)
-    accuracy = (classes == torch.tensor(table.column("label").to_pylist())).float().mean()
-    assert accuracy > 0.85  # 0.89 here; what the weights are worth shows that they are loaded rightly
+    accuracy = (classes == torch.tensor([row["label"] for row in rows])).float().mean()
+    assert accuracy > 0.85  # 0.89 of all; what the weights are worth shows that they are loaded rightly
 
 
 def test_the_benchmark_compares_photographs_of_any_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

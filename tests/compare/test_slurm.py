@@ -203,19 +203,17 @@ def test_jobs_are_cancelled_where_that_is_asked_for(
     until(lambda: (states() or {})[str(job)].state == "CANCELLED", "to cancel the job")
 
 
-def test_a_training_of_two_nodes_is_one_job(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+NODES = ("--trainer.num_nodes=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3", "--data.batch_size=32")
+
+
+def test_a_training_of_two_nodes_that_is_told_to_end_is_queued_again_and_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # these nodes have names that no host has
-    nodes = ["--trainer.num_nodes=2", "--trainer.strategy=ddp"]
-    overrides = ["--trainer.max_epochs=3", "--data.batch_size=32", *nodes, *own(recipe)]
-    assert compare(recipe, "plain", 1, tmp_path / "out", launcher="slurm", slurm=OPTIONS, overrides=overrides) == 0
-    logs = list((tmp_path / "out" / "slurm" / "plain-seed0").glob("*_log.out"))
-    assert sorted(log.name.partition("_")[2] for log in logs) == ["0_log.out", "1_log.out"]
-    # awconv fit does the same, called by srun; told that the job's time is nearly over, it goes on in another one.
-    fit = [sys.executable, "-m", "awconv", "fit", f"--config={recipe}", "--seed_everything=0", *overrides]
-    script, slow = tmp_path / "fit.sh", recipe.with_name("slow")
+    fit = [sys.executable, "-m", "awconv", "fit", f"--config={recipe}", *NODES, *own(recipe)]
+    script, log, slow = tmp_path / "fit.sh", tmp_path / "fit.log", recipe.with_name("slow")
     told = [f"--trainer.default_root_dir={tmp_path / 'fit'}", "--ckpt_path=last"]
     script.write_text(f"#!/bin/sh\nsrun {shlex.join([*fit, *told])}\n")
-    log = tmp_path / "fit.log"
     with ThreadPoolExecutor() as pool:
         slow.touch()
         sbatch = ("sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append")
@@ -225,7 +223,25 @@ def test_a_training_of_two_nodes_is_one_job(recipe: Path, tmp_path: Path, monkey
         until(lambda: "the time of the job is nearly over; it is queued again" in log.read_text(), "to be queued again")
         slow.unlink()
         job.result()
-    assert re.search(r"going on from .*recent\.ckpt", log.read_text())
+    said = log.read_text()
+    assert re.search(r"going on from .*recent\.ckpt", said)
+    assert said.count("[rank: 1] Seed set") == 2
+    last = find_last(tmp_path / "fit")
+    assert last is not None
+    assert read_checkpoint(last)["global_step"] == 12
+
+
+@pytest.mark.campaign
+def test_a_comparison_trains_on_two_nodes_as_a_training_does(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    overrides = [*NODES, *own(recipe)]
+    assert compare(recipe, "plain", 1, tmp_path / "out", launcher="slurm", slurm=OPTIONS, overrides=overrides) == 0
+    logs = list((tmp_path / "out" / "slurm" / "plain-seed0").glob("*_log.out"))
+    assert sorted(log.name.partition("_")[2] for log in logs) == ["0_log.out", "1_log.out"]
+    fit = [sys.executable, "-m", "awconv", "fit", f"--config={recipe}", "--seed_everything=0", *overrides]
+    call("srun", "--nodes=2", "--ntasks-per-node=1", *fit, f"--trainer.default_root_dir={tmp_path / 'fit'}")
     one, other = (find_last(tmp_path / folder) for folder in ("out/plain-seed0", "fit"))
     assert one is not None
     assert other is not None
