@@ -226,9 +226,7 @@ def test_a_training_of_two_nodes_that_is_told_to_end_is_queued_again_and_goes_on
     said = log.read_text()
     assert re.search(r"going on from .*recent\.ckpt", said)
     assert said.count("[rank: 1] Seed set") == 2
-    last = find_last(tmp_path / "fit")
-    assert last is not None
-    assert read_checkpoint(last)["global_step"] == 12
+    assert any((tmp_path / "fit").rglob("epoch=2-step=12.ckpt"))
 
 
 @pytest.mark.campaign
