@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def until(met: Callable[[], Any], what: str, seconds: float = 120) -> Any:
     return found
 
 
-def call(*command: str) -> None:
+def call(*command: str | Path) -> None:
     subprocess.run(command, check=True, timeout=120)
 
 
@@ -214,15 +213,13 @@ def test_a_training_of_two_nodes_that_is_told_to_end_is_queued_again_and_goes_on
     script, log, slow = tmp_path / "fit.sh", tmp_path / "fit.log", recipe.with_name("slow")
     told = [f"--trainer.default_root_dir={tmp_path / 'fit'}", "--ckpt_path=last"]
     script.write_text(f"#!/bin/sh\nsrun {shlex.join([*fit, *told])}\n")
-    with ThreadPoolExecutor() as pool:
-        slow.touch()
-        sbatch = ("sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append")
-        job = pool.submit(call, *sbatch, f"--output={log}", str(script))
-        until(lambda: any((tmp_path / "fit").rglob("*.ckpt")), "the first epoch")
-        call("scancel", "--signal=USR1", "--name=fit.sh")
-        until(lambda: "the time of the job is nearly over; it is queued again" in log.read_text(), "to be queued again")
-        slow.unlink()
-        job.result()
+    slow.touch()
+    call("sbatch", "--nodes=2", "--ntasks-per-node=1", "--requeue", f"--output={log}", "--open-mode=append", script)
+    until(lambda: any((tmp_path / "fit").rglob("*.ckpt")), "the first epoch")
+    call("scancel", "--signal=USR1", "--name=fit.sh")
+    until(lambda: "the time of the job is nearly over; it is queued again" in log.read_text(), "to be queued again")
+    slow.unlink()
+    until(lambda: not any(one.is_live for one in (states() or {"": JobState("PENDING")}).values()), "the second job")
     said = log.read_text()
     assert re.search(r"going on from .*recent\.ckpt", said)
     assert said.count("[rank: 1] Seed set") == 2
