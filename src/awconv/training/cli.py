@@ -39,8 +39,10 @@ from awconv.training.lean import NoProfiler, SkipEmptyHooks
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
 from awconv.training.of_checkpoint import take_network, take_preprocessing
+from awconv.training.processes import Processes
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
+from awconv.training.spread import as_started
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import Bar, EpochLosses, FiniteTraining, Pace, newest_checkpoint
 from awconv.usage import Strict, UsageError
@@ -174,6 +176,7 @@ class TrainingCLI(LightningCLI):
         for name in self._task.arguments_of(Role.DATA):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_class_arguments(RecentCheckpoint, "recent_checkpoint")
+        parser.add_class_arguments(Processes, "processes")
 
     def instantiate_classes(self) -> None:
         """Builds what the configuration describes."""
@@ -192,6 +195,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs for TensorBoard and as CSV, and checkpoints that survive interruptions."""
         config = self._get(self.config_init, "trainer")
+        kwargs |= as_started(config)
         ours = self._logs_are_ours(config)
         if ours:
             kwargs["logger"] = _loggers(config["default_root_dir"] or ".")
@@ -200,8 +204,10 @@ class TrainingCLI(LightningCLI):
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
         self._same = SameSettings(settings_of(self._task, self._parser(self.subcommand), now))
-        stop, self._pace, given = StopOnSigterm(), Pace(), _as_list(config.get("callbacks"))
-        watching = [self._same, SameThreads(), FiniteTraining(), self._pace, stop, SkipEmptyHooks()]
+        self._processes = self._get(self.config_init, "processes")
+        self._processes.settings = self._same.settings
+        stop, self._pace, given = StopOnSigterm(self._processes), Pace(), _as_list(config.get("callbacks"))
+        watching = [self._processes, self._same, SameThreads(), FiniteTraining(), self._pace, stop, SkipEmptyHooks()]
         callbacks = [EpochLosses(), *given, *watching]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(Bar())
@@ -225,7 +231,7 @@ class TrainingCLI(LightningCLI):
                 )
             )
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except Exception as error:  # Lightning's own, and what it does not expect
             defaults = inspect.signature(pl.Trainer).parameters
             given = [
@@ -234,6 +240,8 @@ class TrainingCLI(LightningCLI):
                 if isinstance(value, int | float | str | dict) and value != defaults[name].default
             ]
             raise ValueError(f"there is no such trainer: {error} (given: {', '.join(given)})") from error
+        self._processes.limit(trainer)
+        return trainer
 
     def _logs_are_ours(self, config: Any) -> bool:
         """Whether there are our logs: without a logger of the user, and in an evaluation only where asked for."""
@@ -256,18 +264,21 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def naming(self, ckpt_path: str | None) -> Iterator[None]:
-        """If the first step fails, names the checkpoint or the dictionaries of arguments that may be the reason.
+        """Names other processes that are lost. If the first step fails, names the checkpoint or the dictionaries of
+        arguments that may be the reason.
 
         Args:
             ckpt_path: the checkpoint to resume from; None for a fresh start.
 
         Raises:
+            LostError: other processes are lost.
             ValueError: instead of PyTorch's or Lightning's error.
         """
         try:
             yield
-        except _OF_THE_FIRST_STEP as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except Exception as error:
+            self._processes.after(error, self.trainer)
+            if not isinstance(error, _OF_THE_FIRST_STEP) or isinstance(error, torch.OutOfMemoryError):
                 raise
             if self._same.restoring and ckpt_path:
                 raise ValueError(f"{ckpt_path} is a checkpoint that cannot be used here: {error!r}") from error

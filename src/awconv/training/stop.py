@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
+from awconv.training.processes import Processes
+
 STATUS = 128 + signal.SIGTERM
 _SECONDS = 8.0  # within which all ends well; schedulers kill after 10 seconds and more
 _WRITING_SECONDS = 60.0  # more, for a checkpoint that is being written
@@ -33,13 +35,17 @@ class StopOnSigterm(pl.Callback):
 
     Several processes agree on a step. Whatever takes longer than 8 seconds is cut off; the last checkpoint remains.
 
+    Args:
+        processes: those that train together.
+
     Attributes:
         agreed: whether all processes know that this is their last step.
         asked: whether somebody else than a signal has asked for the end.
         received: whether SIGTERM came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
         self.agreed = False
         self.asked = False
         self.received = False
@@ -57,7 +63,7 @@ class StopOnSigterm(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
         if trainer.world_size > 1:  # on CPUs: a device need not be waited for
-            self._group = distributed.new_group(backend="gloo")
+            self._group = self._processes.new_group()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)

@@ -1,0 +1,234 @@
+"""Processes that train together: what they must agree on, and what is said when they lose each other."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import distributed
+
+from awconv.roles import Role
+from awconv.training.settings import Settings
+from awconv.training.watch import newest_checkpoint
+from awconv.version import __version__
+
+_LEAST, _MOST = 5, 86_400  # seconds
+_PATIENCE = timedelta(seconds=5)  # with which the last words of others are waited for
+_PAUSE = 0.2  # seconds
+# What messages contain about an exchange that failed: gloo's, NCCL's and the store's.
+_LOST = re.compile(
+    r"gloo|NCCL|Connection (was )?(closed|reset|refused)|Broken pipe|TCPStore|client socket|clients joined|wait time",
+    re.IGNORECASE,
+)
+# What processes must agree on, and how they come to.
+_CHECKPOINT, _DATA, _VERSIONS = "the checkpoint", "the data", "the version"
+_MEND = {
+    _CHECKPOINT: "trainer.default_root_dir must be one folder that all hosts see, or --ckpt_path a file that all have",
+    _DATA: "all hosts must read the same images",
+    _VERSIONS: "install the same on all hosts",
+}
+
+
+class LostError(ConnectionError):
+    """The processes of a training have lost each other."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One of the processes, as the others know it."""
+
+    rank: int
+    host: str
+    first: bool  # of its host
+    facts: Mapping[str, str]  # on which all must agree
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def __str__(self) -> str:
+        return f"process {self.rank} on {self.host}"
+
+
+class Processes(pl.Callback):
+    """Watches processes that train or evaluate together.
+
+    Before the first step they compare settings, data, versions and the checkpoint that they go on from. When one of
+    them ends, the others stop, and say which one it was. Does nothing where there is one process.
+
+    Args:
+        timeout: seconds that a process waits for the others before it gives them up: longer than the slowest of them
+            takes for a step, a batch of an evaluation, or a checkpoint.
+
+    Attributes:
+        settings: of this training, to compare.
+
+    Raises:
+        ValueError: ``timeout`` is out of its range.
+    """
+
+    def __init__(self, timeout: float = 600.0) -> None:
+        if not _LEAST <= timeout <= _MOST:
+            raise ValueError(f"processes.timeout must be from {_LEAST} to {_MOST:,} seconds, got {timeout}")
+        self.timeout = timedelta(seconds=timeout)
+        self.settings: Settings | None = None
+        self._members: Sequence[_Member] = ()
+        self._me: _Member | None = None
+
+    def limit(self, trainer: pl.Trainer) -> None:
+        """Makes the trainer wait no longer than ``timeout``, if the processes are not joined yet."""
+        if hasattr(trainer.strategy, "_timeout"):
+            trainer.strategy._timeout = self.timeout
+
+    def new_group(self) -> Any:
+        """A process group on the CPUs, whose exchanges wait for no device."""
+        return distributed.new_group(backend="gloo", timeout=self.timeout)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compares what the processes must agree on.
+
+        Raises:
+            ValueError: they differ, and the message says in what. Only the first process of each host raises it; the
+                others end in silence.
+        """
+        if trainer.world_size == 1 or self._members:
+            return
+        settings = {} if self.settings is None else self.settings.deciding(Role.RESULT)
+        me = _Member(
+            trainer.global_rank,
+            socket.gethostname(),
+            trainer.local_rank == 0,
+            {_VERSIONS: f"awconv {__version__} with torch {torch.__version__}", **settings, **_found(trainer)},
+        )
+        members: list[Any] = [None] * trainer.world_size
+        distributed.all_gather_object(members, me, group=self.new_group())
+        differing = _disagreement(members)
+        if differing and me.first:
+            raise ValueError(differing)
+        if differing:
+            raise SystemExit(1)
+        self._members, self._me = members, me
+
+    def after(self, error: Exception, trainer: pl.Trainer) -> None:
+        """Leaves word of an error for the other processes. If it is that they are lost, asks what became of them.
+
+        Raises:
+            LostError: the others are lost. Of each host, only the first process that is left raises it; the others end
+                in silence.
+        """
+        if trainer.world_size == 1:
+            return
+        lost = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+        if lost and self._me is None:
+            raise LostError(
+                f"the {trainer.world_size} processes have not come together within {self.timeout.total_seconds():g} s: "
+                f"{_first_line(error)}; {_ADDRESSES}"
+            ) from error
+        if self._me is None:
+            return
+        store = _store()
+        if store is not None:
+            with suppress(RuntimeError):
+                store.set(self._key(self._me), "" if lost else _first_line(error))
+        if not lost:
+            return
+        words = self._last_words(store, getattr(trainer.strategy.launcher, "procs", []))
+        here = [member.rank for member in self._members if member.host == self._me.host]
+        if self._me.rank != min(rank for rank in here if words.get(rank) == ""):
+            raise SystemExit(1)
+        raise LostError(self._report(error, words, store is not None, trainer)) from error
+
+    def _last_words(self, store: Any, children: Sequence[Any]) -> dict[int, str]:
+        """What the processes say by rank: their errors, nothing if they, too, have lost others. Those that are gone say
+        nothing, but this process sees how its children ended."""
+        assert self._me is not None
+        words, until = {self._me.rank: ""}, time.monotonic() + _PATIENCE.total_seconds()
+        while True:
+            for member in self._members:
+                with suppress(RuntimeError):  # the store has gone
+                    if member.rank not in words and store is not None and store.check([self._key(member)]):
+                        words[member.rank] = store.get(self._key(member)).decode()
+            for rank, child in enumerate(children, start=1):  # of Lightning's launcher
+                status = child.poll()
+                if rank not in words and status is not None and status < 0:
+                    words[rank] = f"it was ended by {signal.Signals(-status).name}"
+            if len(words) == len(self._members) or time.monotonic() > until:
+                break
+            time.sleep(_PAUSE)
+        if self._me.rank == 0:
+            time.sleep(2 * _PAUSE)  # the store may be in this process, and others still read
+        return words
+
+    def _key(self, member: _Member) -> str:
+        return f"awconv/{self._members[0].token}/{member.rank}"
+
+    def _report(self, error: Exception, words: Mapping[int, str], reached: bool, trainer: pl.Trainer) -> str:
+        said = [f"{member}: {words[member.rank]}" for member in self._members if words.get(member.rank)]
+        silent = [str(member) for member in self._members if member.rank not in words]
+        if silent and not reached:
+            said.append(f"the host of process 0, {self._members[0].host}, cannot be reached")
+        elif silent:
+            said.append(f"nothing is heard of {', '.join(silent)}")
+        if not said:
+            said.append(
+                f"all are there, but did not answer within {self.timeout.total_seconds():g} s; where a step may take "
+                "so long, give a larger --processes.timeout"
+            )
+        fitting, last = trainer.state.fn == TrainerFn.FITTING, newest_checkpoint(trainer)
+        place = f" in epoch {trainer.current_epoch}, step {trainer.global_step}" if fitting else ""
+        again = "start all processes again"
+        if fitting:
+            again += f" with --ckpt_path=last, to go on from {last}" if last else "; there is no checkpoint yet"
+        return f"{self._me} has lost others{place}: {'; '.join(said)}. Then {again} ({_first_line(error)})"
+
+
+_ADDRESSES = (
+    "check that all hosts are started, and that each knows the addresses of the others (GLOO_SOCKET_IFNAME, or "
+    "NCCL_SOCKET_IFNAME on GPUs, names the network interface)"
+)
+
+
+def _found(trainer: pl.Trainer) -> dict[str, str]:
+    """What this process has found: its data, and the checkpoint to go on from."""
+    data, fitting = trainer.datamodule, trainer.state.fn == TrainerFn.FITTING  # type: ignore[attr-defined]
+    splits = ("train", "val") if fitting else ("val",) if trainer.state.fn == TrainerFn.VALIDATING else ("test",)
+    images = [f"{len(there)} to {split}" for split in splits if (there := data.dataset(split)) is not None]
+    checkpoint = trainer.ckpt_path
+    if checkpoint is not None and os.path.isfile(checkpoint):
+        checkpoint = f"{os.path.basename(checkpoint)} of {os.path.getsize(checkpoint):,} bytes"
+    return {_DATA: " and ".join(images) + f" in {len(data.classes)} classes", _CHECKPOINT: str(checkpoint)}
+
+
+def _disagreement(members: Sequence[_Member]) -> str | None:
+    """In what processes differ that must agree, in words."""
+    first = members[0]
+    for other in members[1:]:
+        for name in (_VERSIONS, *sorted(first.facts.keys() | other.facts.keys())):
+            there, here = first.facts.get(name, "not set"), other.facts.get(name, "not set")
+            if there != here:
+                mend = _MEND.get(name, "start all processes by the same command")
+                return f"{name} differs between processes: {there} for {first}, {here} for {other}; {mend}"
+    return None
+
+
+def _store() -> Any:
+    """The store that process 0 or its launcher keeps; None if it cannot be reached."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+    try:
+        store = distributed.TCPStore  # type: ignore[attr-defined]
+        return store(address, int(port), is_master=False, timeout=_PATIENCE, wait_for_workers=False)
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,88 @@
+"""Several hosts: network namespaces with addresses of their own, joined by a link that can be cut."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from awconv.training.checkpoints import find_last, read_checkpoint
+from awconv.training.lock import locked
+from tests.training import several
+from tests.training.several import Host
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    try:
+        with several.two_hosts() as made:
+            yield made
+    except PermissionError as error:
+        pytest.skip(f"needs two network namespaces: {error}")
+
+
+def test_two_hosts_of_two_processes_do_what_one_process_does(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    several.start(tmp_path / "one", ["--data.batch_size=128", "--trainer.max_epochs=2"], each=1).done()
+    several.start(tmp_path / "four", ["--data.batch_size=32", "--trainer.max_epochs=2"], hosts).done()
+    several.assert_close(several.weights(tmp_path / "four"), several.weights(tmp_path / "one"))
+    one, four = several.figures(tmp_path / "one"), several.figures(tmp_path / "four")
+    for name in ("train/loss", "val/loss", "val/accuracy"):
+        assert four[name] == pytest.approx(one[name], rel=1e-3), name
+    # 83 images are held out, no multiple of four: were one evaluated twice, this would be no multiple of 1/83.
+    assert four["val/accuracy"] * 83 == pytest.approx(round(four["val/accuracy"] * 83), abs=1e-3)
+
+
+# Two epochs would be over before a process is killed; each line of a log is a step.
+LONG = ("--trainer.max_epochs=200", "--recent_checkpoint.every_n_steps=3", "--data.batch_size=32")
+
+
+def until(condition: object, seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def in_second_epoch(root: Path) -> bool:
+    """Within an epoch that is not the first, so that there are checkpoints."""
+    return bool(list(root.rglob("recent.ckpt"))) and bool(list(root.rglob("epoch=0*.ckpt")))
+
+
+def assert_free(root: Path) -> None:
+    last = find_last(root)
+    assert last is not None
+    with locked(last.parent, seconds=0):
+        pass
+    assert not list(root.rglob("*.partial"))
+
+
+def test_a_killed_host_ends_the_others_and_fewer_processes_go_on(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    root = tmp_path / "killed"
+    running = several.start(root, LONG, hosts)
+    until(lambda: in_second_epoch(root))
+    for process in running.processes[2:]:
+        process.kill()
+    assert running.wait(60) == [1, 1, -signal.SIGKILL, -signal.SIGKILL]
+    said = running.said(0)
+    assert "awconv fit: process 0 on host-1 has lost others in epoch " in said
+    assert "nothing is heard of process 2 on host-2, process 3 on host-2" in said
+    assert f"with --ckpt_path=last, to go on from {root}" in said
+    assert "Traceback" not in said + running.said(1)
+    assert "has lost others" not in running.said(1)  # said once on each host
+    assert_free(root)
+
+    last = find_last(root)
+    assert last is not None
+    steps = read_checkpoint(last)["global_step"] + 12
+    more = ["--recent_checkpoint.every_n_steps=3", f"--trainer.max_steps={steps}", "--ckpt_path=last"]
+    refused = several.start(root, [*LONG, *more], hosts[:1])
+    assert set(refused.wait()) == {1}
+    assert "4 processes had batches of 32 images there, 2 have 32 now (--data.batch_size=64 keeps the batch)" in (
+        refused.said(0)
+    )
+    fewer = several.start(root, [*LONG, *more, "--data.batch_size=64"], hosts[:1])
+    fewer.done()
+    assert "2 processes go on in place of 4, with the same batches" in fewer.said(0)
