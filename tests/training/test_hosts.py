@@ -35,8 +35,8 @@ def test_two_hosts_of_two_processes_do_what_one_process_does(hosts: tuple[Host, 
     assert four["val/accuracy"] * 83 == pytest.approx(round(four["val/accuracy"] * 83), abs=1e-3)
 
 
-# Two epochs would be over before a process is killed; each line of a log is a step.
-LONG = ("--trainer.max_epochs=200", "--recent_checkpoint.every_n_steps=3", "--data.batch_size=32")
+# The learning rate does not depend on the length, and no epoch is so short that it is over before a process is killed.
+LONG = ("--trainer.max_epochs=200", "--recent_checkpoint.every_n_steps=3", "--model.decay_epochs=[1000]")
 
 
 def until(condition: object, seconds: float = 100) -> None:
@@ -61,7 +61,7 @@ def assert_free(root: Path) -> None:
 
 def test_a_killed_host_ends_the_others_and_fewer_processes_go_on(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     root = tmp_path / "killed"
-    running = several.start(root, LONG, hosts)
+    running = several.start(root, [*LONG, "--data.batch_size=32"], hosts)
     until(lambda: in_second_epoch(root))
     for process in running.processes[2:]:
         process.kill()
@@ -77,12 +77,14 @@ def test_a_killed_host_ends_the_others_and_fewer_processes_go_on(hosts: tuple[Ho
     last = find_last(root)
     assert last is not None
     steps = read_checkpoint(last)["global_step"] + 12
-    more = ["--recent_checkpoint.every_n_steps=3", f"--trainer.max_steps={steps}", "--ckpt_path=last"]
-    refused = several.start(root, [*LONG, *more], hosts[:1])
+    more = [*LONG, f"--trainer.max_steps={steps}", "--ckpt_path=last"]
+    refused = several.start(root, [*more, "--data.batch_size=32"], hosts[:1])
     assert set(refused.wait()) == {1}
     assert "4 processes had batches of 32 images there, 2 have 32 now (--data.batch_size=64 keeps the batch)" in (
         refused.said(0)
     )
-    fewer = several.start(root, [*LONG, *more, "--data.batch_size=64"], hosts[:1])
+    fewer = several.start(root, [*more, "--data.batch_size=64"], hosts[:1])
     fewer.done()
     assert "2 processes go on in place of 4, with the same batches" in fewer.said(0)
+    several.start(tmp_path / "one", [*more, "--data.batch_size=128"], each=1).done()
+    several.assert_close(several.weights(root), several.weights(tmp_path / "one"))

@@ -83,6 +83,7 @@ class Processes(pl.Callback):
         self.settings: Settings | None = None
         self._members: Sequence[_Member] = ()
         self._me: _Member | None = None
+        self._groups: list[Any] = []
 
     def limit(self, trainer: pl.Trainer) -> None:
         """Makes the trainer wait no longer than ``timeout``, if the processes are not joined yet."""
@@ -91,7 +92,8 @@ class Processes(pl.Callback):
 
     def new_group(self) -> Any:
         """A process group on the CPUs, whose exchanges wait for no device."""
-        return distributed.new_group(backend="gloo", timeout=self.timeout)
+        self._groups.append(distributed.new_group(backend="gloo", timeout=self.timeout))
+        return self._groups[-1]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compares what the processes must agree on.
@@ -141,6 +143,9 @@ class Processes(pl.Callback):
                 store.set(self._key(self._me), "" if lost else _first_line(error))
         if not lost:
             return
+        for group in (*self._groups, distributed.group.WORLD):  # or neighbours wait for this process until it ends
+            with suppress(RuntimeError):
+                group.abort()
         words = self._last_words(store, getattr(trainer.strategy.launcher, "procs", []))
         here = [member.rank for member in self._members if member.host == self._me.host]
         if self._me.rank != min(rank for rank in here if words.get(rank) == ""):

@@ -67,6 +67,8 @@ class SameSettings(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.restoring = True
+        # With max_steps, Lightning goes on from the end of an epoch as from within it, and skips the next one.
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         images: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         self._batch = {"processes": trainer.world_size, "images": images}
 
