@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,20 @@ class Running:
 
 
 def start(
-    root: Path, arguments: Sequence[str], hosts: Sequence[Host] = (Host(),), each: int = 2, command: str = "fit"
+    root: Path,
+    arguments: Sequence[str],
+    hosts: Sequence[Host] = (Host(),),
+    each: int = 2,
+    command: str = "fit",
+    roots: Sequence[Path] = (),
 ) -> Running:
-    """Starts so many processes of a command on each host, as torchrun does."""
+    """Starts so many processes of a command on each host, as torchrun does; with ``roots``, with a folder for each."""
     running, of = Running(), each * len(hosts)
     port = PORT if hosts[0].namespace else _free_port()
     root.parent.mkdir(parents=True, exist_ok=True)
-    line = [command, *NETWORK, *QUIET, f"--trainer.default_root_dir={root}", *arguments]
     for rank in range(of):
-        host = hosts[rank // each]
+        host, folder = hosts[rank // each], roots[rank // each] if roots else root
+        line = [command, *NETWORK, *QUIET, f"--trainer.default_root_dir={folder}", *arguments]
         environment = {"GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1"}
         if of > 1:
             environment |= {
@@ -179,6 +184,23 @@ def torchrun(root: Path, arguments: Sequence[str], hosts: Sequence[Host], each: 
             subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         )
     return launched
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that a torchrun has started, by their numbers."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def alive(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def _free_port() -> int:

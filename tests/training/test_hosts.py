@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -88,3 +89,57 @@ def test_a_killed_host_ends_the_others_and_fewer_processes_go_on(hosts: tuple[Ho
     assert "2 processes go on in place of 4, with the same batches" in fewer.said(0)
     several.start(tmp_path / "one", [*more, "--data.batch_size=128"], each=1).done()
     several.assert_close(several.weights(root), several.weights(tmp_path / "one"))
+
+
+@pytest.mark.campaign
+def test_a_cut_link_ends_both_sides_within_the_timeout(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    root = tmp_path / "cut"
+    running = several.start(root, [*LONG, "--data.batch_size=32", "--processes.timeout=10"], hosts)
+    try:
+        until(lambda: in_second_epoch(root))
+        several.cut(hosts[1])
+        assert running.wait(60) == [1, 1, 1, 1]
+    finally:
+        several.join(hosts[1])
+    assert "nothing is heard of process 2 on host-2, process 3 on host-2" in running.said(0)
+    assert "the host of process 0, host-1, cannot be reached" in running.said(2)
+    assert_free(root)
+    last = find_last(root)
+    assert last is not None
+    steps = read_checkpoint(last)["global_step"] + 5
+    again = [*LONG, "--data.batch_size=32", f"--trainer.max_steps={steps}", "--ckpt_path=last"]
+    several.start(root, again, hosts).done()
+
+
+@pytest.mark.campaign
+def test_torchrun_on_two_hosts_stops_and_starts_again_by_itself(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """A process is killed: without restarts both hosts end, and with them all goes on from the last checkpoint."""
+    root = tmp_path / "by_torchrun"
+    arguments = [*LONG, "--data.batch_size=32", "--ckpt_path=last", "--processes.timeout=20"]
+    for restarts in (0, 1):
+        before = set(root.rglob("*.ckpt"))
+        length = ["--trainer.max_steps=60"] if restarts else []
+        launched = several.torchrun(root, [*arguments, *length], hosts, 2, f"--max-restarts={restarts}")
+        until(lambda before=before: bool(set(root.rglob("*.ckpt")) - before))
+        victim = several.workers(launched[1].pid)[-1]
+        os.kill(victim, signal.SIGKILL)
+        statuses = [process.wait(200) for process in launched]
+        printed = [(tmp_path / f"by_torchrun-{host.name}.txt").read_text() for host in hosts]
+        assert statuses == ([0, 0] if restarts else [1, 1]), printed
+        assert not [left for process in launched for left in several.alive(process.pid)]
+        assert "has lost others" in printed[0], printed[0]
+        assert_free(root)
+    last = find_last(root)
+    assert last is not None
+    assert read_checkpoint(last)["global_step"] == 60
+
+
+def test_hosts_that_do_not_agree_are_refused(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Folders that are not shared: one host has a checkpoint to go on from, the other has none."""
+    arguments = ["--data.batch_size=64", "--trainer.max_epochs=1", "--ckpt_path=last"]
+    several.start(tmp_path / "a", arguments, each=1).done()
+    running = several.start(tmp_path / "a", arguments, hosts, each=1, roots=[tmp_path / "a", tmp_path / "b"])
+    assert running.wait(60) == [1, 1]
+    for rank in range(2):
+        assert "the checkpoint differs between processes: epoch=0-step=21.ckpt of" in running.said(rank)
+        assert "None for process 1 on host-2; trainer.default_root_dir must be one folder" in running.said(rank)

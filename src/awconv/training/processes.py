@@ -7,6 +7,8 @@ import re
 import secrets
 import signal
 import socket
+import textwrap
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,8 +27,9 @@ from awconv.training.watch import newest_checkpoint
 from awconv.version import __version__
 
 _LEAST, _MOST = 5, 86_400  # seconds
-_PATIENCE = timedelta(seconds=5)  # with which the last words of others are waited for
+_PATIENCE = timedelta(seconds=5)  # with which answers are waited for
 _PAUSE = 0.2  # seconds
+_CALL, _HERE, _ERROR = "call", "here", "error"  # what processes leave in the store
 # What messages contain about an exchange that failed: gloo's, NCCL's and the store's.
 _LOST = re.compile(
     r"gloo|NCCL|Connection (was )?(closed|reset|refused)|Broken pipe|TCPStore|client socket|clients joined|wait time",
@@ -83,7 +86,6 @@ class Processes(pl.Callback):
         self.settings: Settings | None = None
         self._members: Sequence[_Member] = ()
         self._me: _Member | None = None
-        self._groups: list[Any] = []
 
     def limit(self, trainer: pl.Trainer) -> None:
         """Makes the trainer wait no longer than ``timeout``, if the processes are not joined yet."""
@@ -92,8 +94,7 @@ class Processes(pl.Callback):
 
     def new_group(self) -> Any:
         """A process group on the CPUs, whose exchanges wait for no device."""
-        self._groups.append(distributed.new_group(backend="gloo", timeout=self.timeout))
-        return self._groups[-1]
+        return distributed.new_group(backend="gloo", timeout=self.timeout)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compares what the processes must agree on.
@@ -119,9 +120,10 @@ class Processes(pl.Callback):
         if differing:
             raise SystemExit(1)
         self._members, self._me = members, me
+        threading.Thread(target=self._answer, daemon=True).start()
 
     def after(self, error: Exception, trainer: pl.Trainer) -> None:
-        """Leaves word of an error for the other processes. If it is that they are lost, asks what became of them.
+        """Tells the other processes of an error. If it is that they are lost, finds out what became of them.
 
         Raises:
             LostError: the others are lost. Of each host, only the first process that is left raises it; the others end
@@ -138,47 +140,55 @@ class Processes(pl.Callback):
         if self._me is None:
             return
         store = _store()
-        if store is not None:
-            with suppress(RuntimeError):
-                store.set(self._key(self._me), "" if lost else _first_line(error))
         if not lost:
+            with suppress(RuntimeError, AttributeError):  # without a store, the others cannot be told
+                store.set(self._key(_ERROR, self._me), _first_line(error))
             return
-        for group in (*self._groups, distributed.group.WORLD):  # or neighbours wait for this process until it ends
-            with suppress(RuntimeError):
-                group.abort()
-        words = self._last_words(store, getattr(trainer.strategy.launcher, "procs", []))
+        errors = self._call(store, getattr(trainer.strategy.launcher, "procs", []))
         here = [member.rank for member in self._members if member.host == self._me.host]
-        if self._me.rank != min(rank for rank in here if words.get(rank) == ""):
+        if self._me.rank != min(rank for rank in here if errors.get(rank) == ""):
             raise SystemExit(1)
-        raise LostError(self._report(error, words, store is not None, trainer)) from error
+        raise LostError(self._report(error, errors, store is not None, trainer)) from error
 
-    def _last_words(self, store: Any, children: Sequence[Any]) -> dict[int, str]:
-        """What the processes say by rank: their errors, nothing if they, too, have lost others. Those that are gone say
-        nothing, but this process sees how its children ended."""
+    def _answer(self) -> None:
+        """Answers when the processes are called, even while this one waits for others."""
         assert self._me is not None
-        words, until = {self._me.rank: ""}, time.monotonic() + _PATIENCE.total_seconds()
+        store = _store()
+        with suppress(RuntimeError, AttributeError):  # the store is gone
+            store.wait([self._key(_CALL)], timedelta(days=365))
+            store.set(self._key(_HERE, self._me), "")
+
+    def _call(self, store: Any, children: Sequence[Any]) -> dict[int, str]:
+        """Calls all processes: their errors by rank, nothing of those that go on. Those that are gone are left out, but
+        this process sees how its children ended."""
+        assert self._me is not None
+        errors, until = {self._me.rank: ""}, time.monotonic() + _PATIENCE.total_seconds()
+        with suppress(RuntimeError, AttributeError):
+            store.set(self._key(_CALL), "")
         while True:
             for member in self._members:
-                with suppress(RuntimeError):  # the store has gone
-                    if member.rank not in words and store is not None and store.check([self._key(member)]):
-                        words[member.rank] = store.get(self._key(member)).decode()
+                with suppress(RuntimeError, AttributeError):
+                    if member.rank not in errors and store.check([self._key(_ERROR, member)]):
+                        errors[member.rank] = store.get(self._key(_ERROR, member)).decode()
+                    elif member.rank not in errors and store.check([self._key(_HERE, member)]):
+                        errors[member.rank] = ""
             for rank, child in enumerate(children, start=1):  # of Lightning's launcher
                 status = child.poll()
-                if rank not in words and status is not None and status < 0:
-                    words[rank] = f"it was ended by {signal.Signals(-status).name}"
-            if len(words) == len(self._members) or time.monotonic() > until:
+                if rank not in errors and status is not None and status < 0:
+                    errors[rank] = f"it was ended by {signal.Signals(-status).name}"
+            if len(errors) == len(self._members) or time.monotonic() > until:
                 break
             time.sleep(_PAUSE)
         if self._me.rank == 0:
             time.sleep(2 * _PAUSE)  # the store may be in this process, and others still read
-        return words
+        return errors
 
-    def _key(self, member: _Member) -> str:
-        return f"awconv/{self._members[0].token}/{member.rank}"
+    def _key(self, kind: str, member: _Member | None = None) -> str:
+        return f"awconv/{self._members[0].token}/{kind}/{'' if member is None else member.rank}"
 
-    def _report(self, error: Exception, words: Mapping[int, str], reached: bool, trainer: pl.Trainer) -> str:
-        said = [f"{member}: {words[member.rank]}" for member in self._members if words.get(member.rank)]
-        silent = [str(member) for member in self._members if member.rank not in words]
+    def _report(self, error: Exception, errors: Mapping[int, str], reached: bool, trainer: pl.Trainer) -> str:
+        said = [f"{member}: {errors[member.rank]}" for member in self._members if errors.get(member.rank)]
+        silent = [str(member) for member in self._members if member.rank not in errors]
         if silent and not reached:
             said.append(f"the host of process 0, {self._members[0].host}, cannot be reached")
         elif silent:
@@ -236,4 +246,4 @@ def _store() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return textwrap.shorten(next(iter(str(error).splitlines()), type(error).__name__), 200, placeholder=" ...")
