@@ -42,6 +42,7 @@ from awconv.training.of_checkpoint import take_network, take_preprocessing
 from awconv.training.processes import Processes
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
+from awconv.training.sharded import chosen
 from awconv.training.spread import as_started
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import Bar, EpochLosses, FiniteTraining, Pace, newest_checkpoint
@@ -196,6 +197,9 @@ class TrainingCLI(LightningCLI):
         """The trainer, with logs for TensorBoard and as CSV, and checkpoints that survive interruptions."""
         config = self._get(self.config_init, "trainer")
         kwargs |= as_started(config)
+        self._processes = self._get(self.config_init, "processes")
+        if (sharded := chosen(config.get("strategy"), self._processes.timeout)) is not None:
+            kwargs["strategy"] = sharded
         ours = self._logs_are_ours(config)
         if ours:
             kwargs["logger"] = _loggers(config["default_root_dir"] or ".")
@@ -204,7 +208,6 @@ class TrainingCLI(LightningCLI):
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
         self._same = SameSettings(settings_of(self._task, self._parser(self.subcommand), now))
-        self._processes = self._get(self.config_init, "processes")
         self._processes.settings = self._same.settings
         stop, self._pace, given = StopOnSigterm(self._processes), Pace(), _as_list(config.get("callbacks"))
         watching = [self._processes, self._same, SameThreads(), FiniteTraining(), self._pace, stop, SkipEmptyHooks()]

@@ -10,8 +10,8 @@ import socket
 import textwrap
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -144,7 +144,8 @@ class Processes(pl.Callback):
             with suppress(RuntimeError, AttributeError):  # without a store, the others cannot be told
                 store.set(self._key(_ERROR, self._me), _first_line(error))
             return
-        errors = self._call(store, getattr(trainer.strategy.launcher, "procs", []))
+        with _undisturbed():
+            errors = self._call(store, getattr(trainer.strategy.launcher, "procs", []))
         here = [member.rank for member in self._members if member.host == self._me.host]
         if self._me.rank != min(rank for rank in here if errors.get(rank) == ""):
             raise SystemExit(1)
@@ -233,6 +234,19 @@ def _disagreement(members: Sequence[_Member]) -> str | None:
                 mend = _MEND.get(name, "start all processes by the same command")
                 return f"{name} differs between processes: {there} for {first}, {here} for {other}; {mend}"
     return None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignores SIGTERM, which torchrun sends to the others of a host as soon as one has ended. This one soon does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _store() -> Any:
