@@ -132,6 +132,7 @@ def start(
     each: int = 2,
     command: str = "fit",
     roots: Sequence[Path] = (),
+    batch_norm: bool = False,
 ) -> Running:
     """Starts so many processes of a command on each host, as torchrun does; with ``roots``, with a folder for each."""
     running, of = Running(), each * len(hosts)
@@ -155,7 +156,7 @@ def start(
             }
         output = root.with_name(f"{root.name}-{rank}.txt")
         output.unlink(missing_ok=True)
-        process = _FORK.Process(target=_run, args=(line, environment, host, str(output)))
+        process = _FORK.Process(target=_run, args=(line, environment, host, str(output), batch_norm))
         process.start()
         running.processes.append(process)
         running.outputs.append(output)
@@ -209,7 +210,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(line: list[str], environment: dict[str, str], host: Host, output: str) -> None:
+def _run(line: list[str], environment: dict[str, str], host: Host, output: str, batch_norm: bool) -> None:
     """In the new process: runs a command on a host, with its output in a file."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED"):
         os.environ.pop(name, None)
@@ -225,11 +226,11 @@ def _run(line: list[str], environment: dict[str, str], host: Host, output: str) 
         assert libc.unshare(_CLONE_NEWUTS) == 0, os.strerror(ctypes.get_errno())
         socket.sethostname(host.name)
     torch.set_num_threads(1)
-    train(line)
+    train(line, batch_norm)
 
 
-def train(line: list[str]) -> None:
-    """Runs a command with networks whose norms do not look at the batch, and ends the process."""
+def train(line: list[str], batch_norm: bool = False) -> None:
+    """Runs a command, without ``batch_norm`` with norms that do not look at the batch, and ends the process."""
     build = ClassificationTask._build
 
     def without_batch_norm(self: ClassificationTask, **pretrained: Any) -> nn.Module:
@@ -240,7 +241,8 @@ def train(line: list[str]) -> None:
                     setattr(module, name, nn.GroupNorm(1, child.num_features))
         return network
 
-    ClassificationTask._build = without_batch_norm  # type: ignore[method-assign]
+    if not batch_norm:
+        ClassificationTask._build = without_batch_norm  # type: ignore[method-assign]
     try:
         status = main(line)
     except SystemExit as error:

@@ -44,8 +44,7 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with names of parameters, as an optimizer of one process has it: with numbers, in the order of
-    the groups."""
+    """An optimizer's state with names of parameters, as one process has it: by numbers, in the groups' order."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     number = {name: index for index, name in enumerate(names)}
     groups = [group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]]

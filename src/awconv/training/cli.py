@@ -277,6 +277,7 @@ class TrainingCLI(LightningCLI):
             LostError: other processes are lost.
             ValueError: instead of PyTorch's or Lightning's error.
         """
+        self._processes.checkpoint = ckpt_path
         try:
             yield
         except Exception as error:

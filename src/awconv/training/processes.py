@@ -74,6 +74,7 @@ class Processes(pl.Callback):
 
     Attributes:
         settings: of this training, to compare.
+        checkpoint: that it goes on from, likewise.
 
     Raises:
         ValueError: ``timeout`` is out of its range.
@@ -84,6 +85,7 @@ class Processes(pl.Callback):
             raise ValueError(f"processes.timeout must be from {_LEAST} to {_MOST:,} seconds, got {timeout}")
         self.timeout = timedelta(seconds=timeout)
         self.settings: Settings | None = None
+        self.checkpoint: str | None = None
         self._members: Sequence[_Member] = ()
         self._me: _Member | None = None
 
@@ -110,7 +112,7 @@ class Processes(pl.Callback):
             trainer.global_rank,
             socket.gethostname(),
             trainer.local_rank == 0,
-            {_VERSIONS: f"awconv {__version__} with torch {torch.__version__}", **settings, **_found(trainer)},
+            {_VERSIONS: f"awconv {__version__} with torch {torch.__version__}", **settings, **self._found(trainer)},
         )
         members: list[Any] = [None] * trainer.world_size
         distributed.all_gather_object(members, me, group=self.new_group())
@@ -121,6 +123,16 @@ class Processes(pl.Callback):
             raise SystemExit(1)
         self._members, self._me = members, me
         threading.Thread(target=self._answer, daemon=True).start()
+
+    def _found(self, trainer: pl.Trainer) -> dict[str, str]:
+        """What this process has found: its data, and the checkpoint to go on from."""
+        data, fitting = trainer.datamodule, trainer.state.fn == TrainerFn.FITTING  # type: ignore[attr-defined]
+        splits = ("train", "val") if fitting else ("val",) if trainer.state.fn == TrainerFn.VALIDATING else ("test",)
+        images = [f"{len(there)} to {split}" for split in splits if (there := data.dataset(split)) is not None]
+        checkpoint = self.checkpoint
+        if checkpoint is not None and os.path.isfile(checkpoint):
+            checkpoint = f"{os.path.basename(checkpoint)} of {os.path.getsize(checkpoint):,} bytes"
+        return {_DATA: " and ".join(images) + f" in {len(data.classes)} classes", _CHECKPOINT: checkpoint or "none"}
 
     def after(self, error: Exception, trainer: pl.Trainer) -> None:
         """Tells the other processes of an error. If it is that they are lost, finds out what became of them.
@@ -211,17 +223,6 @@ _ADDRESSES = (
     "check that all hosts are started, and that each knows the addresses of the others (GLOO_SOCKET_IFNAME, or "
     "NCCL_SOCKET_IFNAME on GPUs, names the network interface)"
 )
-
-
-def _found(trainer: pl.Trainer) -> dict[str, str]:
-    """What this process has found: its data, and the checkpoint to go on from."""
-    data, fitting = trainer.datamodule, trainer.state.fn == TrainerFn.FITTING  # type: ignore[attr-defined]
-    splits = ("train", "val") if fitting else ("val",) if trainer.state.fn == TrainerFn.VALIDATING else ("test",)
-    images = [f"{len(there)} to {split}" for split in splits if (there := data.dataset(split)) is not None]
-    checkpoint = trainer.ckpt_path
-    if checkpoint is not None and os.path.isfile(checkpoint):
-        checkpoint = f"{os.path.basename(checkpoint)} of {os.path.getsize(checkpoint):,} bytes"
-    return {_DATA: " and ".join(images) + f" in {len(data.classes)} classes", _CHECKPOINT: str(checkpoint)}
 
 
 def _disagreement(members: Sequence[_Member]) -> str | None:
