@@ -178,6 +178,7 @@ def torchrun(root: Path, arguments: Sequence[str], hosts: Sequence[Host], each: 
         environment = os.environ | {
             "GLOO_SOCKET_IFNAME": host.interface,
             "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
         output = root.with_name(f"{root.name}-{host.name}.txt").open("w")

@@ -115,7 +115,7 @@ def test_a_cut_link_ends_both_sides_within_the_timeout(hosts: tuple[Host, Host],
 def test_torchrun_on_two_hosts_stops_and_starts_again_by_itself(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """A process is killed: without restarts both hosts end, and with them all goes on from the last checkpoint."""
     root = tmp_path / "by_torchrun"
-    arguments = [*LONG, "--data.batch_size=32", "--ckpt_path=last", "--processes.timeout=20"]
+    arguments = [*LONG, "--data.batch_size=32", "--ckpt_path=last", "--processes.timeout=90"]
     for restarts in (0, 1):
         before = set(root.rglob("*.ckpt"))
         length = ["--trainer.max_steps=60"] if restarts else []

@@ -145,7 +145,6 @@ class Task(pl.LightningModule):
         """Shares out the parameters among the processes, where the strategy does so (``--trainer.strategy=fsdp``)."""
         mesh = self.device_mesh
         if mesh is not None:
-            self.trainer.strategy.synchronise_norms(self)
             for network in self.sharded():
                 shard(network, mesh["data_parallel"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -41,15 +41,12 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        if self._layer_sync is not None:  # trainer.sync_batchnorm, while the parameters are whole
+            self._layer_sync.apply(self.lightning_module)  # type: ignore[arg-type]
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
-
-    def synchronise_norms(self, module: nn.Module) -> None:
-        """Replaces BatchNorms where ``trainer.sync_batchnorm`` asks for it; before the parameters are shared out."""
-        if self._layer_sync is not None:
-            self._layer_sync.apply(module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gives all processes the buffers of the first, such as BatchNorm's statistics, as DDP does."""

@@ -30,9 +30,16 @@ def started() -> Started | None:
     """The processes that torchrun or srun has started for one training; None if it starts its own.
 
     Raises:
-        ValueError: the hosts have different numbers of processes.
+        ValueError: the hosts have different numbers of processes, or torchrun has started them again in a way that they
+            cannot find each other.
     """
     if TorchElasticEnvironment.detect():
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            raise ValueError(
+                "torchrun has started the processes again with the addresses of those that have ended; for restarts "
+                "(--max-restarts), start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            )
         by, names = "torchrun (--nproc-per-node)", ("WORLD_SIZE", "GROUP_WORLD_SIZE")
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and SLURMEnvironment.detect():
         by, names = "srun (--ntasks-per-node)", ("SLURM_NTASKS", "SLURM_NNODES")
