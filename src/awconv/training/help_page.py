@@ -14,7 +14,6 @@ from awconv.tasks import ClassificationTask, DetectionTask
 from awconv.training.checkpoints import RecentCheckpoint
 from awconv.training.explain import descriptions
 from awconv.training.find_task import data_sets
-from awconv.training.processes import Processes
 
 _WIDTH = 118
 _NAME = 38
@@ -44,7 +43,6 @@ _TOPICS: tuple[tuple[str, str, type, str], ...] = (
         "limit_train_batches check_val_every_n_epoch callbacks",
     ),
     ("Checkpoints", "recent_checkpoint", RecentCheckpoint, "every_n_steps"),
-    ("Several processes", "processes", Processes, "timeout"),
     ("Logs", "trainer", pl.Trainer, "default_root_dir logger log_every_n_steps enable_progress_bar"),
 )
 _SAID = {  # what the library's words do not say
