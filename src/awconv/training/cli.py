@@ -20,7 +20,6 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -38,6 +37,7 @@ from awconv.training.find_task import find_task
 from awconv.training.lean import NoProfiler, SkipEmptyHooks
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
+from awconv.training.logs import LOGS, loggers
 from awconv.training.of_checkpoint import take_network, take_preprocessing
 from awconv.training.processes import Processes
 from awconv.training.same import SameSettings, SameThreads
@@ -49,7 +49,6 @@ from awconv.training.watch import Bar, EpochLosses, FiniteTraining, Pace, newest
 from awconv.usage import Strict, UsageError
 from awconv.yaml_files import bounded_yaml
 
-_LOGS = "lightning_logs"
 _CONFIG = "awconv_fit.yaml"
 _OF_THE_FIRST_STEP = (
     ArithmeticError,
@@ -138,7 +137,7 @@ class TrainingCLI(LightningCLI):
 
     def _find_checkpoint(self, config: Any, command: str) -> None:
         root = Path(config.trainer.default_root_dir or ".")
-        folders = (root / _LOGS, root / "checkpoints")
+        folders = (root / LOGS, root / "checkpoints")
         if command == "fit":
             _check_writable(root)
             for folder in folders:
@@ -202,7 +201,7 @@ class TrainingCLI(LightningCLI):
             kwargs["strategy"] = sharded
         ours = self._logs_are_ours(config)
         if ours:
-            kwargs["logger"] = _loggers(config["default_root_dir"] or ".")
+            kwargs["logger"] = loggers(config["default_root_dir"] or ".")
         elif config.get("logger") is None:
             kwargs["logger"] = False  # an evaluation prints its figures
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
@@ -305,7 +304,7 @@ class TrainingCLI(LightningCLI):
         """Claims a folder for the logs, says what trains, and silences warnings that do not apply."""
         config, first = self._get(self.config_init, "trainer"), rank_zero_only.rank == 0  # type: ignore[attr-defined]
         if self.trainer.loggers and self._logs_are_ours(config) and first:
-            self.trainer.loggers = _loggers(config["default_root_dir"] or ".", claim=True)
+            self.trainer.loggers = loggers(config["default_root_dir"] or ".", claim=True)
             self._claimed = Path(str(self.trainer.log_dir))
         if first and config.get("enable_model_summary") is None:
             parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
@@ -384,25 +383,6 @@ def _check_writable(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
-
-
-def _loggers(root: str, claim: bool = False) -> list[Logger]:
-    """Logs for TensorBoard and as CSV, under the next free number.
-
-    Args:
-        root: the folder of all logs.
-        claim: make the numbered folder now, so that a training that starts at the same time takes another one.
-    """
-    boards = TensorBoardLogger(root, name=_LOGS)
-    while claim:
-        try:
-            Path(boards.log_dir).mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not Path(boards.log_dir).is_dir():  # what is in the way is above it
-                raise
-            boards = TensorBoardLogger(root, name=_LOGS)  # which looks again
-    return [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
 
 
 def _as_list(given: Any) -> list[Any]:
