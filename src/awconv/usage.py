@@ -12,7 +12,15 @@ from typing import Any, NoReturn
 
 _NEAR = 3  # names that are offered
 _LENGTH = 300  # of a message of the parser's that is passed on
-_SECTIONS = ("model", "data", "trainer", "seed_everything", "recent_checkpoint", "detections")  # of awconv fit
+_SECTIONS = (
+    "model",
+    "data",
+    "trainer",
+    "seed_everything",
+    "recent_checkpoint",
+    "processes",
+    "detections",
+)  # of awconv fit
 
 
 class UsageError(ValueError):

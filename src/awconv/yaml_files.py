@@ -12,7 +12,7 @@ import yaml
 
 _BYTES = 2**20
 _VALUES = 100_000  # with those that aliases repeat
-_SECTIONS = ("model", "trainer", "recent_checkpoint", "detections", "report")
+_SECTIONS = ("model", "trainer", "recent_checkpoint", "processes", "detections", "report")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

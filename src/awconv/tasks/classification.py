@@ -226,6 +226,15 @@ class ClassificationTask(Task):
         averaged: nn.Module = self.network if self.ema is None else self.ema.module
         return averaged
 
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.ema is not None and self.device_mesh is not None:
+            self.ema.foreach = False  # which takes no buffers beside parameters that are shared out
+
+    def sharded(self) -> list[nn.Module]:
+        """The network, and the averaged one."""
+        return [self.network] if self.ema is None else [self.network, self.ema.module]
+
     def example(self) -> Tensor:
         """An image of zeros, shape (1, channels, H, W)."""
         return torch.zeros(1, *self.input_size, device=self.device)

@@ -19,6 +19,7 @@ from awconv.roles import Role
 from awconv.tasks.checks import check_network
 from awconv.tasks.means import EpochMeans
 from awconv.tasks.optimization import Optimization
+from awconv.tasks.sharding import shard
 from awconv.train_only import TrainedParts
 
 FIGURES = "figures"  # in checkpoints
@@ -139,6 +140,17 @@ class Task(pl.LightningModule):
         """
         if self.parts is not None:
             self.trained = awconv.train_only(self.network, *self.parts)
+
+    def configure_model(self) -> None:
+        """Shares out the parameters among the processes, where the strategy does so (``--trainer.strategy=fsdp``)."""
+        mesh = self.device_mesh
+        if mesh is not None:
+            for network in self.sharded():
+                shard(network, mesh["data_parallel"])
+
+    def sharded(self) -> list[nn.Module]:
+        """The networks whose parameters can be shared out."""
+        return [self.network]
 
     def on_fit_start(self) -> None:
         """Freezes again: the trainer's ``sync_batchnorm`` has put other norms in the places of those that are held."""

@@ -20,7 +20,6 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -39,15 +38,18 @@ from awconv.training.lean import NoProfiler, SkipEmptyHooks
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
 from awconv.training.notice import NoticeError, queue_again
+from awconv.training.logs import LOGS, loggers
 from awconv.training.of_checkpoint import take_network, take_preprocessing
+from awconv.training.processes import Processes
 from awconv.training.same import SameSettings, SameThreads
 from awconv.training.settings import Settings, check_nulls, data_of
+from awconv.training.sharded import chosen
+from awconv.training.spread import as_started
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import Bar, EpochLosses, FiniteTraining, Pace, newest_checkpoint
 from awconv.usage import Strict, UsageError
 from awconv.yaml_files import bounded_yaml
 
-_LOGS = "lightning_logs"
 _CONFIG = "awconv_fit.yaml"
 _OF_THE_FIRST_STEP = (
     ArithmeticError,
@@ -136,7 +138,7 @@ class TrainingCLI(LightningCLI):
 
     def _find_checkpoint(self, config: Any, command: str) -> None:
         root = Path(config.trainer.default_root_dir or ".")
-        folders = (root / _LOGS, root / "checkpoints")
+        folders = (root / LOGS, root / "checkpoints")
         if command == "fit":
             _check_writable(root)
             for folder in folders:
@@ -176,6 +178,7 @@ class TrainingCLI(LightningCLI):
         for name in self._task.arguments_of(Role.DATA):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_class_arguments(RecentCheckpoint, "recent_checkpoint")
+        parser.add_class_arguments(Processes, "processes")
 
     def instantiate_classes(self) -> None:
         """Builds what the configuration describes."""
@@ -194,16 +197,21 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with logs for TensorBoard and as CSV, and checkpoints that survive interruptions."""
         config = self._get(self.config_init, "trainer")
+        kwargs |= as_started(config)
+        self._processes = self._get(self.config_init, "processes")
+        if (sharded := chosen(config.get("strategy"), self._processes.timeout)) is not None:
+            kwargs["strategy"] = sharded
         ours = self._logs_are_ours(config)
         if ours:
-            kwargs["logger"] = _loggers(config["default_root_dir"] or ".")
+            kwargs["logger"] = loggers(config["default_root_dir"] or ".")
         elif config.get("logger") is None:
             kwargs["logger"] = False  # an evaluation prints its figures
         kwargs["plugins"] = [*_as_list(config.get("plugins")), AtomicCheckpointIO()]
         now = self.config[self.subcommand] if self.subcommand else self.config
         self._same = SameSettings(settings_of(self._task, self._parser(self.subcommand), now))
-        stop, self._pace, given = StopOnSigterm(), Pace(), _as_list(config.get("callbacks"))
-        watching = [self._same, SameThreads(), FiniteTraining(), self._pace, stop, SkipEmptyHooks()]
+        self._processes.settings = self._same.settings
+        stop, self._pace, given = StopOnSigterm(self._processes), Pace(), _as_list(config.get("callbacks"))
+        watching = [self._processes, self._same, SameThreads(), FiniteTraining(), self._pace, stop, SkipEmptyHooks()]
         callbacks = [EpochLosses(), *given, *watching]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(Bar())
@@ -227,7 +235,7 @@ class TrainingCLI(LightningCLI):
                 )
             )
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except Exception as error:  # Lightning's own, and what it does not expect
             defaults = inspect.signature(pl.Trainer).parameters
             given = [
@@ -236,6 +244,8 @@ class TrainingCLI(LightningCLI):
                 if isinstance(value, int | float | str | dict) and value != defaults[name].default
             ]
             raise ValueError(f"there is no such trainer: {error} (given: {', '.join(given)})") from error
+        self._processes.limit(trainer)
+        return trainer
 
     def _logs_are_ours(self, config: Any) -> bool:
         """Whether there are our logs: without a logger of the user, and in an evaluation only where asked for."""
@@ -262,18 +272,22 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def naming(self, ckpt_path: str | None) -> Iterator[None]:
-        """If the first step fails, names the checkpoint or the dictionaries of arguments that may be the reason.
+        """Names other processes that are lost. If the first step fails, names the checkpoint or the dictionaries of
+        arguments that may be the reason.
 
         Args:
             ckpt_path: the checkpoint to resume from; None for a fresh start.
 
         Raises:
+            LostError: other processes are lost.
             ValueError: instead of PyTorch's or Lightning's error.
         """
+        self._processes.checkpoint = ckpt_path
         try:
             yield
-        except _OF_THE_FIRST_STEP as error:
-            if isinstance(error, torch.OutOfMemoryError):
+        except Exception as error:
+            self._processes.after(error, self.trainer)
+            if not isinstance(error, _OF_THE_FIRST_STEP) or isinstance(error, torch.OutOfMemoryError):
                 raise
             if self._same.restoring and ckpt_path:
                 raise ValueError(f"{ckpt_path} is a checkpoint that cannot be used here: {error!r}") from error
@@ -296,7 +310,7 @@ class TrainingCLI(LightningCLI):
         """Claims a folder for the logs, says what trains, and silences warnings that do not apply."""
         config, first = self._get(self.config_init, "trainer"), rank_zero_only.rank == 0  # type: ignore[attr-defined]
         if self.trainer.loggers and self._logs_are_ours(config) and first:
-            self.trainer.loggers = _loggers(config["default_root_dir"] or ".", claim=True)
+            self.trainer.loggers = loggers(config["default_root_dir"] or ".", claim=True)
             self._claimed = Path(str(self.trainer.log_dir))
         if first and config.get("enable_model_summary") is None:
             parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
@@ -375,25 +389,6 @@ def _check_writable(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
-
-
-def _loggers(root: str, claim: bool = False) -> list[Logger]:
-    """Logs for TensorBoard and as CSV, under the next free number.
-
-    Args:
-        root: the folder of all logs.
-        claim: make the numbered folder now, so that a training that starts at the same time takes another one.
-    """
-    boards = TensorBoardLogger(root, name=_LOGS)
-    while claim:
-        try:
-            Path(boards.log_dir).mkdir(parents=True)
-            break
-        except FileExistsError:
-            if not Path(boards.log_dir).is_dir():  # what is in the way is above it
-                raise
-            boards = TensorBoardLogger(root, name=_LOGS)  # which looks again
-    return [boards, CSVLogger(boards.save_dir, name=_LOGS, version=boards.version)]
 
 
 def _as_list(given: Any) -> list[Any]:

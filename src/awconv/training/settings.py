@@ -42,7 +42,17 @@ _TRAINER = {
     ),
 }
 # Sections and arguments of the command line without an influence on the result.
-_BESIDE = ("import", "report", "recent_checkpoint", "detections", "ckpt_path", "weights_only", "verbose", "config")
+_BESIDE = (
+    "import",
+    "report",
+    "recent_checkpoint",
+    "processes",
+    "detections",
+    "ckpt_path",
+    "weights_only",
+    "verbose",
+    "config",
+)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
 from awconv.training.notice import NoticeError, on_notice
+from awconv.training.processes import Processes
 
 STATUS = 128 + signal.SIGTERM
 _SECONDS = 8.0  # within which all ends well; schedulers kill after 10 seconds and more
@@ -39,6 +40,9 @@ class StopOnSigterm(pl.Callback):
     Several processes agree on a step. Whatever takes longer than 8 seconds is cut off; the last checkpoint remains. In
     a job of SLURM, the notice that its time is nearly over ends a training likewise, without haste.
 
+    Args:
+        processes: those that train together.
+
     Attributes:
         agreed: whether all processes know that this is their last step.
         asked: whether somebody else than a signal has asked for the end, in any process.
@@ -46,7 +50,8 @@ class StopOnSigterm(pl.Callback):
         received: whether SIGTERM came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
         self.agreed = False
         self.asked = False
         self.noticed = False
@@ -75,7 +80,7 @@ class StopOnSigterm(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
         if trainer.world_size > 1:  # on CPUs: a device need not be waited for
-            self._group = distributed.new_group(backend="gloo")
+            self._group = self._processes.new_group()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
