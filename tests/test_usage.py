@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from awconv.cli import main
+from awconv.command_parser import make_parser
 from awconv.training.find_task import data_sets
-from awconv.usage import near, near_options
+from awconv.usage import integers_first, near, near_options
 
 RECIPE = "model: {network: resnet8_cifar}\ntrainer: {max_epochs: 1}\n"
 
@@ -169,3 +170,19 @@ def test_all_that_the_short_help_names_is_an_option(capsys: pytest.CaptureFixtur
         listed += capsys.readouterr().out
         named = [name for name in named if name not in listed]
     assert named == []
+
+
+class EitherNumber:
+    def __init__(self, batches: float | int | None = None, share: float | None = None) -> None:
+        pass
+
+
+def test_a_whole_number_is_one_whatever_libraries_have_named_before() -> None:
+    """Lightning takes 1 for one batch and 1.0 for all of them."""
+    parser = make_parser()
+    parser.add_class_arguments(EitherNumber, "one")
+    integers_first(parser)
+    for text, value in (("1", 1), ("1.0", 1.0), ("0.5", 0.5), ("null", None)):
+        found = parser.parse_args([f"--one.batches={text}"]).one.batches
+        assert (found, type(found)) == (value, type(value))
+    assert parser.parse_args(["--one.share=1"]).one.share == 1.0

@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import reduce
 from importlib import import_module
+from operator import or_
 from pydoc import locate
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 _NEAR = 3  # names that are offered
 _LENGTH = 300  # of a message of the parser's that is passed on
@@ -157,6 +159,18 @@ def _shortened(message: str) -> str:
 def subparsers(parser: Any) -> list[Any]:
     """The parsers of a parser's subcommands."""
     return [one for action in parser._actions if isinstance(action.choices, dict) for one in action.choices.values()]
+
+
+def integers_first(parser: Any) -> None:
+    """Lets a parser read ``1`` as a whole number where a number of either kind is allowed, and means something else.
+
+    The types of ``Union[int, float]`` are tried in the order in which any library of the process first named them, for
+    Python keeps one such type.
+    """
+    for option in parser._actions:
+        kinds = get_args(getattr(option, "_typehint", None))
+        if {int, float} <= set(kinds):
+            option._typehint = reduce(or_, sorted(kinds, key=lambda kind: kind is float))
 
 
 def explained(message: str, parser: Any, arguments: Sequence[str], passing_on: str) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 import awconv
+from awconv.cli import main
 from awconv.tasks.sharding import _blocks
 from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
@@ -29,7 +33,7 @@ ARGUMENTS = (
 
 def assert_close(found: Mapping[Any, torch.Tensor], expected: Mapping[Any, torch.Tensor]) -> None:
     """Two processes' gradients have the same sums, but the norm to clip by is summed in another order: 1e-7, which some
-    steps enlarge. A step without its momentum, its weight decay or its clipping is wrong by 1e-3 and more."""
+    steps enlarge."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
@@ -71,13 +75,30 @@ def test_one_process_goes_on_from_sharded_parameters_and_predicts_with_them(trai
     longer = [*ARGUMENTS, "--trainer.max_epochs=2", "--ckpt_path=last", "--data.batch_size=128"]
     running = several.start(trained / "fsdp", longer, each=1, batch_norm=True)
     running.done()
-    assert "1 processes go on in place of 2, with the same batches" in running.said(0)
+    assert "1 process goes on in place of 2, with the same batches" in running.said(0)
     last = find_last(trained / "fsdp")
     assert last is not None
     network = awconv.load(str(last)).network
     images = torch.rand(2, 1, 8, 8)
     with torch.no_grad():
         assert network(images).isfinite().all()
+
+
+def test_what_sharded_parameters_have_learnt_is_published_and_predicts(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray((16 * load_digits().images[0]).clip(0, 255).astype("uint8")).save("zero.png")
+    last = find_last(trained / "fsdp")
+    assert main(["publish", str(last), "--tag=sharded", "--data=digits"]) == 0
+    (published,) = Path("weights").iterdir()
+    capsys.readouterr()
+    said = []
+    for source in (last, published):
+        assert main(["predict", f"--ckpt={source}", "--format=json", "zero.png"]) == 0
+        said.append(json.loads(capsys.readouterr().out)["predictions"])
+    assert said[0] == said[1]
+    assert said[0][0]["label"] in map(str, range(10))
 
 
 def test_sharded_parameters_go_on_from_a_checkpoint_of_whole_ones(trained: Path) -> None:

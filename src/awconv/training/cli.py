@@ -37,8 +37,8 @@ from awconv.training.find_task import find_task
 from awconv.training.lean import NoProfiler, SkipEmptyHooks
 from awconv.training.lengths import check_seed, check_steps
 from awconv.training.lock import clear
-from awconv.training.notice import NoticeError, queue_again
 from awconv.training.logs import LOGS, loggers
+from awconv.training.notice import NoticeError, queue_again
 from awconv.training.of_checkpoint import take_network, take_preprocessing
 from awconv.training.processes import Processes
 from awconv.training.same import SameSettings, SameThreads
@@ -47,7 +47,7 @@ from awconv.training.sharded import chosen
 from awconv.training.spread import as_started
 from awconv.training.stop import StopOnSigterm
 from awconv.training.watch import Bar, EpochLosses, FiniteTraining, Pace, newest_checkpoint
-from awconv.usage import Strict, UsageError
+from awconv.usage import Strict, UsageError, integers_first
 from awconv.yaml_files import bounded_yaml
 
 _CONFIG = "awconv_fit.yaml"
@@ -179,6 +179,7 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_class_arguments(RecentCheckpoint, "recent_checkpoint")
         parser.add_class_arguments(Processes, "processes")
+        integers_first(parser)
 
     def instantiate_classes(self) -> None:
         """Builds what the configuration describes."""

@@ -19,6 +19,7 @@ _WARNINGS = (
     r"You're resuming from a checkpoint that ended before the epoch",  # Lightning; the data know where they were
     r"This DataLoader will create \d+ worker processes",  # torch; data.num_workers suits larger machines too
     r"`?weights_only`? was not set",  # Lightning
+    r"The `srun` command is available on your system but is not used",  # Lightning; not every training is a job
 )
 # The same, of what is logged.
 _LOGS = re.compile(

@@ -126,8 +126,9 @@ class SameSettings(pl.Callback):
             mend = "take as many processes" if rest else f"--data.batch_size={fitting} keeps the batch"
             return [f"{before} processes had batches of {each} images there, {processes} have {images} now ({mend})"]
         if processes != before and first:
+            go_on = "1 process goes" if processes == 1 else f"{processes} processes go"
             say(
-                f"awconv fit: {processes} processes go on in place of {before}, with the same batches; rounding, the "
-                "images that BatchNorm sees together, and what mixup, erasing and dropout draw differ from here on"
+                f"awconv fit: {go_on} on in place of {before}, with the same batches; rounding, the images that "
+                "BatchNorm sees together, and what mixup, erasing and dropout draw differ from here on"
             )
         return []

@@ -25,9 +25,8 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class Sharded(ModelParallelStrategy):
     """Shares out parameters, gradients and the optimizer's state among all processes, by torch's ``fully_shard``.
 
-    Lightning's own ``fsdp`` flattens parameters: weight decay would spare all of them, as if they were biases, averaged
-    weights would mix parameters, and gradients could not be clipped by their norm. Here they keep their shapes.
-    Checkpoints are those of a training by one process, and such a training may go on from them.
+    Lightning's own ``fsdp`` flattens parameters, and needs GPUs. Here they keep their shapes, by which weight decay is
+    decided. Checkpoints are those of a training by one process, and such a training may go on from them.
 
     Args:
         timeout: how long a process waits for the others.
