@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from awconv.training import TrainingCLI
 from awconv.training.checkpoints import find_last, read_checkpoint
 from tests.photographs import CATEGORIES, annotations, boxes, photograph, write_coco
 from tests.tasks.test_coco import pycocotools
+from tests.training import several
 
 # A detector that learns two photographs in seconds.
 TINY = (
@@ -309,22 +307,18 @@ def test_two_processes_train_and_evaluate_every_image_once(tmp_path: Path) -> No
         one | {"image_id": 7, "id": 50 + one["id"]} for one in content["annotations"] if one["image_id"] == 40
     ]
     root = write_coco(tmp_path / "data", content)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [*on(root), *TINY, "--model.network=aw_resnet8_cifar"]
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
     def run(command: str, folder: str, *more: str) -> dict[str, float]:
-        line = [sys.executable, "-m", "awconv", command, *arguments, f"--trainer.default_root_dir={tmp_path / folder}"]
-        done = subprocess.run([*line, *more], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        several.start(tmp_path / folder, more, command=command, settings=arguments).done()
         return figures(tmp_path / folder)
 
-    logged = run("fit", "fit", *two, "--trainer.max_epochs=1", "--data.batch_size=1")
+    logged = run("fit", "fit", "--trainer.max_epochs=1", "--data.batch_size=1")
     last = find_last(tmp_path / "fit")
     assert last is not None
     assert read_checkpoint(last)["global_step"] == 1
     found, expected = (tmp_path / f"{name}.json" for name in ("two", "one"))
-    run("validate", "two", *two, f"--ckpt_path={last}", f"--detections.file={found}")
+    run("validate", "two", f"--ckpt_path={last}", f"--detections.file={found}")
     one = [*arguments, f"--trainer.default_root_dir={tmp_path / 'one'}", f"--ckpt_path={last}"]
     assert main(["validate", *one, f"--detections.file={expected}"]) == 0
     alone = figures(tmp_path / "one")

@@ -133,6 +133,7 @@ def start(
     command: str = "fit",
     roots: Sequence[Path] = (),
     batch_norm: bool = False,
+    settings: Sequence[str] = (*NETWORK, *QUIET),
 ) -> Running:
     """Starts so many processes of a command on each host, as torchrun does; with ``roots``, with a folder for each."""
     running, of = Running(), each * len(hosts)
@@ -140,7 +141,7 @@ def start(
     root.parent.mkdir(parents=True, exist_ok=True)
     for rank in range(of):
         host, folder = hosts[rank // each], roots[rank // each] if roots else root
-        line = [command, *NETWORK, *QUIET, f"--trainer.default_root_dir={folder}", *arguments]
+        line = [command, *settings, f"--trainer.default_root_dir={folder}", *arguments]
         environment = {"GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1"}
         if of > 1:
             environment |= {
