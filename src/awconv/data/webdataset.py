@@ -9,20 +9,23 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
 from awconv.data.classification import ImageDataModule
 from awconv.data.files import is_leftover, log_unused, matching
-from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, check_bytes, read_image
+from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, Encoded, check_bytes, read_image
 from awconv.data.labels import checked_label, checked_names, numbered
 from awconv.data.loading import Split
+from awconv.data.packed import PackedTexts
+from awconv.data.tar_members import Member, TarHeaders
 from awconv.terminal import printable
 
 _KIND = "a tar file"
@@ -30,15 +33,6 @@ _LABELS = ("cls", "json")
 _LABEL_BYTES = 2**24
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _PATTERNS = 10**6
-
-
-class _Place(NamedTuple):
-    """The place of an image in the shards."""
-
-    shard: int
-    name: str
-    offset: int
-    size: int
 
 
 class TarImages(Dataset[tuple[Image.Image, int]]):
@@ -67,79 +61,108 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
     def __init__(self, pattern: str, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
         self._shards = sorted({path for one in _expanded(pattern) for path in matching(one, _KIND)})
-        self._places: list[_Place] = []
         self.chunks: list[int] = []
-        self.targets: list[int] = []
-        for number, shard in enumerate(self._shards):
+        images: list[Member] = []
+        targets: list[int] = []
+        for shard in self._shards:
             try:
-                with tarfile.open(shard, "r:") as tar:
-                    before = len(self.targets)
-                    members = tar.getmembers()
-                    _check_end(shard, tar.offset)  # first: a cut file could lack labels
-                    self._index(number, tar, members)
-                    self.chunks.append(len(self.targets) - before)
+                with TarHeaders(shard) as tar:
+                    members, end = tar.members()
+                    _check_end(shard, end)  # first: a cut file could lack labels
+                    found = _labelled(shard, tar, members)
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{shard} is not a plain tar file, or is broken: {error}") from error
-        if not self._places:
+            self.chunks.append(len(found))
+            images += [image for image, _ in found]
+            targets += [target for _, target in found]
+        if not images:
             raise ValueError(f"{pattern}: the tar files hold no images beside labels ({' or '.join(_LABELS)})")
-
-    def _index(self, number: int, tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> None:
-        shard = self._shards[number]
-        images: dict[str, _Place] = {}
-        labels: dict[str, tuple[int, str]] = {}  # with the name of its file
-        notes: dict[str, str] = {}  # JSON without a label
-        unused: Counter[str] = Counter()
-        for member in sorted(members, key=lambda member: not member.name.lower().endswith(".cls")):
-            path = PurePosixPath(member.name)
-            if member.isdir() or any(map(is_leftover, path.parts)):
-                continue
-            stem, _, ending = path.name.partition(".")
-            key, ending = str(path.parent / stem), ending.lower()
-            is_image = f".{ending.rpartition('.')[2]}" in ENDINGS
-            if not is_image and ending not in _LABELS:
-                unused[f"not named as images ({path.suffix or path.name})"] += 1
-                continue
-            if not member.isfile() or member.issparse():
-                raise ValueError(f"{shard}: {member.name} must be a plain copy, got a link or a sparse file")
-            if is_image:
-                place = _Place(number, member.name, member.offset_data, member.size)
-                if images.setdefault(key, place) is not place:
-                    names = f"{images[key].name} and {member.name}"
-                    raise ValueError(f"{shard}: {names} are both images of {key}; keep one")
-                continue
-            label = _label(tar, member, ending, shard, key in labels)
-            if label is None:
-                notes[key] = member.name
-            elif labels.setdefault(key, (label, member.name))[0] != label:
-                other, name = labels[key]
-                raise ValueError(f"{shard}: the label of {key} is {other} in {name}, and {label} in {member.name}")
-        for key, place in images.items():
-            if key not in labels:
-                raise ValueError(
-                    f"{shard}: image {place.name} has no label; expected {key}.cls with the class index, or {key}.json "
-                    "with it under 'label'" + (f"; {notes[key]} has none" if key in notes else "")
-                )
-            self._places.append(place)
-            self.targets.append(labels[key][0])
-        unused["labels without an image"] = len(labels.keys() - images.keys())
-        if any(unused.values()):
-            counts = ", ".join(f"{count} {why}" for why, count in unused.most_common(10) if count)
-            rank_zero_info(printable(f"{shard}: not used: {counts}"))
+        # Arrays, as a list's objects would be copied into each process that reads them
+        self.targets: np.ndarray[Any, np.dtype[np.int64]] = np.asarray(targets, np.int64)
+        self._shard = np.repeat(np.arange(len(self._shards)), self.chunks)
+        self._offsets = np.asarray([image.offset for image in images], np.int64)
+        self._sizes = np.asarray([image.size for image in images], np.int64)
+        self._names = PackedTexts(image.name for image in images)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        place = self._places[index]
-        shard = self._shards[place.shard]
-        name = f"{shard}, {place.name}"
-        check_bytes(place.size, name, self._max_pixels)
-        with open(shard, "rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.size)
-        if len(content) < place.size:
+        return read_image(*self.encoded(index), max_pixels=self._max_pixels), int(self.targets[index])
+
+    def encoded(self, index: int) -> Encoded:
+        """An image as it is stored.
+
+        Raises:
+            BrokenImageError: it is too large, or the tar file has become shorter.
+        """
+        shard, size = self._shards[self._shard[index]], int(self._sizes[index])
+        name = f"{shard}, {self._names[index]}"
+        check_bytes(size, name, self._max_pixels)
+        with open(shard, "rb", buffering=0) as file:
+            file.seek(int(self._offsets[index]))
+            content = file.read(size)
+        if len(content) < size:
             raise BrokenImageError(f"{name}: the tar file ends within the image")
-        return read_image(content, name, max_pixels=self._max_pixels), self.targets[index]
+        return Encoded(content, name)
+
+
+def _labelled(shard: str, tar: TarHeaders, members: Sequence[Member]) -> list[tuple[Member, int]]:
+    """The images among the members of a shard, with their class indices."""
+    images: dict[str, Member] = {}
+    labels: dict[str, tuple[int, str]] = {}  # with the name of its file
+    notes: dict[str, str] = {}  # JSON without a label
+    unused: Counter[str] = Counter()
+    for member in sorted(members, key=lambda member: not member.name.lower().endswith(".cls")):
+        folder, _, name = member.name.rpartition("/")
+        if is_leftover(name) or _is_left_over(folder):
+            continue
+        stem, _, ending = name.partition(".")
+        key, ending = _key(folder, stem), ending.lower()
+        is_image = f".{ending.rpartition('.')[2]}" in ENDINGS
+        if not is_image and ending not in _LABELS:
+            unused[f"not named as images ({PurePosixPath(name).suffix or name})"] += 1
+            continue
+        if not member.plain:
+            raise ValueError(f"{shard}: {member.name} must be a plain copy, got a link or a sparse file")
+        if is_image:
+            if images.setdefault(key, member) is not member:
+                names = f"{images[key].name} and {member.name}"
+                raise ValueError(f"{shard}: {names} are both images of {key}; keep one")
+            continue
+        label = _label(tar, member, ending, shard, key in labels)
+        if label is None:
+            notes[key] = member.name
+        elif labels.setdefault(key, (label, member.name))[0] != label:
+            other, named = labels[key]
+            raise ValueError(f"{shard}: the label of {key} is {other} in {named}, and {label} in {member.name}")
+    for key, image in images.items():
+        if key not in labels:
+            raise ValueError(
+                f"{shard}: image {image.name} has no label; expected {key}.cls with the class index, or {key}.json "
+                "with it under 'label'" + (f"; {notes[key]} has none" if key in notes else "")
+            )
+    unused["labels without an image"] = len(labels.keys() - images.keys())
+    if any(unused.values()):
+        counts = ", ".join(f"{count} {why}" for why, count in unused.most_common(10) if count)
+        rank_zero_info(printable(f"{shard}: not used: {counts}"))
+    return [(image, labels[key][0]) for key, image in images.items()]
+
+
+@lru_cache(maxsize=2**10)
+def _is_left_over(folder: str) -> bool:
+    return any(map(is_leftover, PurePosixPath(folder).parts))
+
+
+def _key(folder: str, stem: str) -> str:
+    """What an image and its label have in common: path and name without the ending."""
+    folder = _in_short(folder)
+    return stem if folder == "." else f"{folder}/{stem}"
+
+
+@lru_cache(maxsize=2**10)
+def _in_short(folder: str) -> str:
+    return str(PurePosixPath(folder))
 
 
 def _check_end(shard: str, offset: int) -> None:
@@ -152,15 +175,13 @@ def _check_end(shard: str, offset: int) -> None:
         raise ValueError(f"{shard} is cut off: the zeros at the end of a tar file are missing; copy the file again")
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str, known: bool) -> int | None:
+def _label(tar: TarHeaders, member: Member, ending: str, shard: str, known: bool) -> int | None:
     """The class index in a file; None for JSON without one. If another file gives the class index (``known``), a label
     in JSON that is no number means something else."""
-    file = tar.extractfile(member)
-    assert file is not None
     try:
         if member.size > _LABEL_BYTES:
             raise ValueError(f"got a file of {member.size:,} bytes")
-        text = file.read().decode("utf-8-sig").strip()
+        text = tar.read(member.offset, member.size).decode("utf-8-sig").strip()
         if ending == "cls":
             if not re.fullmatch(r"[0-9]{1,18}", text):
                 raise ValueError(f"got {text!r:.80}")
