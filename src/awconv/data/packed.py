@@ -29,6 +29,16 @@ class PackedTexts:
         self._ends: np.ndarray[Any, np.dtype[np.int64]] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         self._content = b"".join(encoded)
 
+    @classmethod
+    def joined(cls, parts: Iterable[PackedTexts]) -> PackedTexts:
+        """The texts of several, in their order."""
+        parts = list(parts)
+        whole = cls(())
+        lengths = [np.diff(part._ends) for part in parts]
+        whole._ends = np.concatenate([whole._ends, *lengths]).cumsum()
+        whole._content = b"".join(part._content for part in parts)
+        return whole
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 

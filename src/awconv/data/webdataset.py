@@ -9,10 +9,11 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -33,6 +34,7 @@ _LABELS = ("cls", "json")
 _LABEL_BYTES = 2**24
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _PATTERNS = 10**6
+_SHARDS_OF_A_PROCESS = 16  # fewer are read in the time that processes take to start
 
 
 class TarImages(Dataset[tuple[Image.Image, int]]):
@@ -48,6 +50,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         pattern: a tar file, or a pattern of several, which are read in alphabetical order: a glob (``train-*.tar``), or
             a range as in WebDataset (``train-{0000..0099}.tar``).
         max_pixels: the largest number of pixels of an image.
+        processes: that read the headers of many files, side by side.
 
     Attributes:
         targets: class index of each image.
@@ -58,31 +61,19 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         ValueError: a file is no tar file, is compressed or cut off, or an image has no label, or labels that disagree.
     """
 
-    def __init__(self, pattern: str, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, pattern: str, max_pixels: int = MAX_PIXELS, processes: int = 1) -> None:
         self._max_pixels = max_pixels
         self._shards = sorted({path for one in _expanded(pattern) for path in matching(one, _KIND)})
-        self.chunks: list[int] = []
-        images: list[Member] = []
-        targets: list[int] = []
-        for shard in self._shards:
-            try:
-                with TarHeaders(shard) as tar:
-                    members, end = tar.members()
-                    _check_end(shard, end)  # first: a cut file could lack labels
-                    found = _labelled(shard, tar, members)
-            except (tarfile.TarError, OSError) as error:
-                raise ValueError(f"{shard} is not a plain tar file, or is broken: {error}") from error
-            self.chunks.append(len(found))
-            images += [image for image, _ in found]
-            targets += [target for _, target in found]
-        if not images:
+        found = _all_labelled(self._shards, processes)
+        for shard, one in zip(self._shards, found, strict=True):
+            if one.unused:
+                rank_zero_info(printable(f"{shard}: not used: {one.unused}"))
+        self.chunks = [len(one.names) for one in found]
+        if not sum(self.chunks):
             raise ValueError(f"{pattern}: the tar files hold no images beside labels ({' or '.join(_LABELS)})")
-        # Arrays, as a list's objects would be copied into each process that reads them
-        self.targets: np.ndarray[Any, np.dtype[np.int64]] = np.asarray(targets, np.int64)
         self._shard = np.repeat(np.arange(len(self._shards)), self.chunks)
-        self._offsets = np.asarray([image.offset for image in images], np.int64)
-        self._sizes = np.asarray([image.size for image in images], np.int64)
-        self._names = PackedTexts(image.name for image in images)
+        self._offsets, self._sizes, self.targets = np.concatenate([one.places for one in found], 1)
+        self._names = PackedTexts.joined(one.names for one in found)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -107,30 +98,71 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         return Encoded(content, name)
 
 
-def _labelled(shard: str, tar: TarHeaders, members: Sequence[Member]) -> list[tuple[Member, int]]:
-    """The images among the members of a shard, with their class indices."""
+class _Labelled(NamedTuple):
+    """The labelled images of a shard.
+
+    Attributes:
+        places: offset and size of each image, in bytes, and its class index, shape (3, N).
+        names: of the images.
+        unused: the kinds of other files and how many there are.
+    """
+
+    places: np.ndarray[Any, np.dtype[np.int64]]
+    names: PackedTexts
+    unused: str
+
+
+def _all_labelled(shards: Sequence[str], processes: int) -> list[_Labelled]:
+    if len(shards) < _SHARDS_OF_A_PROCESS or processes < 2:
+        return [_labelled(shard) for shard in shards]
+    processes = min(processes, len(shards) // (_SHARDS_OF_A_PROCESS // 2))
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(_labelled, shards, chunksize=-(-len(shards) // (4 * processes))))
+
+
+def _labelled(shard: str) -> _Labelled:
+    """Reads the headers and the labels of a shard.
+
+    Raises:
+        ValueError: it is no tar file, is compressed or cut off, or an image has no label, or labels that disagree.
+    """
+    try:
+        with TarHeaders(shard) as tar:
+            members, end = tar.members()
+            _check_end(shard, end)  # first: a cut file could lack labels
+            images, labels, unused = _sorted_out(shard, tar, members)
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{shard} is not a plain tar file, or is broken: {error}") from error
+    places = np.asarray([(image.offset, image.size, labels[key][0]) for key, image in images.items()], np.int64)
+    counts = ", ".join(f"{count} {why}" for why, count in unused.most_common(10) if count)
+    return _Labelled(places.reshape(-1, 3).T, PackedTexts(image.name for image in images.values()), counts)
+
+
+def _sorted_out(
+    shard: str, tar: TarHeaders, members: Sequence[Member]
+) -> tuple[dict[str, Member], dict[str, tuple[int, str]], Counter[str]]:
+    """The images and the labels of a shard, with the names of their files, by what both are called; what is unused."""
     images: dict[str, Member] = {}
-    labels: dict[str, tuple[int, str]] = {}  # with the name of its file
+    labels: dict[str, tuple[int, str]] = {}
     notes: dict[str, str] = {}  # JSON without a label
     unused: Counter[str] = Counter()
-    for member in sorted(members, key=lambda member: not member.name.lower().endswith(".cls")):
+    for member in sorted(members, key=_is_no_index):
         folder, _, name = member.name.rpartition("/")
         if is_leftover(name) or _is_left_over(folder):
             continue
         stem, _, ending = name.partition(".")
-        key, ending = _key(folder, stem), ending.lower()
-        is_image = f".{ending.rpartition('.')[2]}" in ENDINGS
-        if not is_image and ending not in _LABELS:
+        key, kind = _prefix(folder) + stem, _kind_of(ending)
+        if kind is None:
             unused[f"not named as images ({PurePosixPath(name).suffix or name})"] += 1
             continue
         if not member.plain:
             raise ValueError(f"{shard}: {member.name} must be a plain copy, got a link or a sparse file")
-        if is_image:
+        if kind == "image":
             if images.setdefault(key, member) is not member:
                 names = f"{images[key].name} and {member.name}"
                 raise ValueError(f"{shard}: {names} are both images of {key}; keep one")
             continue
-        label = _label(tar, member, ending, shard, key in labels)
+        label = _label(tar, member, kind, shard, key in labels)
         if label is None:
             notes[key] = member.name
         elif labels.setdefault(key, (label, member.name))[0] != label:
@@ -143,10 +175,20 @@ def _labelled(shard: str, tar: TarHeaders, members: Sequence[Member]) -> list[tu
                 "with it under 'label'" + (f"; {notes[key]} has none" if key in notes else "")
             )
     unused["labels without an image"] = len(labels.keys() - images.keys())
-    if any(unused.values()):
-        counts = ", ".join(f"{count} {why}" for why, count in unused.most_common(10) if count)
-        rank_zero_info(printable(f"{shard}: not used: {counts}"))
-    return [(image, labels[key][0]) for key, image in images.items()]
+    return images, labels, unused
+
+
+def _is_no_index(member: Member) -> bool:
+    return member.name[-4:].lower() != ".cls"
+
+
+@lru_cache(maxsize=2**10)
+def _kind_of(ending: str) -> str | None:
+    """``"image"``, or one of the kinds of labels; None for others."""
+    ending = ending.lower()
+    if f".{ending.rpartition('.')[2]}" in ENDINGS:
+        return "image"
+    return ending if ending in _LABELS else None
 
 
 @lru_cache(maxsize=2**10)
@@ -154,15 +196,11 @@ def _is_left_over(folder: str) -> bool:
     return any(map(is_leftover, PurePosixPath(folder).parts))
 
 
-def _key(folder: str, stem: str) -> str:
-    """What an image and its label have in common: path and name without the ending."""
-    folder = _in_short(folder)
-    return stem if folder == "." else f"{folder}/{stem}"
-
-
 @lru_cache(maxsize=2**10)
-def _in_short(folder: str) -> str:
-    return str(PurePosixPath(folder))
+def _prefix(folder: str) -> str:
+    """A folder in its shortest form, before a name."""
+    short = str(PurePosixPath(folder))
+    return "" if short == "." else f"{short}/"
 
 
 def _check_end(shard: str, offset: int) -> None:
@@ -240,7 +278,7 @@ class WebDataset(ImageDataModule):
     def _train(self) -> TarImages:
         assert self.files["train"] is not None
         log_unused([one for pattern in self.files.values() if pattern is not None for one in _expanded(pattern)], _KIND)
-        return TarImages(self.files["train"], self.max_pixels)
+        return TarImages(self.files["train"], self.max_pixels, self.num_workers)
 
     @property
     def classes(self) -> list[str]:
@@ -256,7 +294,7 @@ class WebDataset(ImageDataModule):
         pattern = self.files[split]
         if pattern is None:
             return None
-        dataset = TarImages(pattern, self.max_pixels)
+        dataset = TarImages(pattern, self.max_pixels, self.num_workers)
         self._check(dataset, pattern, len(self.classes))
         return dataset
 
