@@ -72,9 +72,8 @@ class ImageDataModule(DataModule):
         num_workers: processes that decode images, if the data set is not in memory.
         transform: arguments of ``timm.data.create_transform`` for the training images, such as
             ``{"auto_augment": "rand-m7-mstd0.5-inc1", "scale": [0.35, 1.0]}``. They are then decoded at each access.
-        decoder: of training images with random resized crops. ``"fast"``, the default, decodes JPEG files by
-            torchvision and resizes their crops by PyTorch; ``"pillow"`` does both by Pillow, as timm does. The crops
-            differ by a level of 255 in a few values of a thousand. An evaluation always takes Pillow.
+        resizing: of random resized crops: by ``"torch"``, the default, or by ``"pillow"``, as timm does it, in more
+            time. The crops differ by a level of 255 in a few values of a thousand. An evaluation always takes Pillow.
         broken_images: ``"refuse"`` raises an error that names the broken image; ``"skip"`` leaves the image out, in
             evaluation too, and logs its name.
         max_pixels: the largest number of pixels of an image. A file with more pixels, or with more bytes than so many
@@ -90,7 +89,7 @@ class ImageDataModule(DataModule):
     default_image_size = 224
     default_crop_padding = 0
     default_horizontal_flip = True
-    default_decoder: Literal["fast", "pillow"] = "fast"
+    default_resizing: Literal["torch", "pillow"] = "torch"
     default_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
     default_std: Sequence[float] = IMAGENET_DEFAULT_STD
 
@@ -106,7 +105,7 @@ class ImageDataModule(DataModule):
         in_memory: bool | None = None,
         num_workers: int = 4,
         transform: dict[str, Any] | None = None,
-        decoder: Literal["fast", "pillow"] | None = None,
+        resizing: Literal["torch", "pillow"] | None = None,
         broken_images: Literal["refuse", "skip"] = "refuse",
         max_pixels: int = MAX_PIXELS,
         mean: Sequence[float] | None = None,
@@ -118,7 +117,7 @@ class ImageDataModule(DataModule):
         self.horizontal_flip = self.default_horizontal_flip if horizontal_flip is None else horizontal_flip
         self.crop_pct = crop_pct
         self.transform = transform
-        self.decoder = decoder or self.default_decoder
+        self.resizing = resizing or self.default_resizing
         self.broken_images = broken_images
         self.max_pixels = max_pixels
         self.val_fraction = val_fraction
@@ -261,7 +260,7 @@ class ImageDataModule(DataModule):
         if split != "train":
             return TransformedImages(source, indices, transform, self.channels, skip)
         transform, quick = self._augmentation(), None
-        if self.decoder == "fast" and QuickCrops.can_take(transform):
+        if self.resizing == "torch" and QuickCrops.can_take(transform):
             quick = QuickCrops(transform, self.channels, self.max_pixels)
         return TransformedImages(source, indices, transform, self.channels, skip, quick)
 
