@@ -84,7 +84,7 @@ def load(reader: str, place: Path, share_done: float, seconds: float, workers: i
         "WebDataset": str(place / "tar" / "*.tar"),
     }[reader]
     begun = time.perf_counter()
-    module = getattr(data, reader)(source, image_size=8, batch_size=BATCH, num_workers=workers, val_fraction=0.01)
+    module = getattr(data, reader)(source, image_size=8, batch_size=BATCH, num_workers=workers)
     module.in_memory = False
     images = len(module.dataset("train"))
     module._batches_done = lambda: int(share_done * (images // BATCH))

@@ -78,8 +78,8 @@ def bench_data(
         write_layouts(photographs, images, Path(place), wanted)
         loaders = {way: loader(way, Path(place), size, batch, workers) for way in (RIVAL, *wanted)}
         measured = ratios({way: _epoch_of(one) for way, one in loaders.items()}, rounds, "cpu")
-    facts = dict(size=size, batch=batch, workers=workers, images=images, bytes=_mean(map(len, photographs)))
-    facts |= dict(pixels=_mean(_pixels(content) for content in photographs), of=str(folder or "scikit-learn"))
+    facts: dict[str, Any] = dict(size=size, batch=batch, workers=workers, images=images)
+    facts |= dict(pixels=_mean(map(_pixels, photographs)), bytes=_mean(map(len, photographs)))
     _print(measured, images // batch * batch, workers, facts, format)
     return 0
 
