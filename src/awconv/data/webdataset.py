@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -116,7 +117,7 @@ def _all_labelled(shards: Sequence[str], processes: int) -> list[_Labelled]:
     if len(shards) < _SHARDS_OF_A_PROCESS or processes < 2:
         return [_labelled(shard) for shard in shards]
     processes = min(processes, len(shards) // (_SHARDS_OF_A_PROCESS // 2))
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, initializer=gc.freeze) as pool:  # collections need not look at what is there
         return list(pool.map(_labelled, shards, chunksize=-(-len(shards) // (4 * processes))))
 
 
@@ -221,7 +222,7 @@ def _label(tar: TarHeaders, member: Member, ending: str, shard: str, known: bool
             raise ValueError(f"got a file of {member.size:,} bytes")
         text = tar.read(member.offset, member.size).decode("utf-8-sig").strip()
         if ending == "cls":
-            if not re.fullmatch(r"[0-9]{1,18}", text):
+            if not (text.isascii() and text.isdigit() and len(text) <= 18):
                 raise ValueError(f"got {text!r:.80}")
             return int(text)
         content = json.loads(text)
