@@ -62,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "bench op --dtype=float23",
             "dtype must be float32, bfloat16 or float16, got 'float23'; near it: float32, float16",
         ),
-        ("bench", 'expected "subject" to be one of {op,model,detector,export}, but it was not provided.'),
+        ("bench", 'expected "subject" to be one of {op,model,detector,export,data}, but it was not provided.'),
         ("predict x.png --ckpt=x --batchsize=3", "there is no option --batchsize; near it: --batch_size"),
         (
             "predict x.png",

@@ -241,13 +241,14 @@ COMMANDS: dict[str, Command] = {
         "awconv.model_costs:models",
     ),
     "bench": Benchmark(
-        "measure runtime relative to plain layers, networks or detectors (op, model, detector, export)",
+        "measure runtime relative to plain layers and networks, and loading (op, model, detector, export, data)",
         "awconv.bench:bench",
         subjects=(
             ("op", None),
             ("model", Positional("networks", "such as aw_resnet50", several=True, type=str)),
             ("detector", Positional("networks", "such as aw_resnet50", several=True, type=str)),
             ("export", Positional("networks", "such as aw_resnet50", several=True, type=str)),
+            ("data", Positional("folder", "photographs to take; or none, and two of scikit-learn's", optional=True)),
         ),
     ),
 }

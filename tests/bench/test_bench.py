@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import awconv
+from awconv.bench.data import READERS, loader, read_photographs, write_layouts
 from awconv.bench.detector import matched_detectors
 from awconv.bench.model import competitors
 from awconv.bench.op import Layer
@@ -277,3 +278,53 @@ def test_exported_networks_are_measured_in_their_runtimes(capsys: pytest.Capture
     assert nodes["plain"] < nodes["aw"]
     assert main(["bench", "export", "aw_resnet8_cifar", "--runtimes=tensorrt"]) == 1
     assert "runtimes must be some of onnxruntime, onnxruntime_operator, openvino, pytorch" in capsys.readouterr().err
+
+
+def test_loaders_are_timed_beside_torchvisions(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--size=16", "--images=20", "--batch=5", "--workers=1", "--rounds=1", "--format=json"]
+    assert main(["bench", "data", *arguments]) == 0
+    measured = rows(capsys)
+    assert [row["way"] for row in measured] == [
+        "torchvision",
+        "uint8",
+        "ImageFolder",
+        "Parquet",
+        "WebDataset",
+        "pillow",
+    ]
+    assert measured[0]["ratio"]["median"] == 1
+    for row in measured:
+        facts = row["facts"]
+        # 20 images by one process in the median time
+        assert facts["images_a_second_and_core"] == pytest.approx(20 / row["ratio"]["seconds"], abs=0.06)
+        assert 400 * 300 < facts["pixels"] < 560 * 420
+
+
+def test_all_loaders_read_the_same_files(tmp_path: Path) -> None:
+    (tmp_path / "own" / "deep").mkdir(parents=True)
+    for index, name in enumerate(("china", "flower")):
+        photograph(name).save(tmp_path / "own" / "deep" / f"{index}.jpg")
+    photographs = read_photographs(tmp_path / "own", 100)
+    assert photographs == [(tmp_path / "own" / "deep" / f"{index}.jpg").read_bytes() for index in range(2)]
+    write_layouts(photographs, 30, tmp_path, READERS)
+    sources = [loader(way, tmp_path, 16, 10, 1).dataset.dataset for way in READERS]
+    files = [[Path(one.encoded(index).source).read_bytes() for index in range(30)] for one in sources[:1]]
+    files += [[one.encoded(index).source for index in range(30)] for one in sources[1:]]
+    assert [sorted(one) for one in files] == [sorted(photographs * 15)] * 3
+    assert [sorted(one.targets.tolist()) for one in sources] == [sorted([*range(10)] * 3)] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere must be a folder with image files"),
+        (["--images=4", "--batch=2"], "images must be at least a batch, and 10, one of each class; got 4"),
+        (["--workers=100000"], "workers must be at most"),
+        (["--ways=ffcv"], "ways must be some of uint8, ImageFolder, Parquet, WebDataset, pillow"),
+    ],
+)
+def test_a_loading_that_cannot_be_measured_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "data", *arguments]) == 1
+    assert message in capsys.readouterr().err

@@ -136,7 +136,7 @@ class TestLayouts:
         source = data.open("train")
         assert data.classes == ["cat", "dog"]
         assert [str(Path(file).relative_to(tmp_path)) for file in source.files] == list(CATS_AND_DOGS)
-        assert source.targets == [0, 0, 1, 1]
+        assert list(source.targets) == [0, 0, 1, 1]
         for index in range(4):
             assert np.array_equal(np.asarray(source[index][0]), np.asarray(digit(index)))
         assert "not used" not in caplog.text
@@ -188,7 +188,7 @@ class TestLayouts:
         assert data.classes == ["f", unicodedata.normalize("NFC", "é")]
         for split in names:
             source = data.open(split)
-            assert source.targets == [0, 0, 1]
+            assert list(source.targets) == [0, 0, 1]
             assert np.array_equal(np.asarray(source[2][0]), np.asarray(digit(2)))
         tree(tmp_path, unicodedata.normalize(val, "train/é/1.png"))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="train: two folders are called é, in different Unicode forms; merge them"):
@@ -269,7 +269,7 @@ class TestLayouts:
         (tmp_path / "store" / "circle").symlink_to(tmp_path / "store")
         (tmp_path / "train" / "cat" / "gone.png").symlink_to(tmp_path / "nothing.png")
         data = ImageFolder(tmp_path, val_fraction=0, image_size=8)
-        assert data.open("train").targets == [0, 0, 0, 1, 1, 2, 2]
+        assert list(data.open("train").targets) == [0, 0, 0, 1, 1, 2, 2]
         with pytest.raises(BrokenImageError, match=r"cat/gone\.png: it is not a file"):
             data.dataset("train")
 

@@ -77,6 +77,37 @@ def test_chunks_are_read_window_by_window(stored: list[int]) -> None:
         begun = {other for other in begun if last[other] > position}
 
 
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=40), batch_sizes, processes, st.integers(0, 9))
+def test_processes_share_the_batches_of_one_within_chunks_and_from_anywhere_on(
+    stored: list[int], batch: int, of: int, done: int
+) -> None:
+    chunks = chunks_of(stored, range(sum(stored)))
+    alone = TrainingBatches(sum(stored), batch * of, chunks=chunks, seed=7)
+    shares = [
+        TrainingBatches(sum(stored), batch, Share(rank, of), seed=7, chunks=chunks, start=lambda: done)
+        for rank in range(of)
+    ]
+    whole = list(alone)
+    drawn = [draw.image for part in whole for draw in part]
+    assert len(set(drawn)) == len(drawn) == len(alone) * batch * of  # every image once, but those that fill no batch
+    for together, *parts in zip(whole[done:], *shares, strict=True):
+        assert sorted(together) == sorted(draw for part in parts for draw in part)
+
+
+def test_epochs_mix_other_chunks_with_each_other() -> None:
+    chunks = chunks_of([10] * 64, range(640))
+    batches = TrainingBatches(640, 40, chunks=chunks)
+    together = []
+    for epoch in range(3):
+        batches.sampler.set_epoch(epoch)
+        drawn = [[int(chunks[draw.image]) for draw in part] for part in batches]
+        # Of 40 images that are drawn from 8 chunks alike, fewer than 5 chunks have none once in 10^8.
+        assert all(len(set(part)) >= 4 for part in drawn)
+        together.append({frozenset(part) for part in drawn})
+    assert not together[0] & together[1]
+    assert not together[1] & together[2]
+
+
 def test_too_few_images_for_so_many_processes() -> None:
     with pytest.raises(ValueError, match=r"3 images cannot be evaluated by 4 processes: take fewer devices"):
         EvaluationBatches(3, 10, Share(0, 4))

@@ -14,20 +14,28 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from awconv.data.images import MODES, BrokenImageError
+from awconv.data.images import MODES, BrokenImageError, Encoded
 from awconv.data.order import Draw, derive_seed, seed_all
 from awconv.terminal import printable
 
 _log = logging.getLogger(__name__)
 
 
+Indices = Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
+
+
 class LabelledImages(Protocol):
     """torchvision's convention for classification data: pairs of a picture and a class index.
 
-    ``targets`` lists the class indices without decoding an image.
+    ``targets`` lists the class indices without decoding an image. A large data set keeps them in an array: processes
+    that read a list write to its memory, by Python's counts of references, and so each gets a copy of its own.
+
+    A data set of encoded images may have a method ``encoded``, which gives the image of an index as an
+    :class:`~awconv.data.images.Encoded`. Training images then need not pass through Pillow.
     """
 
-    targets: list[int]
+    @property
+    def targets(self) -> Indices: ...
 
     def __len__(self) -> int: ...
 
@@ -72,7 +80,7 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         dataset: LabelledImages,
-        indices: Sequence[int],
+        indices: Indices,
         transform: Callable[[Image.Image], Tensor],
         channels: int,
         size: int,
@@ -80,13 +88,16 @@ class InMemoryImages(Dataset[tuple[Tensor, Tensor]]):
         threads: int = 4,
     ) -> None:
         images = np.empty((len(indices), channels, size, size), np.uint8)
-        targets = torch.tensor([dataset.targets[index] for index in indices], dtype=torch.long)
+        targets = torch.from_numpy(np.asarray(dataset.targets, np.int64)[np.asarray(indices, np.int64)])
 
         def decode(position: int) -> bool:
-            image = _read(dataset, indices[position], skip_broken)
-            if image is not None:
-                images[position] = transform(image).numpy()
-            return image is not None
+            try:
+                image: Image.Image = dataset[int(indices[position])][0]
+            except BrokenImageError as error:
+                log_skipped(error, skip_broken)
+                return False
+            images[position] = transform(image).numpy()
+            return True
 
         with ThreadPoolExecutor(threads) as pool:
             decoded = torch.tensor(list(pool.map(decode, range(len(indices)))))
@@ -143,18 +154,23 @@ class TransformedImages(Dataset[tuple[Tensor, int] | None]):
         transform: from a PIL image to a uint8 tensor of shape (channels, H, W).
         channels: 1 for grey, 3 for colour.
         skip_broken: leave out images that cannot be decoded, and log their names.
+        from_encoded: does what ``transform`` does from an encoded image, if the data set has the method ``encoded``.
     """
 
     def __init__(
         self,
         dataset: LabelledImages,
-        indices: Sequence[int],
+        indices: Indices,
         transform: Callable[[Image.Image], Tensor],
         channels: int,
         skip_broken: bool = False,
+        from_encoded: Callable[[Encoded], Tensor] | None = None,
     ) -> None:
-        self.dataset, self.indices, self.transform = dataset, indices, transform
+        self.dataset, self.transform = dataset, transform
+        self.indices = np.asarray(indices, np.int64)
         self.channels, self.skip_broken = channels, skip_broken
+        self._encoded: Callable[[int], Encoded] | None = getattr(dataset, "encoded", None)
+        self._from_encoded = from_encoded
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -163,19 +179,15 @@ class TransformedImages(Dataset[tuple[Tensor, int] | None]):
         if isinstance(index, Draw):
             seed_all(derive_seed(index.seed, index.epoch, index.image))
             index = index.image
-        image = _read(self.dataset, self.indices[index], self.skip_broken)
-        if image is None:
+        place = int(self.indices[index])
+        try:
+            if self._from_encoded is not None and self._encoded is not None:
+                return self._from_encoded(self._encoded(place)), int(self.dataset.targets[place])
+            image = self.dataset[place][0]
+        except BrokenImageError as error:
+            log_skipped(error, self.skip_broken)
             return None
-        return self.transform(image.convert(MODES[self.channels])), self.dataset.targets[self.indices[index]]
-
-
-def _read(dataset: LabelledImages, index: int, skip_broken: bool) -> Image.Image | None:
-    try:
-        image: Image.Image = dataset[index][0]
-    except BrokenImageError as error:
-        log_skipped(error, skip_broken)
-        return None
-    return image
+        return self.transform(image.convert(MODES[self.channels])), int(self.dataset.targets[place])
 
 
 def log_skipped(error: Exception, skip_broken: bool) -> None:

@@ -8,14 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
 from awconv.data.classification import ImageDataModule
 from awconv.data.files import composed, is_leftover, walk
-from awconv.data.images import ENDINGS, MAX_PIXELS, read_image
+from awconv.data.images import ENDINGS, MAX_PIXELS, Encoded, read_image
 from awconv.data.loading import Split
+from awconv.data.packed import PackedTexts
 from awconv.terminal import printable
 
 _NAMES: dict[Split, tuple[str, ...]] = {
@@ -53,23 +55,23 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
         twice = [name for name, count in Counter(self.classes).items() if count > 1]
         if twice:
             raise ValueError(f"{folder}: two folders are called {twice[0]}, in different Unicode forms; merge them")
-        self.files: list[str] = []
-        self.targets: list[int] = []
+        files: list[str] = []
+        counts: list[int] = []
         self.unused: Counter[str] = Counter()
         for one in folder.iterdir():
             if one.is_file() and not is_leftover(one.name):
                 self.unused[f"beside the folders of the classes ({one.suffix or one.name})"] += 1
         empty = []
-        for target, (name, one) in enumerate(zip(self.classes, folders, strict=True)):
-            count = len(self.files)
+        for name, one in zip(self.classes, folders, strict=True):
+            count = len(files)
             for path in walk(one):
                 _, ending = os.path.splitext(path)
                 if ending.lower() in ENDINGS:
-                    self.files.append(path)
+                    files.append(path)
                 else:
                     self.unused[f"not named as images ({ending or os.path.basename(path)})"] += 1
-            self.targets += [target] * (len(self.files) - count)
-            if len(self.files) == count:
+            counts.append(len(files) - count)
+            if not counts[-1]:
                 empty.append(name)
         if empty:
             raise FileNotFoundError(
@@ -77,12 +79,19 @@ class FolderImages(Dataset[tuple[Image.Image, int]]):
                 f"expected images ({', '.join(sorted(ENDINGS))}) in the folder of each class; remove empty folders"
             )
 
+        self.files = PackedTexts(files)
+        self.targets: np.ndarray[Any, np.dtype[np.int64]] = np.repeat(np.arange(len(self.classes)), counts)
+
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(*self.encoded(index), max_pixels=self._max_pixels), int(self.targets[index])
+
+    def encoded(self, index: int) -> Encoded:
+        """An image as it is stored."""
         path = self.files[index]
-        return read_image(path, path, max_pixels=self._max_pixels), self.targets[index]
+        return Encoded(path, path)
 
 
 class ImageFolder(ImageDataModule):

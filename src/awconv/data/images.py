@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -58,6 +58,18 @@ class TooLargeImageError(BrokenImageError):
     """An image of more pixels or bytes than were allowed."""
 
 
+class Encoded(NamedTuple):
+    """An image as it is stored.
+
+    Attributes:
+        source: the content of a file, or its path.
+        name: of the image in errors.
+    """
+
+    source: bytes | str
+    name: str
+
+
 def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image completely, to grey (mode L) or colour (RGB). Takes the first of several frames.
 
@@ -74,8 +86,8 @@ def read_image(source: bytes | str, name: str, *, upright: bool = True, max_pixe
         BrokenImageError: the image cannot be read, decoded or converted, has none of the :data:`FORMATS`, has too many
             pixels or bytes, or has values without a known white (integers of 32 bits, or floats).
     """
-    with _opened(source, name, max_pixels) as image:
-        return _decoded(image, turned=upright)
+    with opened(source, name, max_pixels) as image:
+        return decoded(image, turned=upright)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -85,15 +97,20 @@ def upright(image: Image.Image) -> Image.Image:
         BrokenImageError: nothing says which of its values is white.
     """
     try:
-        return _decoded(image, turned=True)
+        return decoded(image, turned=True)
     except ValueError as error:
         raise BrokenImageError(f"image: {error}") from error
 
 
-def _decoded(image: Image.Image, turned: bool) -> Image.Image:
+def decoded(image: Image.Image, turned: bool) -> Image.Image:
+    """The pixels of an opened image, to grey (mode L) or colour (RGB), and turned by its EXIF orientation if wanted.
+
+    Raises:
+        ValueError: nothing says which of its values is white. The image's format may raise any error.
+    """
     white = _white(image)
     image.load()
-    turn = _turn(image) if turned else None
+    turn = turn_of(image) if turned else None
     if white is not None:
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
         image = _scaled(image, white, inverted)
@@ -117,10 +134,10 @@ def read_header(
     Raises:
         BrokenImageError: the header is not that of an image for :func:`read_image`.
     """
-    with _opened(source, name, max_pixels) as image:
+    with opened(source, name, max_pixels) as image:
         _white(image)
         width, height = image.size
-        turned = upright and _turn(image) in _QUARTERS
+        turned = upright and turn_of(image) in _QUARTERS
         return image.mode, (height, width) if turned else (width, height)
 
 
@@ -145,7 +162,7 @@ def check_bytes(size: int, name: str, max_pixels: int, images: int = 1) -> None:
 
 
 @contextmanager
-def _opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iterator[Image.Image]:
+def opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Iterator[Image.Image]:
     """Opens an image and reads its header. Any error, also in the body, becomes a BrokenImageError with the name."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow would refuse such an image
@@ -217,7 +234,7 @@ def _scaled(image: Image.Image, white: int, inverted: bool) -> Image.Image:
     return Image.fromarray(255 - grey if inverted else grey)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def turn_of(image: Image.Image) -> Image.Transpose | None:
     """The transposition that turns a loaded image upright, or None."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))

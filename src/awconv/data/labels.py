@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from awconv.data.files import composed
 
 
@@ -43,19 +45,20 @@ def checked_names(names: Sequence[Any], where: str) -> list[str]:
     return names
 
 
-def numbered(targets: Sequence[int], where: str) -> list[str]:
+def numbered(targets: Sequence[int] | np.ndarray[Any, Any], where: str) -> list[str]:
     """Names of classes that have none: the numbers from 0 to the largest label.
 
     Raises:
         ValueError: there is no label, a label is negative, or a number below the largest is no label.
     """
-    found = set(targets)
+    values, counts = np.unique(np.asarray(targets), return_counts=True)
+    found: set[int] = set(values.tolist())
     if not found:
         raise ValueError(f"{where} holds no labelled image")
     largest = max(found)
     if min(found) < 0:
         raise ValueError(
-            f"{where}: labels must be at least 0, got {min(found)} {targets.count(min(found))} times; -1 usually marks "
+            f"{where}: labels must be at least 0, got {values[0]} {counts[0]} times; -1 usually marks "
             "images without a label, which cannot be used"
         )
     missing = largest + 1 - len(found)

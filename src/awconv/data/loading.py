@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import gc
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -146,7 +147,7 @@ class DataModule(pl.LightningDataModule, abc.ABC):
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=_begin_worker,
             persistent_workers=num_workers > 0,
             # Only what is not on the GPU already can be copied there while others are computed.
             pin_memory=self._device.type == "cuda" and getattr(dataset, "device", _CPU) == _CPU,
@@ -178,6 +179,10 @@ class DataModule(pl.LightningDataModule, abc.ABC):
         return batch
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Delays the end of a worker: SIGTERM may reach the whole process group, and the training needs one more batch."""
+def _begin_worker(worker: int) -> None:
+    """Delays the end of a worker: SIGTERM may reach the whole process group, and the training needs one more batch.
+
+    Keeps what the worker shares of the training's memory shared: a collection of garbage would write to all objects.
+    """
+    gc.freeze()
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_SECONDS))

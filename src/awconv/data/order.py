@@ -98,17 +98,17 @@ class TrainingBatches(Sampler[list[Draw]]):
         order = self._order(0 if self.same else epoch)
         for number in range(self.start(), len(self)):
             batch = order[number * together : (number + 1) * together]
-            yield [Draw(image, epoch, self.seed) for image in batch[self.share.rank :: self.share.of]]
+            yield [Draw(image, epoch, self.seed) for image in batch[self.share.rank :: self.share.of].tolist()]
         self.sampler.set_epoch(epoch + 1)  # for loops that never call set_epoch
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
         generator = np.random.default_rng([self.seed, epoch])
         if self.chunks is None:
             order = generator.permutation(self.size)
         else:
             windows = generator.permutation(int(self.chunks.max()) + 1) // WINDOW
             order = np.lexsort((generator.random(self.size), windows[self.chunks]))
-        return [int(index) for index in (order if self.groups is None else self._grouped(order, self.groups))]
+        return order if self.groups is None else np.asarray(self._grouped(order, self.groups), np.int64)
 
     def _grouped(self, order: Any, groups: np.ndarray[Any, Any]) -> list[int]:
         """Groups an order: a batch is emitted as soon as its group has enough images."""
@@ -148,7 +148,7 @@ class EvaluationBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in np.array_split(self.indices, self.batches):
-            yield [int(index) for index in batch]
+            yield batch.tolist()
 
 
 class TrainingLoader(DataLoader[Any]):
@@ -178,7 +178,7 @@ def seed_all(seed: int) -> None:
             kind.manual_seed_all(seed)
 
 
-def chunks_of(stored: Sequence[int], indices: Sequence[int]) -> np.ndarray[Any, Any]:
+def chunks_of(stored: Sequence[int], indices: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The chunk of each of some images. Chunks are numbered anew, without gaps.
 
     Args:

@@ -12,13 +12,14 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
 from awconv.data.classification import ImageDataModule
 from awconv.data.files import check_ratio, composed, log_unused, matching
-from awconv.data.images import MAX_PIXELS, BrokenImageError, check_bytes, read_image
+from awconv.data.images import MAX_PIXELS, BrokenImageError, Encoded, check_bytes, read_image
 from awconv.data.labels import checked_names, numbered
 from awconv.data.loading import Split
 from awconv.data.order import WINDOW
@@ -98,7 +99,9 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                 f"{_described(*training._kind)}; got {_described(*self._kind)}"
             )
         self.classes: list[str] = _classes(shards, pattern) if training is None else training.classes
-        self.targets: list[int] = [target for shard in shards for target in _targets(shard, self.classes)]
+        self.targets: np.ndarray[Any, np.dtype[np.int64]] = np.concatenate(
+            [_targets(shard, self.classes) for shard in shards]
+        )
         self.files: list[str] = [shard.path for shard in shards]
         self._groups = [(shard.path, group) for shard in shards for group in range(len(shard.groups))]
         self.chunks = [count for shard in shards for count in shard.groups]
@@ -109,6 +112,14 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(*self.encoded(index), max_pixels=self._max_pixels), int(self.targets[index])
+
+    def encoded(self, index: int) -> Encoded:
+        """An image as it is stored.
+
+        Raises:
+            BrokenImageError: the row has no image, or its row group is broken or too large.
+        """
         group = bisect.bisect_right(self._ends, index)
         file, number = self._groups[group]
         row = index - (self._ends[group] - self.chunks[group])
@@ -128,7 +139,7 @@ class ParquetImages(Dataset[tuple[Image.Image, int]]):
                     f"{name}: the row has no image" + (f", and {path} is not a file" if path else "")
                 )
             content = path
-        return read_image(content, name, max_pixels=self._max_pixels), self.targets[index]
+        return Encoded(content, name)
 
     def _read(self, group: int) -> Any:
         """The images of a row group. Keeps the last few row groups in memory."""
@@ -257,7 +268,7 @@ def _classes(shards: Sequence[_Shard], pattern: str) -> list[str]:
     return checked_names(sorted(set(labels)), pattern) if shards[0].texts else numbered(labels, pattern)
 
 
-def _targets(shard: _Shard, classes: list[str]) -> list[int]:
+def _targets(shard: _Shard, classes: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
     indices = {name: index for index, name in enumerate(classes)} if shard.texts else range(len(classes))
     wrong = [row for row, label in enumerate(shard.labels) if label not in indices]
     if wrong:
@@ -267,7 +278,7 @@ def _targets(shard: _Shard, classes: list[str]) -> list[int]:
             f"{shard.path}: labels must be {wanted}, got {label!r} in row {wrong[0]} (and {len(wrong) - 1} more)"
             + ("; -1 marks images without a label, which cannot be used" if label == -1 else "")
         )
-    return [indices[label] for label in shard.labels]
+    return np.asarray([indices[label] for label in shard.labels], np.int64)
 
 
 def _described(texts: bool, names: list[str] | None) -> str:

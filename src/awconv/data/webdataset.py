@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -9,20 +10,24 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
 from awconv.data.classification import ImageDataModule
 from awconv.data.files import is_leftover, log_unused, matching
-from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, check_bytes, read_image
+from awconv.data.images import ENDINGS, MAX_PIXELS, BrokenImageError, Encoded, check_bytes, read_image
 from awconv.data.labels import checked_label, checked_names, numbered
 from awconv.data.loading import Split
+from awconv.data.packed import PackedTexts
+from awconv.data.tar_members import Member, TarHeaders
 from awconv.terminal import printable
 
 _KIND = "a tar file"
@@ -30,15 +35,7 @@ _LABELS = ("cls", "json")
 _LABEL_BYTES = 2**24
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _PATTERNS = 10**6
-
-
-class _Place(NamedTuple):
-    """The place of an image in the shards."""
-
-    shard: int
-    name: str
-    offset: int
-    size: int
+_SHARDS_OF_A_PROCESS = 16  # fewer are read in the time that processes take to start
 
 
 class TarImages(Dataset[tuple[Image.Image, int]]):
@@ -54,6 +51,7 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         pattern: a tar file, or a pattern of several, which are read in alphabetical order: a glob (``train-*.tar``), or
             a range as in WebDataset (``train-{0000..0099}.tar``).
         max_pixels: the largest number of pixels of an image.
+        processes: that read the headers of many files, side by side.
 
     Attributes:
         targets: class index of each image.
@@ -64,82 +62,146 @@ class TarImages(Dataset[tuple[Image.Image, int]]):
         ValueError: a file is no tar file, is compressed or cut off, or an image has no label, or labels that disagree.
     """
 
-    def __init__(self, pattern: str, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, pattern: str, max_pixels: int = MAX_PIXELS, processes: int = 1) -> None:
         self._max_pixels = max_pixels
         self._shards = sorted({path for one in _expanded(pattern) for path in matching(one, _KIND)})
-        self._places: list[_Place] = []
-        self.chunks: list[int] = []
-        self.targets: list[int] = []
-        for number, shard in enumerate(self._shards):
-            try:
-                with tarfile.open(shard, "r:") as tar:
-                    before = len(self.targets)
-                    members = tar.getmembers()
-                    _check_end(shard, tar.offset)  # first: a cut file could lack labels
-                    self._index(number, tar, members)
-                    self.chunks.append(len(self.targets) - before)
-            except (tarfile.TarError, OSError) as error:
-                raise ValueError(f"{shard} is not a plain tar file, or is broken: {error}") from error
-        if not self._places:
+        found = _all_labelled(self._shards, processes)
+        for shard, one in zip(self._shards, found, strict=True):
+            if one.unused:
+                rank_zero_info(printable(f"{shard}: not used: {one.unused}"))
+        self.chunks = [len(one.names) for one in found]
+        if not sum(self.chunks):
             raise ValueError(f"{pattern}: the tar files hold no images beside labels ({' or '.join(_LABELS)})")
-
-    def _index(self, number: int, tar: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> None:
-        shard = self._shards[number]
-        images: dict[str, _Place] = {}
-        labels: dict[str, tuple[int, str]] = {}  # with the name of its file
-        notes: dict[str, str] = {}  # JSON without a label
-        unused: Counter[str] = Counter()
-        for member in sorted(members, key=lambda member: not member.name.lower().endswith(".cls")):
-            path = PurePosixPath(member.name)
-            if member.isdir() or any(map(is_leftover, path.parts)):
-                continue
-            stem, _, ending = path.name.partition(".")
-            key, ending = str(path.parent / stem), ending.lower()
-            is_image = f".{ending.rpartition('.')[2]}" in ENDINGS
-            if not is_image and ending not in _LABELS:
-                unused[f"not named as images ({path.suffix or path.name})"] += 1
-                continue
-            if not member.isfile() or member.issparse():
-                raise ValueError(f"{shard}: {member.name} must be a plain copy, got a link or a sparse file")
-            if is_image:
-                place = _Place(number, member.name, member.offset_data, member.size)
-                if images.setdefault(key, place) is not place:
-                    names = f"{images[key].name} and {member.name}"
-                    raise ValueError(f"{shard}: {names} are both images of {key}; keep one")
-                continue
-            label = _label(tar, member, ending, shard, key in labels)
-            if label is None:
-                notes[key] = member.name
-            elif labels.setdefault(key, (label, member.name))[0] != label:
-                other, name = labels[key]
-                raise ValueError(f"{shard}: the label of {key} is {other} in {name}, and {label} in {member.name}")
-        for key, place in images.items():
-            if key not in labels:
-                raise ValueError(
-                    f"{shard}: image {place.name} has no label; expected {key}.cls with the class index, or {key}.json "
-                    "with it under 'label'" + (f"; {notes[key]} has none" if key in notes else "")
-                )
-            self._places.append(place)
-            self.targets.append(labels[key][0])
-        unused["labels without an image"] = len(labels.keys() - images.keys())
-        if any(unused.values()):
-            counts = ", ".join(f"{count} {why}" for why, count in unused.most_common(10) if count)
-            rank_zero_info(printable(f"{shard}: not used: {counts}"))
+        self._shard = np.repeat(np.arange(len(self._shards)), self.chunks)
+        self._offsets, self._sizes, self.targets = np.concatenate([one.places for one in found], 1)
+        self._names = PackedTexts.joined(one.names for one in found)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        place = self._places[index]
-        shard = self._shards[place.shard]
-        name = f"{shard}, {place.name}"
-        check_bytes(place.size, name, self._max_pixels)
-        with open(shard, "rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.size)
-        if len(content) < place.size:
+        return read_image(*self.encoded(index), max_pixels=self._max_pixels), int(self.targets[index])
+
+    def encoded(self, index: int) -> Encoded:
+        """An image as it is stored.
+
+        Raises:
+            BrokenImageError: it is too large, or the tar file has become shorter.
+        """
+        shard, size = self._shards[self._shard[index]], int(self._sizes[index])
+        name = f"{shard}, {self._names[index]}"
+        check_bytes(size, name, self._max_pixels)
+        with open(shard, "rb", buffering=0) as file:
+            file.seek(int(self._offsets[index]))
+            content = file.read(size)
+        if len(content) < size:
             raise BrokenImageError(f"{name}: the tar file ends within the image")
-        return read_image(content, name, max_pixels=self._max_pixels), self.targets[index]
+        return Encoded(content, name)
+
+
+class _Labelled(NamedTuple):
+    """The labelled images of a shard.
+
+    Attributes:
+        places: offset and size of each image, in bytes, and its class index, shape (3, N).
+        names: of the images.
+        unused: the kinds of other files and how many there are.
+    """
+
+    places: np.ndarray[Any, np.dtype[np.int64]]
+    names: PackedTexts
+    unused: str
+
+
+def _all_labelled(shards: Sequence[str], processes: int) -> list[_Labelled]:
+    if len(shards) < _SHARDS_OF_A_PROCESS or processes < 2:
+        return [_labelled(shard) for shard in shards]
+    processes = min(processes, len(shards) // (_SHARDS_OF_A_PROCESS // 2))
+    with ProcessPoolExecutor(processes, initializer=gc.freeze) as pool:  # collections need not look at what is there
+        return list(pool.map(_labelled, shards, chunksize=-(-len(shards) // (4 * processes))))
+
+
+def _labelled(shard: str) -> _Labelled:
+    """Reads the headers and the labels of a shard.
+
+    Raises:
+        ValueError: it is no tar file, is compressed or cut off, or an image has no label, or labels that disagree.
+    """
+    try:
+        with TarHeaders(shard) as tar:
+            members, end = tar.members()
+            _check_end(shard, end)  # first: a cut file could lack labels
+            images, labels, unused = _sorted_out(shard, tar, members)
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{shard} is not a plain tar file, or is broken: {error}") from error
+    places = np.asarray([(image.offset, image.size, labels[key][0]) for key, image in images.items()], np.int64)
+    counts = ", ".join(f"{count} {why}" for why, count in unused.most_common(10) if count)
+    return _Labelled(places.reshape(-1, 3).T, PackedTexts(image.name for image in images.values()), counts)
+
+
+def _sorted_out(
+    shard: str, tar: TarHeaders, members: Sequence[Member]
+) -> tuple[dict[str, Member], dict[str, tuple[int, str]], Counter[str]]:
+    """The images and the labels of a shard, with the names of their files, by what both are called; what is unused."""
+    images: dict[str, Member] = {}
+    labels: dict[str, tuple[int, str]] = {}
+    notes: dict[str, str] = {}  # JSON without a label
+    unused: Counter[str] = Counter()
+    for member in sorted(members, key=_is_no_index):
+        folder, _, name = member.name.rpartition("/")
+        if is_leftover(name) or _is_left_over(folder):
+            continue
+        stem, _, ending = name.partition(".")
+        key, kind = _prefix(folder) + stem, _kind_of(ending)
+        if kind is None:
+            unused[f"not named as images ({PurePosixPath(name).suffix or name})"] += 1
+            continue
+        if not member.plain:
+            raise ValueError(f"{shard}: {member.name} must be a plain copy, got a link or a sparse file")
+        if kind == "image":
+            if images.setdefault(key, member) is not member:
+                names = f"{images[key].name} and {member.name}"
+                raise ValueError(f"{shard}: {names} are both images of {key}; keep one")
+            continue
+        label = _label(tar, member, kind, shard, key in labels)
+        if label is None:
+            notes[key] = member.name
+        elif labels.setdefault(key, (label, member.name))[0] != label:
+            other, named = labels[key]
+            raise ValueError(f"{shard}: the label of {key} is {other} in {named}, and {label} in {member.name}")
+    for key, image in images.items():
+        if key not in labels:
+            raise ValueError(
+                f"{shard}: image {image.name} has no label; expected {key}.cls with the class index, or {key}.json "
+                "with it under 'label'" + (f"; {notes[key]} has none" if key in notes else "")
+            )
+    unused["labels without an image"] = len(labels.keys() - images.keys())
+    return images, labels, unused
+
+
+def _is_no_index(member: Member) -> bool:
+    return member.name[-4:].lower() != ".cls"
+
+
+@lru_cache(maxsize=2**10)
+def _kind_of(ending: str) -> str | None:
+    """``"image"``, or one of the kinds of labels; None for others."""
+    ending = ending.lower()
+    if f".{ending.rpartition('.')[2]}" in ENDINGS:
+        return "image"
+    return ending if ending in _LABELS else None
+
+
+@lru_cache(maxsize=2**10)
+def _is_left_over(folder: str) -> bool:
+    return any(map(is_leftover, PurePosixPath(folder).parts))
+
+
+@lru_cache(maxsize=2**10)
+def _prefix(folder: str) -> str:
+    """A folder in its shortest form, before a name."""
+    short = str(PurePosixPath(folder))
+    return "" if short == "." else f"{short}/"
 
 
 def _check_end(shard: str, offset: int) -> None:
@@ -152,17 +214,15 @@ def _check_end(shard: str, offset: int) -> None:
         raise ValueError(f"{shard} is cut off: the zeros at the end of a tar file are missing; copy the file again")
 
 
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, shard: str, known: bool) -> int | None:
+def _label(tar: TarHeaders, member: Member, ending: str, shard: str, known: bool) -> int | None:
     """The class index in a file; None for JSON without one. If another file gives the class index (``known``), a label
     in JSON that is no number means something else."""
-    file = tar.extractfile(member)
-    assert file is not None
     try:
         if member.size > _LABEL_BYTES:
             raise ValueError(f"got a file of {member.size:,} bytes")
-        text = file.read().decode("utf-8-sig").strip()
+        text = tar.read(member.offset, member.size).decode("utf-8-sig").strip()
         if ending == "cls":
-            if not re.fullmatch(r"[0-9]{1,18}", text):
+            if not (text.isascii() and text.isdigit() and len(text) <= 18):
                 raise ValueError(f"got {text!r:.80}")
             return int(text)
         content = json.loads(text)
@@ -219,7 +279,7 @@ class WebDataset(ImageDataModule):
     def _train(self) -> TarImages:
         assert self.files["train"] is not None
         log_unused([one for pattern in self.files.values() if pattern is not None for one in _expanded(pattern)], _KIND)
-        return TarImages(self.files["train"], self.max_pixels)
+        return TarImages(self.files["train"], self.max_pixels, self.num_workers)
 
     @property
     def classes(self) -> list[str]:
@@ -235,7 +295,7 @@ class WebDataset(ImageDataModule):
         pattern = self.files[split]
         if pattern is None:
             return None
-        dataset = TarImages(pattern, self.max_pixels)
+        dataset = TarImages(pattern, self.max_pixels, self.num_workers)
         self._check(dataset, pattern, len(self.classes))
         return dataset
 

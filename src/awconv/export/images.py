@@ -145,4 +145,6 @@ def _of_parquet(path: Path, classes: Sequence[str]) -> Images:
         classes
     )
     fits = numbered or rows.classes == list(classes)
-    return Images(lambda index: rows[index][0], len(rows), rows.targets if fits else None, printable(str(path)))
+    return Images(
+        lambda index: rows[index][0], len(rows), rows.targets.tolist() if fits else None, printable(str(path))
+    )
