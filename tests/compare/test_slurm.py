@@ -285,7 +285,9 @@ def test_no_second_job_is_submitted_as_long_as_slurm_does_not_answer(
         patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         with pytest.raises(ValueError, match="SLURM does not say; call this again later"):
             compare(recipe, "plain", 1, tmp_path / "out", launcher="slurm", slurm=options, overrides=own(recipe))
-    assert "squeue does not answer (no controller)" in capfd.readouterr().err
+        assert "squeue does not answer (no controller)" in capfd.readouterr().err
+        assert compare(recipe, "plain", 1, tmp_path / "out", status=True, overrides=own(recipe)) == 0
+        assert re.search(f"plain-seed0 +unknown +job {job}, of which SLURM says nothing", capfd.readouterr().out)
     with pytest.raises(ValueError, match=f"job {job} trains plain-seed0 with other settings"):
         compare(
             recipe,

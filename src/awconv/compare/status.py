@@ -46,17 +46,13 @@ def print_status(plan: Plan) -> int:
     """
     comparison, trials = plan.comparison(), plan.trials()
     found = _jobs([one for one in (trials, comparison) if one is not None])
-    lines: list[_Line] = []
-    if trials is not None:
-        lines += [_line(trials, run, found) for run in trials.runs]
-        records = [record for run in trials.runs if (record := trials.finished(run)) is not None]
-        tuned = plan.tuned(records) if len(records) == len(trials.runs) else None
-        if tuned is None:
-            lines += [_Line(run.name, "missing", f"{_tuned_name(plan)} is not chosen yet") for run in comparison.runs]
-        else:
-            comparison = plan.comparison(tuned)
-    if len(lines) < _count(trials) + len(comparison.runs):
-        lines += [_line(comparison, run, found) for run in comparison.runs]
+    lines = [] if trials is None else [_line(trials, run, found) for run in trials.runs]
+    chosen = comparison if trials is None else _chosen(plan, trials)
+    if chosen is None:
+        waits = f"{'' if plan.tuning is None else plan.tuning.name} is not chosen yet"
+        lines += [_Line(run.name, "missing", waits) for run in comparison.runs]
+    else:
+        lines += [_line(chosen, run, found) for run in chosen.runs]
     done = sum(line.state == "finished" for line in lines)
     owner = in_use(plan.folder)
     note = f"{done} of {len(lines)} runs are finished, in {plan.folder}"
@@ -70,27 +66,29 @@ def print_status(plan: Plan) -> int:
     return 0
 
 
-def _tuned_name(plan: Plan) -> str:
-    return "" if plan.tuning is None else plan.tuning.name
+def _chosen(plan: Plan, trials: Comparison) -> Comparison | None:
+    """The runs with the chosen values; None as long as a trial is missing."""
+    records = [record for run in trials.runs if (record := trials.finished(run)) is not None]
+    tuned = plan.tuned(records) if len(records) == len(trials.runs) else None
+    return None if tuned is None else plan.comparison(tuned)
 
 
-def _count(trials: Comparison | None) -> int:
-    return 0 if trials is None else len(trials.runs)
+def _jobs(comparisons: list[Comparison]) -> dict[str, JobState] | None:
+    """What SLURM says of jobs, if there were any; None if it says nothing."""
+    if all(RunJobs(one, run).last is None for one in comparisons for run in one.runs):
+        return {}
+    return states() if shutil.which("squeue") else None
 
 
-def _jobs(comparisons: list[Comparison]) -> dict[str, JobState]:
-    """What SLURM says of jobs, if there were any."""
-    submitted = any(RunJobs(one, run).last is not None for one in comparisons for run in one.runs)
-    return (states() or {}) if submitted and shutil.which("squeue") else {}
-
-
-def _line(comparison: Comparison, run: Run, found: dict[str, JobState]) -> _Line:
+def _line(comparison: Comparison, run: Run, found: dict[str, JobState] | None) -> _Line:
     record = comparison.finished(run)
     if record is not None:
         return _Line(run.name, "finished", _score(record))
     jobs = RunJobs(comparison, run)
     job = jobs.last
-    state = None if job is None else found.get(job)
+    if job is not None and found is None and not jobs.result(job)[0]:
+        return _Line(run.name, "unknown", f"job {job}, of which SLURM says nothing here")
+    state = None if job is None or found is None else found.get(job)
     if job is not None and state is not None and state.is_live:
         return _live(run, job, jobs, state)
     trained = share_trained(comparison, run)
