@@ -35,6 +35,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
+KillWait=5
 MpiDefault=none
 SwitchType=switch/none
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
@@ -77,6 +78,7 @@ def slurm(folder: Path) -> Iterator[None]:
         _wait_for_nodes(folder)
         yield
         subprocess.run(["scancel", f"--user={os.getuid()}", "--full"], check=False)
+        _until(lambda: not subprocess.run(["squeue", "--noheader"], capture_output=True).stdout, 20)  # none is left
 
 
 def _start(daemons: ExitStack, folder: Path, command: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def test_nothing_is_lost_when_jobs_are_killed_queued_again_or_left_alone(
     for process in processes(last["plain-seed0"]):
         os.kill(process, signal.SIGKILL)
     # As for another job with precedence; the node that it has run on takes no other one.
-    node = states()[job("aw-seed0")].nodes  # type: ignore[index]
+    node = states([job("aw-seed0")])[job("aw-seed0")].nodes  # type: ignore[index]
     call("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     call("scontrol", "requeue", job("aw-seed0"))
     # As at the end of a job's time: it writes a checkpoint within the epoch, and asks to be queued again.
@@ -199,7 +200,7 @@ def test_jobs_are_cancelled_where_that_is_asked_for(
     trainer.end()
     job = RunJobs(comparison, run).last
     assert f"awconv: cancelled job {job}\n" in capfd.readouterr().err
-    until(lambda: (states() or {})[str(job)].state == "CANCELLED", "to cancel the job")
+    until(lambda: (states([str(job)]) or {})[str(job)].state == "CANCELLED", "to cancel the job")
 
 
 NODES = ("--trainer.num_nodes=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3", "--data.batch_size=32")
@@ -217,9 +218,9 @@ def test_a_training_of_two_nodes_that_is_told_to_end_is_queued_again_and_goes_on
     call("sbatch", "--nodes=2", "--ntasks-per-node=1", "--requeue", f"--output={log}", "--open-mode=append", script)
     until(lambda: any((tmp_path / "fit").rglob("*.ckpt")), "the first epoch")
     call("scancel", "--signal=USR1", "--name=fit.sh")
-    until(lambda: "the time of the job is nearly over; it is queued again" in log.read_text(), "to be queued again")
+    until(lambda: "is nearly over; it is queued again" in log.read_text(), "to be queued again")
     slow.unlink()
-    until(lambda: not any(one.is_live for one in (states() or {"": JobState("PENDING")}).values()), "the second job")
+    until(lambda: not subprocess.run(["squeue", "--noheader"], capture_output=True).stdout, "the second job")
     said = log.read_text()
     assert re.search(r"going on from .*recent\.ckpt", said)
     assert said.count("[rank: 1] Seed set") == 2
@@ -253,8 +254,8 @@ def test_what_slurm_refuses_is_said_in_its_words(recipe: Path, tmp_path: Path) -
 def test_a_job_that_is_lost_is_submitted_again_but_not_for_ever(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_lost_ones() -> dict[str, JobState]:
-        found = states()
+    def with_lost_ones(jobs: list[str]) -> dict[str, JobState]:
+        found = states(jobs)
         assert found is not None
         return {job: replace(one, state=one.state.replace("FAILED", "NODE_FAIL")) for job, one in found.items()}
 
@@ -272,6 +273,32 @@ def test_a_job_that_is_lost_is_submitted_again_but_not_for_ever(
     assert capfd.readouterr().err.count("was lost (NODE_FAIL)") == 2
 
 
+def test_a_limit_of_jobs_is_waited_for_and_refusals_leave_no_files(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "sbatch"
+    full.write_text(
+        f"""#!/bin/sh
+[ -z "$(squeue -h)" ] && exec {shutil.which("sbatch")} "$@"
+echo limit >&2
+exit 1
+"""
+    )
+    full.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("awconv.compare.slurm.trainer._GRACE", 0.1)
+    comparison = Comparison((Change("plain").apply(recipe, own(recipe)),), 2, tmp_path / "out")
+    course, options = Course(comparison, [], TimeLimit()), SlurmOptions(setup=["exit 1"], poll=0.2)
+    ended = [run.name for run, _ in OnSlurm(options, None, comparison.folder).train(course, lambda: None)]
+    assert ended == ["plain-seed0", "plain-seed1"]
+    assert capfd.readouterr().err.count("SLURM takes no further job for now (limit); it is asked again") == 1
+    for run in ended:
+        assert len(list((tmp_path / "out" / "slurm" / run).glob("*.pkl"))) == 1
+    jobs = [str(RunJobs(comparison, run).last) for run in comparison.runs]
+    assert (states([*jobs, "999999"]) or {}).keys() == set(jobs)
+    assert states(["999999"]) == {}
+
+
 def test_no_second_job_is_submitted_as_long_as_slurm_does_not_answer(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +312,7 @@ def test_no_second_job_is_submitted_as_long_as_slurm_does_not_answer(
         patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         with pytest.raises(ValueError, match="SLURM does not say; call this again later"):
             compare(recipe, "plain", 1, tmp_path / "out", launcher="slurm", slurm=options, overrides=own(recipe))
-        assert "squeue does not answer (no controller)" in capfd.readouterr().err
+        assert "squeue does not answer: no controller" in capfd.readouterr().err
         assert compare(recipe, "plain", 1, tmp_path / "out", status=True, overrides=own(recipe)) == 0
         assert re.search(f"plain-seed0 +unknown +job {job}, of which SLURM says nothing", capfd.readouterr().out)
     with pytest.raises(ValueError, match=f"job {job} trains plain-seed0 with other settings"):
@@ -368,3 +395,18 @@ def test_status_says_what_is_finished_interrupted_or_missing_here_too(
     said = capsys.readouterr().out
     assert re.search(r"plain-lr=0\.1-seed0 +missing", said)
     assert re.search(r"plain-seed1 +missing +lr is not chosen yet", said)
+    # A value whose training diverges leaves no record, and no doubt.
+    tuned = [
+        "compare",
+        str(recipe),
+        "--variants=plain",
+        "--seeds=1",
+        f"--out={tmp_path / 'tuned'}",
+        "--tune=lr=0.1,1e17",
+    ]
+    assert main(tuned) == 0
+    capsys.readouterr()
+    assert main([*tuned, "--status"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"plain-lr=1e\+17-seed0 +missing", said)
+    assert re.search(r"plain-seed0 +finished", said)

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from awconv.training.notice import queue_again
+from awconv.training.spread import started
 
 SCRIPT = """
 import os, signal, subprocess, sys, threading
@@ -28,3 +35,36 @@ def test_a_notice_reaches_this_training_or_the_next_and_kills_no_process_that_lo
     environment = os.environ | {"SLURM_JOB_ID": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_job_is_said_to_be_queued_again_only_if_it_is(
+    refuses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\n" + ("echo disabled for job $2 >&2\nexit 1\n" if refuses else ""))
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if refuses:
+            assert queue_again() == "disabled for job 7"
+            assert signal.getsignal(signal.SIGTERM) is before
+            return
+        with pytest.raises(SystemExit, match="0"):
+            queue_again()
+        assert "the time of job 7 is nearly over; it is queued again" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_without_srun_a_job_of_two_processes_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "mine"}.items():
+        monkeypatch.setenv(name, value)
+    assert started() is None  # a script of sbatch, which waits for nobody
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    there = started()
+    assert there is not None
+    assert (there.here, there.hosts) == (1, 2)

@@ -47,12 +47,14 @@ def print_status(plan: Plan) -> int:
     comparison, trials = plan.comparison(), plan.trials()
     found = _jobs([one for one in (trials, comparison) if one is not None])
     lines = [] if trials is None else [_line(trials, run, found) for run in trials.runs]
-    chosen = comparison if trials is None else _chosen(plan, trials)
-    if chosen is None:
-        waits = f"{'' if plan.tuning is None else plan.tuning.name} is not chosen yet"
-        lines += [_Line(run.name, "missing", waits) for run in comparison.runs]
-    else:
-        lines += [_line(chosen, run, found) for run in chosen.runs]
+    chosen = {run.name: (comparison, run) for run in comparison.runs}
+    if trials is not None:
+        tuned = _chosen(plan, trials, comparison)
+        chosen = {} if tuned is None else {run.name: (tuned, run) for run in tuned.runs}
+    waits = f"{'' if plan.tuning is None else plan.tuning.name} is not chosen yet"
+    for run in comparison.runs:
+        known = chosen.get(run.name)
+        lines.append(_Line(run.name, "missing", waits) if known is None else _line(*known, found))
     done = sum(line.state == "finished" for line in lines)
     owner = in_use(plan.folder)
     note = f"{done} of {len(lines)} runs are finished, in {plan.folder}"
@@ -66,18 +68,24 @@ def print_status(plan: Plan) -> int:
     return 0
 
 
-def _chosen(plan: Plan, trials: Comparison) -> Comparison | None:
-    """The runs with the chosen values; None as long as a trial is missing."""
+def _chosen(plan: Plan, trials: Comparison, comparison: Comparison) -> Comparison | None:
+    """The runs with the chosen values; None as long as nothing is chosen.
+
+    A trial that has diverged leaves nothing, but what comes after the choice says that there was one.
+    """
     records = [record for run in trials.runs if (record := trials.finished(run)) is not None]
-    tuned = plan.tuned(records) if len(records) == len(trials.runs) else None
+    begun = (
+        comparison.file(run).is_file() or comparison.checkpoints(run).is_dir() or RunJobs(comparison, run).last
+        for run in comparison.runs
+    )
+    tuned = plan.tuned(records) if len(records) == len(trials.runs) or any(begun) else None
     return None if tuned is None else plan.comparison(tuned)
 
 
 def _jobs(comparisons: list[Comparison]) -> dict[str, JobState] | None:
     """What SLURM says of jobs, if there were any; None if it says nothing."""
-    if all(RunJobs(one, run).last is None for one in comparisons for run in one.runs):
-        return {}
-    return states() if shutil.which("squeue") else None
+    last = [job for one in comparisons for run in one.runs if (job := RunJobs(one, run).last) is not None]
+    return states(last) if not last or shutil.which("squeue") else None
 
 
 def _line(comparison: Comparison, run: Run, found: dict[str, JobState] | None) -> _Line:
@@ -99,7 +107,10 @@ def _line(comparison: Comparison, run: Run, found: dict[str, JobState] | None) -
     how = "" if state is None else f" ({state.state.lower().replace('_', ' ')})"
     details = ", ".join(filter(None, (f"job {job}{how}", trained_part)))
     said = [f"{run.name}: {reason}"] if ended and reason is not None else []
-    return _Line(run.name, "failed", details, [*said, f"{run.name}: {jobs.log(job)} ends with", *jobs.tail(job)])
+    tail = jobs.tail(job)
+    return _Line(
+        run.name, "failed", details, [*said, *([f"{run.name}: {jobs.log(job)} ends with"] if tail else []), *tail]
+    )
 
 
 def _live(run: Run, job: str, jobs: RunJobs, state: JobState) -> _Line:

@@ -261,9 +261,7 @@ class TrainingCLI(LightningCLI):
             if subcommand == "fit" and self._pace.batches:
                 self._say_what_is_next("stopped")
             if isinstance(error, NoticeError) and self._takes_last and self._pace.batches:
-                if self.trainer.is_global_zero:
-                    say(f"awconv {subcommand}: the time of the job is nearly over; it is queued again")
-                queue_again()
+                say(f"awconv {subcommand}: SLURM does not queue the job again: {queue_again()}")
             raise
         finally:
             if self._claimed is not None and self._pace.batches == 0:

@@ -64,7 +64,7 @@ def in_use(folder: Path) -> str | None:
         lock.acquire(timeout=0)
     except NotImplementedError:  # a file system without locks
         return None
-    except Timeout:
+    except (Timeout, OSError):  # or a folder of somebody else's
         return _described(folder / _OWNER)
     lock.release()
     return None

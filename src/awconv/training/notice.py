@@ -12,6 +12,8 @@ from functools import cache
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from awconv.terminal import say
+
 # sbatch --signal=USR1@90 is Lightning's custom, USR2 submitit's.
 NOTICES = frozenset({signal.SIGUSR1, signal.SIGUSR2}) if hasattr(signal, "SIGUSR1") else frozenset()
 _SECONDS = 5.0  # in which the first process of a job acts for all
@@ -73,14 +75,25 @@ def on_notice(act: Callable[[], None]) -> None:
         _listener().call(act)
 
 
-def queue_again() -> None:
+def queue_again() -> str | None:
     """Asks SLURM to run this job once more, which ends it.
 
+    Returns:
+        Why SLURM does not, in its words.
+
     Raises:
-        SystemExit: always.
+        SystemExit: it does; and in all processes of the job but the first.
     """
-    if os.environ.get("SLURM_PROCID", "0") != "0":
+    first, job = os.environ.get("SLURM_PROCID", "0") == "0", os.environ["SLURM_JOB_ID"]
+    if not first:
         time.sleep(_SECONDS)  # SLURM ends this process, too, unless the first one waits for others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which SLURM ends it
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], timeout=60, check=False)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which SLURM ends it, while there is something to say
+    try:
+        subprocess.run(["scontrol", "requeue", job], timeout=60, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        signal.signal(signal.SIGTERM, before)
+        if first:
+            return str(getattr(error, "stderr", None) or error).strip()
+    if first:
+        say(f"awconv: the time of job {job} is nearly over; it is queued again")
     raise SystemExit(0)

@@ -41,7 +41,7 @@ def started() -> Started | None:
                 "(--max-restarts), start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             )
         by, names = "torchrun (--nproc-per-node)", ("WORLD_SIZE", "GROUP_WORLD_SIZE")
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and SLURMEnvironment.detect():
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
         by, names = "srun (--ntasks-per-node)", ("SLURM_NTASKS", "SLURM_NNODES")
     else:
         return None

@@ -56,6 +56,7 @@ class StopOnSigterm(pl.Callback):
         self.asked = False
         self.noticed = False
         self.received = False
+        self._reason = 0
         self._over = threading.Event()
         self._trainer: pl.Trainer | None = None
         self._group: Any = None
@@ -141,7 +142,7 @@ class StopOnSigterm(pl.Callback):
             reasons = torch.tensor(reason)
             distributed.all_reduce(reasons, distributed.ReduceOp.MAX, group=self._group)
             reason = int(reasons)
-        self.agreed = reason > 0
+        self.agreed, self._reason = reason > 0, reason
         self.asked |= reason == _ASKED
         self.noticed |= reason == _NOTICED
 
@@ -159,7 +160,7 @@ class StopOnSigterm(pl.Callback):
 
     def _end_if_agreed(self) -> None:
         if self.agreed:
-            raise NoticeError if self.noticed and not self.received else SIGTERMException
+            raise NoticeError if self._reason == _NOTICED else SIGTERMException
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._over.set()

@@ -60,7 +60,7 @@ class Job:
             result = try_to_train(work, OpenedData(), self._news())
         except NoticeError:
             if steps_trained(self.comparison, work.run) > before:
-                queue_again()
+                return f"its job's time was over, and SLURM did not queue it again: {queue_again()}"
             return _TOO_SHORT
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing more to write

@@ -28,6 +28,7 @@ _THE_RUNS = (
     "requeue",
     "no-requeue",
     "output",
+    "chdir",
     "error",
     "array",
 )

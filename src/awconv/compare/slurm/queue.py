@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
 from collections import deque
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from awconv.compare.comparison import Comparison, Run
@@ -92,9 +94,14 @@ class RunJobs:
         executor = submitit.SlurmExecutor(folder=self._folder)
         executor.update_parameters(job_name=f"awconv-{self._run.name}", **options.parameters(self._run.variant.recipe))
         (self._folder / NEWS).unlink(missing_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        before = set(self._folder.iterdir())
         try:
-            job = executor.submit(Job(self._comparison, self._run.name, options.cpus, self._folder))
+            with redirect_stderr(StringIO()):  # where submitit repeats what the error says
+                job = executor.submit(Job(self._comparison, self._run.name, options.cpus, self._folder))
         except submitit.core.utils.FailedJobError as error:
+            for left in set(self._folder.iterdir()) - before:
+                left.unlink()
             raise RefusedError(_of_sbatch(str(error))) from error
         return str(job.job_id)
 
@@ -155,14 +162,23 @@ def check_usable(folder: Path) -> None:
         raise ValueError(f"SLURM replaces what follows a % in file names, got {folder.absolute()}; give another --out")
 
 
-def states() -> dict[str, JobState] | None:
-    """What SLURM says of this user's jobs, by id; None if it does not answer, which is said."""
-    command = ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--format={_FIELDS}"]
+def states(jobs: Sequence[str]) -> dict[str, JobState] | None:
+    """What SLURM says of jobs that it knows, by id; None if it does not answer, which is said.
+
+    Args:
+        jobs: their ids.
+    """
+    if not jobs:
+        return {}
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", f"--format={_FIELDS}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", None) or error).strip()
-        say(f"awconv: squeue does not answer ({said}); the jobs go on, and it is asked again")
+        if "Invalid job id" in said:  # one that it has forgotten
+            each = [] if len(jobs) == 1 else [states([job]) for job in jobs]
+            return None if None in each else {job: state for one in each if one for job, state in one.items()}
+        say(f"awconv: squeue does not answer: {said}")
         return None
     found = (line.strip().split("|") for line in answer.splitlines() if line.count("|") == _FIELDS.count("|"))
     return {job: JobState(*rest) for job, *rest in found}

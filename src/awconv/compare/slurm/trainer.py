@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,8 +67,8 @@ class OnSlurm:
         check_usable(folder)
         self._options, self._at_once = options, at_once
         self._followed: dict[str, _Followed] = {}
-        self._looked = 0.0
-        self._full = False
+        self._looked = self._refused = -math.inf
+        self._accepted = False  # whether SLURM has taken a job of this comparison
 
     def train(self, course: Course, on_change: Callable[[], None]) -> Results:
         """As :meth:`Trainer.train`; ``on_change`` is called every second, too.
@@ -89,7 +90,7 @@ class OnSlurm:
                     course.finish(one.run, result)
                     yield one.run, result
             on_change()
-            if self._followed:
+            if self._followed or course.waiting:
                 time.sleep(_LOOK)
 
     def end(self) -> None:
@@ -108,7 +109,7 @@ class OnSlurm:
     def _take_up(self, course: Course) -> None:
         """Follows the jobs of an earlier command that wait or run, or have just ended."""
         last = {run.name: jobs for run in course.waiting if (jobs := RunJobs(course.comparison, run)).last is not None}
-        found = states() if last else {}
+        found = states([str(jobs.last) for jobs in last.values()])
         if found is None:
             raise ValueError("jobs of an earlier command may still run, and SLURM does not say; call this again later")
         for run in list(course.waiting):
@@ -125,11 +126,14 @@ class OnSlurm:
                 )
             self._followed[run.name] = _Followed(run, jobs, job, steps_trained(course.comparison, run), state=state)
         if self._followed:
+            self._accepted = True
             say(f"awconv: {_named(self._followed)} of an earlier command")
 
     def _submit(self, course: Course) -> None:
         """Submits the jobs of runs that have none, as many as there may be."""
         submitted: dict[str, _Followed] = {}
+        if time.monotonic() - self._refused < self._options.poll:
+            return
         for run in course.waiting:
             if run.name in self._followed:
                 continue
@@ -139,12 +143,13 @@ class OnSlurm:
             try:
                 job = jobs.submit(self._options)
             except RefusedError as error:
-                if not self._followed:
+                if not self._accepted:
                     raise ValueError(f"SLURM refuses the job of {run.name}: {error}") from error
-                if not self._full:
-                    say(f"awconv: no further job for now: {error}")
-                self._full = True  # perhaps it takes more when others have ended
+                if self._refused == -math.inf:
+                    say(f"awconv: SLURM takes no further job for now ({error}); it is asked again")
+                self._refused = time.monotonic()
                 break
+            self._accepted = True
             one = _Followed(run, jobs, job, steps_trained(course.comparison, run))
             self._followed[run.name] = submitted[run.name] = one
         if submitted:
@@ -156,7 +161,7 @@ class OnSlurm:
         if now - self._looked < self._options.poll:
             return
         self._looked = now
-        found = states()
+        found = states([one.job for one in self._followed.values()])
         if found is None:
             return
         for one in self._followed.values():
@@ -193,7 +198,8 @@ def ended_without(jobs: RunJobs, job: str, state: JobState) -> str:
     """Says that a job has ended without a result, with the end of its log."""
     tail = jobs.tail(job)
     how = f" ({state.state.lower().replace('_', ' ')})" if state.state else ""
-    return "\n".join([f"its job {job} has ended{how} without a result; {jobs.log(job)} ends with", *tail])
+    log = f"{jobs.log(job)} ends with" if tail else "it left no log"
+    return "\n".join([f"its job {job} has ended{how} without a result; {log}", *tail])
 
 
 def _named(followed: dict[str, _Followed]) -> str:
