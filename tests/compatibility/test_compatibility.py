@@ -80,6 +80,7 @@ def test_finished_runs_are_taken_and_an_interrupted_one_goes_on(
     assert found.epochs[1].train_loss == pytest.approx(expected.epochs[1].train_loss, rel=0.02)
     settings = {name: value for name, value in expected.recipe.items() if name != "trainer"}
     settings["model"] = settings["model"] | {"head_lr_factor": 1.0}  # which there was not
+    settings["processes"] = {"timeout": 600.0}  # likewise
     assert {name: value for name, value in found.recipe.items() if name != "trainer"} == settings
     assert json.loads((tmp_path / "results.json").read_text())["summary"][1]["variant"] == "aw"
 
