@@ -32,3 +32,12 @@ def moved(model: nn.Module) -> nn.Module:
             for parameter in branch.norm2.parameters():
                 nn.init.normal_(parameter)
     return model.eval()
+
+
+def without_batch_norm(network: nn.Module) -> nn.Module:
+    """The network with norms, in place of BatchNorm, that do not look at the other images of a batch; in place."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(1, child.num_features))
+    return network

@@ -262,6 +262,16 @@ def test_a_job_that_is_lost_is_submitted_again_but_not_for_ever(
     monkeypatch.setattr("awconv.compare.slurm.trainer.states", with_lost_ones)
     monkeypatch.setattr("awconv.compare.slurm.trainer._GRACE", 0.1)
     comparison, run = run_of(recipe, tmp_path / "out")
+    count, once = tmp_path / "count", tmp_path / "sbatch"  # which refuses the second job once
+    once.write_text(
+        f"""#!/bin/sh
+echo >>{count}
+[ "$(wc -l <{count})" = 2 ] && echo limit >&2 && exit 1
+exec {shutil.which("sbatch")} "$@"
+"""
+    )
+    once.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     options = SlurmOptions(setup=["echo there is no such module", "exit 1"], poll=0.2)
     ((ended, reason),) = OnSlurm(options, None, comparison.folder).train(
         Course(comparison, [], TimeLimit()), lambda: None
@@ -270,7 +280,9 @@ def test_a_job_that_is_lost_is_submitted_again_but_not_for_ever(
     assert len(list((tmp_path / "out" / "slurm" / "plain-seed0").glob("*_submitted.pkl"))) == 3
     assert "has ended (node fail) without a result" in str(reason)
     assert str(reason).endswith("there is no such module")
-    assert capfd.readouterr().err.count("was lost (NODE_FAIL)") == 2
+    said = capfd.readouterr().err
+    assert said.count("was lost (NODE_FAIL)") == 2
+    assert said.count("SLURM takes no further job for now (SLURM refuses the job of plain-seed0: limit)") == 1
 
 
 def test_a_limit_of_jobs_is_waited_for_and_refusals_leave_no_files(
@@ -291,7 +303,7 @@ exit 1
     course, options = Course(comparison, [], TimeLimit()), SlurmOptions(setup=["exit 1"], poll=0.2)
     ended = [run.name for run, _ in OnSlurm(options, None, comparison.folder).train(course, lambda: None)]
     assert ended == ["plain-seed0", "plain-seed1"]
-    assert capfd.readouterr().err.count("SLURM takes no further job for now (limit); it is asked again") == 1
+    assert capfd.readouterr().err.count("SLURM takes no further job for now (SLURM refuses the job of plain-seed") == 1
     for run in ended:
         assert len(list((tmp_path / "out" / "slurm" / run).glob("*.pkl"))) == 1
     jobs = [str(RunJobs(comparison, run).last) for run in comparison.runs]

@@ -18,7 +18,7 @@ from awconv import AWConv2d
 from awconv.sources import load_task
 from awconv.tasks import ClassificationTask
 from awconv.training import TrainingCLI
-from tests.networks import moved
+from tests.networks import moved, without_batch_norm
 
 NETWORK = "resnet8_cifar"
 
@@ -279,12 +279,7 @@ def test_an_accumulated_step_is_that_of_a_large_batch(tmp_path: Path) -> None:
     build = ClassificationTask._build
 
     def without_norms(self: ClassificationTask, **pretrained: Any) -> nn.Module:
-        network = build(self, **pretrained)
-        for module in list(network.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.BatchNorm2d):
-                    setattr(module, name, nn.GroupNorm(1, child.num_features))
-        return network
+        return without_batch_norm(build(self, **pretrained))
 
     with monkey.context() as patch:
         patch.setattr(ClassificationTask, "_build", without_norms)

@@ -26,6 +26,7 @@ import awconv.training.cli  # noqa: F401  # before the processes are forked
 from awconv.cli import main
 from awconv.tasks import ClassificationTask
 from awconv.training.checkpoints import find_last, read_checkpoint
+from tests.networks import without_batch_norm
 
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload([__name__, "awconv.data", "lightning.pytorch.loggers"])
@@ -235,16 +236,11 @@ def train(line: list[str], batch_norm: bool = False) -> None:
     """Runs a command, without ``batch_norm`` with norms that do not look at the batch, and ends the process."""
     build = ClassificationTask._build
 
-    def without_batch_norm(self: ClassificationTask, **pretrained: Any) -> nn.Module:
-        network = build(self, **pretrained)
-        for module in list(network.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.BatchNorm2d):
-                    setattr(module, name, nn.GroupNorm(1, child.num_features))
-        return network
+    def build_without(self: ClassificationTask, **pretrained: Any) -> nn.Module:
+        return without_batch_norm(build(self, **pretrained))
 
     if not batch_norm:
-        ClassificationTask._build = without_batch_norm  # type: ignore[method-assign]
+        ClassificationTask._build = build_without  # type: ignore[method-assign]
     try:
         status = main(line)
     except SystemExit as error:

@@ -102,7 +102,7 @@ class RunJobs:
         except submitit.core.utils.FailedJobError as error:
             for left in set(self._folder.iterdir()) - before:
                 left.unlink()
-            raise RefusedError(_of_sbatch(str(error))) from error
+            raise RefusedError(f"SLURM refuses the job of {self._run.name}: {_of_sbatch(str(error))}") from error
         return str(job.job_id)
 
     def is_same(self, job: str) -> bool:

@@ -132,28 +132,38 @@ class OnSlurm:
     def _submit(self, course: Course) -> None:
         """Submits the jobs of runs that have none, as many as there may be."""
         submitted: dict[str, _Followed] = {}
-        if time.monotonic() - self._refused < self._options.poll:
-            return
         for run in course.waiting:
             if run.name in self._followed:
                 continue
             if self._at_once is not None and len(self._followed) >= self._at_once:
                 break
             jobs = RunJobs(course.comparison, run)
-            try:
-                job = jobs.submit(self._options)
-            except RefusedError as error:
-                if not self._accepted:
-                    raise ValueError(f"SLURM refuses the job of {run.name}: {error}") from error
-                if self._refused == -math.inf:
-                    say(f"awconv: SLURM takes no further job for now ({error}); it is asked again")
-                self._refused = time.monotonic()
+            if (job := self._try_to_submit(jobs)) is None:
                 break
-            self._accepted = True
             one = _Followed(run, jobs, job, steps_trained(course.comparison, run))
             self._followed[run.name] = submitted[run.name] = one
         if submitted:
             say(f"awconv: {_named(submitted)}")
+
+    def _try_to_submit(self, jobs: RunJobs) -> str | None:
+        """Submits a job; None if SLURM takes none for now.
+
+        Raises:
+            ValueError: SLURM refuses the very first job.
+        """
+        if time.monotonic() - self._refused < self._options.poll:
+            return None
+        try:
+            job = jobs.submit(self._options)
+        except RefusedError as error:
+            if not self._accepted:
+                raise ValueError(str(error)) from error
+            if self._refused == -math.inf:
+                say(f"awconv: SLURM takes no further job for now ({error}); it is asked again")
+            self._refused = time.monotonic()
+            return None
+        self._accepted = True
+        return job
 
     def _look(self) -> None:
         """Asks SLURM how the jobs are, if that was not done lately."""
@@ -183,10 +193,8 @@ class OnSlurm:
             return None
         steps = steps_trained(course.comparison, one.run)
         if one.state.state in _LOST and (steps > one.steps or one.tries < _TRIES):
-            try:
-                job = one.jobs.submit(self._options)
-            except RefusedError as error:
-                return f"its job {one.job} was lost ({one.state.state}), and SLURM refuses another one: {error}"
+            if (job := self._try_to_submit(one.jobs)) is None:
+                return None
             say(f"awconv: job {one.job} of {one.run.name} was lost ({one.state.state}); job {job} goes on")
             tries = 1 if steps > one.steps else one.tries + 1
             one.job, one.steps, one.tries, one.gone, one.state = job, steps, tries, None, JobState("PENDING")
