@@ -30,7 +30,7 @@ test-oldest:
 	printf '%s\n' 'torch==$(TORCH)' 'torchvision==$(TORCHVISION)' 'numpy<2.4' >$(OLDEST).txt
 	PIP_CONSTRAINT='$(CURDIR)/$(OLDEST).txt' $(MAKE) test VENV=$(OLDEST)
 
-# Random problems and damaged inputs, half an hour on 2 cores: with PROBLEMS=500, as many of the operator's.
+# Random problems, damaged inputs and slow cases, half an hour on 2 cores: with PROBLEMS=500, as many of the operator's.
 campaign: $(INSTALLED)
 	OMP_NUM_THREADS=1 AWCONV_CAMPAIGN_PROBLEMS=$(PROBLEMS) $(VENV)/bin/python -m pytest -m campaign -n auto --maxprocesses 4 -p tests.ops.figures
 

@@ -202,7 +202,7 @@ def test_copies_and_pickles_compute_the_same(way: str, sharing: bool) -> None:
     assert len({id(branch) for branch in branches(other)}) == len({id(branch) for branch in branches(model)})
 
 
-@pytest.mark.parametrize("init", ["fresh", "identity"])
+@pytest.mark.parametrize("init", [pytest.param("fresh", marks=pytest.mark.campaign), "identity"])
 def test_compiled_traced_and_exported_networks_compute_the_same(init: Any) -> None:
     arguments = dict(init=init, activation=nn.Hardsigmoid, pool=nn.AdaptiveMaxPool2d, branch=None)
     for model in (trained(network(init=init)), trained(network(**arguments))):

@@ -32,12 +32,13 @@ def recipe(folder: Path, epochs: int) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(
         "model: {network: resnet8_cifar, lr: 0.03}\n"
-        f"trainer: {{max_epochs: {epochs}, accelerator: cpu}}\n"
+        f"trainer: {{max_epochs: {epochs}, limit_train_batches: 6, limit_val_batches: 1, accelerator: cpu}}\n"
         "recent_checkpoint: {every_n_steps: 1}\n"
     )
     return path
 
 
+@pytest.mark.campaign
 def test_the_last_run_has_the_threads_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores are divided by the runs that go side by side, and not by those that are missing."""
     monkeypatch.setattr(import_module("awconv.compare.processes"), "usable_cores", lambda: 6)

@@ -138,6 +138,7 @@ def test_on_a_full_disk_each_process_decodes_for_itself(
     assert "cannot hold the decoded images (No space left on device); each process decodes" in capsys.readouterr().err
 
 
+@pytest.mark.campaign
 def test_ctrl_c_while_settings_are_chosen_side_by_side_leaves_nothing_broken(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,6 +116,7 @@ class InAThread:
         return self.status
 
 
+@pytest.mark.campaign
 def test_nothing_is_lost_when_jobs_are_killed_queued_again_or_left_alone(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from awconv.data import BrokenImageError, Coco, to_uint8
@@ -176,6 +176,21 @@ def test_what_is_no_image_is_named(content: bytes, message: str, tmp_path: Path)
     for source in (content, str(tmp_path / "a.jpg")):
         with pytest.raises(BrokenImageError, match=rf"^a\.jpg: .*{message}.*; expected one of JPEG, PNG, "):
             read_image(source, "a.jpg")
+
+
+def test_what_is_no_image_is_named_where_a_library_has_replaced_pillows_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ultralytics does, without the package that it takes for other formats."""
+    pillows = Image.open
+
+    def replaced(*args: Any, **kwargs: Any) -> Image.Image:
+        try:
+            return pillows(*args, **kwargs)
+        except UnidentifiedImageError:
+            raise ModuleNotFoundError("No module named 'pi_heif'")  # noqa: B904
+
+    monkeypatch.setattr(Image, "open", replaced)
+    with pytest.raises(BrokenImageError, match=r"^a: .*empty file; expected one of JPEG, PNG, "):
+        read_image(b"", "a")
 
 
 def test_a_pipe_or_nothing_is_no_image(tmp_path: Path) -> None:

@@ -81,23 +81,30 @@ TORCHVISION = (
 VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18")
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
 AW = (AWConv1d, AWConv2d, AWConv3d)
+# Seconds each, and made of the layers of others here: make campaign runs them.
+SLOW = (
+    *("convmixer_768_32", "davit_tiny", "efficientformerv2_s0", "focalnet_tiny_srf", "legacy_xception"),
+    *("res2net50_14w_8s", "selecsls42", "visformer_tiny", "xcit_nano_12_p16_224"),
+    *("torchvision-convnext_tiny", "torchvision-r2plus1d_18", "torchvision-r3d_18"),
+)
 
 
 def networks() -> list[Any]:
     weightless = dict(weights=None, weights_backbone=None, num_classes=5)
-    cases = []
+    cases: list[tuple[Any, ...]] = []
     for given in TIMM:
         name, _, size = given.partition("@")
-        cases.append(pytest.param(timm.create_model, (name,), dict(num_classes=5), (3, int(size or 64)), id=name))
+        cases.append((name, timm.create_model, (name,), dict(num_classes=5), (3, int(size or 64))))
     for name in TORCHVISION:
         arguments = dict(weights=None, num_classes=5) | (dict(init_weights=False) if name == "googlenet" else {})
-        cases.append(pytest.param(torchvision.models.get_model, (name,), arguments, (3, 64), id=f"torchvision-{name}"))
+        cases.append((f"torchvision-{name}", torchvision.models.get_model, (name,), arguments, (3, 64)))
     for name in VIDEO:
         model, arguments = torchvision.models.get_model, dict(weights=None, num_classes=5)
-        cases.append(pytest.param(model, (name,), arguments, (3, 4, 32), id=f"torchvision-{name}"))
+        cases.append((f"torchvision-{name}", model, (name,), arguments, (3, 4, 32)))
     for name in SEGMENTATION:
-        cases.append(pytest.param(torchvision.models.get_model, (name,), weightless, (3, 64), id=f"torchvision-{name}"))
-    return cases
+        cases.append((f"torchvision-{name}", torchvision.models.get_model, (name,), weightless, (3, 64)))
+    assert set(SLOW) <= {name for name, *_ in cases}
+    return [pytest.param(*case, id=name, marks=pytest.mark.campaign if name in SLOW else ()) for name, *case in cases]
 
 
 def spread(model: nn.Module) -> nn.Module:

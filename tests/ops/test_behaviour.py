@@ -253,7 +253,7 @@ def test_shapes_are_inferred_on_the_meta_device(algorithm: str) -> None:
     assert (output.device.type, output.shape) == ("meta", case.run().shape)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "per_tap"])
+@pytest.mark.parametrize("algorithm", ["auto", pytest.param("per_tap", marks=pytest.mark.campaign)])
 def test_compiles_with_the_weight_as_an_argument_and_other_kernel_sizes(algorithm: str) -> None:
     # Small kernels: with every size symbolic, tracing the taps takes seconds each.
     torch._dynamo.reset()

@@ -48,7 +48,8 @@ FEW = ("channels first", "the gain in parts")  # numbers of all cases: test_laye
     ("name", "low"),
     [
         *((name, "float32") for name in (*FEW, "a stride", "groups", "relative to the start")),
-        *((name, low) for name in FEW for low in ("float16", "autocast", "wide gains")),
+        *((name, "autocast") for name in FEW),
+        *(pytest.param(name, low, marks=pytest.mark.campaign) for name in FEW for low in ("float16", "wide gains")),
     ],
 )
 def test_the_same_bits_as_part_by_part_on_a_cpu(name: str, low: str, monkeypatch: pytest.MonkeyPatch) -> None:

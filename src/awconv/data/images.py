@@ -183,10 +183,12 @@ def opened(source: bytes | str | IO[bytes], name: str, max_pixels: int) -> Itera
         ) from error
     except BrokenImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise BrokenImageError(f"{name}: {_kind(file)}; expected one of {', '.join(_READABLE)}") from error
     except Exception as error:  # Pillow's formats raise errors of many kinds
-        raise BrokenImageError(f"{name}: {error or type(error).__name__}") from error
+        what = str(error) or type(error).__name__
+        # Ultralytics replaces Pillow's open: after this error it looks for another package, and fails without it.
+        if isinstance(error, UnidentifiedImageError) or isinstance(error.__context__, UnidentifiedImageError):
+            what = f"{_kind(file)}; expected one of {', '.join(_READABLE)}"
+        raise BrokenImageError(f"{name}: {what}") from error
 
 
 def _kind(file: str | IO[bytes]) -> str:
