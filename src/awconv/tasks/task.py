@@ -117,6 +117,7 @@ class Task(pl.LightningModule):
         )
         self.losses = EpochMeans()
         self.evaluates_pretrained = False  # set by the command line: a test right after a training must not load them
+        self.resumes = False  # set by the command line: Lightning knows its checkpoint only after setup
 
     @classmethod
     def arguments_of(cls, role: Role) -> list[str]:
@@ -176,7 +177,7 @@ class Task(pl.LightningModule):
     def loads_pretrained(self) -> bool:
         """Whether pretrained weights are loaded now: at the start of a training without a checkpoint, and to evaluate
         them."""
-        if not self.pretrained or self.trainer.ckpt_path:
+        if not self.pretrained or self.resumes or self.trainer.ckpt_path:
             return False
         return bool(self.trainer.training) or self.evaluates_pretrained
 

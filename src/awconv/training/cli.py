@@ -271,7 +271,7 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def naming(self, ckpt_path: str | None) -> Iterator[None]:
-        """Names other processes that are lost. If the first step fails, names the checkpoint or the dictionaries of
+        """Tells the task whether it resumes. Names other processes that are lost. If the first step fails, names the checkpoint or the dictionaries of
         arguments that may be the reason.
 
         Args:
@@ -282,6 +282,7 @@ class TrainingCLI(LightningCLI):
             ValueError: instead of PyTorch's or Lightning's error.
         """
         self._processes.checkpoint = ckpt_path
+        self.model.resumes = ckpt_path is not None
         try:
             yield
         except Exception as error:
