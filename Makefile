@@ -11,6 +11,9 @@ TORCH := $(call oldest,torch)
 TORCHVISION := $(call oldest,torchvision)
 OLDEST := build/torch-$(TORCH)
 
+# Images of containers set it, and then every process would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test yolo test-oldest campaign gpu evidence lint format docs package clean
 
 demo: $(INSTALLED)
