@@ -271,8 +271,8 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def naming(self, ckpt_path: str | None) -> Iterator[None]:
-        """Tells the task whether it resumes. Names other processes that are lost. If the first step fails, names the checkpoint or the dictionaries of
-        arguments that may be the reason.
+        """Tells the task whether it resumes, and names other processes that are lost. If the first step fails, names
+        the checkpoint or the dictionaries of arguments that may be the reason.
 
         Args:
             ckpt_path: the checkpoint to resume from; None for a fresh start.

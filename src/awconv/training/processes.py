@@ -29,7 +29,7 @@ from awconv.version import __version__
 _LEAST, _MOST = 5, 86_400  # seconds
 _PATIENCE = timedelta(seconds=5)  # with which answers are waited for
 _PAUSE = 0.2  # seconds
-_CALL, _HERE, _ERROR = "call", "here", "error"  # what processes leave in the store
+_CALL, _HERE, _ERROR, _READ = "call", "here", "error", "read"  # what processes leave in the store
 # What messages contain about an exchange that failed: gloo's, NCCL's and the store's.
 _LOST = re.compile(
     r"gloo|NCCL|Connection (was )?(closed|reset|refused)|Broken pipe|TCPStore|client socket|clients joined|wait time",
@@ -192,9 +192,20 @@ class Processes(pl.Callback):
             if len(errors) == len(self._members) or time.monotonic() > until:
                 break
             time.sleep(_PAUSE)
-        if self._me.rank == 0:
-            time.sleep(2 * _PAUSE)  # the store may be in this process, and others still read
+        self._part(store, [member for member in self._members[1:] if errors.get(member.rank) == ""])
         return errors
+
+    def _part(self, store: Any, others: Sequence[_Member]) -> None:
+        """Says that this process has read what became of the others. The first one, which may keep the store, waits
+        until those that are there have said so, too."""
+        assert self._me is not None
+        until = time.monotonic() + _PATIENCE.total_seconds()
+        with suppress(RuntimeError, AttributeError):
+            store.set(self._key(_READ, self._me), "")
+            while self._me.rank == 0 and time.monotonic() < until:
+                if all(store.check([self._key(_READ, member)]) for member in others):
+                    break
+                time.sleep(_PAUSE)
 
     def _key(self, kind: str, member: _Member | None = None) -> str:
         return f"awconv/{self._members[0].token}/{kind}/{'' if member is None else member.rank}"
