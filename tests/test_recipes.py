@@ -26,7 +26,7 @@ def is_detection(recipe: Path) -> bool:
 
 CLASSIFICATION = [recipe for recipe in RECIPES if not is_detection(recipe)]
 DETECTION = [
-    # The campaign runs the deepest: the step of another network of the same kind.
+    # The deepest is left to the campaign: another network of its kind takes the same step.
     pytest.param(recipe, id=recipe.stem, marks=pytest.mark.campaign if "resnet101" in recipe.stem else ())
     for recipe in RECIPES
     if is_detection(recipe)
