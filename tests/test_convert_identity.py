@@ -231,10 +231,11 @@ def test_a_meta_network_is_converted_without_values() -> None:
 @pytest.mark.parametrize(
     "optimiser",
     [
-        functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
-        functools.partial(torch.optim.AdamW, lr=0.001, weight_decay=0.01),
+        pytest.param(functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01), id="sgd"),
+        pytest.param(
+            functools.partial(torch.optim.AdamW, lr=0.001, weight_decay=0.01), id="adamw", marks=pytest.mark.campaign
+        ),
     ],
-    ids=["sgd", "adamw"],
 )
 def test_with_frozen_branches_the_weights_learn_what_the_plain_networks_do(optimiser: Any) -> None:
     plain = timm.create_model("resnet18", num_classes=5, zero_init_last=False).double()

@@ -21,7 +21,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 SIZE = 64
 # Parts of them: an export takes seconds a layer.
-NETWORKS = ["aw_resnet50", "aw_mobilenetv2_100", "tf_efficientnet_lite0"]
+NETWORKS = [
+    "aw_resnet50",
+    pytest.param("aw_mobilenetv2_100", marks=pytest.mark.campaign),  # the next has its kinds of layers, too
+    "tf_efficientnet_lite0",
+]
 
 # What turns constants into constants, and is not a computation on the input's values.
 RESHAPING = {"Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}

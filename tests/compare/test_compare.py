@@ -233,7 +233,7 @@ def test_runs_side_by_side_give_the_same(tmp_path: Path) -> None:
         compare(recipe, "plain", out=together, jobs=0)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.campaign)])
 def test_a_run_that_fails_is_named_and_the_others_go_on(
     jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

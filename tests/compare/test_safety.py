@@ -55,6 +55,7 @@ def test_the_last_run_has_the_threads_of_the_others(tmp_path: Path, monkeypatch:
     assert again["score"] == first["score"]
 
 
+@pytest.mark.campaign
 def test_an_interrupted_run_keeps_its_threads(tmp_path: Path) -> None:
     """SIGTERM in a run of one process, which goes on in another that would take other threads."""
     path, out = recipe(tmp_path, epochs=8), tmp_path / "out"
