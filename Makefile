@@ -27,11 +27,14 @@ yolo: $(INSTALLED)
 	$(VENV)/bin/pip install --quiet --no-compile --no-deps ultralytics ultralytics-thop polars polars-runtime-32
 	$(VENV)/bin/pytest -n auto --maxprocesses 2 tests/integrations tests/test_docs.py -k 'yolo or flop'
 
-# The tests in another environment, with PyTorch of another release. Triton before 3.7 runs no kernel with NumPy 2.4.
+# The tests in another environment, with PyTorch of another release. Triton before 3.7 runs no kernel with NumPy 2.4,
+# and peft takes no torchao that is old enough for such a PyTorch.
 test-oldest:
 	mkdir -p build
 	printf '%s\n' 'torch==$(TORCH)' 'torchvision==$(TORCHVISION)' 'numpy<2.4' >$(OLDEST).txt
-	PIP_CONSTRAINT='$(CURDIR)/$(OLDEST).txt' $(MAKE) test VENV=$(OLDEST)
+	PIP_CONSTRAINT='$(CURDIR)/$(OLDEST).txt' $(MAKE) $(OLDEST)/.installed VENV=$(OLDEST)
+	$(OLDEST)/bin/pip uninstall --quiet --yes torchao
+	$(MAKE) test VENV=$(OLDEST)
 
 # Random problems, damaged inputs and slow cases, half an hour on 2 cores: with PROBLEMS=500, as many of the operator's.
 campaign: $(INSTALLED)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jsonargparse
@@ -50,7 +52,8 @@ def test_the_python_examples_of_a_page_run_in_order(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+    script = ModuleType("__main__")  # where torch 2.9's compiler looks for the variables of a script
+    monkeypatch.setitem(sys.modules, "__main__", script)
     missing: set[str] = set()
     for example in PYTHON:
         if example.page == page and not example.skipped:
@@ -60,7 +63,7 @@ def test_the_python_examples_of_a_page_run_in_order(
                 continue
             capsys.readouterr()
             lines = "\n" * (example.line - 1)  # so that a traceback names the page's own lines
-            exec(compile(lines + example.text, str(ROOT / page), "exec"), namespace)
+            exec(compile(lines + example.text, str(ROOT / page), "exec"), vars(script))
             if example.output is not None:
                 assert capsys.readouterr().out == example.output, example.name
     if missing:
