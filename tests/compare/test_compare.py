@@ -242,6 +242,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(
     assert compare(recipe, f"{broken},plain", seeds=1, out=out, jobs=jobs) == 1
     printed = capsys.readouterr()
     assert "awconv: run broken-seed0 failed: FileNotFoundError: nowhere/train is not a folder" in printed.err
+    at_once, _, rest = printed.out.partition("plain-seed0: ")
+    assert "broken-seed0: failed: FileNotFoundError: nowhere/train is not a folder" in at_once.replace("\n", " ")
+    assert "failed" not in rest
     assert set(results(out)) == {"plain-seed0"}
     assert json.loads((out / "results.json").read_text())["runs"][0]["variant"] == "plain"
 

@@ -86,6 +86,16 @@ def test_beside_a_terminal_a_line_comes_now_and_then(comparison: Comparison) -> 
     assert lines[2].startswith("tuning: 3 of 11 runs done, plain-seed0 (epoch 2/10), 29 %")
 
 
+def test_failed_runs_are_counted(comparison: Comparison) -> None:
+    clock, file = Clock(), io.StringIO()
+    course = Course(comparison, [], TimeLimit(), clock=clock)
+    with ProgressLine(Console(file=file, width=200), course, "", clock) as line:
+        course.finish(comparison.runs[0], "it failed")
+        clock.now = 100.0
+        line.update()
+    assert file.getvalue().startswith("1 of 8 runs done, 1 failed, 12 %")
+
+
 def test_many_runs_are_counted_on_a_line_of_the_terminal(comparison: Comparison) -> None:
     clock, file = Clock(), io.StringIO()
     course = Course(comparison, [], TimeLimit(), clock=clock)

@@ -80,8 +80,10 @@ class ProgressLine:
         starting = len(course.running) - len(running)
         few = len(running) <= _NAMED[self._console.is_terminal] and not starting
         names = running if few else [f"{len(course.running)} running"]
-        done = f"{self._what}{course.done} of {course.total} {'' if self._console.is_terminal else 'runs '}done"
-        return printable(", ".join([done, *names] if course.running else [done]))
+        done = [f"{self._what}{course.done} of {course.total} {'' if self._console.is_terminal else 'runs '}done"]
+        if course.failures:
+            done.append(f"{len(course.failures)} failed")
+        return printable(", ".join([*done, *names] if course.running else done))
 
 
 def duration(seconds: float) -> str:

@@ -142,6 +142,13 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _outcome(result: Record | str) -> str:
+    """A run's score; or why it failed, in a line: an accident early in a long comparison is seen early."""
+    if isinstance(result, Record):
+        return f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
+    return f"failed: {next(iter(result.splitlines()), '')}"
+
+
 class _Session:
     """Runs a plan.
 
@@ -194,9 +201,7 @@ class _Session:
             try:
                 with closing(self._trainer.train(course, line.update)) as results:
                     for run, result in results:
-                        if isinstance(result, Record):
-                            score = f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
-                            self._print(f"{run.name}: {score}")
+                        self._print(f"{run.name}: {_outcome(result)}")
             except (KeyboardInterrupt, SIGTERMException) as error:
                 status = 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
                 self._trainer.end()
