@@ -207,7 +207,6 @@ def test_jobs_are_cancelled_where_that_is_asked_for(
 NODES = ("--trainer.num_nodes=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3", "--data.batch_size=32")
 
 
-@pytest.mark.campaign
 def test_a_training_of_two_nodes_that_is_told_to_end_is_queued_again_and_goes_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

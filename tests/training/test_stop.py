@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from awconv.training.checkpoints import find_last, read_checkpoint
@@ -104,7 +103,6 @@ sys.exit(awconv.cli.main())
 """
 
 
-@pytest.mark.campaign
 def test_what_takes_long_is_cut_off(tmp_path: Path) -> None:
     """An evaluation within a training, at whose end the epoch's checkpoint would be written."""
     (tmp_path / "long.py").write_text(LONG)

@@ -146,7 +146,8 @@ def _outcome(result: Record | str) -> str:
     """A run's score; or why it failed, in a line: an accident early in a long comparison is seen early."""
     if isinstance(result, Record):
         return f"{result.test_split} {result.metric} {100 * result.score:.2f} %"
-    return f"failed: {next(iter(result.splitlines()), '')}"
+    first, *_ = result.split("\n", 1)
+    return f"failed: {first}"
 
 
 class _Session:
