@@ -1,4 +1,4 @@
-"""The full schedules that docs/experiments.md reports, on one GPU and in a limit of time.
+"""The full schedules that docs/experiments.md reports, on one GPU and in a limit of time, or by name on a CPU.
 
 Runs ``awconv compare`` for each experiment whose data are there, in order of worth, until the time is over; the same
 command goes on where it stopped, and takes finished runs from results/ too. The records are packed into one file
@@ -36,6 +36,7 @@ class Experiment:
         files: the options of the data's files, and where the files are below the folder of data.
         tune: the setting that each variant chooses first, and the values.
         overrides: of the recipe.
+        on_cpu: whether it is meant for a CPU, and so only run by name.
     """
 
     recipe: str
@@ -44,6 +45,7 @@ class Experiment:
     files: dict[str, str]
     tune: str = "lr=0.1,0.2,0.4,0.8"
     overrides: tuple[str, ...] = ()
+    on_cpu: bool = False
 
     def command(self, name: str, arguments: argparse.Namespace, seconds: float) -> list[str]:
         """The command that runs it, or goes on with it."""
@@ -86,6 +88,9 @@ EXPERIMENTS = {
     "cifar10_jpeg_resnet56": Experiment(
         "cifar10_jpeg_resnet20", "plain,aw", 3, _CIFAR, overrides=("--model.network=resnet56_cifar",)
     ),
+    "cifar10_jpeg_resnet8": Experiment(
+        "cifar10_jpeg_resnet8", "plain,aw,se,aw_se", 3, _CIFAR, tune="lr=0.05,0.1,0.2,0.4,0.8,1.6", on_cpu=True
+    ),
 }
 
 
@@ -93,7 +98,7 @@ def main() -> int:
     arguments = _parse()
     end = time.monotonic() + arguments.seconds - _TO_END
     status = 0
-    for name in arguments.experiments or EXPERIMENTS:
+    for name in arguments.experiments or [name for name, one in EXPERIMENTS.items() if not one.on_cpu]:
         experiment = EXPERIMENTS[name]
         left = end - time.monotonic()
         if not experiment.is_there(arguments.data):
@@ -108,7 +113,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; or all")
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; or all for a GPU")
     parser.add_argument("--seconds", type=float, default=480, help="for all of them")
     parser.add_argument("--data", type=Path, default=ROOT / ".gpu/data", help="a folder with the folders of data")
     parser.add_argument(

@@ -30,7 +30,9 @@ def evidence() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["cifar10_jpeg_resnet20", "tiny_imagenet100_resnet18", "cifar10_jpeg_resnet56"])
+@pytest.mark.parametrize(
+    "name", ["cifar10_jpeg_resnet20", "tiny_imagenet100_resnet18", "cifar10_jpeg_resnet56", "cifar10_jpeg_resnet8"]
+)
 def test_every_variant_of_an_experiment_can_be_trained_and_tuned(
     evidence: ModuleType, name: str, tmp_path: Path
 ) -> None:
@@ -79,3 +81,25 @@ def test_records_are_packed_when_there_are_new_ones_and_brought_back(evidence: M
         "aw-lr=0.1-seed0.json",
         "aw-seed0.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ([], ["cifar10_jpeg_resnet20", "tiny_imagenet100_resnet18", "cifar10_jpeg_resnet56"]),
+        (["cifar10_jpeg_resnet8"], ["cifar10_jpeg_resnet8"]),
+    ],
+    ids=["all", "by-name"],
+)
+def test_the_schedule_for_a_cpu_is_run_by_name_only(
+    evidence: ModuleType,
+    given: list[str],
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A GPU's seconds are for the others. Without data, the command only says what it would run."""
+    monkeypatch.setattr(sys, "argv", ["evidence.py", *given, "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert evidence.main() == 0
+    assert capsys.readouterr().out.splitlines() == [f"{name}: its data are not in {tmp_path}" for name in named]
