@@ -38,15 +38,18 @@ SPOILT = [((5,), (3,)), ((7, 7), (3, 3)), ((14, 14), (3, 2)), ((30, 21), (3, 3))
 
 @pytest.mark.parametrize(("size", "bins"), SPOILT)
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
 def test_what_is_not_finite_spoils_the_bins_that_cover_it(
-    way: str, size: tuple[int, ...], bins: tuple[int, ...], number: float
+    way: str, layout: torch.memory_format, size: tuple[int, ...], bins: tuple[int, ...], number: float
 ) -> None:
     if way == "matrices":
         pytest.skip("spoils every bin of a channel and sample, as it says")
+    if layout == torch.channels_last and len(size) != 2:
+        pytest.skip("a layout of images")
     pool = POOLS[len(size)]
-    input = torch.randn(3, 2, *size, requires_grad=True)
+    input = torch.randn(3, 2, *size).contiguous(memory_format=layout).requires_grad_()
     spoilt = input.detach().clone()
-    spoilt[1, 0].flatten()[7 % spoilt[1, 0].numel()] = number
+    spoilt[1, 0][tuple(extent // 2 for extent in size)] = number
     torch.testing.assert_close(average_pool(spoilt, bins), pool(spoilt, bins), equal_nan=True)
     above = torch.randn(3, 2, *bins)
     above[2, 1].flatten()[1] = number
@@ -67,6 +70,22 @@ def test_pooling_equals_adaptive_average_pooling(way: str, shape: tuple[tuple[in
     torch.testing.assert_close(
         *(torch.autograd.grad((output * weights).sum(), input)[0] for output in (pooled, expected))
     )
+
+
+@given(st.integers(1, 40), sizes(2), sizes(2), st.sampled_from([torch.float32, torch.float64]))
+def test_channels_that_lie_last_are_pooled_so(
+    channels: int, size: tuple[int, int], bins: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """On a CPU: fewer channels than a vector has, more, and whole vectors of them. The gradient has their layout."""
+    input = torch.randn(2, channels, *size, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    pooled, expected = average_pool(input, bins), F.adaptive_avg_pool2d(input.double(), bins)
+    # Means of up to 144 numbers of order one, or sums of as many: a rounding of each.
+    tolerance = dict(rtol=0, atol=144 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(pooled.double(), expected, **tolerance)
+    above = torch.randn(pooled.shape, dtype=dtype)
+    gradient, right = (torch.autograd.grad((out * above).sum(), input)[0] for out in (pooled, expected))
+    torch.testing.assert_close(gradient.double(), right.double(), **tolerance)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

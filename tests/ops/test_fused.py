@@ -25,11 +25,15 @@ CASES = {
     ),
     "the same along one of three axes": Case(3, 2, (2, 8, 3), (12, 4, 1, 3, 1), (12, 2, 1, 3, 1), stride=(1, 4, 1)),
     "a stride beyond the padded input": Case(2, 2, (5, 6), (16, 8, 3, 3), (16, 1, 3, 3), stride=9, padding=2),
+    "padding beyond what a stride leaves": Case(2, 2, (5, 6), (16, 8, 3, 3), (16, 1, 3, 3), stride=12, padding=4),
     "dilation": Case(2, 2, (13, 12), (16, 16, 3, 3), (16, 1, 3, 3), padding=2, dilation=2, stride=2),
     "padding beyond the kernel": Case(2, 2, (5, 4), (8, 8, 2, 2), (8, 1, 2, 2), padding=3),
     "input channels in blocks": Case(2, 2, (8, 8), (12, 36, 3, 3), (12, 4, 3, 3), padding=1),
     "every input channel": Case(2, 2, (8, 8), (20, 18, 3, 3), (20, 18, 3, 3), padding=1),
     "groups": Case(2, 3, (7, 7), (72, 12, 3, 3), (72, 1, 3, 3), padding=1, groups=3),
+    "groups of three channels": Case(2, 2, (9, 9), (36, 3, 3, 3), (36, 1, 3, 3), padding=1, groups=12),
+    "a few channels": Case(2, 2, (17, 9), (4, 3, 3, 3), (4, 1, 3, 3), padding=1, stride=2),
+    "images of one pixel": Case(2, 3, (1, 1), (20, 24, 1, 1), (20, 1, 1, 1)),
     "depthwise": Case(2, 2, (20, 19), (24, 1, 3, 3), (24, 1, 3, 3), padding=1, groups=24),
     "depthwise, rows shorter than a vector": Case(2, 2, (7, 5), (37, 1, 3, 3), (37, 1, 3, 3), padding=1, groups=37),
     "depthwise, many rows in a vector": Case(2, 1, (9, 1), (16, 1, 3, 1), (16, 1, 3, 1), padding=(1, 0), groups=16),
@@ -49,29 +53,53 @@ CASES = {
 }
 
 
-def results(case: Case, algorithm: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+# Of the input, and of the output's gradient: where channels lie last, the C code reads and writes them so.
+LAYOUTS = {"channels first": (FIRST, FIRST), "channels last": (LAST, LAST), "mixed": (LAST, FIRST)}
+
+
+def layouts_of(case: Case) -> dict[str, tuple[torch.memory_format, torch.memory_format]]:
+    """Those that differ for it."""
+    return LAYOUTS if case.tensors["input"].dim() == 4 else {"channels first": (FIRST, FIRST)}
+
+
+def results(case: Case, algorithm: str, dtype: torch.dtype, layout: str = "channels first") -> tuple[Tensor, ...]:
     """The output, and the gradients of a fixed sum of it."""
-    tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in case.tensors.items()}
+    of_input, of_grad = LAYOUTS[layout]
+    tensors = {name: tensor.to(dtype) for name, tensor in case.tensors.items()}
+    tensors["input"] = tensors["input"].clone(memory_format=of_input)
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     output = case.run(algorithm, **tensors)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=dtype).reshape(output.shape)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=dtype).reshape(output.shape).contiguous(memory_format=of_grad)
     return (output, *torch.autograd.grad((output * weights).sum(), tuple(tensors.values())))
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_equals_the_definition_with_vectors_of_every_length(instructions: None, dtype: torch.dtype) -> None:
+    # Sums of up to 10,000 products of order one, each rounded once: with random signs the roundings add up to some 100
+    # of the type's eps, relative to the largest sums.
+    tolerance = 100 * torch.finfo(dtype).eps
     for name, case in CASES.items():
-        for value, expected in zip(results(case, "fused", dtype), results(case, "naive", torch.float64), strict=True):
-            # Sums of up to 10,000 products of order one, each rounded once: with random signs the roundings add up to
-            # some 100 of the type's eps, relative to the largest sums.
-            tolerance = 100 * torch.finfo(dtype).eps
-            torch.testing.assert_close(
-                value.double(),
-                expected,
-                rtol=0,
-                atol=tolerance * float(expected.abs().max()),
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+        expected = results(case, "naive", torch.float64)
+        for layout in layouts_of(case):
+            for value, right in zip(results(case, "fused", dtype, layout), expected, strict=True):
+                torch.testing.assert_close(
+                    value.double(),
+                    right,
+                    rtol=0,
+                    atol=tolerance * float(right.abs().max()),
+                    msg=lambda text, name=name, layout=layout: f"{name}, {layout}: {text}",
+                )
+
+
+def test_the_input_says_where_the_channels_lie() -> None:
+    """Of the output and the input's gradient, whatever the layout of the output's gradient is."""
+    for name, case in CASES.items():
+        for layout in layouts_of(case):
+            output, grad_input, *_ = results(case, "fused", torch.float32, layout)
+            for image in (output, grad_input):
+                assert image.is_contiguous(memory_format=LAYOUTS[layout][0]), (name, layout)
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
@@ -80,7 +108,9 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            once[number] = [results(case, "fused", torch.float32) for case in CASES.values()]
+            once[number] = [
+                results(case, "fused", torch.float32, layout) for case in CASES.values() for layout in layouts_of(case)
+            ]
     finally:
         torch.set_num_threads(threads)
     for number in (2, 3):

@@ -2,6 +2,8 @@
  *
  * Bin i of an axis covers the positions floor(i * size / bins) to ceil((i + 1) * size / bins); bins may overlap.
  */
+#include <string.h>
+
 #include "real.h"
 
 enum { MAX_BINS = 64 }; /* along an axis */
@@ -176,4 +178,139 @@ void forward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t t
 void backward(int64_t planes, const int64_t *size, const int64_t *bins, int64_t threads, const real *grad_output,
               real *grad_input, real *workspace) {
     run(backward_plane, planes, size, bins, threads, grad_output, grad_input, workspace);
+}
+
+/* Some channels of a bin: their sum over its positions, of an input whose channels lie last. */
+static void sum_bin(const axis_t *axes, int64_t a, int64_t b, int64_t c, int64_t channels, const real *from, vec *sum) {
+    vec sums[2] = {{0}};
+    for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
+        for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++) {
+            const real *at = from + ((z * axes[1].size + y) * axes[2].size + axes[2].start[c]) * channels;
+            int64_t left = axes[2].stop[c] - axes[2].start[c];
+            for (; left > 1; left -= 2, at += 2 * channels)
+                sums[0] += *(const vec *)at, sums[1] += *(const vec *)(at + channels);
+            if (left) sums[0] += *(const vec *)at;
+        }
+    *sum = sums[0] + sums[1];
+}
+
+/* The same for fewer channels than a vector has. */
+static void sum_rest(const axis_t *axes, int64_t a, int64_t b, int64_t c, int64_t channels, int64_t count, const real *from,
+                     vec *sum) {
+    *sum = (vec){0};
+    for (int64_t z = axes[0].start[a]; z < axes[0].stop[a]; z++)
+        for (int64_t y = axes[1].start[b]; y < axes[1].stop[b]; y++)
+            for (int64_t x = axes[2].start[c]; x < axes[2].stop[c]; x++)
+                for (int64_t k = 0; k < count; k++)
+                    (*sum)[k] += from[((z * axes[1].size + y) * axes[2].size + x) * channels + k];
+}
+
+/* Channels last: samples x size x channels to samples x channels x bins. */
+void forward_last(int64_t samples, int64_t channels, const int64_t *size, const int64_t *bins, int64_t threads,
+                  const real *input, real *output, real *workspace) {
+    (void)workspace;
+    const int64_t chunks = padded(channels) / LANES;
+#pragma omp parallel num_threads(threads)
+    {
+        axis_t axes[3];
+        for (int axis = 0; axis < 3; axis++) bin(size[axis], bins[axis], &axes[axis]);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < samples * chunks; task++) {
+            const int64_t n = task / chunks, first = task % chunks * LANES;
+            const int64_t count = channels - first < LANES ? channels - first : LANES;
+            const real *from = input + n * product(size) * channels + first;
+            real *to = output + (n * channels + first) * product(bins);
+            for (int64_t i = 0; i < product(bins); i++) {
+                const int64_t a = i / bins[2] / bins[1], b = i / bins[2] % bins[1], c = i % bins[2];
+                vec sum;
+                if (count == LANES)
+                    sum_bin(axes, a, b, c, channels, from, &sum);
+                else
+                    sum_rest(axes, a, b, c, channels, count, from, &sum);
+                const real share = share_of(axes, a, b, c);
+                for (int64_t k = 0; k < count; k++) to[k * product(bins) + i] = sum[k] * share;
+            }
+        }
+    }
+}
+
+/* The first and the last bin that cover a position. */
+typedef struct {
+    int64_t first, last;
+} range_t;
+
+static void find_ranges(const axis_t *axis, range_t *ranges) {
+    for (int64_t i = axis->bins - 1; i >= 0; i--)
+        for (int64_t x = axis->start[i]; x < axis->stop[i]; x++) ranges[x].first = i;
+    for (int64_t i = 0; i < axis->bins; i++)
+        for (int64_t x = axis->start[i]; x < axis->stop[i]; x++) ranges[x].last = i;
+}
+
+static int same(range_t one, range_t other) { return one.first == other.first && one.last == other.last; }
+
+/* Elements of the ranges of all axes. */
+static int64_t range_elements(const int64_t *size) {
+    return (size[0] + size[1] + size[2]) * (int64_t)(sizeof(range_t) / sizeof(real));
+}
+
+/* Workspace of a thread: the ranges, and the shares of all bins. */
+static int64_t thread_elements(int64_t channels, const int64_t *size, const int64_t *bins) {
+    return range_elements(size) + padded(product(bins) * channels);
+}
+
+int64_t workspace_elements_last(int64_t channels, const int64_t *size, const int64_t *bins, int64_t threads) {
+    return threads * thread_elements(channels, size, bins);
+}
+
+/* The gradient of a sample. Positions that the same bins cover have the same, and so do rows. */
+static void spread(const axis_t *axes, range_t *const *ranges, int64_t channels, const real *shares, real *to) {
+    const int64_t rows = axes[0].size * axes[1].size, row = axes[2].size * channels;
+    for (int64_t i = 0; i < rows; i++, to += row) {
+        const int64_t z = i / axes[1].size, y = i % axes[1].size;
+        if (y > 0 && same(ranges[1][y], ranges[1][y - 1])) {
+            memcpy(to, to - row, row * sizeof(real));
+            continue;
+        }
+        for (int64_t x = 0; x < axes[2].size; x++) {
+            real *at = to + x * channels;
+            if (x > 0 && same(ranges[2][x], ranges[2][x - 1])) {
+                memcpy(at, at - channels, channels * sizeof(real));
+                continue;
+            }
+            for (int64_t k = 0; k < channels; k++) at[k] = 0;
+            for (int64_t a = ranges[0][z].first; a <= ranges[0][z].last; a++)
+                for (int64_t b = ranges[1][y].first; b <= ranges[1][y].last; b++)
+                    for (int64_t c = ranges[2][x].first; c <= ranges[2][x].last; c++) {
+                        const real *share = shares + ((a * axes[1].bins + b) * axes[2].bins + c) * channels;
+                        for (int64_t k = 0; k < channels; k++) at[k] += share[k];
+                    }
+        }
+    }
+}
+
+/* Channels last: the gradient of the input from that of the output, samples x bins x channels both. */
+void backward_last(int64_t samples, int64_t channels, const int64_t *size, const int64_t *bins, int64_t threads,
+                   const real *grad_output, real *grad_input, real *workspace) {
+    const int64_t results = product(bins);
+#pragma omp parallel num_threads(threads)
+    {
+        real *own = workspace + thread_number() * thread_elements(channels, size, bins);
+        real *shares = own + range_elements(size);
+        range_t *ranges[3] = {(range_t *)own};
+        ranges[1] = ranges[0] + size[0], ranges[2] = ranges[1] + size[1];
+        axis_t axes[3];
+        for (int axis = 0; axis < 3; axis++) {
+            bin(size[axis], bins[axis], &axes[axis]);
+            find_ranges(&axes[axis], ranges[axis]);
+        }
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < samples; n++) {
+            for (int64_t i = 0; i < results; i++) {
+                const real share = share_of(axes, i / bins[2] / bins[1], i / bins[2] % bins[1], i % bins[2]);
+                const real *from = grad_output + (n * results + i) * channels;
+                for (int64_t k = 0; k < channels; k++) shares[i * channels + k] = from[k] * share;
+            }
+            spread(axes, ranges, channels, shares, grad_input + n * product(size) * channels);
+        }
+    }
 }

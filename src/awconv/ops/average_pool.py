@@ -36,7 +36,7 @@ _STAGES = 4  # of a pipeline of loads
 
 def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
     r"""Adaptive average pooling in one pass over the input: by C code on a CPU, by a Triton kernel on a GPU, or as a
-    product with a small matrix. A single bin is a mean on a CPU.
+    product with a small matrix. A single bin is a mean on a CPU, but for images whose channels lie last.
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
     device (pytorch issue 50198). Sums are kept in single precision at least. A number that is not finite spoils the
@@ -50,11 +50,14 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
             ceil((i + 1) * size / bins).
 
     Returns:
-        Shape (N, C, \*output_size), with its channels last on a GPU where those of the input are.
+        Shape (N, C, \*output_size), with its channels last on a GPU where those of the input are. The gradient of a
+        channels-last input is channels last.
     """
-    if max(output_size) == 1 and input.device.type == "cpu" and not exporting():
+    kernel = has_kernel(input, output_size)
+    single = max(output_size) == 1 and input.device.type == "cpu" and not exporting()
+    if single and not (kernel and is_channels_last(input)):  # the gradient of a mean has its channels first
         return input.mean(list(range(2, input.dim())), keepdim=True)
-    if has_kernel(input, output_size):
+    if kernel:
         if not (input.requires_grad and torch.is_grad_enabled()) and eager(input):
             return _KERNELS[input.device.type](input, list(output_size))
         pooled: Tensor = torch.ops.awconv.average_pool(input, list(output_size))
@@ -137,55 +140,73 @@ def fits_gpu(input: Tensor, output_size: Sequence[int]) -> bool:
 
 _LIBRARY = torch.library.Library("awconv", "FRAGMENT")
 _LIBRARY.define("average_pool(Tensor input, int[] bins) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_LIBRARY.define("average_pool_backward(Tensor grad, int[] size) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(
+    "average_pool_backward(Tensor grad, int[] size, bool channels_last=False) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
-def _resized(input: Tensor, size: Sequence[int]) -> Tensor:
-    shape = (*input.shape[:2], *size)
+def _pooled(input: Tensor, bins: Sequence[int]) -> Tensor:
+    """An uninitialised result."""
+    shape = (*input.shape[:2], *bins)
     return empty_like_image(shape, input) if input.device.type == "cuda" else input.new_empty(shape)
 
 
+def _spread(grad: Tensor, size: Sequence[int], channels_last: bool = False) -> Tensor:
+    """An uninitialised gradient, with its channels last if that is said or those of the result's gradient are."""
+    shape = (*grad.shape[:2], *size)
+    if channels_last:
+        return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    return empty_like_image(shape, grad)
+
+
 def _pool(input: Tensor, bins: list[int]) -> Tensor:
-    return _call("forward", input, _resized(input, bins), input.shape[2:], bins)
+    last = is_channels_last(input)
+    return _call("forward", input, _pooled(input, bins), input.shape[2:], bins, last)
 
 
-def _pool_backward(grad: Tensor, size: list[int]) -> Tensor:
-    bins = grad.shape[2:]
-    return _call("backward", grad, _resized(grad, size), size, bins)
+def _pool_backward(grad: Tensor, size: list[int], channels_last: bool = False) -> Tensor:
+    target = _spread(grad, size, channels_last)
+    return _call("backward", grad, target, size, grad.shape[2:], is_channels_last(target))
 
 
 def _pool_on_gpu(input: Tensor, bins: list[int]) -> Tensor:
-    target = _resized(input, bins)
+    target = _pooled(input, bins)
     _launch("pool", input, target, input.shape[2:], bins)
     return target
 
 
-def _pool_backward_on_gpu(grad: Tensor, size: list[int]) -> Tensor:
-    target = _resized(grad, size)
+def _pool_backward_on_gpu(grad: Tensor, size: list[int], channels_last: bool = False) -> Tensor:
+    target = _spread(grad, size, channels_last)
     _launch("spread", grad, target, size, grad.shape[2:])
     return target
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.size = list(inputs[0].shape[2:])
+    # On a CPU, the gradient has the layout of the input, so that nobody must move it to add it to others.
+    ctx.last = inputs[0].device.type == "cpu" and is_channels_last(inputs[0])
+
+
+def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.awconv.average_pool_backward(grad, ctx.size, ctx.last), None
+
+
+def _grad_of_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.awconv.average_pool(grad, ctx.size), None, None
 
 
 _KERNELS = {"cpu": _pool, "cuda": _pool_on_gpu}  # forward
 
-for _name, _run, _run_on_gpu, _reverse in (
-    ("average_pool", _pool, _pool_on_gpu, torch.ops.awconv.average_pool_backward),
-    ("average_pool_backward", _pool_backward, _pool_backward_on_gpu, torch.ops.awconv.average_pool),
+for _name, _run, _run_on_gpu, _fake, _reverse in (
+    ("average_pool", _pool, _pool_on_gpu, _pooled, _grad),
+    ("average_pool_backward", _pool_backward, _pool_backward_on_gpu, _spread, _grad_of_grad),
 ):
     _LIBRARY.impl(_name, _run, "CPU")
     _LIBRARY.impl(_name, _run_on_gpu, "CUDA")
-    torch.library.register_fake(f"awconv::{_name}", _resized, lib=_LIBRARY)
+    torch.library.register_fake(f"awconv::{_name}", _fake, lib=_LIBRARY)
     # both are linear, and each is the gradient of the other
-    torch.library.register_autograd(
-        f"awconv::{_name}",
-        lambda ctx, grad, reverse=_reverse: (reverse(grad, ctx.size), None),
-        setup_context=_save,
-        lib=_LIBRARY,
-    )
+    torch.library.register_autograd(f"awconv::{_name}", _reverse, setup_context=_save, lib=_LIBRARY)
 
 
 def _launch(
@@ -252,18 +273,24 @@ def _most_covered(size: int, bins: int) -> int:
     return 1 + -(-(size - math.gcd(size, bins)) // bins)
 
 
-def _call(name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: Sequence[int]) -> Tensor:
-    """Runs a function of the C code."""
-    source, built = source.contiguous(), library(_SOURCE, source.dtype)
+def _call(
+    name: str, source: Tensor, result: Tensor, size: Sequence[int], bins: Sequence[int], channels_last: bool
+) -> Tensor:
+    """Runs a function of the C code: the one for images whose channels lie last, if theirs do."""
+    source = source.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    built = library(_SOURCE, source.dtype)
     if isinstance(built, str):  # a traced program can come to a machine without a compiler
         raise RuntimeError(f"awconv::average_pool cannot run here: {built}")
-    run, workspace_elements = getattr(built, name), built.workspace_elements
+    kind, planes = ("_last", tuple(source.shape[:2])) if channels_last else ("", (product(source.shape[:2]),))
+    run, workspace_elements = getattr(built, name + kind), getattr(built, "workspace_elements" + kind)
     if run.argtypes is None:
-        workspace_elements.argtypes, workspace_elements.restype = [*_SIZES, ctypes.c_int64], ctypes.c_int64
-        run.argtypes, run.restype = [ctypes.c_int64, *_SIZES, ctypes.c_int64, *[ctypes.c_void_p] * 3], None
+        counts = [ctypes.c_int64] * len(planes)
+        workspace_elements.argtypes = [*counts[1:], *_SIZES, ctypes.c_int64]
+        workspace_elements.restype = ctypes.c_int64
+        run.argtypes, run.restype = [*counts, *_SIZES, ctypes.c_int64, *[ctypes.c_void_p] * 3], None
     sizes, threads = (axes(size), axes(bins)), torch.get_num_threads()
-    workspace = source.new_empty(workspace_elements(*sizes, threads))
-    run(product(source.shape[:2]), *sizes, threads, *(tensor.data_ptr() for tensor in (source, result, workspace)))
+    workspace = source.new_empty(workspace_elements(*planes[1:], *sizes, threads))
+    run(*planes, *sizes, threads, *(tensor.data_ptr() for tensor in (source, result, workspace)))
     return result
 
 

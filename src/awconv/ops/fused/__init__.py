@@ -58,22 +58,16 @@ _LIBRARY.define(
 )
 
 
-def _laid_out(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised image, on a GPU in the layout of another."""
-    return empty_like_image(shape, like) if like.device.type == "cuda" else like.new_empty(shape)
-
-
 def _output(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     size = geometry.output_size(input.shape[2:], weight.shape[2:])
-    return _laid_out((input.shape[0], weight.shape[0], *size), input)
+    return empty_like_image((input.shape[0], weight.shape[0], *size), input)
 
 
 def _gradients(input: Tensor, weight: Tensor, gain: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     """Uninitialised gradients in the layout of the kernels, empty where not needed."""
-    if input.device.type == "cuda":
-        grads = _laid_out(tuple(input.shape), input), torch.empty_like(weight), torch.empty_like(gain)
-    else:
-        grads = input.new_empty(input.shape), weight.new_empty(weight.shape), gain.new_empty(gain.shape)
+    others = (weight, gain)
+    made = map(torch.empty_like, others) if input.is_cuda else (other.new_empty(other.shape) for other in others)
+    grads = (empty_like_image(tuple(input.shape), input), *made)
     return tuple(grad if needed else grad.new_empty(0) for grad, needed in zip(grads, needs, strict=True))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from awconv.ops.build import library
 from awconv.ops.geometry import Geometry
+from awconv.ops.gpu import is_channels_last
 from awconv.ops.problem import Problem
 
 _SOURCE = Path(__file__).with_name("cpu.c")
@@ -27,12 +28,14 @@ class _Sizes(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "groups", "group_out", "group_in", "blocks")),
         *((name, ctypes.c_int64 * _AXES) for name in ("size", "out_size", "kernel", "stride", "dilation", "padding")),
         ("threads", ctypes.c_int64),
+        ("last", ctypes.c_int64 * 2),
     )
 
 
 # Of cpu.c: name, types of the arguments, type of the result.
 _FUNCTIONS: tuple[tuple[str, list[Any], Any], ...] = (
     ("workspace_elements", [ctypes.POINTER(_Sizes), ctypes.c_int], ctypes.c_int64),
+    ("takes_last", [ctypes.POINTER(_Sizes), ctypes.c_int], ctypes.c_int),
     ("forward", [ctypes.POINTER(_Sizes), *[ctypes.c_void_p] * 5], None),
     ("backward", [ctypes.POINTER(_Sizes), *[ctypes.c_void_p] * 8], None),
 )
@@ -84,6 +87,7 @@ def _sizes(
     output_size: tuple[int, ...],
     geometry: Geometry,
     threads: int,
+    last: bool,
 ) -> Any:
     """A pointer to ``problem_t``."""
     sizes = _Sizes(
@@ -99,43 +103,75 @@ def _sizes(
         _axes(geometry.dilation, 1),
         _axes(geometry.padding_before(), 0),  # what comes after follows from the output's size
         threads,
+        (input_size[1], weight_size[0]) if last else (0, 0),
     )
     return ctypes.byref(sizes)
 
 
 def forward(input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry) -> Tensor:
-    """The output, of shape (N, C2, \\*output_size), in single precision at least."""
-    input, weight, gain = _prepared(input, weight, gain)
-    loaded = _loaded(input.dtype)
+    """The output, of shape (N, C2, \\*output_size), in single precision at least, in the layout of the input."""
     output_size = geometry.output_size(input.shape[2:], weight.shape[2:])
-    sizes = _sizes(input.shape, weight.shape, gain.shape[2], output_size, geometry, torch.get_num_threads())
-    output = input.new_empty(input.shape[0], weight.shape[0], *output_size)
-    workspace = input.new_empty(loaded.workspace_elements(sizes, 0))
-    loaded.forward(sizes, *map(_pointer, (input, weight, gain, output, workspace)))
-    return output
+    call = _Call((input, weight, gain), (input,), output_size, geometry, backward=False)
+    output = call.image((input.shape[0], weight.shape[0], *output_size))
+    call("forward", call.images[0], call.weight, call.gain, output)
+    return call.laid_out(output)
 
 
 def backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, gain: Tensor, geometry: Geometry, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight and gain, None where not needed, in single precision at least."""
-    grad_output, input, weight, gain = _prepared(grad_output, input, weight, gain)
-    loaded = _loaded(input.dtype)
-    output_size = tuple(grad_output.shape[2:])
-    sizes = _sizes(input.shape, weight.shape, gain.shape[2], output_size, geometry, torch.get_num_threads())
+    call = _Call((input, weight, gain), (input, grad_output), tuple(grad_output.shape[2:]), geometry, backward=True)
+    grad_input = call.image(input.shape) if needs[0] else None
     sums = needs[1] or needs[2]  # both gradients are made of the same sums
-    grads = [
-        torch.empty_like(tensor) if made else None
-        for tensor, made in zip((input, weight, gain), (needs[0], sums, sums), strict=True)
-    ]
-    workspace = input.new_empty(loaded.workspace_elements(sizes, 1))
-    loaded.backward(sizes, *map(_pointer, (grad_output, input, weight, gain, *grads, workspace)))
+    grad_weight, grad_gain = (torch.empty_like(tensor) if sums else None for tensor in (call.weight, call.gain))
+    call("backward", call.images[1], call.images[0], call.weight, call.gain, grad_input, grad_weight, grad_gain)
+    grads = (None if grad_input is None else call.laid_out(grad_input), grad_weight, grad_gain)
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
-def _prepared(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = _computed_in(tensors[0].dtype)
-    return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
+class _Call:
+    """A call of the C code: its tensors, in a precision and a layout that it takes.
+
+    Args:
+        tensors: input, weight and gain.
+        images: to be read.
+        output_size: of the convolution.
+        geometry: of the convolution.
+        backward: whether it makes gradients.
+    """
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        images: tuple[Tensor, ...],
+        output_size: tuple[int, ...],
+        geometry: Geometry,
+        backward: bool,
+    ) -> None:
+        input, weight, gain = tensors
+        self._dtype = _computed_in(input.dtype)
+        self._library, self._backward = _loaded(self._dtype), int(backward)
+        self._wanted = torch.channels_last if is_channels_last(input) else torch.contiguous_format
+        self._format = self._wanted
+        shapes = (input.shape, weight.shape, gain.shape[2], output_size, geometry, torch.get_num_threads())
+        self._sizes = _sizes(*shapes, is_channels_last(input))
+        if self._format is torch.channels_last and not self._library.takes_last(self._sizes, self._backward):
+            self._format, self._sizes = torch.contiguous_format, _sizes(*shapes, False)
+        self.images = tuple(image.to(self._dtype).contiguous(memory_format=self._format) for image in images)
+        self.weight, self.gain = (tensor.to(self._dtype).contiguous() for tensor in (weight, gain))
+
+    def __call__(self, function: str, *tensors: Tensor | None) -> None:
+        workspace = self.weight.new_empty(self._library.workspace_elements(self._sizes, self._backward))
+        getattr(self._library, function)(self._sizes, *map(_pointer, (*tensors, workspace)))
+
+    def image(self, shape: Sequence[int]) -> Tensor:
+        """An image to be written."""
+        return torch.empty(shape, dtype=self._dtype, memory_format=self._format)
+
+    def laid_out(self, image: Tensor) -> Tensor:
+        """An image that was written, with its channels where the input has them."""
+        return image.contiguous(memory_format=self._wanted)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -39,18 +39,18 @@ static void correlate_panel(const problem_t *problem, int transposed, const layo
                             real *scratch, real *result) {
     int64_t all = transposed ? problem->group_in : problem->group_out, first = panel * PANEL;
     int64_t vectors = vectors_of(all, panel), taps = product(problem->kernel);
-    const int64_t *result_size = transposed ? problem->size : problem->out_size;
     real *scaled = scratch + problem->blocks * taps * PANEL;
     axis_t axes[3];
     tile_t shape;
-    result += first * product(result_size);
+    const image_t image = image_of(problem, !transposed);
+    result += first * image.channel;
     for (int64_t phase = 0; phase < phases_of(problem, transposed); phase++) {
         start_phase(problem, transposed, layout, phase, axes, &shape);
         scale_panel(problem, transposed, packed, gain, &shape, panel, scratch, scaled);
         int64_t rows = axes[0].count * axes[1].count;
         for (int64_t row = rows * segment / segments; row < rows * (segment + 1) / segments; row++) {
             const real *from = source_row(layout, axes, source, row / axes[1].count, row % axes[1].count);
-            real *to = result_row(result_size, axes, result, row / axes[1].count, row % axes[1].count);
+            real *to = result_row(&image, axes, result, row / axes[1].count, row % axes[1].count);
             for (int64_t x = 0, width; x < axes[2].count; x += width) {
                 width = next_width(axes[2].count - x);
                 TILES[vectors - 1][width - 1](&shape, from + x, scaled, to + x * shape.position_stride, all - first);
@@ -80,8 +80,7 @@ static void correlate(const problem_t *problem, int transposed, const real *sour
     const layout_t layout = layout_of(problem, transposed);
     const int64_t taps = product(problem->kernel), groups = problem->groups, at_once = rows_at_once(problem, &layout);
     const int64_t all = transposed ? problem->group_in : problem->group_out, panels = ceil_div(all, PANEL);
-    const int64_t source_group = layout.channels * product(layout.size);
-    const int64_t result_group = all * product(transposed ? problem->size : problem->out_size);
+    const image_t image = image_of(problem, !transposed);
     const int64_t gain_group = problem->group_out * problem->blocks * taps;
     const int64_t group_weights = problem->group_out * problem->group_in * taps;
     real *rows = workspace, *scratches = rows + at_once * groups * layout.group;
@@ -94,7 +93,7 @@ static void correlate(const problem_t *problem, int transposed, const real *sour
             const int64_t samples = least(at_once, problem->batch - start);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < samples * groups; i++)
-                copy_rows(&layout, source + (start * groups + i) * source_group, rows + i * layout.group);
+                copy_rows(&layout, source + begin_of(problem, &layout.source, start * groups + i), rows + i * layout.group);
             const int64_t tasks = groups * panels * samples;
             const int64_t segments = ceil_div(2 * problem->threads - 1, tasks);
 #pragma omp for schedule(static)
@@ -107,7 +106,7 @@ static void correlate(const problem_t *problem, int transposed, const real *sour
                 }
                 correlate_panel(problem, transposed, &layout, rows + (n * groups + group) * layout.group, packed,
                                 gain + index * gain_group, panel, i % segments, segments, scratch,
-                                result + index * result_group);
+                                result + begin_of(problem, &image, index));
             }
         }
     }

@@ -12,6 +12,7 @@ enum { BLOCK = 8 }; /* positions whose sums are kept in registers */
 typedef struct {
     const problem_t *problem;
     layout_t layout;
+    image_t image; /* of the result */
     axis_t axes[3];
     tile_t shape;
     int64_t first, last, ring; /* rows that row 0 of the result reads, with padding; rows in the ring */
@@ -29,7 +30,7 @@ typedef struct {
 } cursor_t;
 
 static lanes_t lanes_of(const problem_t *problem, int transposed) {
-    lanes_t plan = {.problem = problem, .layout = layout_of(problem, transposed)};
+    lanes_t plan = {.problem = problem, .layout = layout_of(problem, transposed), .image = image_of(problem, !transposed)};
     layout_t *layout = &plan.layout;
     layout->phases = 1, layout->pitch = layout->padded[2];
     start_phase(problem, transposed, layout, 0, plan.axes, &plan.shape);
@@ -57,6 +58,7 @@ static int64_t lane_scratch(const lanes_t *plan) {
 static void advance(const lanes_t *plan, cursor_t *cursor, int64_t until) {
     const layout_t *layout = &plan->layout;
     const int64_t width = layout->size[2], plane = product(layout->size), pitch = layout->pitch * LANES;
+    const int64_t position = layout->source.position;
     while (cursor->row <= until) {
         const int64_t row = cursor->row - layout->before[1], at = row * width + cursor->x;
         real *slot = cursor->ring + cursor->row % plan->ring * pitch;
@@ -66,14 +68,16 @@ static void advance(const lanes_t *plan, cursor_t *cursor, int64_t until) {
             continue;
         }
         const int64_t count = least(LANES, plan->rows * width - at);
-        const real *from = cursor->source + at;
+        const real *from = cursor->source + at * position;
         vec square[LANES];
-        if (from + (LANES - 1) * plane + LANES <= plan->end)
+        if (is_last(&layout->source))
+            for (int64_t i = 0; i < count; i++) square[i] = *(const vec *)(from + i * position);
+        else if (from + (LANES - 1) * plane + LANES <= plan->end)
             for (int lane = 0; lane < LANES; lane++) square[lane] = *(const vec *)(from + lane * plane);
         else
             for (int lane = 0; lane < LANES; lane++)
                 for (int x = 0; x < LANES; x++) square[lane][x] = x < count ? from[lane * plane + x] : 0;
-        transpose_square(square);
+        if (!is_last(&layout->source)) transpose_square(square);
         real *to = slot + (layout->before[2] + cursor->x) * LANES;
         for (int64_t i = 0; i < count; i++, to += LANES) {
             if (cursor->x < plan->columns) *(vec *)to = square[i];
@@ -86,7 +90,7 @@ static void advance(const lanes_t *plan, cursor_t *cursor, int64_t until) {
 }
 
 INLINE void lane_block(const int width, int64_t taps, const real *const *from, int64_t offset, int64_t step,
-                       const real *weights, real *to) {
+                       const real *weights, real *to, int64_t next) {
     vec sums[BLOCK];
 #pragma GCC unroll 8
     for (int x = 0; x < width; x++) sums[x] = (vec){0};
@@ -97,20 +101,21 @@ INLINE void lane_block(const int width, int64_t taps, const real *const *from, i
         for (int x = 0; x < width; x++) sums[x] += weight * *(const vec *)(at + x * step);
     }
 #pragma GCC unroll 8
-    for (int x = 0; x < width; x++) *(vec *)(to + x * LANES) = sums[x];
+    for (int x = 0; x < width; x++) *(vec *)(to + x * next) = sums[x];
 }
 
-/* Sums of some positions in a row, blocks of which may overlap. */
-static void lane_row(int64_t count, int64_t taps, const real *const *from, int64_t step, const real *weights, real *to) {
+/* Sums of some positions in a row, blocks of which may overlap, next elements from each other. */
+static void lane_row(int64_t count, int64_t taps, const real *const *from, int64_t step, const real *weights, real *to,
+                     int64_t next) {
     int64_t x = 0;
     if (count >= BLOCK) {
-        for (; x <= count - BLOCK; x += BLOCK) lane_block(BLOCK, taps, from, x * step, step, weights, to + x * LANES);
-        if (x < count) x = count - BLOCK, lane_block(BLOCK, taps, from, x * step, step, weights, to + x * LANES);
+        for (; x <= count - BLOCK; x += BLOCK) lane_block(BLOCK, taps, from, x * step, step, weights, to + x * next, next);
+        if (x < count) x = count - BLOCK, lane_block(BLOCK, taps, from, x * step, step, weights, to + x * next, next);
         return;
     }
     for (; x <= count - BLOCK / 2; x += BLOCK / 2)
-        lane_block(BLOCK / 2, taps, from, x * step, step, weights, to + x * LANES);
-    for (; x < count; x++) lane_block(1, taps, from, x * step, step, weights, to + x * LANES);
+        lane_block(BLOCK / 2, taps, from, x * step, step, weights, to + x * next, next);
+    for (; x < count; x++) lane_block(1, taps, from, x * step, step, weights, to + x * next, next);
 }
 
 /* Sums of LANES positions or fewer, to a plane for each channel. */
@@ -150,15 +155,15 @@ static void lanes_task(const lanes_t *plan, int64_t task, real *scratch) {
     const axis_t *axes = plan->axes;
     const share_t share = share_of_lanes(plan, task);
     const int64_t taps = plan->shape.taps, columns = axes[2].count, plane = plan->shape.plane;
-    const int64_t index = share.sample * plan->problem->groups + share.channel;
+    const int64_t index = share.sample * plan->problem->groups + share.channel, next = plan->image.position;
     const int64_t pitch = layout->pitch * LANES, step = axes[2].source_stride * LANES;
     real *ring = scratch + (-(uintptr_t)scratch % VECTOR_BYTES) / sizeof(real); /* no vector in two lines of the cache */
     real *weights = ring + ring_elements(plan), *staged = weights + taps * LANES;
     scale_lanes(plan, plan->weight + share.channel * taps, plan->gain + index * taps, weights);
     memset(ring, 0, ring_elements(plan) * sizeof(real));
     const int64_t start = share.begin * axes[1].source_stride + plan->first;
-    cursor_t cursor = {plan->source + index * product(layout->size), ring, start, 0};
-    real *result = plan->result + index * plane + share.begin * columns;
+    cursor_t cursor = {plan->source + begin_of(plan->problem, &layout->source, index), ring, start, 0};
+    real *result = plan->result + begin_of(plan->problem, &plan->image, index) + share.begin * columns * next;
     int64_t waiting = 0; /* positions that are staged */
     for (int64_t y = share.begin; y < share.stop; y++) {
         const real *from[MAX_TAPS];
@@ -168,7 +173,12 @@ static void lanes_task(const lanes_t *plan, int64_t task, real *scratch) {
             for (int64_t k = 0; k < axes[2].taps; k++, tap++)
                 from[tap] = ring + row % plan->ring * pitch + (axes[2].source_start + axes[2].delta[k]) * LANES;
         }
-        lane_row(columns, taps, from, step, weights, staged + waiting * LANES);
+        if (is_last(&plan->image)) {
+            lane_row(columns, taps, from, step, weights, result, next);
+            result += columns * next;
+            continue;
+        }
+        lane_row(columns, taps, from, step, weights, staged + waiting * LANES, LANES);
         waiting += columns;
         const real *done = staged;
         for (; waiting >= LANES; waiting -= LANES, done += LANES * LANES, result += LANES)
@@ -202,16 +212,16 @@ static int64_t lanes_workspace(const problem_t *problem, int transposed) {
 static void correlate_lanes(const problem_t *problem, int transposed, const real *source, const real *weight,
                             const real *gain, real *result, real *workspace) {
     lanes_t plan = lanes_of(problem, transposed);
-    const int64_t source_plane = product(plan.layout.size), taps = plan.shape.taps, scratch = lane_scratch(&plan);
+    const int64_t taps = plan.shape.taps, scratch = lane_scratch(&plan);
     plan.source = source, plan.weight = weight, plan.gain = gain, plan.result = result;
-    plan.end = source + problem->batch * problem->groups * source_plane;
+    plan.end = source + problem->batch * plan.layout.source.sample;
 #pragma omp parallel for num_threads(problem->threads) schedule(static)
     for (int64_t task = 0; task < problem->batch * plan.chunks * plan.bands; task++)
         lanes_task(&plan, task, workspace + thread_number() * scratch);
     const problem_t rest = rest_of(problem);
     for (int64_t n = 0; n < problem->batch && rest.groups; n++) {
         const int64_t done = plan.chunks * LANES, index = n * problem->groups + done;
-        correlate_lines(&rest, transposed, source + index * source_plane, weight + done * taps, gain + index * taps,
-                        result + index * plan.shape.plane, workspace);
+        correlate_lines(&rest, transposed, source + begin_of(problem, &plan.layout.source, index), weight + done * taps,
+                        gain + index * taps, result + begin_of(problem, &plan.image, index), workspace);
     }
 }

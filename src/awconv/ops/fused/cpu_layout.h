@@ -3,7 +3,29 @@
 
 #include "cpu_tiles.h"
 
+/* The input or the output: its size, and elements from a channel to the next, from a position, a group, a sample. */
 typedef struct {
+    const int64_t *size;
+    int64_t channel, position, group, sample;
+} image_t;
+
+static image_t image_of(const problem_t *problem, int is_output) {
+    const int64_t channels = is_output ? problem->group_out : problem->group_in, last = problem->last[is_output];
+    const int64_t *size = is_output ? problem->out_size : problem->size, plane = product(size);
+    if (last) return (image_t){size, 1, last, channels, last * plane};
+    return (image_t){size, plane, 1, channels * plane, problem->groups * channels * plane};
+}
+
+/* Whether channels lie side by side: they do in planes of one position, too. */
+static int is_last(const image_t *image) { return image->channel == 1; }
+
+/* Where group number i begins, counted over all samples. */
+static int64_t begin_of(const problem_t *problem, const image_t *image, int64_t i) {
+    return i / problem->groups * image->sample + i % problem->groups * image->group;
+}
+
+typedef struct {
+    image_t source;
     int64_t channels;               /* of a group */
     int64_t size[3];                /* of the source */
     int64_t before[3], padded[3];   /* zeros before, size with zeros on both sides */
@@ -18,13 +40,15 @@ static int64_t place(const layout_t *layout, int64_t z, int64_t y, int64_t x) {
 }
 
 static void copy_rows(const layout_t *layout, const real *from, real *to) {
-    const int64_t source_plane = product(layout->size), width = layout->size[2], channels = layout->channels;
+    const int64_t width = layout->size[2], channels = layout->channels;
+    const int64_t position = layout->source.position, next = layout->phases * position;
+    const real *end = from + (product(layout->size) - 1) * position + channels;
     const int64_t phases = layout->phases, pitch = layout->pitch;
     for (int64_t phase = 0; phase < phases; phase++, to += channels * pitch) {
         /* the first and the last position of this phase that are not padding */
         const int64_t start = least(pitch, most(0, ceil_div(layout->before[2] - phase, phases)));
         const int64_t stop = least(pitch, most(0, ceil_div(layout->before[2] + width - phase, phases)));
-        const real *first = from + start * phases + phase - layout->before[2];
+        const real *first = from + (start * phases + phase - layout->before[2]) * position;
         for (int64_t z = 0; z < layout->padded[0]; z++)
             for (int64_t y = 0; y < layout->padded[1]; y++) {
                 int64_t source_z = z - layout->before[0], source_y = y - layout->before[1];
@@ -33,15 +57,20 @@ static void copy_rows(const layout_t *layout, const real *from, real *to) {
                     memset(target, 0, channels * pitch * sizeof(real));
                     continue;
                 }
-                const real *line = first + (source_z * layout->size[1] + source_y) * width;
-                for (int64_t channel = 0; channel < channels; channel++, line += source_plane, target += pitch) {
-                    for (int64_t x = 0; x < start; x++) target[x] = 0;
+                const real *line = first + (source_z * layout->size[1] + source_y) * width * position;
+                for (int64_t channel = 0; channel < channels; channel++) {
+                    for (int64_t x = 0; x < start; x++) target[channel * pitch + x] = 0;
+                    for (int64_t x = stop; x < pitch; x++) target[channel * pitch + x] = 0;
+                }
+                if (is_last(&layout->source)) {
+                    transpose(line, next, stop - start, channels, end, target + start, pitch);
+                    continue;
+                }
+                for (int64_t channel = 0; channel < channels; channel++, line += layout->source.channel, target += pitch)
                     if (phases == 1)
                         for (int64_t x = start; x < stop; x++) target[x] = line[x - start];
                     else
                         for (int64_t x = start; x < stop; x++) target[x] = line[(x - start) * phases];
-                    for (int64_t x = stop; x < pitch; x++) target[x] = 0;
-                }
             }
     }
 }
@@ -101,6 +130,7 @@ static layout_t layout_of(const problem_t *problem, int transposed) {
             layout.padded[axis] = (problem->out_size[axis] - 1) * stride + kernel_extent(problem, axis);
         }
     }
+    layout.source = image_of(problem, transposed);
     layout.channels = transposed ? problem->group_out : problem->group_in;
     layout.phases = transposed ? 1 : least(problem->stride[2], layout.padded[2]);
     layout.pitch = ceil_div(layout.padded[2], layout.phases);
@@ -130,8 +160,9 @@ static void start_phase(const problem_t *problem, int transposed, const layout_t
             transposed_axis(problem, axis, (position + problem->padding[axis]) % problem->stride[axis], &axes[axis]);
         } else
             forward_axis(problem, axis, &axes[axis]);
-    shape->reduced = layout->channels, shape->pitch = layout->pitch, shape->position_stride = axes[2].result_stride;
-    shape->plane = product(transposed ? problem->size : problem->out_size);
+    const image_t result = image_of(problem, !transposed);
+    shape->reduced = layout->channels, shape->pitch = layout->pitch;
+    shape->plane = result.channel, shape->position_stride = axes[2].result_stride * result.position;
     shape->taps = 0;
     for (int64_t i = 0; i < axes[0].taps; i++)
         for (int64_t j = 0; j < axes[1].taps; j++)
@@ -148,9 +179,9 @@ static void start_phase(const problem_t *problem, int transposed, const layout_t
 static const real *source_row(const layout_t *layout, const axis_t *axes, const real *source, int64_t z, int64_t y) {
     return source + z * axes[0].source_stride * layout->plane + y * axes[1].source_stride * layout->row;
 }
-static real *result_row(const int64_t *size, const axis_t *axes, real *result, int64_t z, int64_t y) {
+static real *result_row(const image_t *image, const axis_t *axes, real *result, int64_t z, int64_t y) {
     z = axes[0].result_start + z * axes[0].result_stride, y = axes[1].result_start + y * axes[1].result_stride;
-    return result + (z * size[1] + y) * size[2] + axes[2].result_start;
+    return result + ((z * image->size[1] + y) * image->size[2] + axes[2].result_start) * image->position;
 }
 
 /* What the copies of the samples at hand may hold, so that they stay in the cache (1 MiB in single precision). */

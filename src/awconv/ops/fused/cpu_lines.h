@@ -48,7 +48,8 @@ static void correlate_lines(const problem_t *problem, int transposed, const real
     const layout_t layout = layout_of(problem, transposed);
     const int64_t taps = product(problem->kernel), groups = problem->groups, blocks = problem->blocks;
     const int64_t all = transposed ? problem->group_in : problem->group_out, share = problem->group_in / blocks;
-    const int64_t *result_size = transposed ? problem->size : problem->out_size, phases = phases_of(problem, transposed);
+    const int64_t phases = phases_of(problem, transposed);
+    const image_t image = image_of(problem, !transposed);
     const int64_t planes = problem->batch * groups, at_once = groups_at_once(&layout);
 #pragma omp parallel num_threads(problem->threads)
     {
@@ -63,12 +64,12 @@ static void correlate_lines(const problem_t *problem, int transposed, const real
             for (int64_t start = 0; start < planes; start += at_once) {
                 const int64_t stop = least(start + at_once, planes);
                 for (int64_t i = start; i < stop; i++)
-                    copy_rows(&layout, source + i * layout.channels * product(layout.size), rows + (i - start) * layout.group);
+                    copy_rows(&layout, source + begin_of(problem, &layout.source, i), rows + (i - start) * layout.group);
                 for (int64_t i = start; i < stop; i++) {
                     const real *group_weight = weight + i % groups * problem->group_out * problem->group_in * taps;
                     const real *group_gain = gain + i * problem->group_out * blocks * taps;
                     for (int64_t first = 0, channels; first < all; first += channels) {
-                        real *to = result + (i * all + first) * shape.plane;
+                        real *to = result + begin_of(problem, &image, i) + first * image.channel;
                         channels = least(TOGETHER, all - first);
                         for (int64_t r = 0; r < layout.channels; r++)
                             for (int64_t k = 0; k < shape.taps; k++)
@@ -81,7 +82,7 @@ static void correlate_lines(const problem_t *problem, int transposed, const real
                         for (int64_t z = 0; z < axes[0].count; z++)
                             for (int64_t y = 0; y < axes[1].count; y++) {
                                 const real *from = source_row(&layout, axes, rows + (i - start) * layout.group, z, y);
-                                real *target = result_row(result_size, axes, to, z, y);
+                                real *target = result_row(&image, axes, to, z, y);
                                 const int64_t columns = axes[2].count;
                                 const int64_t writable = phases == 1 ? to + shape.plane - target : 0;
                                 switch (channels) {
@@ -143,6 +144,7 @@ static void sum_lines(const problem_t *problem, const real *grad_output, const r
     const int64_t in = problem->group_in, out = problem->group_out, share = in / blocks;
     const int64_t width = problem->out_size[2], pitch = padded_channels(width);
     const int64_t rows = problem->out_size[0] * problem->out_size[1];
+    const image_t image = image_of(problem, 1);
 #pragma omp parallel num_threads(problem->threads)
     {
         real *inputs = workspace + thread_number() * sum_line_scratch(problem), *grads = inputs + layout.group + LANES;
@@ -159,10 +161,14 @@ static void sum_lines(const problem_t *problem, const real *grad_output, const r
             for (int64_t n = 0; n < problem->batch; n++) {
                 const int64_t index = n * groups + group;
                 memset(grad_gain + index * out * blocks * taps, 0, out * blocks * taps * sizeof(real));
-                copy_rows(&layout, input + index * in * product(layout.size), inputs);
+                copy_rows(&layout, input + begin_of(problem, &layout.source, index), inputs);
                 for (int64_t p = 0; p < out; p++) {
-                    for (int64_t row = 0; row < rows; row++)
-                        memcpy(grads + row * pitch, grad_output + ((index * out + p) * rows + row) * width, width * sizeof(real));
+                    const real *grad = grad_output + begin_of(problem, &image, index) + p * image.channel;
+                    for (int64_t row = 0; row < rows; row++, grad += width * image.position)
+                        if (image.position == 1)
+                            memcpy(grads + row * pitch, grad, width * sizeof(real));
+                        else
+                            for (int64_t x = 0; x < width; x++) grads[row * pitch + x] = grad[x * image.position];
                     for (int64_t c = 0; c < in; c++)
                         for (int64_t tap = 0, together; tap < taps; tap += together) {
                             const real *from = inputs + c * layout.pitch;

@@ -12,12 +12,24 @@ static layout_t sum_layout(const problem_t *problem) {
     return layout;
 }
 
+/* Some channels of positions that have them last, side by side. */
+static void copy_positions(const real *from, int64_t next, int64_t positions, int64_t channels, real *to) {
+    if (next == channels)
+        memcpy(to, from, positions * channels * sizeof(real));
+    else
+        for (int64_t i = 0; i < positions; i++) memcpy(to + i * channels, from + i * next, channels * sizeof(real));
+}
+
 static void transpose_rows(const layout_t *layout, const real *from, real *to) {
-    int64_t plane = product(layout->size), channels = layout->channels;
-    int64_t width = least(layout->size[2], layout->pitch - layout->before[2]);
-    const real *end = from + channels * plane;
+    const int64_t plane = product(layout->size), channels = layout->channels, next = layout->source.position;
+    const int64_t width = most(0, least(layout->size[2], layout->pitch - layout->before[2]));
+    const real *end = from + channels * plane; /* of a group whose channels come first */
     int same = 1; /* padding before can take the place of as many positions at the end that no tap sees */
     for (int axis = 0; axis < 3; axis++) same &= layout->before[axis] == 0 && layout->padded[axis] == layout->size[axis];
+    if (same && is_last(&layout->source)) {
+        copy_positions(from, next, plane, channels, to);
+        return;
+    }
     if (same) {
         transpose(from, plane, channels, plane, end, to, channels);
         return;
@@ -27,8 +39,12 @@ static void transpose_rows(const layout_t *layout, const real *from, real *to) {
         for (int64_t y = 0; y < layout->size[1]; y++) {
             int64_t target_z = z + layout->before[0], target_y = y + layout->before[1];
             if (target_z >= layout->padded[0] || target_y >= layout->padded[1]) continue;
-            transpose(from + (z * layout->size[1] + y) * layout->size[2], plane, channels, width, end,
-                      to + target_z * layout->plane + target_y * layout->row + layout->before[2] * channels, channels);
+            const real *row = from + (z * layout->size[1] + y) * layout->size[2] * next;
+            real *target = to + target_z * layout->plane + target_y * layout->row + layout->before[2] * channels;
+            if (is_last(&layout->source))
+                copy_positions(row, next, width, channels, target);
+            else
+                transpose(row, plane, channels, width, end, target, channels);
         }
 }
 
@@ -96,8 +112,12 @@ static void copy_panel(const problem_t *problem, const sums_t *sums, int64_t ind
     if (channels < lanes) memset(to, 0, lanes * positions * sizeof(real));
     if (channels < lanes) memset(scales, 0, lanes * per_lane * sizeof(real));
     memset(sums->grad_gains + (held * sums->padded + first) * per_lane, 0, lanes * per_lane * sizeof(real));
-    transpose(grad_output + (index * out + first) * positions, positions, channels, positions,
-              grad_output + (index + 1) * out * positions, to, lanes);
+    const image_t image = image_of(problem, 1);
+    const real *from = grad_output + begin_of(problem, &image, index) + first * image.channel;
+    if (is_last(&image))
+        for (int64_t i = 0; i < positions; i++) memcpy(to + i * lanes, from + i * image.position, channels * sizeof(real));
+    else
+        transpose(from, positions, channels, positions, grad_output + (index + 1) * out * positions, to, lanes);
     transpose(gain + (index * out + first) * per_lane, per_lane, channels, per_lane, gain + (index + 1) * out * per_lane,
               scales, lanes);
 }
@@ -130,7 +150,7 @@ static void sum(const problem_t *problem, const real *grad_output, const real *i
                 real *grad_weight, real *grad_gain, real *workspace) {
     const sums_t sums = sums_in(problem, workspace);
     const int64_t groups = problem->groups, in = problem->group_in, out = problem->group_out, taps = sums.taps;
-    const int64_t panels = sums.panels, per_lane = sums.per_lane, source_group = in * product(sums.layout.size);
+    const int64_t panels = sums.panels, per_lane = sums.per_lane;
 #pragma omp parallel num_threads(problem->threads)
     {
 #pragma omp for schedule(static) nowait
@@ -143,7 +163,8 @@ static void sum(const problem_t *problem, const real *grad_output, const real *i
             const int64_t samples = least(sums.at_once, problem->batch - start), index = start * groups;
 #pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < samples * groups; i++)
-                transpose_rows(&sums.layout, input + (index + i) * source_group, sums.inputs + i * sums.layout.group);
+                transpose_rows(&sums.layout, input + begin_of(problem, &sums.layout.source, index + i),
+                               sums.inputs + i * sums.layout.group);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < samples * groups * panels; i++)
                 copy_panel(problem, &sums, index + i / panels, i / panels, i % panels, grad_output, gain);

@@ -37,6 +37,17 @@ INLINE void tile(const int vectors, const int width, const tile_t *shape, const 
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; v++) {
         const int64_t lanes = least(LANES, channels - v * LANES);
+        if (shape->plane == 1) { /* channels last */
+#pragma GCC unroll 16
+            for (int x = 0; x < width; x++) {
+                real *target = result + v * LANES + x * shape->position_stride;
+                if (lanes == LANES)
+                    *(vec *)target = sums[v][x];
+                else
+                    for (int64_t lane = 0; lane < lanes; lane++) target[lane] = sums[v][x][lane];
+            }
+            continue;
+        }
 #pragma GCC unroll 4
         for (int start = 0; start < width; start += LANES) {
             const int count = width - start < LANES ? width - start : LANES;

@@ -30,6 +30,7 @@ typedef struct {
     int64_t batch, groups, group_out, group_in, blocks; /* blocks of input channels of a group that share a gain */
     int64_t size[3], out_size[3], kernel[3], stride[3], dilation[3], padding[3];
     int64_t threads;
+    int64_t last[2]; /* channels of all groups of the input, of the output, if they lie last; zero if they come first */
 } problem_t;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
