@@ -38,7 +38,7 @@ test-oldest:
 
 # Random problems, damaged inputs and slow cases, half an hour on 2 cores: with PROBLEMS=500, as many of the operator's.
 campaign: $(INSTALLED)
-	OMP_NUM_THREADS=1 AWCONV_CAMPAIGN_PROBLEMS=$(PROBLEMS) $(VENV)/bin/python -m pytest -m campaign -n auto --maxprocesses 4 -p tests.ops.figures
+	AWCONV_CAMPAIGN_PROBLEMS=$(PROBLEMS) $(VENV)/bin/python -m pytest -m campaign -n auto --maxprocesses 4 -p tests.ops.figures
 
 # What it costs on this machine's GPU, and whether it is right there: at most SECONDS, results under build/gpu.
 gpu:

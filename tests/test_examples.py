@@ -36,7 +36,13 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# The researcher's takes half a minute. Its journey is that of docs/own_loop.md, whose code runs in every test.
+SLOW = ("researcher.py",)
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.campaign if name in SLOW else ()) for name in SCRIPTS]
+)
 def test_a_script_runs(script: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(

@@ -190,7 +190,7 @@ def test_a_checkpoint_without_the_import_says_what_is_missing(
     assert "; --import=FILE.py registers networks of your own" in error
 
 
-@pytest.mark.parametrize("where", ["recipe", "argument"])
+@pytest.mark.parametrize("where", [pytest.param("recipe", marks=pytest.mark.campaign), "argument"])
 def test_a_comparison_records_the_file_and_tells_that_it_has_changed(
     where: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,7 @@ def test_a_detector_is_timed_beside_the_plain_one(
     ("detector", "backbone", "arguments"),
     [
         ("faster_rcnn", "aw_resnet18", dict(min_size=96, max_size=160, box_score_thresh=0.0)),
-        ("ssd300", "aw_vgg16", dict(score_thresh=0.0)),
+        pytest.param("ssd300", "aw_vgg16", dict(score_thresh=0.0), marks=pytest.mark.campaign),
     ],
 )
 def test_both_detectors_have_the_same_to_do(

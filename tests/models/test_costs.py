@@ -266,7 +266,13 @@ IMAGENET_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", IMAGENET_LAYERS)
+# The deepest are made of the stages of the others.
+DEEPEST = ("resnet101", "resnet152")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.campaign if name in DEEPEST else ()) for name in IMAGENET_LAYERS]
+)
 def test_imagenet_resnets_gain_the_operations_of_their_branches(name: str) -> None:
     blocks, basic = IMAGENET_LAYERS[name]
     added, last = 0, 64

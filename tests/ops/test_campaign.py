@@ -16,9 +16,9 @@ from tests.ops.campaign import check, draw, expected_output
 from tests.ops.conftest import INSTRUCTIONS
 from tests.ops.reference import aw_convolution
 
-AT_ONCE = 100  # problems of a test
+AT_ONCE = 50  # problems of a test
 PROBLEMS = int(os.environ.get("AWCONV_CAMPAIGN_PROBLEMS", 10_000))
-FIRST = 300  # of these, in every run of the tests
+FIRST = 150  # of these, in every run of the tests
 
 
 def parts(start: int, stop: int) -> Any:

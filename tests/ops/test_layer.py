@@ -40,11 +40,11 @@ def test_inference_equals_that_of_the_modules_in_double_precision(name: str, sam
 
 
 def test_a_sample_of_any_batch_gets_the_same_bits(device: str) -> None:
-    layer, image = CASES["a tile"]._replace(samples=70).make(device)
+    layer, image = CASES["a tile"]._replace(samples=35).make(device)
     with torch.no_grad():
         together = run(layer.eval(), image)
         assert together is not None
-        for index in (0, 33, 69):
+        for index in (0, 17, 34):
             assert torch.equal(run(layer, image[index : index + 1]), together[index : index + 1])
 
 

@@ -113,7 +113,10 @@ def test_gradients_of_gradients_are_refused(device: str) -> None:
         torch.autograd.grad(output.square().sum(), image, create_graph=True)
 
 
-@pytest.mark.parametrize(("name", "training"), [("a tile", True), ("a tile", False), ("channels first", True)])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [pytest.param("a tile", True, marks=pytest.mark.campaign), ("a tile", False), ("channels first", True)],
+)
 def test_the_operators_keep_pytorchs_rules(name: str, training: bool, device: str) -> None:
     layer, image = CASES[name].make(device)
     passed = arguments(layer, image.requires_grad_(training), training)

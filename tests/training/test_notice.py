@@ -40,7 +40,7 @@ print(loading.returncode)
 """
 
 
-@pytest.mark.parametrize("to", ["process", "thread of a library"])
+@pytest.mark.parametrize("to", [pytest.param("process", marks=pytest.mark.campaign), "thread of a library"])
 def test_a_notice_reaches_this_training_or_the_next_and_kills_no_process_that_loads_data(to: str) -> None:
     environment = os.environ | {"SLURM_JOB_ID": "1"}
     command = [sys.executable, "-c", SCRIPT, to]

@@ -100,6 +100,7 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
     assert_equal(train(tmp_path, "--ckpt_path=last", *of_this_length), uninterrupted)
 
 
+@pytest.mark.campaign  # half a minute; test_stop.py and the tests above interrupt trainings of this process
 def test_signals_lose_nothing(uninterrupted: dict[str, Tensor], tmp_path: Path) -> None:
     """kill -9 as soon as there is a checkpoint, SIGTERM in the resumed training, and the rest."""
     command = [sys.executable, "-m", "awconv", "fit", *ARGUMENTS, f"--trainer.default_root_dir={tmp_path}"]
