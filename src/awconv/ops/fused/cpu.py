@@ -152,11 +152,11 @@ class _Call:
         input, weight, gain = tensors
         self._dtype = _computed_in(input.dtype)
         self._library, self._backward = _loaded(self._dtype), int(backward)
-        self._wanted = torch.channels_last if is_channels_last(input) else torch.contiguous_format
-        self._format = self._wanted
+        last = is_channels_last(input)
+        self._wanted = self._format = torch.channels_last if last else torch.contiguous_format
         shapes = (input.shape, weight.shape, gain.shape[2], output_size, geometry, torch.get_num_threads())
-        self._sizes = _sizes(*shapes, is_channels_last(input))
-        if self._format is torch.channels_last and not self._library.takes_last(self._sizes, self._backward):
+        self._sizes = _sizes(*shapes, last)
+        if last and not self._library.takes_last(self._sizes, self._backward):
             self._format, self._sizes = torch.contiguous_format, _sizes(*shapes, False)
         self.images = tuple(image.to(self._dtype).contiguous(memory_format=self._format) for image in images)
         self.weight, self.gain = (tensor.to(self._dtype).contiguous() for tensor in (weight, gain))
