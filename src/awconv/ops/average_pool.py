@@ -40,9 +40,10 @@ def average_pool(input: Tensor, output_size: Sequence[int]) -> Tensor:
 
     Equal to ``torch.nn.functional.adaptive_avg_pool{1,2,3}d``, and unlike it deterministic in the backward on every
     device (pytorch issue 50198). Sums are kept in single precision at least. A number that is not finite spoils the
-    bins that cover it. Exported graphs, graphs compiled for a CPU, and GPUs with three axes or without Triton use the
-    product with a matrix. There such a number spoils every bin of its channel and sample, since zero times infinity is
-    NaN; to avoid that would take one more pass over the input for each bin, or fixed sizes.
+    bins that cover it. Exported graphs, ``torch.func`` inside compiled ones, and GPUs with three axes or without Triton
+    use the product with a matrix, as do graphs compiled for a CPU in half precision or without a C compiler. There such
+    a number spoils every bin of its channel and sample, since zero times infinity is NaN; to avoid that would take one
+    more pass over the input for each bin, or fixed sizes.
 
     Args:
         input: shape (N, C, \*size), with as many spatial axes as ``output_size`` has numbers.
@@ -117,13 +118,19 @@ def has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
             return False
     elif not _in_c(input):
         return False
-    return compiling() or not (transforming() or in_forward_mode())
+    return not (transforming() or in_forward_mode())
 
 
 def _in_c(input: Tensor) -> bool:
-    if compiling() or input.device.type != "cpu" or input.numel() == 0:
+    if input.device.type != "cpu" or statically_known_true(input.numel() == 0):
         return False
-    return input.dtype in (torch.float32, torch.float64) and not isinstance(library(_SOURCE, input.dtype), str)
+    return input.dtype in (torch.float32, torch.float64) and _is_built(input.dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_built(dtype: torch.dtype) -> bool:
+    """Whether there is C code, a constant to torch.compile."""
+    return not isinstance(library(_SOURCE, dtype), str)
 
 
 def fits_gpu(input: Tensor, output_size: Sequence[int]) -> bool:
@@ -141,7 +148,7 @@ def fits_gpu(input: Tensor, output_size: Sequence[int]) -> bool:
 _LIBRARY = torch.library.Library("awconv", "FRAGMENT")
 _LIBRARY.define("average_pool(Tensor input, int[] bins) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _LIBRARY.define(
-    "average_pool_backward(Tensor grad, int[] size, bool channels_last=False) -> Tensor",
+    "average_pool_backward(Tensor grad, SymInt[] size, bool channels_last=False) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 

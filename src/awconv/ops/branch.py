@@ -20,7 +20,7 @@ from awconv.ops import branch_launches as launches
 from awconv.ops.branch_launches import LEAST, MOST_HIDDEN, PLANS, Facts
 from awconv.ops.gpu import precision_of_products, triton_obstacle
 from awconv.ops.problem import product
-from awconv.ops.tracing import autocasting, eager, in_forward_mode, without_autocast
+from awconv.ops.tracing import autocasting, eager, function_obstacle, without_autocast
 
 _KINDS: dict[int, tuple[type[nn.Module], type[nn.Module], Callable[..., Tensor]]] = {  # by axes of pooled
     3: (nn.Conv1d, nn.BatchNorm1d, F.conv1d),
@@ -111,7 +111,7 @@ def attend(
     """
     if not isinstance(pooled, Tensor) or not pooled.is_cuda:  # torch.fx comes with what is no tensor
         return None
-    if in_forward_mode() or triton_obstacle() is not None:
+    if function_obstacle() is not None or triton_obstacle() is not None:
         return None
     if not unwatched_plain(modules, pooled.dim()):
         return None

@@ -51,7 +51,7 @@ def plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algorithm
     """The checked problem and the algorithm chosen for it."""
     if not tracing.compiling() and not tracing.jit_tracing():
         try:
-            around = (tracing.in_forward_mode(), torch.is_grad_enabled())
+            around = (tracing.function_obstacle(), torch.is_grad_enabled())
             return _remembered_plan(around, algorithm, dims, *map(_facts, arguments))
         except TypeError:
             pass  # lists and sizes that are symbols have no hash; that of a check comes again
@@ -65,7 +65,7 @@ def _new_plan(algorithm: str, dims: int, *arguments: Any) -> tuple[Problem, Algo
 
 
 @lru_cache(maxsize=4096, typed=True)  # typed: True is no stride, and equals 1
-def _remembered_plan(around: tuple[bool, bool], *arguments: Any) -> tuple[Problem, Algorithm]:
+def _remembered_plan(around: tuple[str | None, bool], *arguments: Any) -> tuple[Problem, Algorithm]:
     """A plan for all that it follows from: in small layers the checks would take longer than the convolution."""
     return _new_plan(*arguments)
 

@@ -21,7 +21,7 @@ from awconv.ops.gpu import empty_like_image, is_channels_last, precision_of_prod
 from awconv.ops.launcher import ALIGNMENT
 from awconv.ops.layer_plans import Convolution, Plan, problem_of
 from awconv.ops.problem import Problem, product
-from awconv.ops.tracing import autocasting, exporting
+from awconv.ops.tracing import autocasting, exporting, transforming
 
 _FORM = (
     "float epsilon1, float epsilon2, str activation, int[] size, float constant, float gain, "
@@ -51,7 +51,7 @@ def run_layer_compiled(
     convolution: Convolution,
 ) -> Tensor | None:
     """:func:`awconv.ops.layer.run_layer` for what ``torch.compile`` traces."""
-    if weight is None or image.dim() != 4 or exporting() or triton_obstacle() is not None:
+    if weight is None or image.dim() != 4 or exporting() or transforming() or triton_obstacle() is not None:
         return None
     if not plain(modules, 4) or not unwatched((branch, *modules)):
         return None
@@ -144,7 +144,7 @@ def _problem(image: Tensor, weight: Tensor, geometry: Geometry, residual: bool, 
         residual=residual,
         device=image.device.type,
         dtype=image.dtype,
-        forward_mode=False,
+        function_obstacle=None,
         differentiated=training,
     )
 

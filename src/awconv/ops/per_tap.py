@@ -22,8 +22,8 @@ _CHUNK_ELEMENTS = 2**24  # 64 MiB in single precision
 
 
 def _obstacle(problem: Problem) -> str | None:
-    if problem.forward_mode:
-        return "it has no forward-mode derivative"
+    if problem.function_obstacle is not None:
+        return problem.function_obstacle
     if problem.attention_blocks[1] != 1:
         return "the attention must have size 1 along the input channels"
     if problem.padding_obstacle is not None:

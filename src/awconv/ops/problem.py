@@ -57,7 +57,7 @@ class Problem:
         residual: K + A * K if true, A * K otherwise.
         device: the type of the device, such as ``"cpu"``.
         dtype: of all tensors.
-        forward_mode: derivatives are being taken in forward mode.
+        function_obstacle: why derivatives written by hand, in an ``autograd.Function``, cannot be had; None if they can.
         differentiated: a backward may follow.
     """
 
@@ -73,7 +73,7 @@ class Problem:
     residual: bool
     device: str
     dtype: torch.dtype
-    forward_mode: bool
+    function_obstacle: str | None
     differentiated: bool
 
     @property
@@ -218,7 +218,7 @@ def describe(
         residual=residual,
         device=input.device.type,
         dtype=input.dtype,
-        forward_mode=tracing.in_forward_mode(),
+        function_obstacle=tracing.function_obstacle(),
         differentiated=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (input, weight, attention)),
     )
 

@@ -97,19 +97,33 @@ def eager(*tensors: Tensor) -> bool:
 
 
 def transforming() -> bool:
-    """Whether ``torch.func`` is at work (``vmap``, ``grad``, ``jvp``, ...). Not to be asked while compiling."""
+    """Whether ``torch.func`` is at work (``vmap``, ``grad``, ``jvp``, ...), inside compiled code, too."""
+    return _in_transform() if compiling() else torch._C._are_functorch_transforms_active()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_transform() -> bool:
+    """Asked of Python, since Dynamo cannot: it runs the transforms of what it traces."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether ``vmap`` is adding an axis to a tensor: it has no strides to ask for. Compiled code has no such tensors,
-    since Dynamo traces what ``vmap`` calls as well."""
-    return not compiling() and torch._C._functorch.is_batchedtensor(tensor)
+    """Whether ``vmap`` is adding an axis to a tensor, or may be, in compiled code: it has no strides to ask for."""
+    return transforming() if compiling() else torch._C._functorch.is_batchedtensor(tensor)
 
 
 def in_forward_mode() -> bool:
     """Whether derivatives are being taken in forward mode. Compiled code has none."""
     return not compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+def function_obstacle() -> str | None:
+    """Why the derivatives of an ``autograd.Function`` of ours cannot be had here; None if they can."""
+    if in_forward_mode():
+        return "it has no forward-mode derivative"
+    if compiling() and transforming():  # pytorch/pytorch#193279: gradients are wrong, without a word
+        return "torch.compile loses its derivatives inside torch.func"
+    return None
 
 
 def autocasting(device: str) -> bool:

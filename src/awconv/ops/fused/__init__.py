@@ -30,8 +30,8 @@ def _obstacle(problem: Problem) -> str | None:
         return None  # shapes are all there is
     if problem.device not in _KERNELS:
         return f"it has kernels for {', '.join(_KERNELS)}, not for {problem.device}"
-    if problem.forward_mode:
-        return "it has no forward-mode derivative"
+    if problem.function_obstacle is not None:
+        return problem.function_obstacle
     found: str | None = _KERNELS[problem.device].obstacle(problem)
     return found
 
