@@ -43,7 +43,7 @@ class Experiment:
     variants: str
     seeds: int
     files: dict[str, str]
-    tune: str = "lr=0.1,0.2,0.4,0.8"
+    tune: str = "lr=0.2,0.4,0.8,1.6"
     overrides: tuple[str, ...] = ()
     on_cpu: bool = False
 
@@ -88,9 +88,7 @@ EXPERIMENTS = {
     "cifar10_jpeg_resnet56": Experiment(
         "cifar10_jpeg_resnet20", "plain,aw", 3, _CIFAR, overrides=("--model.network=resnet56_cifar",)
     ),
-    "cifar10_jpeg_resnet8": Experiment(
-        "cifar10_jpeg_resnet8", "plain,aw,se,aw_se", 3, _CIFAR, tune="lr=0.05,0.1,0.2,0.4,0.8,1.6", on_cpu=True
-    ),
+    "cifar10_jpeg_resnet8": Experiment("cifar10_jpeg_resnet8", "plain,aw,se,aw_se", 3, _CIFAR, on_cpu=True),
 }
 
 

@@ -154,7 +154,7 @@ def test_the_digits_reproduce_their_figure() -> None:
 def test_a_subset_of_cifar10_agrees_with_the_figure(folder: Path, shared_data: Path) -> None:
     cli = evaluated(
         folder.name,
-        "--config=recipes/cifar10_jpeg_resnet8_short.yaml",
+        "--config=recipes/cifar10_jpeg_resnet8.yaml",
         f"--data.train={shared_data / 'cifar10-jpeg' / 'test.parquet'}",
         f"--data.test={shared_data / 'cifar10-jpeg' / 'test.parquet'}",
         "--trainer.limit_test_batches=16",
