@@ -57,7 +57,7 @@ class Problem:
         residual: K + A * K if true, A * K otherwise.
         device: the type of the device, such as ``"cpu"``.
         dtype: of all tensors.
-        function_obstacle: why derivatives written by hand, in an ``autograd.Function``, cannot be had; None if they can.
+        function_obstacle: why the derivatives of an ``autograd.Function`` cannot be had; None if they can.
         differentiated: a backward may follow.
     """
 
