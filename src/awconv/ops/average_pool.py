@@ -122,7 +122,10 @@ def has_kernel(input: Tensor, output_size: Sequence[int]) -> bool:
 
 
 def _in_c(input: Tensor) -> bool:
-    if input.device.type != "cpu" or statically_known_true(input.numel() == 0):
+    if input.device.type != "cpu":
+        return False
+    empty = input.numel() == 0
+    if statically_known_true(empty) if compiling() else empty:  # compiled code may have a symbol there
         return False
     return input.dtype in (torch.float32, torch.float64) and _is_built(input.dtype)
 
